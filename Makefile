@@ -1,0 +1,45 @@
+# Everything a fresh machine needs: `make demo` and `make test` set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+SEED ?= 1
+
+.PHONY: setup demo test lint bench chaos clean
+setup: $(VENV)/.ready
+
+# The editable install points at the sources; it is made again when the build description or the C++ core changes.
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (about two minutes the first time) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	    torch==2.13.0 triton==3.7.1 scikit-build-core pybind11 ninja cmake
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@
+
+demo: setup
+	@$(BIN)/mgrpo train examples/atlas/atlas.toml --out $(OUT) --fresh --set seed=$(SEED)
+
+test: setup lint
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# Every bench, one after the other (about fifteen minutes); a missed target does not stop the rest.
+bench: setup
+	@for b in bench/bench_*.py; do echo "== $$b"; $(BIN)/python -m bench.$$(basename $$b .py) || echo "$$b: missed"; done
+
+# 1e7 trajectories through the batcher under AddressSanitizer: memory stays flat.
+soak: setup
+	@PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset asan && PATH=$(CURDIR)/$(BIN):$$PATH cmake --build --preset asan
+	@ASAN_OPTIONS=quarantine_size_mb=1 build/asan/tests/cpp/core_tests soak 10000000
+
+# The long forms of the store's tests: kills, power cuts, schedules, proxy faults (about ten minutes).
+chaos: setup
+	@$(BIN)/python -m tests.chaos
+
+clean:
+	rm -rf build dist $(VENV)

@@ -1,0 +1,178 @@
+"""Registers, shared memory and spills of every Triton kernel on sm_80, sm_90 and sm_100, compiled without a
+GPU.
+
+    python -m bench.bench_compile [--json FILE] [--arch 80 90 100]
+
+Every variant is compiled with the hints real calls have: pointers, row strides and vocabularies divisible by
+16 (and one with an odd vocabulary).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mgrpo.kernels import group_advantage, grpo_loss, logprob
+from mgrpo.ops import device
+
+ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel: types of its run-time arguments, values of its constants."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    aligned: bool = True  # sizes and row strides divisible by 16, as every padded vocabulary has them
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ptxas says of one variant on one target."""
+
+    variant: str
+    arch: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+
+
+def variants() -> list[Variant]:
+    """Every kernel at the shipped block sizes, in the specialisations training uses and the widest ones."""
+    out: list[Variant] = []
+    loss = {"BLOCK": device.BLOCK, "BLOCK_N": device.GROUP_BLOCK, "NEED_GRAD": True, "ESTIMATOR": 0}
+    plain = {"LOSS": 0, "KL": 0, "ENTROPY": False, "CORRECTION": 0, "GROUPS": False, "WEIGHTED": False}
+    full = {"KL": 3, "ENTROPY": True, "CORRECTION": 2, "GROUPS": True, "WEIGHTED": True}
+    for dtype in ("bf16", "fp32"):
+        cases = {
+            "plain": plain | {"HAS_OLD": True},
+            "groups": plain | {"GROUPS": True, "WEIGHTED": True, "HAS_OLD": True},
+            "everything": full | {"LOSS": 0, "HAS_OLD": True},
+            "everything, batch": full | {"LOSS": 0, "HAS_OLD": True, "ESTIMATOR": 3},
+            "sapo": full | {"LOSS": 2, "HAS_OLD": False},
+            "cispo": full | {"LOSS": 1, "HAS_OLD": True},
+        }
+        for case, constants in cases.items():
+            out.append(
+                _variant(f"grpo_loss {dtype} {case}", grpo_loss.grpo_loss_kernel, dtype, loss | constants)
+            )
+        odd = _variant(
+            f"grpo_loss {dtype} odd vocabulary",
+            grpo_loss.grpo_loss_kernel,
+            dtype,
+            loss | full | {"LOSS": 0, "HAS_OLD": True},
+        )
+        out.append(replace(odd, aligned=False))
+        rows = {"BLOCK": device.BLOCK}
+        out.append(_variant(f"gradient {dtype}", logprob.gradient_kernel, dtype, rows))
+        partials = logprob.partials_kernel
+        out.append(_variant(f"partials {dtype}", partials, dtype, rows | {"HAS_LIVE": True}))
+    group = {"ESTIMATOR": 0, "WEIGHTED": True, "BLOCK": device.GROUP_BLOCK}
+    kernel = group_advantage.group_advantage_kernel
+    out.append(_variant("group_advantage", kernel, "fp32", group, warps=2))
+    wide = {"WEIGHTED": True, "BLOCK": 1024}
+    out.append(_variant("batch_deviation", group_advantage.batch_deviation_kernel, "fp32", wide, warps=4))
+    return out
+
+
+_INT64 = {"target_ids", "seq_id", "begin", "end", "order"}
+_INT32 = {"group_id"}
+_BYTES = {"live", "moved_out"}
+_FLOAT64 = {"deviation"}
+_SIZES = {"stride", "grad_stride", "vocabulary", "n"}
+_SCALARS = {
+    "k", "inverse_temperature", "eps_low", "eps_high", "delta", "tau_pos", "tau_neg", "kl_coef",
+    "entropy_coef", "correction_low", "correction_high", "advantage_eps", "eps",
+}  # fmt: skip
+
+
+def _variant(
+    name: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = device.WARPS
+) -> Variant:
+    types: dict[str, str] = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            types[argument] = "constexpr"
+        elif argument in _SIZES:
+            types[argument] = "i32"
+        elif argument in _SCALARS:
+            types[argument] = "fp32"
+        elif argument in ("logits", "grad"):
+            types[argument] = f"*{dtype}"
+        elif argument == "out" and name == "batch_deviation":
+            types[argument] = "*fp64"
+        else:
+            pointers = {"*i64": _INT64, "*i32": _INT32, "*u8": _BYTES, "*fp64": _FLOAT64}
+            types[argument] = next((t for t, names in pointers.items() if argument in names), "*fp32")
+    return Variant(name, kernel, types, constants, warps)
+
+
+def build(variant: Variant, arch: int, max_registers: int | None = None) -> Report:
+    """Compile to PTX and let ptxas say what it costs, within max_registers a thread if given."""
+    names = variant.kernel.arg_names
+    hints = {
+        (names.index(a),): [["tt.divisibility", 16]]
+        for a, t in variant.types.items()
+        if t.startswith("*") or (variant.aligned and a in ("stride", "grad_stride", "vocabulary"))
+    }
+    constants = {(names.index(a),): v for a, v in variant.constants.items()}
+    source = ASTSource(fn=variant.kernel, signature=variant.types, constexprs=constants, attrs=hints)
+    target = GPUTarget("cuda", arch, 32)
+    options = {"num_warps": variant.warps, "maxnreg": max_registers}
+    compiled = triton.compile(source, target=target, options=options)
+    registers, spills = _assemble(compiled.asm["ptx"])
+    return Report(variant.name, arch, registers, compiled.metadata.shared, spills)
+
+
+def _assemble(ptx: str) -> tuple[int, int]:
+    """(registers, bytes of spill stores and loads) from ptxas -v for the PTX's own target."""
+    found = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("the PTX names no target")
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = folder / ("ptxas-blackwell" if int(found[2]) >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={found[1]}", path, "-o", Path(scratch) / "kernel.cubin"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stderr
+    registers = max(int(x) for x in re.findall(r"Used (\d+) registers", log))
+    spills = [int(x) for x in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
+    if not spills:
+        raise RuntimeError(f"ptxas reported no spill figures: {log}")
+    return registers, sum(spills)
+
+
+def main() -> None:
+    """Print the table; exit 1 if anything spills."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the reports here")
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS))
+    args = parser.parse_args()
+    reports = [build(v, arch) for v in variants() for arch in args.arch]
+    print(f"{'kernel':34}{'target':>8}{'registers':>11}{'shared B':>10}{'spills B':>10}")
+    for r in reports:
+        print(f"{r.variant:34}{'sm_' + str(r.arch):>8}{r.registers:11}{r.shared_bytes:10}{r.spill_bytes:10}")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    raise SystemExit(any(r.spill_bytes for r in reports))
+
+
+if __name__ == "__main__":
+    main()

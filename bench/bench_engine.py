@@ -1,0 +1,161 @@
+"""The in-process engine and the training step on the token-shift decoder of the embedded demonstration.
+
+    python -m bench.bench_engine [--quick] [--json out.json]
+
+One thread, CPU time of it. Rival of the engine: transformers' generate on the same model and prompts, which
+also samples from the full distribution but returns no log-probs. Rival of the training step: one padded
+forward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from bench.common import Report, interleave, parser, ratio
+from mgrpo.model.policy import Policy, load_state_bytes, state_bytes
+from mgrpo.model.shift_decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
+from mgrpo.rollout.engine import SamplingParams
+from mgrpo.rollout.hf import HfEngine
+
+PROMPT, NEW = 20, 40
+ROWS = 96
+
+
+def policy() -> Policy:
+    torch.manual_seed(0)
+    config = ShiftDecoderConfig()
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0"))
+    return Policy(ShiftDecoderForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=words))
+
+
+def decode(report: Report, rounds: int) -> None:
+    """Tokens per second of whole generations, prefill included."""
+    ours = policy()
+    loop = asyncio.new_event_loop()
+    for batch in (1, 8, 32, 96):
+        prompts = np.random.default_rng(batch).integers(0, ours.vocab_size, (batch, PROMPT))
+        engine = HfEngine(ours)
+
+        def served(engine: HfEngine = engine, prompts: np.ndarray = prompts) -> None:
+            params = SamplingParams(NEW)
+            jobs = [engine.generate(p, params, seed=i) for i, p in enumerate(prompts.tolist())]
+            loop.run_until_complete(_all(jobs))
+
+        def rival(prompts: np.ndarray = prompts) -> None:
+            ids = torch.from_numpy(prompts)
+            ours.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=0,
+            )
+
+        times = interleave({"engine": served, "generate": rival}, rounds)
+        rate = batch * NEW / times["engine"].median * 1e3
+        target = {"at_least": 20_000} if batch == 96 else {}
+        report.figure(f"engine, batch {batch}", rate, "tokens/s", **target)
+        report.figure(f"generate, batch {batch}", batch * NEW / times["generate"].median * 1e3, "tokens/s")
+        report.figure(f"engine over generate, batch {batch}", ratio(times, "generate", "engine"), "x")
+    loop.close()
+
+
+async def _all(jobs: list[Coroutine[Any, Any, object]]) -> None:
+    await asyncio.gather(*jobs)
+
+
+def turns(report: Report, rounds: int) -> None:
+    """Sampled tokens per second of 96 rollouts in sessions: three or four turns, tool results between."""
+    ours = policy()
+    loop = asyncio.new_event_loop()
+    engine = HfEngine(ours)
+    sampled = 0
+
+    async def rollout(i: int) -> None:
+        nonlocal sampled
+        ids = [i % 7, 1, 2, 3, 4]
+        plan = [(3, 4), (3, 10 + i % 6), (3, 10 + i % 5), (4, 0)]
+        for turn, (say, get) in enumerate(plan if i % 3 == 0 else [plan[0], *plan[2:]]):
+            out = await engine.generate(ids, SamplingParams(say), seed=turn, session=str(i))
+            ids += out.token_ids.tolist() + [5] * get
+            sampled += say
+        engine.release(str(i))
+
+    def wave() -> None:
+        loop.run_until_complete(_all([rollout(i) for i in range(ROWS)]))
+
+    wave()
+    tokens, sampled = sampled, 0
+    times = interleave({"wave": wave}, rounds)
+    report.figure("engine, 96 rollouts in turns", tokens / times["wave"].median * 1e3, "tokens/s")
+    loop.close()
+
+
+def train(report: Report, rounds: int) -> None:
+    """A supervised step (forward, backward, clip, AdamW) on 96 rows as long as the sub-agent's are."""
+    rng = np.random.default_rng(0)
+    lengths = torch.from_numpy(rng.choice([21, 27, 31, 36, 52], ROWS, p=[0.25, 0.15, 0.15, 0.2, 0.25]))
+    ids = torch.from_numpy(rng.integers(0, 976, (ROWS, int(lengths.max()))))
+    inside = torch.arange(1, ids.shape[1])[None] < lengths[:, None]
+    scored = inside & torch.from_numpy(rng.random(inside.shape) < 0.35)
+    targets = ids[:, 1:][scored]
+
+    def step(hidden: Callable[[Policy], torch.Tensor]) -> Callable[[], None]:
+        learner = policy()
+        parameters = list(learner.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, foreach=True)
+
+        def run() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(hidden(learner) @ learner.head_weight.T, targets).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+            optimizer.step()
+
+        return run
+
+    times = interleave(
+        {
+            "hidden_before": step(lambda p: p.hidden_before(ids, lengths, scored)),
+            "padded": step(lambda p: p.hidden(ids, lengths)[:, :-1][scored]),
+        },
+        rounds,
+    )
+    report.figure("training step, 96 demonstrations", times["hidden_before"].median, "ms", at_most=85)
+    report.figure("training step", 1e3 / times["hidden_before"].median, "steps/s")
+    report.figure("training step over one padded forward", ratio(times, "padded", "hidden_before"), "x")
+
+
+def sync(report: Report, rounds: int) -> None:
+    """Weights out of one model and into another."""
+    source, target = policy().model, policy().model
+    data = state_bytes(source)
+    times = interleave(
+        {"out": lambda: state_bytes(source), "in": lambda: load_state_bytes(target, data)}, rounds
+    )
+    report.figure("weights to bytes", times["out"].median, "ms", note=f"{len(data)} bytes")
+    report.figure("weights from bytes", times["in"].median, "ms")
+
+
+def main() -> int:
+    args = parser(__doc__ or "").parse_args()
+    torch.set_num_threads(1)
+    rounds = 5 if args.quick else 15
+    report = Report("bench_engine")
+    for part in (decode, turns, train, sync):
+        part(report, rounds)
+    return report.finish(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""grpo_loss from logits, forward and backward, against torch, liger-kernel and a memcpy of the logits.
+
+    python -m bench.bench_grpo_loss [--quick] [--strict] [--json PATH] [--device cpu|cuda]
+
+CPU: fp32, T=2048, V=49152, one thread, thread-CPU time. GPU: bf16, T=16384, V=151936, wall time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from bench.common import Report, interleave, parser, ratio
+from bench.rivals import CONFIG, PeakMemory, chunked_inplace, liger_logits, make_batch, naive
+from mgrpo import grpo_loss
+
+
+def main() -> int:
+    """Every provider turns the same logits into their gradient; the copy that restores them is not timed."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments.add_argument("--rounds", type=int, default=9)
+    args = arguments.parse_args()
+    torch.set_num_threads(1)
+    cpu = args.device == "cpu"
+    rows, vocabulary = (2048, 49152) if cpu else (16384, 151936)
+    if args.quick:
+        rows //= 8
+    dtype = torch.float32 if cpu else torch.bfloat16
+    report = Report("bench_grpo_loss")
+    g = torch.Generator().manual_seed(0)
+    source = (torch.randn(rows, vocabulary, generator=g) * 3).to(dtype).to(args.device)
+    batch = make_batch(rows, vocabulary, args.device)
+    work, copy = source.clone(), torch.empty_like(source)
+    wait = (lambda: None) if cpu else torch.cuda.synchronize
+
+    def ours(config: object = CONFIG, inplace: bool = True, mask: torch.Tensor | None = None) -> None:
+        z = work.detach().requires_grad_()
+        more = batch.arguments() | ({} if mask is None else {"loss_mask": mask})
+        loss, _ = grpo_loss(z, batch.ids, config=config, inplace=inplace, **more)
+        torch.autograd.grad(loss, z)
+        wait()
+
+    def by_autograd(entropy: bool = False) -> None:
+        z = work.detach().requires_grad_()
+        loss = naive(z, batch)
+        if entropy:
+            logp = z.log_softmax(-1)
+            loss = loss + 0.01 * (logp.exp() * logp).sum(-1).mean()
+        torch.autograd.grad(loss, z)
+        wait()
+
+    half = torch.arange(rows, device=args.device) % 2 == 0
+    entropy = CONFIG.model_copy(update={"entropy_coef": 0.01})
+    providers: dict[str, Callable[[], object]] = {
+        "memcpy of the logits": lambda: (copy.copy_(source), wait()),
+        "ours, in place": ours,
+        "ours, new gradient": lambda: ours(inplace=False),
+        "ours, in place, entropy in the loss": lambda: ours(entropy),
+        "ours, in place, half the rows dead": lambda: ours(mask=half),
+        "chunked in-place torch": lambda: (chunked_inplace(work, batch), wait()),
+        "naive autograd": by_autograd,
+        "naive autograd, entropy in the loss": lambda: by_autograd(entropy=True),
+    }
+    liger = liger_logits(args.device)
+    if isinstance(liger, str):
+        print(f"missing rival: {liger}")
+    else:
+
+        def by_liger() -> None:
+            z = work.detach().requires_grad_()
+            torch.autograd.grad(liger(z, batch), z)
+            wait()
+
+        providers["liger-kernel"] = by_liger
+    times = interleave(
+        providers,
+        rounds=3 if args.quick else args.rounds,
+        clock="thread" if cpu else "wall",
+        before=lambda: (work.copy_(source), wait()),
+    )
+    size = source.numel() * source.element_size()
+    for name, t in times.items():
+        over = t.median / times["memcpy of the logits"].median
+        note = f"spread {t.spread:.0%}, {over:.2f} memcpys, {t.throughput(2 * size):.1f} GB/s of read + write"
+        report.figure(name, t.median, "ms", note=note)
+    chunked, autograd = (5.0, 18.0) if cpu else (None, None)
+    ours_name = "ours, in place"
+    report.figure("chunked / ours", ratio(times, "chunked in-place torch", ours_name), "x", at_least=chunked)
+    report.figure("naive / ours", ratio(times, "naive autograd", ours_name), "x", at_least=autograd)
+    against = ratio(times, ours_name, "memcpy of the logits")
+    # On a GPU a memcpy moves 2X bytes; two sweeps move 3X.
+    report.figure("ours / memcpy", against, "x", at_most=2.2 if cpu else 1.25 * 1.5)
+    if "liger-kernel" in times:
+        report.figure("liger / ours", ratio(times, "liger-kernel", ours_name), "x")
+    for name in (ours_name, "chunked in-place torch", "naive autograd"):
+        work.copy_(source)
+        with PeakMemory(args.device) as peak:
+            providers[name]()
+        report.figure(f"peak memory above base: {name}", peak.bytes / 1e6, "MB")
+    return report.finish(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

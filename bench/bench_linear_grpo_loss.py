@@ -1,0 +1,115 @@
+"""linear_grpo_loss, forward and backward, against torch, liger-kernel, TRL and its three products alone.
+
+    python -m bench.bench_linear_grpo_loss [--quick] [--strict] [--json PATH] [--device cpu|cuda]
+
+CPU: fp32, T=1024, H=576, V=49152, chunk 256, one thread, thread-CPU time. GPU: bf16, T=16384, H=4096,
+V=151936, chunk 2048, wall time. Peak memory is above the inputs, and the two gradients every provider returns
+are taken off.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from bench.common import Report, interleave, parser, ratio
+from bench.rivals import CONFIG, PeakMemory, chunked_head, liger_head, make_batch, naive_head, trl_head
+from mgrpo import linear_grpo_loss
+
+
+def main() -> int:
+    """All rows live, then half of them; peak memory of each."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments.add_argument("--rounds", type=int, default=5)
+    args = arguments.parse_args()
+    torch.set_num_threads(1)
+    cpu = args.device == "cpu"
+    rows, width, vocabulary, chunk = (1024, 576, 49152, 256) if cpu else (16384, 4096, 151936, 2048)
+    if args.quick:
+        rows //= 4
+    dtype = torch.float32 if cpu else torch.bfloat16
+    report = Report("bench_linear_grpo_loss")
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=g).to(dtype).to(args.device).requires_grad_()
+    weight = (torch.randn(vocabulary, width, generator=g) * 0.05).to(dtype).to(args.device).requires_grad_()
+    full = make_batch(rows, vocabulary, args.device)
+    half = make_batch(rows, vocabulary, args.device, dead=0.5)
+    wait = (lambda: None) if cpu else torch.cuda.synchronize
+    leaves = (hidden, weight)
+
+    def ours(batch: object = full) -> None:
+        loss, _ = linear_grpo_loss(*leaves, batch.ids, config=CONFIG, chunk=chunk, **batch.arguments())
+        torch.autograd.grad(loss, leaves)
+        wait()
+
+    def by(run: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        return lambda: (torch.autograd.grad(run(hidden, weight, full), leaves), wait())
+
+    def chunked() -> None:
+        with torch.no_grad():
+            chunked_head(hidden, weight, full, chunk)
+        wait()
+
+    held = [torch.empty(rows, vocabulary, dtype=dtype, device=args.device)]
+    held += [torch.empty_like(hidden), torch.empty_like(weight)]
+
+    def products() -> None:
+        """The floor: the three products of the whole batch, buffers at hand, nothing else."""
+        with torch.no_grad():
+            torch.mm(hidden, weight.t(), out=held[0])
+            torch.mm(held[0], weight, out=held[1])
+            torch.mm(held[0].t(), hidden, out=held[2])
+        wait()
+
+    providers: dict[str, Callable[[], object]] = {
+        "three products alone": products,
+        "ours": ours,
+        "ours, half the rows dead": lambda: ours(half),
+        "chunked in-place torch": chunked,
+        "naive autograd": by(naive_head),
+    }
+    for name, rival in (("liger-kernel", liger_head(chunk)), ("trl", trl_head(4096))):
+        if isinstance(rival, str):
+            print(f"missing rival: {rival}")
+        else:
+            providers[name] = by(rival)
+    times = interleave(providers, rounds=3 if args.quick else args.rounds, clock="thread" if cpu else "wall")
+    flops = 6.0 * rows * width * vocabulary
+    for name, t in times.items():
+        over = t.median / times["three products alone"].median
+        note = (
+            f"spread {t.spread:.0%}, {over:.3f} of the products, {flops / t.median / 1e9:.3f} TFLOP/s of 6TVH"
+        )
+        report.figure(name, t.median, "ms", note=note)
+    bound = 1.10 if cpu else 1.15
+    report.figure("ours / three products", ratio(times, "ours", "three products alone"), "x", at_most=bound)
+    report.figure("half dead / ours", ratio(times, "ours, half the rows dead", "ours"), "x", at_most=0.6)
+    rivals = {
+        name: ratio(times, name, "ours")
+        for name in times
+        if name in ("naive autograd", "liger-kernel", "trl")
+    }
+    for name, factor in rivals.items():
+        report.figure(f"{name} / ours", factor, "x")
+    best = min(rivals.values())
+    report.figure("best rival / ours", best, "x", at_least=None if cpu else 1.25)
+    held.clear()
+    returned = hidden.numel() * hidden.element_size() + weight.numel() * weight.element_size()
+    peaks = {}
+    for name in ("ours", "chunked in-place torch", "naive autograd", "liger-kernel", "trl"):
+        if name in providers:
+            with PeakMemory(args.device) as peak:
+                providers[name]()
+            peaks[name] = peak.bytes - returned
+            report.figure(f"peak memory above base: {name}", peaks[name] / 1e6, "MB")
+    fraction = peaks["ours"] / peaks["naive autograd"]
+    # Quick runs have one chunk for a quarter of the rows: the fraction means nothing there.
+    report.figure("peak memory, ours / naive", fraction, at_most=None if args.quick else 0.06)
+    return report.finish(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

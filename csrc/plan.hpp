@@ -1,0 +1,65 @@
+// The plan of one batch: which trajectories, how many copies, with which weight and advantage, in which micro-batch of
+// which rank. Building it reads the batcher and changes nothing.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "batcher.hpp"
+#include "pack.hpp"
+
+namespace mgrpo {
+
+// One distinct kept trajectory.
+struct PlanRow {
+  int32_t group = 0, rollout = 0, invocation = 0;
+  int32_t multiplicity = 1;
+  int32_t length = 0, active = 0, policy_version = 0;
+  int32_t handle = -1;
+  uint32_t generation = 0;
+  float advantage = 0;
+  double weight = 0;  // w(k,i): all copies together
+  double reward = 0;
+  int64_t id = 0;
+};
+
+// Rows of similar length: rows[offsets[b] .. offsets[b+1]), b = rank * n_mb + step, each `width[b]` tokens wide.
+struct PaddedLayout {
+  int n_mb = 0;
+  std::vector<int32_t> offsets, items, width;
+};
+
+struct Plan {
+  uint64_t step = 0;
+  int dp = 1, k = 0, depth = 0;  // depth: slots a rollout
+  int64_t capacity = 0;
+  int32_t pad_id = 0;
+  int threads = 1;
+  std::vector<std::string> queries;
+  std::vector<int32_t> group_query, group_role;  // [G]
+  std::vector<int32_t> group_rollouts;           // [G] rollouts with d_k > 0: K'_q
+  std::vector<double> group_mean, group_std;     // [G] weighted statistics of the rewards; 0 in an empty group
+  std::vector<PlanRow> rows;                     // [U] by group, rollout, invocation
+  std::vector<int32_t> slots;                    // [G, k, depth] -> row or -1
+  std::vector<int32_t> item_row;                 // [N] packed sequences; N > U only in mode `duplicate`
+  std::vector<float> item_weight;                // [N]
+  Packing packing;
+  int max_segments = 1;
+  int max_rows = 0;    // bound on rows of a padded micro-batch; 0 = none
+  int64_t tokens = 0;  // of all packed sequences
+
+  // Rows by decreasing length, cut so that rows x longest <= capacity, a multiple of dp micro-batches. Computed on
+  // first use: most trainers want either this or the packing. Not for two threads at once.
+  const PaddedLayout& padded() const;
+
+ private:
+  mutable std::optional<PaddedLayout> padded_;
+};
+
+// `names` are queries of the batcher that are ready. skip_zero leaves rows with advantage 0 out of the micro-batches
+// (they stay in rows and slots).
+Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> names, bool skip_zero);
+
+}  // namespace mgrpo

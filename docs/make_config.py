@@ -1,0 +1,68 @@
+"""Writes docs/config.md from the docstrings of the config tree: python docs/make_config.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from mgrpo.config.run import RunConfig
+
+HEAD = """# Configuration
+
+One TOML file describes a run; the same file starts every part of it. Any field can be overridden on the command line:
+`--set trainer.steps=40`. Unknown keys are errors. Made from the docstrings in `mgrpo/config/` by `docs/make_config.py`.
+"""
+
+
+def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseModel]]]:
+    """A section and its subsections in the order of the file."""
+    found = [(path, model)]
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if name == "agents":
+            found += sections(model.model_fields[name].annotation.__args__[1], "agents.<role>")
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += sections(inner, f"{path}.{name}" if path else name)
+    return found
+
+
+def default_of(field: object) -> str:
+    default = getattr(field, "default", PydanticUndefined)
+    if isinstance(default, BaseModel) or getattr(field, "default_factory", None):
+        return ""
+    if default is PydanticUndefined:
+        return "required"
+    if default is None:
+        return "unset"
+    text = str(default).lower() if isinstance(default, bool) else repr(default)
+    return f"`{text}`".replace("'", '"')
+
+
+def render() -> str:
+    """The whole page."""
+    lines = [HEAD]
+    for path, model in sections(RunConfig, ""):
+        doc = " ".join((model.__doc__ or "").split())
+        lines += [
+            f"## {f'[{path}]' if path else 'Top level'}",
+            "",
+            doc,
+            "",
+            "| field | default | meaning |",
+            "|---|---|---|",
+        ]
+        for name, field in model.model_fields.items():
+            if (
+                isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            ) or name == "agents":
+                continue
+            text = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | {default_of(field)} | {text} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("config.md").write_text(render(), encoding="utf-8")

@@ -1,0 +1,5 @@
+"""python -m mgrpo"""
+
+from mgrpo.cli import main
+
+main()

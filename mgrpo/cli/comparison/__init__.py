@@ -1,0 +1,7 @@
+"""`mgrpo compare`: co-training beside its rivals and controls, from runs to a table one can argue with.
+
+variants.py  what is compared, as overrides of one config
+jobs.py      the runs: side by side, resumed, sharing their warm starts
+scores.py    the held-out score of every variant, question by question
+verdict.py   means, spreads, paired intervals, claims, table and picture
+"""

@@ -1,0 +1,86 @@
+"""Held-out scores, question by question: one sampled and one greedy rollout of each, kept in a file and never repeated.
+
+The questions and the sampling noise are the same for every pair of policies, so differences are paired.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgrpo.cli.comparison.jobs import run_folder
+from mgrpo.cli.comparison.variants import Score
+from mgrpo.cli.evaluate import load_agents, policy_path
+from mgrpo.cli.parts import RunFolder, load_run_task, recorded_run
+from mgrpo.config import RunConfig
+from mgrpo.rollout.play import Played, evaluate
+from mgrpo.rollout.task import Task
+from mgrpo.rollout.worker import EVAL_SEED
+
+
+def score_file(out: Path, seed: int, score: Score) -> Path:
+    return out / "scores" / f"seed-{seed}" / f"{score.name.replace(' ', '-')}.json"
+
+
+def score(out: Path, seed: int, wanted: Score, n: int, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The score as recorded, or computed now; None when a policy it needs does not exist."""
+    path = score_file(out, seed, wanted)
+    if path.exists():
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if known["n"] == n:
+            return known
+    paths = {}
+    for role, (variant, kept) in wanted.policies.items():
+        run = run_folder(out, seed, variant)
+        folder = policy_path(recorded_run(run), RunFolder(run), role, kept) if run.exists() else None
+        if folder is None:
+            return None
+        paths[role] = folder
+    config = recorded_run(run_folder(out, seed, next(iter(wanted.policies.values()))[0]))
+    torch.set_num_threads(config.rollout.threads)
+    options = {**config.task.options, **wanted.options}
+    config = config.model_copy(update={"task": config.task.model_copy(update={"options": options})})
+    result = asyncio.run(_play(config, load_run_task(config), paths, n))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    partial.rename(path)
+    means = ", ".join(f"{mode} {sum(result[mode]) / n:.3f}" for mode in ("sampled", "greedy"))
+    say(f"seed {seed}, {wanted.name}: held-out {means}")
+    return result
+
+
+async def _play(config: RunConfig, task: Task, paths: dict[str, Path], n: int) -> dict[str, Any]:
+    questions = task.questions("heldout", n)
+    agents = load_agents(config, paths)
+    result: dict[str, Any] = {"n": n}
+    for mode in ("sampled", "greedy"):
+        outcomes, real = [0.0] * n, [0.0] * n
+        known_world = False
+
+        def seen(
+            number: int, played: Played, outcomes: list[float] = outcomes, real: list[float] = real
+        ) -> None:
+            nonlocal known_world
+            if played.rollout is None:
+                return
+            outcomes[number] = played.rollout.correct
+            truth = played.rollout.info.get("real_answer")
+            known_world |= truth is not None
+            real[number] = float(truth is not None and played.rollout.info.get("answer") == truth)
+
+        accuracy = await evaluate(task, questions, agents, greedy=mode == "greedy", seed=EVAL_SEED, seen=seen)
+        result[mode] = outcomes
+        result[f"failed_{mode}"] = accuracy.failed
+        if known_world:
+            result[f"real_{mode}"] = real
+        if mode == "sampled":
+            result["d_k"] = {role: {str(d): c for d, c in h.items()} for role, h in accuracy.calls.items()}
+    for agent in agents.values():
+        await agent.engine.close()
+    return result

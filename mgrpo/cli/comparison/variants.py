@@ -1,0 +1,85 @@
+"""What is compared: each variant is one config with a few overrides, each score one pair of policies on one task.
+
+All variants of a seed but the shared policy start from the same warm-started policies, those of its co-training run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mgrpo.config import RunConfig
+from mgrpo.errors import ConfigError
+from mgrpo.types import MAIN
+
+COTRAIN = "co-training"
+WARM = "before RL"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training run of a seed."""
+
+    name: str
+    about: str
+    overrides: tuple[str, ...] = ()
+    own_start: bool = False  # its policies are not those that co-training starts from
+
+
+@dataclass(frozen=True)
+class Score:
+    """One held-out score: each role's policy as (variant that trained it, "start" or "final"), and task options."""
+
+    name: str
+    policies: Mapping[str, tuple[str, str]]
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+def variants(config: RunConfig) -> list[Variant]:
+    """Every run of one seed, co-training first."""
+    subs = config.sub_roles
+    return [
+        Variant(COTRAIN, "every agent trains its own policy"),
+        Variant("frozen sub", "only the main agent trains", tuple(f"agents.{r}.frozen=true" for r in subs)),
+        Variant("frozen main", "only the sub-agents train", (f"agents.{MAIN}.frozen=true",)),
+        Variant("shared", "one policy for all roles, trained on all of it", _shared(config), own_start=True),
+        Variant("shuffled rewards", "control: rewards dealt at random within each group",
+                ("trainer.shuffle_rewards=true",)),
+        Variant("lr 0", "control: no update", tuple(f"agents.{r}.optimizer.lr=0.0" for r in config.roles)),
+        Variant("expert off", "control: sub-agents are paid for form and outcome only",
+                tuple(f"agents.{r}.reward.expert=0.0" for r in subs)),
+    ]  # fmt: skip
+
+
+def _shared(config: RunConfig) -> tuple[str, ...]:
+    """Every sub-agent acts with the main agent's policy, whose warm start takes as long as the longest of theirs."""
+    steps = max(config.agents[r].warm_start.steps for r in config.roles)
+    return (
+        f"agents.{MAIN}.warm_start.steps={steps}",
+        *(f"agents.{r}.warm_start={{}}" for r in config.sub_roles),
+        *(f'agents.{r}.shares="{MAIN}"' for r in config.sub_roles),
+    )
+
+
+def chosen(config: RunConfig, names: list[str]) -> list[Variant]:
+    """The named variants (all without names); co-training is always among them. Raises ConfigError."""
+    every = variants(config)
+    known = {v.name for v in every}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--variant {name!r}: expected one of {', '.join(sorted(known))}")
+    return [v for v in every if not names or v.name in names or v.name == COTRAIN]
+
+
+def scores(config: RunConfig, trained: list[Variant]) -> list[Score]:
+    """Every held-out score of one seed: the start, each trained variant, and co-training's policies put to the test."""
+    out = [Score(WARM, dict.fromkeys(config.roles, (COTRAIN, "start")))]
+    out += [Score(v.name, dict.fromkeys(config.roles, (v.name, "final"))) for v in trained]
+    final = dict.fromkeys(config.roles, (COTRAIN, "final"))
+    for role in config.roles:
+        others = {r: (COTRAIN, "final" if r == role else "start") for r in config.roles}
+        out.append(Score(f"only {role} trained (cross pair)", others))
+    if config.task.name == "atlas":  # controls that this task offers
+        out.append(Score("random search results", final, {"search": "random"}))
+        out.append(Score("permuted facts", final, {"facts": "permuted"}))
+    return out

@@ -1,0 +1,214 @@
+"""From scores to a verdict: means, spreads, paired bootstrap intervals, and the claims that must hold.
+
+The bootstrap draws seeds and, within them, questions; the same draw serves both sides of a difference, so what the
+sides share (an easy question, a lucky start) cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgrpo.cli.comparison.variants import COTRAIN, WARM
+from mgrpo.metrics import read_metrics
+
+RESAMPLES = 5000
+MODES = ("sampled", "greedy")
+Outcomes = npt.NDArray[np.float64]  # (seeds, questions)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something the comparison must show: value compared with a bound."""
+
+    text: str
+    value: float | None
+    low: float = -np.inf
+    high: float = np.inf
+
+    @property
+    def holds(self) -> bool | None:
+        """None: not measured."""
+        return None if self.value is None else bool(self.low <= self.value <= self.high)
+
+    def as_json(self) -> dict[str, Any]:
+        bounds = {"low": self.low, "high": self.high}
+        finite = {name: float(b) for name, b in bounds.items() if np.isfinite(b)}
+        return {"claim": self.text, "value": self.value, "holds": self.holds, **finite}
+
+
+def outcomes(results: Mapping[int, Mapping[str, Any]], name: str, mode: str) -> Outcomes | None:
+    """(seeds, questions) of one score, seeds that have it only; results[seed][name] is a score file's content."""
+    rows = [r[name][mode] for r in results.values() if name in r and mode in r[name]]
+    return np.array(rows, np.float64) if rows else None
+
+
+def interval(difference: Outcomes, seed: int = 0) -> tuple[float, float]:
+    """95 % of the bootstrap means of paired differences (seeds, questions)."""
+    rng = np.random.default_rng(seed)
+    seeds, n = difference.shape
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        rows = difference[rng.integers(seeds, size=seeds)]
+        means[i] = rows[:, rng.integers(n, size=n)].mean()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def row(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """One line of the table: of each mode mean, spread over seeds, and co-training minus this one with its interval."""
+    line: dict[str, Any] = {"name": name}
+    for mode in MODES:
+        mine = outcomes(results, name, mode)
+        if mine is None:
+            continue
+        by_seed = mine.mean(1)
+        spread = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else 0.0
+        line[mode] = {"mean": float(mine.mean()), "std_over_seeds": spread, "by_seed": by_seed.tolist()}
+        both = {s: r for s, r in results.items() if name in r and COTRAIN in r}
+        if name != COTRAIN and both:
+            ours, theirs = outcomes(both, COTRAIN, mode), outcomes(both, name, mode)
+            assert ours is not None and theirs is not None
+            low, high = interval(ours - theirs)
+            line[mode] |= {"cotrain_minus": float((ours - theirs).mean()), "low": low, "high": high}
+    return line
+
+
+def claims(
+    table: Mapping[str, Mapping[str, Any]], results: Mapping[int, Mapping[str, Any]], drift: float | None
+) -> list[Claim]:
+    """The claims about the task atlas: its thresholds, each beside what was measured."""
+
+    def get(name: str, mode: str, key: str = "mean") -> float | None:
+        value = table.get(name, {}).get(mode, {}).get(key)
+        return None if value is None else float(value)
+
+    def gain(name: str, mode: str) -> float | None:
+        after, before = get(name, mode), get(WARM, mode)
+        return None if after is None or before is None else after - before
+
+    def real(mode: str) -> float | None:
+        found = outcomes(results, "permuted facts", f"real_{mode}")
+        return None if found is None else float(found.mean())
+
+    out = [
+        Claim("co-training, sampled", get(COTRAIN, "sampled"), low=0.85),
+        Claim("co-training, greedy", get(COTRAIN, "greedy"), low=0.90),
+    ]
+    for name, mode, low in (("frozen sub", "sampled", 0.45), ("frozen sub", "greedy", 0.45),
+                            ("frozen main", "sampled", 0.40), ("frozen main", "greedy", 0.35)):  # fmt: skip
+        out.append(Claim(f"co-training minus {name}, {mode}", get(name, mode, "cotrain_minus"), low=low))
+    out.append(Claim("d_k against the hop mix, total variation", hop_distance(results), high=0.1))
+    for mode in MODES:
+        out.append(Claim(f"random search results, {mode}", get("random search results", mode), high=0.05))
+        out.append(
+            Claim(f"permuted facts, {mode}: follows the documents", get("permuted facts", mode), low=0.90)
+        )
+        out.append(Claim(f"permuted facts, {mode}: says the real world's", real(mode), high=0.05))
+        out.append(Claim(f"gain with shuffled rewards, {mode}", gain("shuffled rewards", mode), high=0.05))
+        out.append(Claim(f"gain with lr 0, {mode}", gain("lr 0", mode), low=0.0, high=0.0))
+        out.append(
+            Claim(f"expert off behind co-training, {mode}", get("expert off", mode, "cotrain_minus"), low=0.0)
+        )
+        for name in table:
+            if name.endswith("(cross pair)"):
+                out.append(
+                    Claim(f"co-training minus {name}, {mode}", get(name, mode, "cotrain_minus"), low=0.40)
+                )
+    out.append(Claim("log-probs of sampler and trainer, largest difference", drift, high=1e-4))
+    return out
+
+
+def hop_distance(results: Mapping[int, Mapping[str, Any]]) -> float | None:
+    """Total variation between co-training's invocations per rollout and the questions' hops, 1 : 2 : 1."""
+    counts: dict[int, int] = {}
+    for r in results.values():
+        for histogram in r.get(COTRAIN, {}).get("d_k", {}).values():
+            for d, c in histogram.items():
+                counts[int(d)] = counts.get(int(d), 0) + c
+    total = sum(counts.values())
+    if not total:
+        return None
+    mix = {1: 0.25, 2: 0.5, 3: 0.25}
+    return 0.5 * sum(abs(counts.get(d, 0) / total - mix.get(d, 0.0)) for d in {*counts, *mix})
+
+
+def curve(run: Path, mode: str) -> list[tuple[int, float, float]]:
+    """(step, seconds of RL, validation accuracy) of a run, in order of steps."""
+    points: dict[int, tuple[int, float, float]] = {}
+    began: float | None = None
+    for record in read_metrics(run):
+        value = record.get(f"eval/validation/{mode}")
+        if value is not None:
+            if began is None:
+                began = record["time"]
+            points[int(record["step"])] = (int(record["step"]), record["time"] - began, value)
+    return [points[step] for step in sorted(points)]
+
+
+def at_equal_seconds(runs: Mapping[str, Mapping[int, Path]], mode: str) -> dict[str, dict[str, float]]:
+    """Variant -> its validation accuracy and co-training's, each at the last evaluation within the same seconds of RL:
+    those of the shorter of the two runs. Means over seeds."""
+    out: dict[str, dict[str, float]] = {}
+    for name, by_seed in runs.items():
+        rows = []
+        for seed, run in by_seed.items():
+            other = runs.get(COTRAIN, {}).get(seed)
+            mine, theirs = curve(run, mode), curve(other, mode) if other else []
+            if not mine or not theirs:
+                continue
+            seconds = min(mine[-1][1], theirs[-1][1])
+            rows.append((seconds, *(_last_within(points, seconds) for points in (mine, theirs))))
+        if rows:
+            seconds, own, cotrain = np.mean(rows, axis=0)
+            out[name] = {"seconds": float(seconds), "accuracy": float(own), "cotrain": float(cotrain)}
+    return out
+
+
+def _last_within(points: Sequence[tuple[int, float, float]], seconds: float) -> float:
+    return [value for _, at, value in points if at <= seconds][-1]
+
+
+def draw(path: Path, table: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[int, Path]]) -> bool:
+    """compare.png: held-out bars with the spread over seeds, and the validation curves. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (bars, steps, clock) = plt.subplots(
+        1, 3, figsize=(15, 5.4), width_ratios=(1.2, 1, 1), constrained_layout=True
+    )
+    shown = [line for line in table if "sampled" in line]
+    at = np.arange(len(shown))
+    for offset, mode in ((-0.2, "sampled"), (0.2, "greedy")):
+        means = [line[mode]["mean"] for line in shown]
+        spread = [line[mode]["std_over_seeds"] for line in shown]
+        bars.barh(at + offset, means, 0.38, xerr=spread, label=mode)
+    bars.set(title="held-out accuracy (bars: standard deviation over seeds)", xlim=(0, 1.05))
+    bars.set_yticks(at, [line["name"] for line in shown])
+    bars.invert_yaxis()
+    bars.legend()
+    for number, (name, by_seed) in enumerate(runs.items()):
+        for axis, place in ((steps, 0), (clock, 1)):
+            for first, run in enumerate(by_seed.values()):
+                points = curve(run, "sampled")
+                if points:
+                    axis.plot([p[place] for p in points], [p[2] for p in points], color=f"C{number}",
+                              alpha=0.75, label=name if first == 0 else None)  # fmt: skip
+    steps.set(title="validation, sampled, equal rollouts", xlabel="step", ylim=(0, 1.02))
+    clock.set(title="validation, sampled, equal seconds", xlabel="seconds of RL", ylim=(0, 1.02))
+    for axis in (steps, clock):
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True

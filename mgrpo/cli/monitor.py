@@ -1,0 +1,203 @@
+"""What the launcher knows of a run: only what the processes report through the store.
+
+The monitor turns reports into terminal lines, metrics.jsonl, tensorboard, curves.png and summary.json. It remembers the
+last report it has written down, so a resumed run appends and repeats nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mgrpo.cli.parts import RunFolder, run_params
+from mgrpo.cli.progress import Display, step_line
+from mgrpo.cli.summary import draw_curves, write_summary
+from mgrpo.config import RunConfig
+from mgrpo.errors import DeadlineError, PeerError
+from mgrpo.metrics import MetricsWriter, read_metrics
+from mgrpo.store.client import LauncherClient
+from mgrpo.transport.keys import client_keys
+
+
+class Outcome(enum.Enum):
+    """How a run stands."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    INVALID = "invalid"  # the gate did not pass
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+class Monitor:
+    """Follows one run from its store."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, display: Display) -> None:
+        self._config, self._folder, self._display = config, folder, display
+        self._metrics = MetricsWriter(folder.root)
+        self._seen, before = _written_so_far(folder.root)
+        self._began = time.monotonic() - before
+        self._client: LauncherClient | None = None
+        self._summary = _Summary(config)
+        self.reason = ""
+
+    def connect(self, check: Callable[[], object], seconds: float) -> None:
+        """Wait for the store; `check` is called meanwhile and raises when there is no hope."""
+        deadline = time.monotonic() + seconds
+        addresses = self._folder.addresses(self._config)
+        self._client = LauncherClient(
+            addresses.store, "launcher", timeout=5.0, key=client_keys(addresses, "launcher")
+        )
+        while True:
+            try:
+                self._client.create(run_params(self._config))
+                break
+            except (DeadlineError, PeerError):
+                check()
+                if time.monotonic() > deadline:
+                    raise
+        self._client.set_control("running", "")
+        for report in self._client.reports(
+            after=-1
+        ):  # a resumed run: what the earlier part said, for the summary
+            if report.seq <= self._seen:
+                self._summary.take(report.kind, report.payload)
+
+    def poll(self) -> Outcome:
+        """Take in what is new and say how the run stands."""
+        assert self._client is not None, "connect() comes first"
+        try:
+            # The state is read before the reports: whoever ends a run reports first and ends it then.
+            control = self._client.world().control
+            fresh = self._client.reports(after=self._seen)
+        except (DeadlineError, PeerError) as error:
+            self._display.line(f"the store does not answer: {error}", "yellow")
+            return Outcome.RUNNING
+        for report in fresh:
+            self._seen = report.seq
+            self._summary.take(report.kind, report.payload)
+            self._take(report.seq, report.source, report.kind, report.payload)
+        if control.state == "running":
+            return Outcome.RUNNING
+        self.reason = control.reason
+        if control.state == "finished":
+            return Outcome.FINISHED
+        return Outcome.INVALID if self._summary.gate_failed else Outcome.FAILED
+
+    def close(self, outcome: Outcome) -> None:
+        """Write what people will look at, and say where it is."""
+        self._metrics.close()
+        if self._client is not None:
+            self._client.close()
+        seconds = time.monotonic() - self._began
+        summary = self._summary.result(seconds, outcome is Outcome.FINISHED)
+        write_summary(self._folder.root, summary | {"outcome": outcome.value, "reason": self.reason})
+        heldout = summary["heldout"]
+        if heldout["final"] is not None:
+            final, warm = heldout["final"], heldout["warm"] or {}
+            for mode in ("sampled", "greedy"):
+                was = f", was {warm[mode]:.3f} before RL" if mode in warm else ""
+                self._display.line(f"held-out accuracy, {mode}: {final[mode]:.3f}{was}", "bold")
+        picture = draw_curves(self._folder.root, f"{self._folder.root}  (seed {self._config.seed})")
+        if picture is not None:
+            self._display.line(f"curves: {picture}")
+        self._display.line(f"summary: {self._folder.root / 'summary.json'}  ({seconds:.0f} s)")
+
+    def _take(self, seq: int, source: str, kind: str, payload: Mapping[str, Any]) -> None:
+        """One report: a line for people, a record for machines."""
+        trainer = self._config.trainer
+        step = int(payload.get("step", 0))
+        if kind == "step":
+            role = payload["role"]
+            left = self._display.advance(f"RL {role}", step, trainer.steps)
+            self._display.line(step_line(role, step, trainer.steps, payload["metrics"], left))
+        elif kind == "warm":
+            role = payload["role"]
+            left = self._display.advance(f"warm start {role}", step, payload["steps"])
+            if step % 100 == 0 or step == payload["steps"]:
+                self._display.line(
+                    f"warm start {role:<6} {step:>4}/{payload['steps']}  loss {payload['loss']:.3f}"
+                    + (f"  ({left})" if left else "")
+                )
+        elif kind == "eval":
+            text = f"{payload['split']} accuracy at step {step}: "
+            text += ", ".join(f"{m} {payload[m]:.3f}" for m in ("sampled", "greedy") if m in payload)
+            self._display.line(f"{text}  ({payload['n']} questions)", "bold")
+        elif kind == "gate":
+            self._display.line(f"gate: {payload['text']}", "green" if payload["valid"] else "red")
+        elif kind != "rollouts":
+            self._display.line(str(payload.get("text", f"{source}: {kind}")), "dim")
+        step, values = values_of(kind, payload)
+        if values:
+            self._metrics.write(step, time.monotonic() - self._began, {"seq": seq, **values})
+
+
+def values_of(kind: str, payload: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
+    """(step, metrics) of one report; a report that is only about itself has none."""
+    step = int(payload.get("step", 0))
+    if kind in ("step", "rollouts"):
+        return step, dict(payload["metrics"])
+    if kind == "warm":  # the warm start ends where RL begins, at step 0
+        return step - payload["steps"], {f"{payload['role']}/warm_start/loss": payload["loss"]}
+    if kind == "eval":
+        return step, {
+            f"eval/{payload['split']}/{m}": payload[m] for m in ("sampled", "greedy") if m in payload
+        }
+    return step, {}
+
+
+class _Summary:
+    """Collects summary.json from the reports."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._heldout: dict[str, dict[str, float] | None] = {"warm": None, "final": None}
+        self._validation: dict[int, dict[str, float]] = {}
+        self._gate: dict[str, Any] | None = None
+        self._d_k: dict[str, Any] = {}
+        self._steps = dict.fromkeys(config.training_roles, 0)
+        self._drift = 0
+
+    @property
+    def gate_failed(self) -> bool:
+        return self._gate is not None and not self._gate["valid"]
+
+    def take(self, kind: str, payload: Mapping[str, Any]) -> None:
+        if kind == "gate":
+            self._gate = dict(payload)
+        elif kind == "step":
+            self._steps[payload["role"]] = payload["step"]
+        elif kind == "rollouts":
+            self._drift = max(self._drift, int(payload["metrics"].get("rollout/retoken_drift", 0)))
+        elif kind == "eval":
+            accuracy = {mode: payload[mode] for mode in ("greedy", "sampled")}
+            if payload["split"] == "heldout":
+                self._heldout["warm" if payload["step"] == 0 else "final"] = accuracy
+                self._d_k = payload["d_k"]
+            else:
+                self._validation[payload["step"]] = accuracy
+
+    def result(self, seconds: float, finished: bool) -> dict[str, Any]:
+        return {
+            "heldout": self._heldout,
+            "validation": {str(step): self._validation[step] for step in sorted(self._validation)},
+            "valid": self._gate is not None and bool(self._gate["valid"]),
+            "gate": self._gate,
+            "finished": finished,
+            "d_k": self._d_k,
+            "steps": min(self._steps.values(), default=0),
+            "retoken_drift": self._drift,
+            "seconds": round(seconds, 1),
+            "seed": self._config.seed,
+        }
+
+
+def _written_so_far(folder: Path) -> tuple[int, float]:
+    """(last report that metrics.jsonl holds, seconds of the run so far); (-1, 0) for a new run."""
+    seq, seconds = -1, 0.0
+    for record in read_metrics(folder):
+        seq, seconds = max(seq, int(record.get("seq", -1))), max(seconds, float(record.get("time", 0.0)))
+    return seq, seconds

@@ -1,0 +1,190 @@
+"""The processes of a run, one function each, and the folder they share on one machine.
+
+Every part is started with the same config file. Addresses that the config leaves open become local sockets in a folder
+that follows from --out, so parts that are started by hand find each other as those of the launcher do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from mgrpo.cli.processes import die_with_parent
+from mgrpo.config import RunConfig, config_digest, load_config
+from mgrpo.config.addresses import Addresses
+from mgrpo.errors import ConfigError
+from mgrpo.rollout.task import Task
+from mgrpo.store.records import RunParams
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "store.db"
+
+    @property
+    def database_lock(self) -> Path:
+        return self.root / "store.db.lock"
+
+    @property
+    def agents(self) -> Path:
+        return self.root / "agents"
+
+    def agent(self, role: str) -> Path:
+        """Checkpoints, spool and policies of one agent; exists on that agent's server only."""
+        return self.agents / role
+
+    def rollouts(self, worker: int) -> Path:
+        """What one rollout worker records; exists on that worker's server only."""
+        return self.root / "rollouts" / str(worker)
+
+    @property
+    def socket_folder(self) -> Path:
+        # Socket paths are limited to about 100 bytes, so they cannot live below an arbitrarily deep --out.
+        name = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:12]
+        return Path(tempfile.gettempdir()) / f"mgrpo-{os.getuid()}-{name}"
+
+    @contextmanager
+    def sockets(self) -> Iterator[None]:
+        """The folder of the local sockets, removed with everything in it at the end."""
+        self.socket_folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.socket_folder, ignore_errors=True)
+
+    def make_room_for_sockets(self, config: RunConfig) -> None:
+        """For a part that is started by itself: the folder exists where some address of the run is a local socket."""
+        urls = [config.store.url, *(agent.url for agent in config.agents.values())]
+        if None in urls:
+            self.socket_folder.mkdir(mode=0o700, exist_ok=True)
+
+    def addresses(self, config: RunConfig) -> Addresses:
+        local = self.socket_folder
+        return Addresses(
+            store=config.store.url or f"ipc://{local}/store",
+            agents={r: a.url or f"ipc://{local}/{r}" for r, a in config.agents.items()},
+            keys=Path(config.link.keys) if config.link.keys is not None else None,
+            insecure=config.link.insecure,
+        )
+
+
+def recorded_run(root: Path) -> RunConfig:
+    """The config of the run in a folder. Raises ConfigError when it is not one."""
+    folder = RunFolder(root)
+    if not folder.config.exists():
+        raise ConfigError(f"{root}: not a run's folder (no {folder.config.name})")
+    return load_config(folder.config)
+
+
+def load_run_task(config: RunConfig) -> Task:
+    """The task of a config. Raises ConfigError when its options or the config's roles do not fit it."""
+    from mgrpo.tasks import load_task
+
+    return load_task(config.task.name, config.task.options, config.roles)
+
+
+def run_params(config: RunConfig) -> RunParams:
+    """What the store must know of a run to admit, deliver and refuse."""
+    return RunParams(
+        run=config.task.name,
+        digest=config_digest(config),
+        roles=list(config.roles),
+        training_roles=list(config.training_roles),
+        k=config.trainer.group_size,
+        batch=config.trainer.questions,
+        max_lag=config.trainer.max_lag,
+    )
+
+
+def run_store_process(config_path: Path, out: Path, overrides: Sequence[str], parent: int | None) -> None:
+    """The run's store, until SIGTERM."""
+    from mgrpo.store.server import StoreServer
+    from mgrpo.transport.keys import server_keys
+
+    config = _begin(config_path, overrides, parent)
+    folder = RunFolder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    folder.make_room_for_sockets(config)
+    addresses = folder.addresses(config)
+    server = StoreServer(
+        addresses.store,
+        folder.database,
+        run_params(config),
+        security=server_keys(addresses),
+        insecure=addresses.insecure,
+    )
+    try:
+        threading.Event().wait()
+    finally:
+        server.close()
+
+
+def run_trainer_process(
+    config_path: Path, role: str, out: Path, overrides: Sequence[str], parent: int | None
+) -> None:
+    """One agent's trainer, until the run is over."""
+    from mgrpo.trainer.process import TrainerProcess
+
+    config = _begin(config_path, overrides, parent)
+    if role not in config.agents:
+        raise ConfigError(f"--agent {role}: unknown role; the config has {', '.join(config.roles)}")
+    if config.owner(role) != role:
+        raise ConfigError(f"--agent {role}: it shares a policy; start the trainer of {config.owner(role)!r}")
+    folder = RunFolder(out)
+    folder.make_room_for_sockets(config)
+    with TrainerProcess(
+        config, role, load_run_task(config), folder.agents, folder.addresses(config)
+    ) as trainer:
+        trainer.run()
+
+
+def run_worker_process(
+    config_path: Path, worker: int, out: Path, overrides: Sequence[str], parent: int | None
+) -> None:
+    """One rollout worker, until the run is over."""
+    from mgrpo.rollout.worker import run_worker
+
+    config = _begin(config_path, overrides, parent)
+    if not 0 <= worker < config.rollout.workers:
+        raise ConfigError(f"--worker {worker}: expected 0 to {config.rollout.workers - 1} (rollout.workers)")
+    folder = RunFolder(out)
+    run_worker(config, worker, load_run_task(config), folder.addresses(config), folder.rollouts(worker))
+
+
+def _begin(config_path: Path, overrides: Sequence[str], parent: int | None) -> RunConfig:
+    if parent is not None:
+        die_with_parent(parent)
+    # SIGTERM unwinds the stack, so that context managers save, flush and close.
+    signal.signal(signal.SIGTERM, _terminated)
+    return load_config(config_path, overrides)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)

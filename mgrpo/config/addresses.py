@@ -1,0 +1,18 @@
+"""Where the parts of a run listen, and how their links are protected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """ZeroMQ addresses: the store's, and for each role its trainer's (trajectories in, weights out). keys: folder of
+    the keys on this machine, None for plain links; insecure: plain links may leave this machine."""
+
+    store: str
+    agents: Mapping[str, str]
+    keys: Path | None = None
+    insecure: bool = False

@@ -1,0 +1,317 @@
+"""The config tree of a run: one TOML file, the same on every server.
+
+A docstring stands under each field; unknown keys, wrong types and settings that could not act are errors that name
+the key. Fields of a role that only another role can use (an outcome weight on the main agent, say) are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.types import MAIN
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, no unknown keys, docstrings as descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+
+
+class TaskConfig(Settings):
+    """What the agents are asked."""
+
+    name: str = "atlas"
+    """A built-in task, or "package.module:Class"."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the task itself; each task checks its own."""
+
+
+class OptimizerConfig(Settings):
+    """AdamW of one agent's trainer."""
+
+    lr: float = Field(1e-3, ge=0)
+    """Learning rate; 0 is allowed as a control."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments, each in [0, 1)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Global norm bound of one optimizer step."""
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimizerConfig:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        return self
+
+
+class WarmStartConfig(Settings):
+    """Supervised steps on the task's demonstrations before RL; skipped when steps is 0."""
+
+    steps: int = Field(0, ge=0)
+    """Optimizer steps."""
+    batch_size: int = Field(96, ge=1)
+    """Sequences a step."""
+    lr: float = Field(4e-3, gt=0)
+    """Highest learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay rates."""
+    warmup_steps: int = Field(30, ge=0)
+    """Steps of the linear rise to lr."""
+    decay: float = Field(0.4, ge=0, le=1)
+    """Fraction of the steps, at the end, over which lr falls linearly to 0."""
+
+    _pair = field_validator("betas", mode="before")(lambda v: tuple(v) if isinstance(v, list) else v)
+
+
+class RewardConfig(Settings):
+    """Weights of the reward parts. main: format + correct; a sub-agent: format + outcome + expert."""
+
+    format: float = Field(0.1, ge=0)
+    """This trajectory kept to its protocol."""
+    correct: float = Field(0.0, ge=0)
+    """main only: its answer is right."""
+    outcome: float = Field(0.0, ge=0)
+    """sub-agents only: the main agent's answer of this rollout is right."""
+    expert: float = Field(0.0, ge=0)
+    """sub-agents only: the judge's score of this invocation."""
+
+
+class AlignmentConfig(Settings):
+    """How a varying number of invocations becomes a fixed batch; see docs/algorithm.md."""
+
+    mode: Literal["weights", "duplicate", "expected", "none"] = "weights"
+    """The paper's draw computed once with multiplicities, the same with copies, its expectation, or no alignment."""
+    vote: Literal["per_rollout", "per_invocation"] = "per_rollout"
+    """per_invocation is possible with mode "none" only."""
+
+    @model_validator(mode="after")
+    def _vote_fits(self) -> AlignmentConfig:
+        if self.vote == "per_invocation" and self.mode != "none":
+            raise ValueError(f'vote "per_invocation" needs mode "none", got mode "{self.mode}"')
+        return self
+
+
+class AgentConfig(Settings):
+    """One agent: its policy, its trainer and the trainer's address."""
+
+    model: str | None = None
+    """Folder of a Hugging Face causal LM with its tokenizer; unset: the task builds a fresh policy."""
+    shares: str | None = None
+    """Act with the policy of this role, whose trainer then trains on both roles' trajectories."""
+    frozen: bool = False
+    """Roll out with the starting policy, never train it."""
+    url: str | None = None
+    """Where this agent's trainer listens for trajectories and serves weights, e.g. "tcp://10.0.0.2:5601".
+    Unset: a local socket of the run."""
+    d_max: int = Field(1, ge=1)
+    """Invocations per rollout after alignment; 1 for the main agent."""
+    max_length: int = Field(128, ge=2)
+    """Longest trajectory in tokens."""
+    alignment: AlignmentConfig = AlignmentConfig()
+    reward: RewardConfig
+    loss: GrpoLossConfig = GrpoLossConfig()
+    """loss.temperature is the sampling temperature too: there is one distribution."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+
+class TrainerConfig(Settings):
+    """What every trainer of the run shares."""
+
+    steps: int = Field(150, ge=1)
+    """RL steps."""
+    questions: int = Field(16, ge=1)
+    """Rollout groups a step."""
+    group_size: int = Field(8, ge=2)
+    """Rollouts of one question (K)."""
+    minibatches: int = Field(2, ge=1)
+    """Optimizer steps a step; groups are split evenly among them."""
+    micro_batch: int = Field(16384, ge=1)
+    """Tokens, padding included, of one forward and backward pass."""
+    max_lag: int = Field(0, ge=0)
+    """Steps that a sampled token may be older than the weights it trains; 0 is synchronous and reproducible."""
+    shuffle_rewards: bool = False
+    """A control: the rewards of each group are dealt out to its trajectories at random. Nothing can be learned."""
+    old_logprobs: Literal["rollout", "recompute"] = "rollout"
+    """Denominator of the ratio: what the sampler reported, or a forward pass of the trainer before the step."""
+    checkpoint_every: int = Field(20, ge=1)
+    """Steps between checkpoints; a restarted trainer repeats at most so many."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints stay on disk."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of one trainer process."""
+
+    @model_validator(mode="after")
+    def _groups_split_evenly(self) -> TrainerConfig:
+        if self.questions % self.minibatches:
+            raise ValueError(
+                f"questions={self.questions} is not a multiple of minibatches={self.minibatches}"
+            )
+        return self
+
+
+class RolloutConfig(Settings):
+    """The rollout workers."""
+
+    workers: int = Field(1, ge=1)
+    """Worker processes; they divide the groups of a step among them by a fixed rule."""
+    slots: int = Field(160, ge=1)
+    """Conversations of one agent that are decoded together."""
+    threads: int = Field(1, ge=1)
+    """CPU threads of one worker process; more than 1 pays only for models of many millions of parameters."""
+
+
+class EvalConfig(Settings):
+    """Accuracy on questions that are never trained on."""
+
+    every: int = Field(25, ge=1)
+    """Steps between evaluations on the validation split."""
+    validation: int = Field(120, ge=1)
+    """Questions of one evaluation on the validation split."""
+    heldout: int = Field(400, ge=1)
+    """Questions of the held-out evaluations: at the start and at the end."""
+    gate: int = Field(200, ge=0)
+    """Questions of the gate before RL; 0 skips the gate, and the run counts as not valid."""
+
+
+class RecordConfig(Settings):
+    """What a run keeps of its rollouts and of the credit they earned, for the run page and for replay."""
+
+    enabled: bool = True
+    """false: nothing is recorded, and the run page and replay have nothing to show."""
+    tokens_every: int = Field(1, ge=0)
+    """Token ids, masks and log-probs are kept of every n-th step (1: of all, 0: of none); rewards, advantages and
+    alignment of every step. Replaying a loss needs the tokens of all steps since the last kept checkpoint."""
+    evaluation: int = Field(40, ge=0)
+    """Rollouts kept of each evaluation."""
+    max_mb: float = Field(256.0, gt=0)
+    """Bound on the records of one process in 10^6 bytes. The oldest go first, but never those of the run's start."""
+    checkpoints_mb: float = Field(256.0, ge=0)
+    """Bound on one agent's checkpoints that are kept for replay (hard links; the oldest go first; 0: none)."""
+
+
+class StoreConfig(Settings):
+    """The shared store."""
+
+    url: str | None = None
+    """Where the store listens, e.g. "tcp://10.0.0.1:5600". Unset: a local socket of the run."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds that any call may take before it fails with a named error."""
+    idle_timeout: float = Field(1800.0, gt=0)
+    """Seconds that a trainer or worker waits for its next work."""
+
+
+class LinkConfig(Settings):
+    """Protection of the links between servers. Links within one machine need none."""
+
+    keys: str | None = None
+    """Folder of the keys on each server: server.secret and allowed/ where something listens, and main.key, sub.key,
+    worker.key, launcher.key for what runs there (`mgrpo keys add NAME --role ROLE`). Unset: plain links."""
+    insecure: bool = False
+    """Allow plain links beyond this machine. Anyone who reaches the ports can then read and write the run."""
+
+
+class RunConfig(Settings):
+    """A whole run."""
+
+    seed: int = Field(1, ge=0)
+    """Everything random follows from it: questions, sampling, the draw, fresh policies."""
+    task: TaskConfig = TaskConfig()
+    agents: dict[str, AgentConfig]
+    """One section a role: agents.main and at least one sub-agent."""
+    trainer: TrainerConfig = TrainerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    eval: EvalConfig = EvalConfig()
+    record: RecordConfig = RecordConfig()
+    store: StoreConfig = StoreConfig()
+    link: LinkConfig = LinkConfig()
+
+    @model_validator(mode="after")
+    def _roles_make_sense(self) -> RunConfig:
+        if MAIN not in self.agents:
+            raise ValueError(f"agents.{MAIN} is missing; found {sorted(self.agents)}")
+        if len(self.agents) < 2:
+            raise ValueError("agents needs at least one sub-agent beside agents.main")
+        for role, agent in self.agents.items():
+            wrong = ("outcome", "expert") if role == MAIN else ("correct",)
+            for part in wrong:
+                if getattr(agent.reward, part):
+                    raise ValueError(
+                        f"agents.{role}.reward.{part} has no meaning for role {role!r}; remove it"
+                    )
+            if role == MAIN and agent.d_max != 1:
+                raise ValueError(f"agents.main.d_max must be 1 (one trajectory a rollout), got {agent.d_max}")
+            if agent.model is not None and agent.warm_start.steps:
+                raise ValueError(
+                    f"agents.{role} has both model and warm_start.steps; set warm_start.steps = 0"
+                )
+            if agent.max_length > self.trainer.micro_batch:
+                raise ValueError(
+                    f"agents.{role}.max_length={agent.max_length} exceeds "
+                    f"trainer.micro_batch={self.trainer.micro_batch}"
+                )
+            if agent.shares is not None:
+                self._check_sharing(role, agent)
+        if all(self.agents[self.owner(r)].frozen for r in self.agents):
+            raise ValueError("every agent is frozen; nothing would be trained")
+        remote = [r for r, a in self.agents.items() if a.url is None] if self.store.url else []
+        if (
+            self.store.url
+            and self.store.url.startswith("tcp://")
+            and len(remote) not in (0, len(self.agents))
+        ):
+            raise ValueError(f"agents.{remote[0]}.url is missing: other agents of this run have an address")
+        return self
+
+    def _check_sharing(self, role: str, agent: AgentConfig) -> None:
+        """What a policy is and how it is optimised is said once, by the role it belongs to."""
+        owner = self.agents.get(agent.shares or "")
+        if owner is None or owner.shares is not None or agent.shares == role:
+            raise ValueError(
+                f"agents.{role}.shares={agent.shares!r}: expected a role with a policy of its own"
+            )
+        for name in ("model", "frozen", "warm_start"):
+            if getattr(agent, name) != AgentConfig.model_fields[name].default:
+                raise ValueError(
+                    f"agents.{role}.{name} has no effect: the policy is that of {agent.shares!r}"
+                )
+        for name in ("loss", "optimizer"):
+            if getattr(agent, name) != getattr(owner, name):
+                raise ValueError(
+                    f"agents.{role}.{name} differs from that of {agent.shares!r}, whose policy it shares"
+                )
+
+    def owner(self, role: str) -> str:
+        """The role whose policy `role` acts with: itself, unless it shares another's."""
+        return self.agents[role].shares or role
+
+    def served_by(self, role: str) -> tuple[str, ...]:
+        """The roles that act with the policy of `role`, itself first."""
+        return (role, *(r for r in self.roles if self.agents[r].shares == role))
+
+    @property
+    def policy_roles(self) -> tuple[str, ...]:
+        """The roles with a policy, and so a trainer, of their own."""
+        return tuple(r for r in self.roles if self.agents[r].shares is None)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All roles, "main" first, the others in order of name: the canonical order everywhere."""
+        return (MAIN, *sorted(r for r in self.agents if r != MAIN))
+
+    @property
+    def training_roles(self) -> tuple[str, ...]:
+        return tuple(r for r in self.roles if not self.agents[self.owner(r)].frozen)
+
+    @property
+    def sub_roles(self) -> tuple[str, ...]:
+        return self.roles[1:]

@@ -1,0 +1,204 @@
+"""The Triton backend: launches the kernels of mgrpo.kernels on CUDA tensors, or on CPU tensors under the
+interpreter."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.kernels import group_advantage as group_kernels
+from mgrpo.kernels import grpo_loss as loss_kernels
+from mgrpo.kernels import logprob as row_kernels
+from mgrpo.ops.token_loss import Tokens
+
+BLOCK = 2048
+"""Logits a program holds at a time; with WARPS it keeps the statistics of a row in registers without a
+spill."""
+WARPS = 8
+GROUP_BLOCK = 64
+"""Rewards a program reduces at a time: the usual group in one step."""
+
+_ESTIMATORS = {"grpo": 0, "dr_grpo": 1, "rloo": 2, "batch": 3}
+_LOSS_TYPES = {"cispo": 1, "sapo": 2}  # the rest clip
+_CORRECTIONS = {"token_tis": 1, "mis": 2}  # the rest are known before the rows are read
+
+
+def group_advantage(
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float
+) -> Tensor:
+    """Advantages (N,) in the dtype of `rewards`."""
+    out = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+    n = rewards.numel()
+    if n == 0:
+        return out
+    ids, order = torch.sort(group_id, stable=True)
+    begin = torch.searchsorted(ids, ids, right=False)
+    end = torch.searchsorted(ids, ids, right=True)
+    r = rewards[order]
+    w = r if weight is None else weight[order]
+    weighted = weight is not None
+    deviation = torch.zeros(1, dtype=torch.float64, device=rewards.device)
+    with _on(rewards):
+        if estimator == "batch":
+            group_kernels.batch_deviation_kernel[(1,)](r, w, deviation, n, weighted, BLOCK=1024)
+        group_kernels.group_advantage_kernel[(n,)](
+            r,
+            w,
+            begin,
+            end,
+            order,
+            deviation,
+            out,
+            eps,
+            _ESTIMATORS[estimator],
+            weighted,
+            BLOCK=GROUP_BLOCK,
+            num_warps=2,
+        )
+    return out
+
+
+def loss_rows(
+    logits: Tensor, tokens: Tokens, config: GrpoLossConfig, grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tokens]:
+    """As native.loss_rows; where tokens hold groups, the kernel reduces them and the advantages come back in
+    tokens."""
+    t, v = logits.shape
+    logp = torch.empty(t, dtype=torch.float32, device=logits.device)
+    entropy, moved = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.uint8)
+    groups = tokens.groups
+    advantages = torch.empty_like(logp) if groups else _float(tokens.advantages)
+    pw, w = _float(tokens.policy_weight), _float(tokens.weight)
+    old, ref, rollout = (
+        w if x is None else _float(x)
+        for x in (tokens.old_logprobs, tokens.ref_logprobs, tokens.rollout_logprobs)
+    )
+    rewards = _float(groups.rewards) if groups else w
+    seq_weight = _float(groups.weight) if groups and groups.weight is not None else w
+    low, high = config.correction_bounds
+    out = logits if grad is None else grad
+    with _on(logits):
+        if t:
+            loss_kernels.grpo_loss_kernel[(t,)](
+                logits,
+                out,
+                tokens.target_ids,
+                tokens.seq_id,
+                pw,
+                w,
+                advantages,
+                rewards,
+                groups.group_id if groups else tokens.target_ids,
+                seq_weight,
+                old,
+                ref,
+                rollout,
+                logp,
+                entropy,
+                moved,
+                logits.stride(0),
+                out.stride(0),
+                v,
+                rewards.numel() if groups else 0,
+                math.log2(math.e) / config.temperature,
+                1.0 / config.temperature,
+                config.clip_eps_low,
+                config.clip_eps_high,
+                math.inf if config.delta is None else config.delta,
+                config.sapo_temperature_pos,
+                config.sapo_temperature_neg,
+                config.kl_coef,
+                config.entropy_coef,
+                low,
+                high,
+                config.advantage_eps,
+                LOSS=_LOSS_TYPES.get(config.loss_type, 0),
+                KL=int(config.kl_estimator[1]) if config.kl_coef else 0,
+                ENTROPY=config.entropy_coef > 0,
+                CORRECTION=_CORRECTIONS.get(config.correction, 0) if tokens.old_logprobs is None else 0,
+                GROUPS=groups is not None,
+                WEIGHTED=groups is not None and groups.weight is not None,
+                ESTIMATOR=_ESTIMATORS[config.estimator],
+                HAS_OLD=tokens.old_logprobs is not None,
+                NEED_GRAD=grad is not None,
+                BLOCK=BLOCK,
+                BLOCK_N=GROUP_BLOCK,
+                num_warps=WARPS,
+            )
+    if groups:
+        tokens = tokens.with_advantages(advantages)
+    return logp, entropy, moved.bool(), tokens
+
+
+def row_partials(
+    logits: Tensor, target_ids: Tensor, live: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As native.row_partials."""
+    t, v = logits.shape
+    maximum = torch.empty(t, dtype=torch.float32, device=logits.device)
+    out = (maximum, torch.empty_like(maximum), torch.empty_like(maximum), torch.empty_like(maximum))
+    alive = target_ids if live is None else live.to(torch.uint8)
+    with _on(logits):
+        if t:
+            row_kernels.partials_kernel[(t,)](
+                logits,
+                target_ids,
+                alive,
+                *out,
+                logits.stride(0),
+                v,
+                math.log2(math.e) / temperature,
+                HAS_LIVE=live is not None,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def row_gradients(
+    logits: Tensor,
+    target_ids: Tensor,
+    coefficients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    temperature: float,
+    grad: Tensor,
+) -> None:
+    """As native.row_gradients."""
+    t, v = logits.shape
+    with _on(logits):
+        if t:
+            row_kernels.gradient_kernel[(t,)](
+                logits,
+                grad,
+                target_ids,
+                *(_float(x) for x in coefficients),
+                logits.stride(0),
+                grad.stride(0),
+                v,
+                math.log2(math.e) / temperature,
+                1.0 / temperature,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+
+
+def fresh(x: Tensor) -> Tensor:
+    """As native.fresh; the caching allocator of a GPU needs no help."""
+    return x
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the current device: make it the tensor's."""
+    if x.device.type == "cpu" and isinstance(row_kernels.partials_kernel, triton.JITFunction):
+        raise ValueError(
+            "impl: 'triton' on the cpu needs the interpreter (TRITON_INTERPRET=1 before the import)"
+        )
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()

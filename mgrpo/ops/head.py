@@ -1,0 +1,250 @@
+"""The vocabulary head without [T, V]: chunks of rows, three products, nothing for rows that cannot move a
+gradient.
+
+    for each chunk of live rows:   z = h W^T          (1)
+                                   z <- d loss / d z   in place (loss_rows)
+                                   dh = z W            (2)
+                                   dW += z^T h         (3), accumulated in float32
+
+Dead rows (masked, voteless, or of advantage 0 with no other term) never reach (1); rows whose gradient turned
+out to be 0, because the clip holds them or their logits are not finite, leave before (2) and (3) where the
+count is known without a device synchronisation (on the CPU). Where a row's coefficient depends on other rows,
+`logprob` runs (1) for every live row and `logprob_backward` all three for the rows that move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.ops.backend import rows
+from mgrpo.ops.token_loss import Tokens, token_loss
+
+_COMPACT_BELOW = 7 / 8  # moving the rows of a chunk together pays when at least this part of it falls away
+_COLUMNS = 8192  # of dW converted to float32 at a time where a half-precision product cannot accumulate in it
+
+
+class Needs(NamedTuple):
+    """Which gradients the caller wants."""
+
+    hidden: bool
+    weight: bool
+
+
+class Shard(Protocol):
+    """How the vocabulary lies: whole here, or split over ranks (tensor_parallel.py)."""
+
+    backend: str
+
+    def loss_rows(
+        self, logits: Tensor, tokens: Tokens, config: GrpoLossConfig, need_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logp, entropy, moved) of a chunk; with need_grad its gradient overwrites `logits`."""
+
+    def logprob(
+        self, logits: Tensor, target_ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(logp, entropy, maximum, sum) of a chunk."""
+
+    def local_ids(self, target_ids: Tensor) -> Tensor:
+        """Target ids as this shard numbers them."""
+
+    def reduce(self, grad_hidden: Tensor) -> None:
+        """Complete d loss / d hidden in place from the shards' parts."""
+
+
+class Local:
+    """The whole vocabulary on this device."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def loss_rows(
+        self, logits: Tensor, tokens: Tokens, config: GrpoLossConfig, need_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return rows(self.backend).loss_rows(logits, tokens, config, logits if need_grad else None)[:3]
+
+    def logprob(
+        self, logits: Tensor, target_ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        partials = rows(self.backend).row_partials(logits, target_ids, None, temperature)
+        return finish(*partials, temperature)
+
+    def local_ids(self, target_ids: Tensor) -> Tensor:
+        return target_ids
+
+    def reduce(self, grad_hidden: Tensor) -> None:
+        pass
+
+
+def finish(
+    maximum: Tensor, total: Tensor, weighted: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, maximum, sum) float32 from the statistics of whole rows; NaN where a row is not
+    finite."""
+    log_sum = total.double().log()
+    logp = (target.double() - maximum.double()) / temperature - log_sum
+    entropy = log_sum - weighted.double() / total.double()
+    good = logp.isfinite() & entropy.isfinite()
+    nan = float("nan")
+    return torch.where(good, logp, nan).float(), torch.where(good, entropy, nan).float(), maximum, total
+
+
+def loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tokens,
+    config: GrpoLossConfig,
+    chunk: int,
+    needs: Needs,
+    shard: Shard,
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """(loss, metrics, d hidden, d weight) where a row's coefficient is known row by row: gradient in
+    forward."""
+    t = hidden.shape[0]
+    logp, entropy = (hidden.new_zeros(t, dtype=torch.float32) for _ in range(2))
+    products = _Products(hidden, weight, needs, shard.backend)
+    for piece, h, z in _chunks(hidden, weight, tokens.live(config), chunk, shard.backend):
+        part = tokens.rows(piece)
+        lp, en, moved = shard.loss_rows(z, part, config, needs.hidden or needs.weight)
+        logp[piece], entropy[piece] = lp, en
+        products.add(z, h, piece, moved)
+    if needs.hidden:
+        shard.reduce(products.hidden)
+    value, metrics = token_loss(logp, entropy, tokens, config)
+    return value, metrics, *products.done()
+
+
+def logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    live: Tensor,
+    temperature: float,
+    chunk: int,
+    shard: Shard,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `live` is False."""
+    out = [hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
+    out[3].fill_(1.0)
+    for piece, _, z in _chunks(hidden, weight, live, chunk, shard.backend):
+        for whole, part in zip(out, shard.logprob(z, target_ids[piece], temperature), strict=True):
+            whole[piece] = part
+    logp, entropy, maximum, total = out
+    return logp, entropy, maximum, total
+
+
+def logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    coefficients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    temperature: float,
+    chunk: int,
+    needs: Needs,
+    shard: Shard,
+) -> tuple[Tensor, Tensor]:
+    """(d hidden, d weight) of sum c logp + e entropy; coefficients: maximum, sum, entropy, c, e, each
+    (T,)."""
+    products = _Products(hidden, weight, needs, shard.backend)
+    *_, c, e = coefficients
+    local = shard.local_ids(target_ids)
+    for piece, h, z in _chunks(hidden, weight, (c != 0) | (e != 0), chunk, shard.backend):
+        m, s, entropy, cc, ee = (x[piece] for x in coefficients)
+        rows(shard.backend).row_gradients(z, local[piece], (m, s, entropy, cc, ee), temperature, z)
+        products.add(z, h, piece, None)
+    if needs.hidden:
+        shard.reduce(products.hidden)
+    return products.done()
+
+
+def empty_like_needed(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+    """Uninitialised (d hidden, d weight); empty where not needed. d weight is float32 whatever the weight
+    is."""
+    dh = (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        if needs.hidden
+        else hidden.new_empty(0)
+    )
+    dw = weight.new_empty(weight.shape if needs.weight else 0, dtype=torch.float32)
+    return dh, dw
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, live: Tensor, chunk: int, backend: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(row indices, hidden rows, their logits) of the live rows; the logits' buffer is the same every
+    time."""
+    index = live.nonzero().squeeze(1)
+    buffer = rows(backend).fresh(hidden.new_empty(min(chunk, index.numel()), weight.shape[0]))
+    for piece in torch.split(index, chunk):
+        h = hidden[piece]
+        z = buffer[: piece.numel()]
+        torch.mm(h, weight.t(), out=z)
+        yield piece, h, z
+
+
+class _Products:
+    """Products (2) and (3), chunk after chunk in a fixed order."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs, backend: str) -> None:
+        self.needs = needs
+        self.head = weight
+        self.hidden, self.weight = empty_like_needed(hidden, weight, needs)
+        self.hidden.zero_()
+        rows(backend).fresh(self.weight)
+        self.untouched = True  # a first product that overwrites saves writing and reading zeros
+
+    def done(self) -> tuple[Tensor, Tensor]:
+        """(d hidden, d weight)."""
+        if self.untouched:
+            self.weight.zero_()
+        return self.hidden, self.weight
+
+    def add(self, z: Tensor, h: Tensor, piece: Tensor, moved: Tensor | None) -> None:
+        """z (n, V): the gradient of rows `piece`, whose hidden states are h; moved None: all of them."""
+        if not (self.needs.hidden or self.needs.weight):
+            return
+        if moved is not None:
+            z, h, piece = _drop(z, h, piece, moved)
+        if self.needs.hidden:
+            self.hidden[piece] = z @ self.head
+        if self.needs.weight:
+            self._add_weight(z, h)
+
+    def _add_weight(self, z: Tensor, h: Tensor) -> None:
+        if z.dtype == torch.float32:
+            if self.untouched:
+                torch.mm(z.t(), h, out=self.weight)
+            else:
+                self.weight.addmm_(z.t(), h)
+            self.untouched = False
+            return
+        if self.untouched:
+            self.weight.zero_()
+            self.untouched = False
+        if z.device.type == "cuda":
+            torch.addmm(self.weight, z.t(), h, out_dtype=torch.float32, out=self.weight)
+        else:
+            h = h.float()
+            for v in range(0, z.shape[1], _COLUMNS):
+                self.weight[v : v + _COLUMNS].addmm_(z[:, v : v + _COLUMNS].float().t(), h)
+
+
+def _drop(z: Tensor, h: Tensor, piece: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave rows out whose gradient is 0. A row that is not finite must go: 0 x NaN would spoil the
+    products."""
+    if z.device.type != "cpu":  # the count is not known here without waiting for the device
+        return z, torch.where(moved[:, None], h, 0.0), piece
+    count = int(moved.sum())
+    if count > _COMPACT_BELOW * z.shape[0]:
+        return z, torch.where(moved[:, None], h, 0.0), piece
+    keep = moved.nonzero().squeeze(1)
+    for to, source in enumerate(keep.tolist()):  # forward and in place: to <= source
+        if to != source:
+            z[to] = z[source]
+    return z[:count], h[keep], piece[keep]

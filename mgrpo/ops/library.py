@@ -1,0 +1,339 @@
+"""The ops as torch knows them: torch.library registration with fake kernels and autograd.
+
+Each op is opaque to the compiler, takes only tensors, numbers and strings, and returns its gradient beside
+its value (gradient in forward), so that backward is one product with the upstream gradient, on the device.
+`backend` is "cpu" or "triton"; the reference backend is plain torch and needs no registration.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.ops import head
+from mgrpo.ops.backend import rows
+from mgrpo.ops.encoding import decode
+from mgrpo.ops.token_loss import METRICS, Groups, Tokens, token_loss
+
+
+def stack(metrics: dict[str, Tensor]) -> Tensor:
+    """METRICS as the vector an op returns."""
+    return torch.stack([metrics[name].to(torch.float32) for name in METRICS])
+
+
+def name_metrics(stacked: Tensor) -> dict[str, Tensor]:
+    """METRICS from the vector an op returns."""
+    return dict(zip(METRICS, stacked.detach().unbind(), strict=True))
+
+
+# -- group_advantage
+# -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mgrpo::group_advantage", mutates_args=())
+def group_advantage(
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, backend: str
+) -> Tensor:
+    """Advantages (N,)."""
+    return rows(backend).group_advantage(rewards, group_id, weight, estimator, eps)
+
+
+@group_advantage.register_fake
+def _(
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, backend: str
+) -> Tensor:
+    return torch.empty_like(rewards)
+
+
+# -- log-prob and entropy of rows of logits
+# ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mgrpo::row_logprob", mutates_args=())
+def row_logprob(
+    logits: Tensor, target_ids: Tensor, live: Tensor, temperature: float, inplace: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `live` is False. inplace: backward may
+    use the storage of logits for its gradient."""
+    partials = rows(backend).row_partials(logits, target_ids, live, temperature)
+    return head.finish(*partials, temperature)
+
+
+@row_logprob.register_fake
+def _(
+    logits: Tensor, target_ids: Tensor, live: Tensor, temperature: float, inplace: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4))
+    return a, b, c, d
+
+
+@torch.library.custom_op("mgrpo::row_logprob_backward", mutates_args=())
+def row_logprob_backward(
+    logits: Tensor, target_ids: Tensor, coefficients: list[Tensor], temperature: float, backend: str
+) -> Tensor:
+    """d (sum c logp + e entropy) / d logits; coefficients: maximum, sum, entropy, c, e."""
+    grad = rows(backend).fresh(torch.empty_like(logits))
+    m, s, h, c, e = coefficients
+    rows(backend).row_gradients(logits, target_ids, (m, s, h, c, e), temperature, grad)
+    return grad
+
+
+@row_logprob_backward.register_fake
+def _(
+    logits: Tensor, target_ids: Tensor, coefficients: list[Tensor], temperature: float, backend: str
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target_ids, _, ctx.temperature, ctx.inplace, ctx.backend = inputs
+    _, entropy, maximum, total = output
+    ctx.save_for_backward(logits, target_ids, maximum, total, entropy)
+
+
+def _rows_backward(ctx: Any, c: Tensor, e: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    logits, target_ids, maximum, total, entropy = ctx.saved_tensors
+    if ctx.inplace and not torch.compiler.is_compiling():
+        grad = logits.detach()
+        held = (maximum, total, entropy, c, e)
+        rows(ctx.backend).row_gradients(grad, target_ids, held, ctx.temperature, grad)
+    else:
+        held_list = [maximum, total, entropy, c, e]
+        grad = row_logprob_backward(logits, target_ids, held_list, ctx.temperature, ctx.backend)
+    return grad, None, None, None, None, None
+
+
+row_logprob.register_autograd(_rows_backward, setup_context=_save_rows)
+
+
+# -- loss from logits
+# ----------------------------------------------------------------------------------------------
+
+
+def gather(
+    target_ids: Tensor,
+    seq_id: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    policy_weight: Tensor,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    rewards: Tensor | None,
+    group_id: Tensor | None,
+    seq_weight: Tensor | None,
+    num_sequences: int,
+) -> Tokens:
+    """Tokens from the arguments of an op (`flatten` is the way there)."""
+    groups = None if rewards is None or group_id is None else Groups(rewards, group_id, seq_weight)
+    return Tokens(
+        target_ids, seq_id, mask, weight, policy_weight, advantages, old, ref, rollout, num_sequences, groups
+    )
+
+
+def flatten(tokens: Tokens) -> tuple[Any, ...]:
+    """Tokens as the arguments of an op, target_ids to num_sequences."""
+    g = tokens.groups
+    return (
+        tokens.target_ids,
+        tokens.seq_id,
+        tokens.mask,
+        tokens.weight,
+        tokens.policy_weight,
+        tokens.advantages,
+        tokens.old_logprobs,
+        tokens.ref_logprobs,
+        tokens.rollout_logprobs,
+        None if g is None else g.rewards,
+        None if g is None else g.group_id,
+        None if g is None else g.weight,
+        tokens.num_sequences,
+    )
+
+
+@torch.library.custom_op("mgrpo::grpo_loss", mutates_args=())
+def grpo_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    seq_id: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    policy_weight: Tensor,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    rewards: Tensor | None,
+    group_id: Tensor | None,
+    seq_weight: Tensor | None,
+    num_sequences: int,
+    settings: list[float],
+    need_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, metrics, d loss / d logits or empty)."""
+    tokens = gather(
+        target_ids,
+        seq_id,
+        mask,
+        weight,
+        policy_weight,
+        advantages,
+        old,
+        ref,
+        rollout,
+        rewards,
+        group_id,
+        seq_weight,
+        num_sequences,
+    )
+    grad = rows(backend).fresh(torch.empty_like(logits)) if need_grad else None
+    loss, metrics = _loss_rows(logits, tokens, decode(settings), grad, backend)
+    return loss, metrics, logits.new_empty(0) if grad is None else grad
+
+
+@grpo_loss.register_fake
+def _(
+    logits: Tensor,
+    target_ids: Tensor,
+    seq_id: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    policy_weight: Tensor,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    rewards: Tensor | None,
+    group_id: Tensor | None,
+    seq_weight: Tensor | None,
+    num_sequences: int,
+    settings: list[float],
+    need_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = torch.empty_like(logits) if need_grad else logits.new_empty(0)
+    return weight.new_empty(()), weight.new_empty(len(METRICS), dtype=torch.float32), grad
+
+
+@torch.library.custom_op("mgrpo::grpo_loss_", mutates_args=("logits",))
+def grpo_loss_(
+    logits: Tensor,
+    target_ids: Tensor,
+    seq_id: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    policy_weight: Tensor,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    rewards: Tensor | None,
+    group_id: Tensor | None,
+    seq_weight: Tensor | None,
+    num_sequences: int,
+    settings: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss, metrics); d loss / d logits overwrites logits."""
+    tokens = gather(
+        target_ids,
+        seq_id,
+        mask,
+        weight,
+        policy_weight,
+        advantages,
+        old,
+        ref,
+        rollout,
+        rewards,
+        group_id,
+        seq_weight,
+        num_sequences,
+    )
+    return _loss_rows(logits, tokens, decode(settings), logits, backend)
+
+
+@grpo_loss_.register_fake
+def _(
+    logits: Tensor,
+    target_ids: Tensor,
+    seq_id: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    policy_weight: Tensor,
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    rewards: Tensor | None,
+    group_id: Tensor | None,
+    seq_weight: Tensor | None,
+    num_sequences: int,
+    settings: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(()), weight.new_empty(len(METRICS), dtype=torch.float32)
+
+
+def _loss_rows(
+    logits: Tensor, tokens: Tokens, config: GrpoLossConfig, grad: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    logp, entropy, _, tokens = rows(backend).loss_rows(logits, tokens, config, grad)
+    loss, metrics = token_loss(logp, entropy, tokens, config)
+    return loss, stack(metrics)
+
+
+def save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the gradients an op returned after (loss, metrics); they belong to its first inputs."""
+    ctx.save_for_backward(*output[2:])
+    ctx.tail = len(inputs) - (len(output) - 2)
+    ctx.spent = False
+
+
+def scale_grad(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """The kept gradients times the upstream one, on the device."""
+    if ctx.spent:
+        raise RuntimeError("grpo loss: a second backward after one that scaled the gradient in place")
+    grads: list[Tensor | None] = []
+    for g, needed in zip(
+        ctx.saved_tensors, ctx.needs_input_grad, strict=False
+    ):  # gradients of the first inputs
+        if not needed:
+            grads.append(None)
+        elif torch.compiler.is_compiling() or type(upstream) is not Tensor:  # traced: no look, no mutation
+            grads.append(g * upstream.to(g.dtype))
+        elif upstream.device.type == "cpu" and float(upstream) == 1.0:  # looking is free here
+            grads.append(g.detach())
+        else:
+            ctx.spent = True
+            grads.append(g.detach().mul_(upstream.to(g.dtype)))
+    return (*grads, *([None] * ctx.tail))
+
+
+grpo_loss.register_autograd(scale_grad, setup_context=save_grad)
+
+
+class InPlace(torch.autograd.Function):
+    """`grpo_loss_` with autograd: the storage of logits becomes its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tokens, settings: list[float], backend: str) -> Any:
+        grad = logits.detach()
+        loss, metrics = grpo_loss_(grad, *flatten(tokens), settings, backend)
+        ctx.grad = grad
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            raise RuntimeError("grpo_loss(inplace=True): backward a second time; the gradient is gone")
+        if upstream.device.type != "cpu" or torch.compiler.is_compiling() or float(upstream) != 1.0:
+            grad.mul_(upstream.to(grad.dtype))
+        return grad, None, None, None

@@ -1,0 +1,88 @@
+"""The GRPO family's loss from hidden states: the vocabulary head and the loss in one op, so that logits never
+exist whole. The formula is that of grpo_loss.py with logits = hidden weight^T.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.ops import check
+from mgrpo.ops.backend import choose, fast
+from mgrpo.ops.encoding import encode
+from mgrpo.ops.grpo_loss import prepare
+from mgrpo.ops.selective_logprob import positive, row_logprob
+from mgrpo.ops.token_loss import needs_two_phases, token_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    rewards: Tensor | None = None,
+    group_id: Tensor | None = None,
+    seq_weight: Tensor | None = None,
+    advantages: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    config: GrpoLossConfig,
+    chunk: int = 2048,
+    tp_group: ProcessGroup | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`grpo_loss` of logits = hidden weight^T, differentiable in hidden (T, H) and weight (V, H).
+
+    chunk: rows of logits that exist at one time. tp_group: the ranks that hold the vocabulary in equal
+    shards, in rank order; `weight` is then this rank's shard and everything else is the same on every rank.
+    Every other argument, the result and the errors are grpo_loss's.
+    """
+    check.head(hidden, weight)
+    check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
+    positive("chunk", chunk)
+    backend = choose(impl, hidden.device, hidden.dtype)
+    tokens = prepare(
+        hidden,
+        target_ids,
+        cu_seqlens=cu_seqlens,
+        rewards=rewards,
+        group_id=group_id,
+        seq_weight=seq_weight,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        loss_mask=loss_mask,
+        denominator=denominator,
+        config=config,
+        impl=backend,
+    )
+    if tp_group is not None:
+        from mgrpo.ops import tensor_parallel
+
+        return tensor_parallel.loss(hidden, weight, tokens, config, chunk, fast(backend), tp_group)
+    if backend == "reference":
+        return token_loss(*row_logprob(hidden @ weight.t(), target_ids, config.temperature), tokens, config)
+    from mgrpo.ops import library, library_head
+
+    if needs_two_phases(config, old_logprobs is not None):
+        live = tokens.live(config)
+        logp, entropy, *_ = library_head.linear_logprob(
+            hidden, weight, target_ids, live, config.temperature, chunk, backend
+        )
+        return token_loss(logp, entropy, tokens, config)
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    loss, metrics, _, _ = library_head.linear_grpo_loss(
+        hidden, weight, *library.flatten(tokens), encode(config), chunk, needs, backend
+    )
+    return loss, library.name_metrics(metrics)

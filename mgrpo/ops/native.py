@@ -1,0 +1,136 @@
+"""The CPU backend: tensors in, addresses to mgrpo._C, tensors out. The only module that hands addresses to
+C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mgrpo import _C
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.ops.token_loss import Tokens
+
+_ESTIMATORS = {"grpo": 0, "dr_grpo": 1, "rloo": 2, "batch": 3}
+_LOSS_TYPES = {"cispo": 1, "sapo": 2}  # the rest clip
+_CORRECTIONS = {"token_tis": 1, "mis": 2}  # the rest are known before the rows are read
+
+
+def group_advantage(
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float
+) -> Tensor:
+    """Advantages (N,) in the dtype of `rewards`, computed from float32."""
+    r, w = _float(rewards), None if weight is None else _float(weight)
+    ids = group_id.contiguous()
+    out = torch.empty_like(r)
+    _C.group_advantage(
+        r.data_ptr(), ids.data_ptr(), _address(w), r.numel(), _ESTIMATORS[estimator], eps, out.data_ptr()
+    )
+    return out.to(rewards.dtype)
+
+
+def loss_rows(
+    logits: Tensor, tokens: Tokens, config: GrpoLossConfig, grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tokens]:
+    """(logp, entropy, moved, tokens); d loss / d logits goes into `grad` (which may be `logits`) unless None.
+
+    logp and entropy float32 (T,), 0 in dead rows and NaN in rows that are not finite; moved bool (T,): the
+    row's gradient is not all 0.
+    """
+    inputs = (
+        tokens.policy_weight,
+        tokens.weight,
+        tokens.advantages,
+        tokens.old_logprobs,
+        tokens.ref_logprobs,
+        tokens.rollout_logprobs,
+    )
+    held = [None if x is None else _float(x) for x in inputs]
+    logp = torch.empty(logits.shape[0], dtype=torch.float32)
+    entropy, moved = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)
+    _C.loss_rows(
+        _rows(logits, tokens.target_ids, config.temperature),
+        [_address(x) for x in held],
+        _settings(config, correct=tokens.old_logprobs is None),
+        _address(grad),
+        logp.data_ptr(),
+        entropy.data_ptr(),
+        moved.data_ptr(),
+    )
+    return logp, entropy, moved, tokens
+
+
+def row_partials(
+    logits: Tensor, target_ids: Tensor, live: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(maximum, sum, weighted, target) float32 (T,) of each row, or of its shard (ids outside it: target
+    -inf).
+
+    live: bool (T,); rows where it is False are not read and get (0, 1, 0, 0), a log-prob of 0.
+    """
+    maximum = torch.empty(logits.shape[0], dtype=torch.float32)
+    out = (maximum, torch.empty_like(maximum), torch.empty_like(maximum), torch.empty_like(maximum))
+    _C.row_partials(_rows(logits, target_ids, temperature), _address(live), *(x.data_ptr() for x in out))
+    return out
+
+
+def row_gradients(
+    logits: Tensor,
+    target_ids: Tensor,
+    coefficients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    temperature: float,
+    grad: Tensor,
+) -> None:
+    """Gradient of sum c logp + e entropy into `grad` (may be `logits`); coefficients: maximum, sum, entropy,
+    c, e."""
+    held = [_float(x) for x in coefficients]
+    _C.row_gradients(_rows(logits, target_ids, temperature), [x.data_ptr() for x in held], grad.data_ptr())
+
+
+def fresh(x: Tensor) -> Tensor:
+    """x, a newly allocated tensor, on huge pages if it is large, on the CPU and not yet written: fewer page
+    faults."""
+    if x.device.type == "cpu" and x.nbytes >= 1 << 23:
+        _C.use_huge_pages(x.data_ptr(), x.nbytes)
+    return x
+
+
+def _settings(config: GrpoLossConfig, correct: bool) -> _C.TokenSettings:
+    """correct: the token-level correction is not in policy_weight yet (there are no old log-probs)."""
+    low, high = config.correction_bounds
+    return _C.TokenSettings(
+        loss_type=_LOSS_TYPES.get(config.loss_type, 0),
+        clip_eps_low=config.clip_eps_low,
+        clip_eps_high=config.clip_eps_high,
+        delta=float("inf") if config.delta is None else config.delta,
+        sapo_temperature_pos=config.sapo_temperature_pos,
+        sapo_temperature_neg=config.sapo_temperature_neg,
+        kl_coef=config.kl_coef,
+        kl_estimator=int(config.kl_estimator[1]),
+        entropy_coef=config.entropy_coef,
+        correction=_CORRECTIONS.get(config.correction, 0) if correct else 0,
+        correction_low=low,
+        correction_high=high,
+    )
+
+
+def _rows(logits: Tensor, target_ids: Tensor, temperature: float) -> _C.LogitRows:
+    if not logits.is_contiguous() or not target_ids.is_contiguous():
+        raise ValueError("logits: rows must be contiguous")
+    return _C.LogitRows(
+        logits=logits.data_ptr(),
+        bfloat16=logits.dtype == torch.bfloat16,
+        rows=logits.shape[0],
+        vocabulary=logits.shape[1],
+        stride=logits.shape[1],
+        target_ids=target_ids.data_ptr(),
+        temperature=temperature,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

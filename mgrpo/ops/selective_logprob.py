@@ -1,0 +1,97 @@
+"""Log-probs and entropies of given tokens, without the [T, V] logits: for old and reference policies.
+
+z = hidden weight^T / temperature,  logp_t = z[t, id_t] - lse(z_t),  entropy_t = lse(z_t) - sum_v p_v z_v
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mgrpo.ops import check, head
+from mgrpo.ops.backend import choose, fast
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def selective_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 2048,
+    tp_group: ProcessGroup | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropy), each (T,) in nats; forward only. Row t of `hidden` scores target_ids[t].
+
+    hidden (T, H) and weight (V, H) of one floating dtype, target_ids int64 (T,). The result is float64 for
+    float64 input and float32 otherwise. A row whose logits hold NaN or +inf gives NaN in both.
+
+    tp_group: the ranks that hold the vocabulary in equal shards, in rank order; `weight` is this rank's.
+
+    Raises TypeError/ValueError naming the argument, among them a target id outside [0, V) (on the CPU).
+    """
+    check.head(hidden, weight)
+    check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
+    positive("temperature", temperature)
+    positive("chunk", chunk)
+    backend = choose(impl, hidden.device, hidden.dtype)
+    with torch.no_grad():
+        if tp_group is not None:
+            from mgrpo.ops import tensor_parallel
+
+            shard = tensor_parallel.Sharded(fast(backend), tp_group, weight.shape[0])
+            live = torch.ones_like(target_ids, dtype=torch.bool)
+            return head.logprob(hidden, weight, target_ids, live, temperature, chunk, shard)[:2]
+        if backend == "reference":
+            return _reference(hidden, weight, target_ids, temperature, chunk)
+        from mgrpo.ops import library_head
+
+        live = torch.ones_like(target_ids, dtype=torch.bool)
+        out = library_head.linear_logprob(hidden, weight, target_ids, live, temperature, chunk, backend)
+        return out[0], out[1]
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    empty = hidden.new_zeros(0, dtype=compute_dtype(hidden))
+    parts = [(empty, empty)]
+    for h, ids in zip(torch.split(hidden, chunk), torch.split(target_ids, chunk), strict=True):
+        parts.append(row_logprob(h @ weight.t(), ids, temperature))
+    logp, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
+    return logp, entropy
+
+
+def row_logprob(logits: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) of each row of logits (T, V), differentiable: the definition.
+
+    -inf logits have probability 0 and add nothing to the entropy. A row without a finite log-sum-exp or with
+    a target of probability 0 gives NaN and passes no gradient.
+    """
+    z = logits.to(compute_dtype(logits)) / temperature
+    with torch.no_grad():
+        target = z.gather(1, target_ids[:, None]).squeeze(1)
+        bad = ~(z.logsumexp(1).isfinite() & target.isfinite())
+    z = torch.where(bad[:, None], 0.0, z)
+    logp = z.log_softmax(1)
+    p = logp.exp()
+    entropy = -(p * torch.where(p > 0, logp, 0.0)).sum(1)
+    picked = logp.gather(1, target_ids[:, None]).squeeze(1)
+    return torch.where(bad, float("nan"), picked), torch.where(bad, float("nan"), entropy)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays float64, everything else is computed in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def positive(name: str, value: float) -> None:
+    """ValueError unless value > 0."""
+    if not value > 0:
+        raise ValueError(f"{name}: {value} is not above 0")

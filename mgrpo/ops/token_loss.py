@@ -1,0 +1,296 @@
+"""From log-probs to the loss: everything that happens once a row of logits has become one log-prob and one
+entropy.
+
+For token t of trajectory j, with ratio r_t = exp(logp_t - old_t), advantage A_j and detached correction c_t:
+
+    J = 1/D sum_j w_j n_j sum_t mask_t [ c_t min(r_t A_j, clip(r_t, 1-eps_low, 1+eps_high) A_j) - kl_coef KL_t
+    + ... ]
+
+with n_j = 1/|o_j| for the sequence-mean loss types and 1 for the others, and D the denominator
+(`loss_denominator`). mask, w, n and 1/D fold into one weight a token, so every loss type is one sum. The loss
+is -J. Source: M-GRPO (arXiv 2511.13288); settings mean what they mean in TRL 1.16.
+
+Deviations: 1. counts are weighted by the alignment weight w_j, so a multiplicity equals that many copies. 2.
+D may be given, so that gradient accumulation does not depend on how micro-batches are cut. 3. A row whose
+log-prob is not finite contributes nothing and is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mgrpo.config.loss import GrpoLossConfig
+
+METRICS = (
+    "policy_loss",
+    "kl",
+    "entropy",
+    "clip_frac_low",
+    "clip_frac_high",
+    "ratio_min",
+    "ratio_mean",
+    "ratio_max",
+    "mismatch_kl",
+    "ess",
+    "live_row_frac",
+    "nonfinite_rows",
+)
+"""Keys of the metrics every loss call returns, each a 0-d tensor on the logits' device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Rewards of the N trajectories, whose groups a kernel reduces itself; weight None: all 1."""
+
+    rewards: Tensor  # (N,)
+    group_id: Tensor  # int32 (N,)
+    weight: Tensor | None  # (N,)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the loss knows about T rows apart from their logits; tensors of shape (T,) on one device.
+
+    weight is mask x sequence weight x normaliser; policy_weight is the same with what is known of the
+    correction.
+    """
+
+    target_ids: Tensor  # int64
+    seq_id: Tensor  # int64, which trajectory
+    mask: Tensor  # bool
+    weight: Tensor
+    policy_weight: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    num_sequences: int
+    groups: Groups | None = None
+
+    def live(self, config: GrpoLossConfig) -> Tensor:
+        """bool (T,): rows that can change the loss or its gradient; the others need no pass over the
+        vocabulary.
+
+        A policy term with advantage 0 is 0 whatever the ratio, and so is its gradient. With a sequence-level
+        ratio or correction the whole trajectory shares one factor, which advantage 0 makes as idle as a
+        masked one.
+        """
+        acts = (self.policy_weight != 0) & (self.advantages != 0)
+        if config.sequence_ratio:  # every token of a live sequence moves the sequence's ratio
+            acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
+        if _sequence_correction(config) and self.old_logprobs is None:
+            acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
+        if config.kl_coef or config.entropy_coef:
+            acts = acts | (self.weight != 0)
+        return acts
+
+    def _in_sequence(self, rows: Tensor) -> Tensor:
+        hit = torch.zeros(self.num_sequences, dtype=torch.int32, device=rows.device)
+        return (hit.index_add(0, self.seq_id, rows.to(torch.int32)) > 0)[self.seq_id]
+
+    def with_advantages(self, advantages: Tensor) -> Tokens:
+        """The same with the advantages (T,) a kernel computed from `groups`."""
+        return replace(self, advantages=advantages, groups=None)
+
+    def rows(self, index: Tensor) -> Tokens:
+        """The same knowledge about the rows `index` (int64) alone, in that order."""
+
+        def take(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[index]
+
+        return replace(
+            self,
+            target_ids=self.target_ids[index],
+            seq_id=self.seq_id[index],
+            mask=self.mask[index],
+            weight=self.weight[index],
+            policy_weight=self.policy_weight[index],
+            advantages=self.advantages[index],
+            old_logprobs=take(self.old_logprobs),
+            ref_logprobs=take(self.ref_logprobs),
+            rollout_logprobs=take(self.rollout_logprobs),
+        )
+
+
+def loss_denominator(
+    config: GrpoLossConfig, *, cu_seqlens: Tensor, loss_mask: Tensor | None, seq_weight: Tensor | None = None
+) -> Tensor:
+    """The number that divides the weighted sum of a batch: 0-d float64, additive over micro-batches and
+    ranks.
+
+    grpo, sapo, gspo: sum of seq_weight; bnpo, dapo, cispo: sum of seq_weight x active tokens; dr_grpo: sum of
+    seq_weight x max_completion_length. For gradient accumulation add it up over the whole minibatch (every
+    trajectory that has a vote, also those dropped for having advantage 0) and pass the sum as `denominator`
+    to each micro-batch: the summed gradient is then that of the whole minibatch, however it is cut between
+    trajectories.
+
+    cu_seqlens int32 (N+1,), loss_mask (T,) or None (all ones), seq_weight (N,) or None (all ones).
+    """
+    n = cu_seqlens.numel() - 1
+    w = cu_seqlens.new_ones(n, dtype=torch.float64) if seq_weight is None else seq_weight.double()
+    if config.sequence_mean:
+        return w.sum()
+    if config.max_completion_length is not None:
+        return w.sum() * config.max_completion_length
+    return (w * active_tokens(cu_seqlens, loss_mask)).sum()
+
+
+def active_tokens(cu_seqlens: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Number of tokens with loss_mask != 0 in each trajectory: float64 (N,), exact."""
+    if loss_mask is None:
+        return cu_seqlens.diff().double()
+    edges = torch.nn.functional.pad((loss_mask != 0).cumsum(0), (1, 0))
+    return edges[cu_seqlens.long()].diff().double()
+
+
+def segment_sum(x: Tensor, seq_id: Tensor, num_sequences: int) -> Tensor:
+    """(T,) -> (N,): sum over each trajectory's rows."""
+    return x.new_zeros(num_sequences).index_add(0, seq_id, x)
+
+
+def _sequence_correction(config: GrpoLossConfig) -> bool:
+    return config.correction in ("sequence_mask", "geometric") or config.veto is not None
+
+
+def needs_two_phases(config: GrpoLossConfig, has_old_logprobs: bool) -> bool:
+    """True where a row's coefficient depends on other rows' log-probs: sequence ratios, and sequence-level
+    corrections of the current policy itself (with old log-probs the correction is known before the
+    logits)."""
+    return config.sequence_ratio or (_sequence_correction(config) and not has_old_logprobs)
+
+
+def correction_weight(logp: Tensor, tokens: Tokens, config: GrpoLossConfig) -> Tensor:
+    """(T,) factor on the policy term; `logp` (detached here) are the log-probs of the training engine."""
+    if config.correction == "none" or tokens.rollout_logprobs is None:
+        return torch.ones_like(logp)
+    low, high = config.correction_bounds
+    n = tokens.num_sequences
+    log_rho = torch.where(tokens.mask, logp.detach() - tokens.rollout_logprobs.to(logp.dtype), 0.0)
+    rho = log_rho.exp()
+    if config.correction == "token_tis":
+        factor = rho.clamp(max=high)
+    elif config.correction == "mis":
+        factor = torch.where((rho >= low) & (rho <= high), rho, 0.0)
+    else:
+        total = segment_sum(log_rho, tokens.seq_id, n)
+        if config.correction == "geometric":
+            total = total / segment_sum(tokens.mask.to(logp.dtype), tokens.seq_id, n).clamp(min=1.0)
+        ratio = total.exp()
+        factor = torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)[tokens.seq_id]
+    if config.veto is not None:
+        bad = segment_sum((tokens.mask & (rho < config.veto)).to(logp.dtype), tokens.seq_id, n)
+        factor = torch.where(bad[tokens.seq_id] > 0, 0.0, factor)
+    return factor
+
+
+def token_loss(
+    logp: Tensor, entropy: Tensor, tokens: Tokens, config: GrpoLossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss 0-d, metrics) from logp and entropy (T,), differentiable in both: the definition every backend is
+    held to.
+
+    Rows whose log-prob is not finite, and rows that are not live, contribute exactly 0. The means among the
+    metrics are over live rows with finite log-probs; ratios are 1 and the rest 0 where there are none.
+    """
+    live = tokens.live(config)
+    finite = logp.detach().isfinite() & entropy.detach().isfinite()
+    counted = live & finite
+    logp = torch.where(counted, logp, 0.0)
+    entropy = torch.where(counted, entropy, 0.0)
+    base = logp.detach() if tokens.old_logprobs is None else tokens.old_logprobs.to(logp.dtype)
+    log_ratio = torch.where(counted, logp - base, 0.0)
+    if config.sequence_ratio:
+        total = segment_sum(log_ratio, tokens.seq_id, tokens.num_sequences)
+        length = segment_sum(tokens.mask.to(logp.dtype), tokens.seq_id, tokens.num_sequences)
+        log_ratio = (total / length.clamp(min=1.0))[tokens.seq_id]
+    ratio = log_ratio.exp()
+    advantages = tokens.advantages.to(logp.dtype)
+    policy_weight = tokens.policy_weight.to(logp.dtype)
+    if tokens.old_logprobs is None:  # otherwise the correction is in policy_weight already
+        seen = replace(tokens, mask=tokens.mask & counted)
+        policy_weight = policy_weight * correction_weight(logp, seen, config)
+    policy = torch.where(counted, policy_weight * policy_term(logp, ratio, advantages, config), 0.0).sum()
+    loss = policy
+    weight = torch.where(counted, tokens.weight, 0.0).to(logp.dtype)
+    kl = torch.zeros_like(logp)
+    if tokens.ref_logprobs is not None:
+        kl = torch.where(counted, kl_term(logp, tokens.ref_logprobs.to(logp.dtype), config.kl_estimator), 0.0)
+        if config.kl_coef:
+            loss = loss + config.kl_coef * (weight * kl).sum()
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * (weight * entropy).sum()
+    with torch.no_grad():
+        metrics = _metrics(logp, ratio, tokens, config, counted)
+        metrics |= {
+            "policy_loss": policy.detach(),
+            "kl": _mean(kl, counted),
+            "entropy": _mean(entropy, counted),
+            "live_row_frac": live.to(logp.dtype).mean() if live.numel() else logp.new_zeros(()),
+            "nonfinite_rows": (live & ~finite).sum(),
+        }
+    return loss, {name: metrics[name].detach() for name in METRICS}
+
+
+def policy_term(logp: Tensor, ratio: Tensor, advantages: Tensor, config: GrpoLossConfig) -> Tensor:
+    """(T,) policy loss of each token before any weight."""
+    if config.loss_type == "cispo":
+        return -ratio.detach().clamp(max=config.clip_eps_high) * advantages * logp
+    if config.loss_type == "sapo":
+        pos, neg = config.sapo_temperature_pos, config.sapo_temperature_neg
+        tau = torch.where(advantages > 0, torch.full_like(ratio, pos), neg)
+        return -advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
+    clipped = ratio.clamp(1.0 - config.clip_eps_low, 1.0 + config.clip_eps_high)
+    unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
+    return -torch.minimum(unclipped * advantages, clipped * advantages)
+
+
+def kl_term(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
+    """(T,) estimate of KL(policy || reference) from the sampled token."""
+    diff = ref - logp
+    if estimator == "k1":
+        return -diff
+    if estimator == "k2":
+        return 0.5 * diff.square()
+    return diff.expm1() - diff
+
+
+def _mean(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.where(rows, x, 0.0).sum() / rows.sum().clamp(min=1)
+
+
+def _extreme(x: Tensor, rows: Tensor, none: float) -> Tensor:
+    """Smallest of the rows' x; `none` where there are no rows."""
+    return torch.cat([torch.where(rows, x, none), x.new_full((1,), none)]).amin()
+
+
+def _metrics(
+    logp: Tensor, ratio: Tensor, tokens: Tokens, config: GrpoLossConfig, counted: Tensor
+) -> dict[str, Tensor]:
+    """Ratio and mismatch statistics over the counted rows."""
+    positive, negative = tokens.advantages > 0, tokens.advantages < 0
+    none = torch.zeros_like(counted)
+    low = none if config.loss_type in ("cispo", "sapo") else negative & (ratio < 1.0 - config.clip_eps_low)
+    bound = config.clip_eps_high if config.loss_type == "cispo" else 1.0 + config.clip_eps_high
+    high = none if config.loss_type == "sapo" else positive & (ratio > bound)
+    any_row = counted.any()
+    weights = ratio
+    mismatch = torch.zeros_like(logp)
+    if tokens.rollout_logprobs is not None:
+        base = logp if tokens.old_logprobs is None else tokens.old_logprobs.to(logp.dtype)
+        log_rho = torch.where(counted, base - tokens.rollout_logprobs.to(logp.dtype), 0.0)
+        weights, mismatch = log_rho.exp(), log_rho.expm1() - log_rho
+    weights = torch.where(counted, weights, 0.0)
+    squares = (weights.square().sum() * counted.sum()).clamp(min=torch.finfo(logp.dtype).tiny)
+    inf = float("inf")
+    return {
+        "clip_frac_low": _mean(low.to(logp.dtype), counted),
+        "clip_frac_high": _mean(high.to(logp.dtype), counted),
+        "ratio_min": torch.where(any_row, _extreme(ratio, counted, inf), 1.0),
+        "ratio_mean": torch.where(any_row, _mean(ratio, counted), 1.0),
+        "ratio_max": torch.where(any_row, -_extreme(-ratio, counted, inf), 1.0),
+        "mismatch_kl": _mean(mismatch, counted),
+        "ess": torch.where(any_row, weights.sum().square() / squares, 1.0),
+    }

@@ -1,0 +1,129 @@
+"""What the records hold. Structs are MessagePack maps, so that any library reads them and fields may be added."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from mgrpo.types import Trajectory
+
+EVALUATION = "eval"
+
+
+class RolloutHead(msgspec.Struct, tag="rollout", gc=False):
+    """One rollout in one line. `id` is <query>/<rollout>; step is the RL step it was played for (index from 0), for an
+    evaluation the step whose weights played it. split: "train", or the evaluation's."""
+
+    id: str
+    query: str
+    index: int
+    rollout: int
+    step: int
+    split: str
+    mode: str  # sampled, greedy
+    status: str  # ok, failed
+    correct: float
+    d_k: dict[str, int]
+    tokens: dict[str, int]  # role -> tokens of all its trajectories
+    question: str
+    answer: str
+    gold: str
+
+
+class TrajectoryRecord(msgspec.Struct, gc=False):
+    """One trajectory. Arrays are little-endian bytes, empty where the step's tokens are not kept (`n` says how many
+    there were). versions: one number where all sampled tokens agree, else i32[n]."""
+
+    role: str
+    invocation: int
+    scores: dict[str, float]
+    n: int
+    version_min: int
+    version_max: int
+    tokens: bytes = b""  # i32
+    loss_mask: bytes = b""  # u8
+    logprobs: bytes = b""  # f32
+    versions: bytes = b""  # i32
+
+    def trajectory(self, query: str, rollout: int) -> Trajectory:
+        """The trajectory as the worker had it. Raises ValueError where its tokens were not kept."""
+        if not self.tokens:
+            raise ValueError(f"{query}/{rollout} {self.role}/{self.invocation}: its tokens were not recorded")
+        mask = np.frombuffer(self.loss_mask, np.uint8)
+        if self.versions:
+            versions = np.frombuffer(self.versions, "<i4")
+        else:
+            versions = np.where(mask != 0, self.version_min, -1).astype(np.int32)
+        return Trajectory(
+            query=query,
+            rollout=rollout,
+            role=self.role,
+            invocation=self.invocation,
+            tokens=np.frombuffer(self.tokens, "<i4"),
+            loss_mask=mask,
+            logprobs=np.frombuffer(self.logprobs, "<f4"),
+            versions=versions,
+            scores=self.scores,
+        )
+
+
+class RolloutBody(msgspec.Struct, gc=False):
+    trajectories: list[TrajectoryRecord]  # main first, then by role and invocation
+    info: dict[str, object]
+    failure: str = ""
+
+
+class StepHead(msgspec.Struct, tag="step", gc=False):
+    """One training step of one role (index from 0)."""
+
+    role: str
+    step: int
+
+
+ROW = np.dtype(
+    [
+        ("group", "<i4"),  # index into StepBody.queries
+        ("rollout", "<i4"),
+        ("invocation", "<i4"),
+        ("minibatch", "<i4"),
+        ("correct", "<f8"),
+        ("reward", "<f8"),
+        ("advantage", "<f4"),  # 0 where dropped
+        ("multiplicity", "<i4"),  # copies; 0: dropped by the draw
+        ("weight", "<f8"),
+        ("length", "<i4"),
+        ("active", "<i4"),
+        ("version_min", "<i4"),
+        ("tokens_crc", "<u4"),
+        ("loss_mask_crc", "<u4"),
+        ("logprobs_crc", "<u4"),
+    ]
+)
+"""One trajectory of the role in a step, kept or dropped: the numbers that training used."""
+
+
+class MiniBatchRecord(msgspec.Struct, gc=False):
+    """crc: crc32c of each tensor over all micro-batches."""
+
+    denominator: float
+    crc: dict[str, int]
+
+
+class StepBody(msgspec.Struct, gc=False):
+    k: int
+    queries: list[str]
+    indices: list[int]
+    failed: list[tuple[int, int]]  # (group, rollout)
+    mean: list[float]  # per group, as the advantages were computed
+    std: list[float]
+    rows: bytes  # ROW[n]
+    scores: list[dict[str, float]]  # per row
+    minibatches: list[MiniBatchRecord]
+    metrics: dict[str, float]
+
+    def table(self) -> npt.NDArray[np.void]:
+        return np.frombuffer(self.rows, ROW)
+
+
+Head = RolloutHead | StepHead

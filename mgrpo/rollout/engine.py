@@ -1,0 +1,61 @@
+"""The engine interface: token ids in; token ids, log-probs and policy versions out.
+
+Every backend (in-process Hugging Face, vLLM over HTTP) implements this and nothing more, so an agent never knows which
+one serves it. `seed` makes the sampled tokens a pure function of (weights, prompt, seed): the noise of a request
+depends neither on its neighbours in the batch nor on arrival order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mgrpo.types import Float32, Int32
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """max_tokens: bound on new tokens. temperature 0 is greedy. Generation ends after any of stop_token_ids (kept)."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Generation:
+    """n sampled tokens with the log-prob each had in the sampling distribution and the version that sampled it."""
+
+    token_ids: Int32  # (n,)
+    logprobs: Float32  # (n,) nats; of the temperature-1 distribution when greedy
+    versions: Int32  # (n,)
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine(ABC):
+    """Serves one agent's policy. Methods are called from one asyncio loop."""
+
+    @property
+    @abstractmethod
+    def version(self) -> int:
+        """Policy version of the weights that will serve the next request (-1 before the first load)."""
+
+    @abstractmethod
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
+    ) -> Generation:
+        """Continue prompt_ids. Calls of one `session` extend one append-only history, which lets the backend keep its
+        KV cache. Raises ValueError when the prompt leaves no room for max_tokens, InfrastructureError when the backend
+        fails."""
+
+    @abstractmethod
+    async def load(self, path_or_state: object, version: int) -> None:
+        """Swap the weights (between decode steps, never inside one) and label them `version`."""
+
+    def release(self, session: str) -> None:  # noqa: B027 - optional: engines without a cache have nothing to free
+        """The session will not be continued; its cache may go."""
+
+    async def close(self) -> None:  # noqa: B027 - optional
+        """Free everything. Idempotent."""

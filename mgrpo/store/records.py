@@ -1,0 +1,262 @@
+"""Every record that crosses the link to the store, as one file: requests, answers, and what a claim delivers.
+
+All are MessagePack arrays in the order of the fields. A field may be appended with a default; none is ever
+reordered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from mgrpo.spool import SpoolRef as SpoolRef
+from mgrpo.transport.codec import Count, Name, Record, Scores, Signed, Small
+
+Rollouts = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+Counts = dict[Name, Small]
+
+
+class RunParams(Record):
+    """What a run is, fixed when its store is created. `digest` is that of the run's configuration: a peer
+    with another digest is refused. batch: groups of one optimizer step. max_lag: how many versions old a
+    group may be when it is trained. Times in seconds."""
+
+    run: Name
+    digest: Name
+    roles: list[Name]
+    training_roles: list[Name]
+    k: Rollouts
+    batch: Rollouts
+    max_lag: Small = 0
+    max_concurrent: Count = 0  # groups in the making at once; 0: bounded by max_lag and batch alone
+    lease_s: float = 60.0
+    group_timeout_s: float = 1800.0
+    max_failures: Small = 3
+
+
+class OpenGroup(Record):
+    query: Name
+    k: Rollouts
+    d_max: Counts
+    index: Count | None = None
+    meta: dict[Name, str | int | float | bool | None] = msgspec.field(default_factory=dict)
+    seed: Count = 0
+    policy: dict[Name, Signed] = msgspec.field(default_factory=dict)
+    wait_s: float = 0.0
+
+
+class Opened(Record):
+    """index: the group's ticket number. attempt: which opening this is. finished: rollouts that need no
+    replay."""
+
+    query: str
+    index: int
+    attempt: int
+    state: str
+    k: int
+    finished: list[int]
+
+
+class InvocationDone(Record):
+    query: Name
+    rollout: Small
+    attempt: Count
+    role: Name
+    invocation: Small
+    n_tokens: Count
+    version_min: Signed
+    version_max: Signed
+    scores: Scores
+    ref: SpoolRef | None
+
+
+class RolloutFinal(Record):
+    query: Name
+    rollout: Small
+    attempt: Count
+    reward: float
+    correct: float
+    d_k: Counts
+    scores: Scores
+    version_min: Signed
+    version_max: Signed
+    status: Name = "ok"
+
+
+class RolloutFail(Record):
+    query: Name
+    rollout: Small
+    attempt: Count
+    reason: Name
+
+
+class RoleName(Record):
+    role: Name
+
+
+class Resume(Record):
+    """epoch: the one the sender has just read. A resume that was delayed on its way names an old one and is
+    refused, so a dead trainer's message cannot fence its successor."""
+
+    role: Name
+    checkpoint_step: Signed
+    nonce: Name
+    epoch: Count
+
+
+class Resumed(Record):
+    """epoch: the caller's fencing token. again: groups made ready again. step: last step the checkpoint
+    holds."""
+
+    epoch: int
+    again: int
+    step: int
+
+
+class Claim(Record):
+    role: Name
+    epoch: Count
+    seq: Count
+    n: Rollouts
+    wait_s: float
+
+
+class ClaimedInvocation(Record):
+    """One trajectory of the claiming role. Versions are -1 where nothing was sampled."""
+
+    rollout: int
+    invocation: int
+    n_tokens: int
+    version_min: int
+    version_max: int
+    scores: dict[str, float]
+    ref: SpoolRef | None
+
+
+class ClaimedRollout(Record):
+    """status: "ok", or "failed" (no reward, never trained on)."""
+
+    rollout: int
+    status: str
+    reward: float
+    correct: float
+    d_k: dict[str, int]
+    scores: dict[str, float]
+    version_min: int
+    version_max: int
+
+
+class ClaimedGroup(Record):
+    """A sealed group in the hands of one role. lease: which claim it came with."""
+
+    query: str
+    index: int
+    k: int
+    d_max: dict[str, int]
+    seed: int
+    meta: dict[str, Any]
+    policy: dict[str, str]
+    rollouts: list[ClaimedRollout]
+    invocations: list[ClaimedInvocation]
+    lease: int
+
+
+class Groups(Record):
+    """Names claimed groups, each with its lease, to renew, apply or nack. step is that of apply; reason that
+    of nack."""
+
+    role: Name
+    epoch: Count
+    groups: list[tuple[Name, Count]]
+    step: Signed = -1
+    reason: Name = ""
+
+
+class Commit(Record):
+    role: Name
+    epoch: Count
+    step: Signed
+
+
+class Status(Record):
+    role: Name
+    epoch: Count
+    version: Signed
+    step: Signed
+    checkpoint_step: Signed
+
+
+class RoleStatus(Record):
+    """label: the published version as e<epoch>.v<version>; plain versions repeat after a rollback."""
+
+    role: str
+    epoch: int
+    version: int | None
+    step: int
+    checkpoint_step: int
+    label: str
+
+
+class Report(Record):
+    n: Count
+    kind: Name
+    payload: dict[str, Any]
+
+
+class Reported(Record):
+    seq: int
+    source: str
+    kind: str
+    payload: dict[str, Any]
+
+
+class Control(Record):
+    state: Name
+    reason: Annotated[str, msgspec.Meta(max_length=2048)] = ""
+
+
+class WaitFor(Record):
+    """Level-triggered: satisfied as soon as all that is given holds. versions: at least these are published.
+    sealed: at least so many groups are sealed or gone. not_state: the run state is another. after: reports
+    beyond this sequence number exist."""
+
+    wait_s: float
+    versions: dict[Name, Signed] = msgspec.field(default_factory=dict)
+    sealed: Count = 0
+    not_state: Name = ""
+    after: Signed = -1
+
+
+class World(Record):
+    """What a wait answers: the state of everything one can wait for, and whether the condition holds."""
+
+    satisfied: bool
+    control: Control
+    roles: list[RoleStatus]
+    sealed: int
+    reports: int
+
+
+class OpenGroups(Record):
+    worker: Name = ""
+    first: Count = 0
+    last: Count = (1 << 62) - 1
+
+
+class OpenGroupInfo(Record):
+    query: str
+    index: int
+    attempt: int
+    worker: str
+    finished: list[int]
+
+
+class Trained(Record):
+    """One line of the trained-group ledger: `group` was part of `step` of `role`."""
+
+    role: str
+    step: int
+    query: str
+    index: int
+    state: str

@@ -1,0 +1,318 @@
+"""The store's state: groups, deliveries, roles, reports. Plain data, rows for the engine, no rules.
+
+Everything that must survive a crash becomes a row in `State.dirty` when it changes; the engine writes the
+rows of many requests in one commit. Deadlines are not rows: after a restart every lease and every open group
+gets its full time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mgrpo.store.records import (
+    Control,
+    InvocationDone,
+    OpenGroup,
+    Reported,
+    RoleStatus,
+    RolloutFail,
+    RolloutFinal,
+    RunParams,
+)
+from mgrpo.transport import codec
+from mgrpo.transport.codec import Record
+
+Row = tuple[Any, ...]
+InvocationKey = tuple[int, int, str, int]  # rollout, attempt, role, invocation
+
+OPEN, SEALED, DROPPED = "open", "sealed", "dropped"
+READY, LEASED, APPLIED, COMMITTED = "ready", "leased", "applied", "committed"
+QUARANTINED, STALE = "quarantined", "stale"
+LOST = (QUARANTINED, STALE)  # this role will never train on it
+KEEP_REPORTS = 20_000
+
+
+class GroupBody(Record):
+    """The part of a group's row that is not a column."""
+
+    opened: OpenGroup
+    attempt: int
+    worker: str
+    session: str
+    policy: dict[str, str]
+    reason: str
+
+
+class RoleBody(Record):
+    epoch: int
+    nonce: str
+    resumed_from: int
+    version: int | None
+    step: int
+    checkpoint_step: int
+    claim_seq: int
+    claimed: list[str]
+    again: int
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One group on its way to one role."""
+
+    role: str
+    query: str
+    index: int
+    state: str = READY
+    epoch: int = 0
+    step: int = -1
+    failures: int = 0
+    reason: str = ""
+    lease: int = 0
+    deadline: float = 0.0
+
+    def row(self) -> Row:
+        return (
+            self.role,
+            self.query,
+            self.index,
+            self.state,
+            self.epoch,
+            self.step,
+            self.failures,
+            self.reason,
+            self.lease,
+        )
+
+
+@dataclass(slots=True)
+class Group:
+    opened: OpenGroup
+    index: int
+    opened_at: float
+    state: str = OPEN
+    attempt: int = 0
+    worker: str = ""
+    session: str = ""
+    policy: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    rollouts: dict[int, RolloutFinal | RolloutFail] = field(default_factory=dict)
+    invocations: dict[InvocationKey, InvocationDone] = field(default_factory=dict)
+    deliveries: dict[str, Delivery] = field(default_factory=dict)
+
+    def row(self) -> Row:
+        body = GroupBody(self.opened, self.attempt, self.worker, self.session, self.policy, self.reason)
+        return (self.opened.query, self.index, self.state, codec.encode(body))
+
+    def finished(self) -> list[int]:
+        return sorted(self.rollouts)
+
+    def real(self) -> int:
+        """Rollouts that ended with a reward."""
+        return sum(isinstance(rollout, RolloutFinal) for rollout in self.rollouts.values())
+
+    def is_settled(self) -> bool:
+        """Nothing can happen to it any more, short of a rollback or a requeue."""
+        if self.state == SEALED:
+            return all(d.state in (COMMITTED, *LOST) for d in self.deliveries.values())
+        return self.state == DROPPED
+
+
+@dataclass(slots=True)
+class Role:
+    """A training role. `ready` holds (index, query) in order, `lost` the indices it will never train on, in
+    order."""
+
+    name: str
+    epoch: int = 0
+    nonce: str = ""
+    resumed_from: int = -1
+    again: int = 0
+    version: int | None = None
+    step: int = -1
+    checkpoint_step: int = -1
+    claim_seq: int = 0
+    claimed: list[str] = field(default_factory=list)
+    ready: list[tuple[int, str]] = field(default_factory=list)
+    leased: set[str] = field(default_factory=set)
+    applied: set[str] = field(default_factory=set)
+    lost: list[int] = field(default_factory=list)
+    cursor: int = 0  # every group below this index is committed or lost for this role
+
+    def row(self) -> Row:
+        body = RoleBody(
+            self.epoch, self.nonce, self.resumed_from, self.version, self.step, self.checkpoint_step,
+            self.claim_seq, self.claimed, self.again,
+        )  # fmt: skip
+        return (self.name, codec.encode(body))
+
+    def label(self) -> str:
+        return f"e{self.epoch}.v{self.version}" if self.version is not None else ""
+
+    def status(self) -> RoleStatus:
+        return RoleStatus(self.name, self.epoch, self.version, self.step, self.checkpoint_step, self.label())
+
+    def lost_before(self, index: int) -> int:
+        return bisect_left(self.lost, index)
+
+
+class State:
+    """Everything the ledger knows. Settled groups leave memory; the engine brings one back when it is asked
+    for."""
+
+    def __init__(self, params: RunParams) -> None:
+        self.params = params
+        self.groups: dict[str, Group] = {}
+        self.indices: dict[int, str] = {}
+        self.next_index = 0
+        self.open: dict[str, Group] = {}
+        self.sealed = 0
+        self.dropped = 0
+        self.roles = {name: Role(name) for name in params.training_roles}
+        self.frozen = {name: Role(name) for name in params.roles if name not in params.training_roles}
+        self.control = Control("running")
+        self.reports: deque[Reported] = deque(maxlen=KEEP_REPORTS)
+        self.last_report = 0
+        self.heard: dict[str, set[int]] = {}
+        self.counters: Counter[str] = Counter()
+        self.settled: set[str] = set()
+        self.dirty: dict[tuple[object, ...], Row] = {}
+
+    # -- rows -----------------------------------------------------------------------------------------------
+
+    def save_group(self, group: Group) -> None:
+        self.dirty["groups", group.opened.query] = group.row()
+
+    def save_role(self, role: Role) -> None:
+        self.dirty["roles", role.name] = role.row()
+
+    def save_rollout(self, record: RolloutFinal | RolloutFail) -> None:
+        kind = "final" if isinstance(record, RolloutFinal) else "fail"
+        self.dirty["rollouts", record.query, record.rollout] = (
+            record.query, record.rollout, kind, codec.encode(record),
+        )  # fmt: skip
+
+    def save_invocation(self, record: InvocationDone) -> None:
+        key = (record.query, record.rollout, record.attempt, record.role, record.invocation)
+        self.dirty["invocations", *key] = (*key, codec.encode(record))
+
+    def save_meta(self, key: str, value: object) -> None:
+        self.dirty["meta", key] = (key, codec.encode(value))
+
+    def save_report(self, report: Reported, n: int) -> None:
+        self.dirty["reports", report.seq] = (
+            report.seq,
+            report.source,
+            n,
+            report.kind,
+            codec.encode(report.payload),
+        )
+
+    def take_dirty(self) -> dict[str, list[Row]]:
+        """Rows changed since the last call, by table."""
+        out: dict[str, list[Row]] = {}
+        for key, row in self.dirty.items():
+            out.setdefault(str(key[0]), []).append(row)
+        self.dirty.clear()
+        return out
+
+    # -- the one place where a delivery changes state -------------------------------------------------------
+
+    def move(self, delivery: Delivery, state: str, **changes: Any) -> None:
+        """Set a delivery's state and fields, keep the role's indexes right, and remember its row."""
+        role = self.roles[delivery.role]
+        entry = (delivery.index, delivery.query)
+        if delivery.state == READY:
+            at = bisect_left(role.ready, entry)
+            if at < len(role.ready) and role.ready[at] == entry:
+                del role.ready[at]
+        elif delivery.state == LEASED:
+            role.leased.discard(delivery.query)
+        elif delivery.state == APPLIED:
+            role.applied.discard(delivery.query)
+        elif delivery.state in LOST:
+            del role.lost[bisect_left(role.lost, delivery.index)]
+        delivery.state = state
+        for name, value in changes.items():
+            setattr(delivery, name, value)
+        self.index_delivery(delivery)
+        self.dirty["deliveries", delivery.role, delivery.query] = delivery.row()
+        group = self.groups[delivery.query]
+        if group.is_settled():
+            self.settled.add(delivery.query)
+
+    def drop(self, index: int) -> None:
+        """No role will ever train on this index."""
+        self.dropped += 1
+        for role in self.roles.values():
+            insort(role.lost, index)
+
+    def index_delivery(self, delivery: Delivery) -> None:
+        role = self.roles[delivery.role]
+        if delivery.state == READY:
+            insort(role.ready, (delivery.index, delivery.query))
+        elif delivery.state == LEASED:
+            role.leased.add(delivery.query)
+        elif delivery.state == APPLIED:
+            role.applied.add(delivery.query)
+        elif delivery.state in LOST:
+            insort(role.lost, delivery.index)
+
+    def retire(self) -> None:
+        """Let settled groups leave memory (their rows are written by now)."""
+        for query in self.settled:
+            group = self.groups.get(query)
+            if group is not None and group.is_settled():
+                del self.groups[query]
+        self.settled.clear()
+
+    # -- from rows ------------------------------------------------------------------------------------------
+
+    def load_role(self, name: str, body: bytes) -> None:
+        role = self.roles.get(name) or self.frozen[name]
+        b = codec.decode(body, RoleBody)
+        role.epoch, role.nonce, role.resumed_from, role.version = b.epoch, b.nonce, b.resumed_from, b.version
+        role.step, role.checkpoint_step, role.claim_seq = b.step, b.checkpoint_step, b.claim_seq
+        role.claimed, role.again = list(b.claimed), b.again
+
+    def load_group(
+        self,
+        row: Row,
+        rollouts: Iterable[Row],
+        invocations: Iterable[Row],
+        deliveries: Iterable[Row],
+        now: float,
+    ) -> Group:
+        """Bring a group (back) into memory from its rows."""
+        query, index, state, body = row
+        b = codec.decode(body, GroupBody)
+        group = Group(b.opened, index, now, state, b.attempt, b.worker, b.session, dict(b.policy), b.reason)
+        for _, rollout, kind, blob in rollouts:
+            final = kind == "final"
+            group.rollouts[rollout] = (
+                codec.decode(blob, RolloutFinal) if final else codec.decode(blob, RolloutFail)
+            )
+        for _, rollout, attempt, role, invocation, blob in invocations:
+            group.invocations[rollout, attempt, role, invocation] = codec.decode(blob, InvocationDone)
+        for row in deliveries:
+            delivery = Delivery(*row)
+            delivery.deadline = now + self.params.lease_s
+            if delivery.role in self.roles:
+                group.deliveries[delivery.role] = delivery
+                if delivery.state not in LOST:  # those are indexed at start, in memory or not
+                    self.index_delivery(delivery)
+        self.groups[query] = group
+        if state == OPEN:
+            self.open[query] = group
+        if group.is_settled():
+            self.settled.add(query)
+        return group
+
+    def load_report(self, row: Row) -> None:
+        seq, source, n, kind, body = row
+        self.reports.append(Reported(seq, source, kind, codec.decode(body, dict)))
+        self.heard.setdefault(source, set()).add(n)
+        self.last_report = max(self.last_report, seq)

@@ -1,0 +1,138 @@
+"""One rollout: the main agent calls sub-agents until it answers; each one searches, opens and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from mgrpo.rollout.episode import Conversation, Episode
+from mgrpo.rollout.task import Question
+from mgrpo.tasks.atlas.documents import Document
+from mgrpo.tasks.atlas.facts import NONE, World
+from mgrpo.tasks.atlas.protocol import (
+    DOCUMENT,
+    MAX_CALLS,
+    MAX_OPENS,
+    RESULT,
+    STOP,
+    Answer,
+    Call,
+    Open,
+    Search,
+    SubState,
+    main_prompt,
+    parse_main,
+    parse_sub,
+    results,
+    sub_prompt,
+)
+from mgrpo.tasks.atlas.search import Index
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What the tools know. `turn_tokens` bounds one turn of an agent."""
+
+    world: World
+    documents: Mapping[str, Document]
+    index: Index
+    turn_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a sub-agent did with one call. `copied`: its answer stands in the document it opened last."""
+
+    call: Call
+    value: str
+    well_formed: bool
+    query: str | None
+    opened: tuple[str, ...]
+    copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MainTrace:
+    """What a main agent did: its calls with their results, and its answer (None after a deviation)."""
+
+    calls: tuple[tuple[Call, str], ...]
+    answer: str | None
+
+
+Delegate = Callable[[Call], Awaitable[str]]
+
+
+async def play_main(
+    main: Conversation, question: Question, delegate: Delegate, turn_tokens: int
+) -> MainTrace:
+    """The main agent's side; `delegate` answers its calls. The caller closes the conversation."""
+    calls: list[tuple[Call, str]] = []
+    observation = main_prompt(question.text)
+    while (text := await _turn(main, observation, turn_tokens)) is not None:
+        move = parse_main(text)
+        if isinstance(move, Answer):
+            return MainTrace(tuple(calls), move.value)
+        if move is None or len(calls) == MAX_CALLS:
+            break
+        value = await delegate(move)
+        calls.append((move, value))
+        observation = f"{RESULT} {value}"
+    return MainTrace(tuple(calls), None)
+
+
+async def play_sub(sub: Conversation, call: Call, library: Library) -> Finding:
+    """One invocation; the conversation is closed with its format and expert scores.
+
+    Expert rule: the answer equals what the corpus says about the call, `none` where it says nothing.
+    """
+    state: SubState = "search"
+    found: tuple[str, ...] = ()
+    opened: list[str] = []
+    query: str | None = None
+    answer: Answer | None = None
+    observation = sub_prompt(call)
+    while (text := await _turn(sub, observation, library.turn_tokens)) is not None:
+        move = parse_sub(text, state)
+        if isinstance(move, Search):
+            query, found, state = move.query, library.index.search(move.query), "open"
+            observation = results(found)
+        elif isinstance(move, Open) and move.title in found:
+            opened.append(move.title)
+            state = "last" if len(opened) == MAX_OPENS else "read"
+            observation = f"{DOCUMENT} {library.documents[move.title].text}"
+        else:
+            answer = move if isinstance(move, Answer) else None
+            break
+    value = answer.value if answer else NONE
+    truth = library.world.value(call.relation, call.entity) or NONE
+    sub.close(format=float(answer is not None), expert=float(answer is not None and value == truth))
+    copied = answer is not None and answer.value == _read(library, opened[-1], answer.field)
+    return Finding(call, value, answer is not None, query, tuple(opened), copied)
+
+
+async def play(question: Question, episode: Episode, library: Library) -> tuple[MainTrace, list[Finding]]:
+    """A whole rollout of both agents, all conversations closed."""
+    findings: list[Finding] = []
+
+    async def delegate(call: Call) -> str:
+        findings.append(await play_sub(episode.open("sub"), call, library))
+        return findings[-1].value
+
+    main = episode.open("main")
+    trace = await play_main(main, question, delegate, library.turn_tokens)
+    main.close(format=float(trace.answer is not None))
+    return trace, findings
+
+
+async def _turn(conversation: Conversation, observation: str, turn_tokens: int) -> str | None:
+    """Show the agent something and let it speak; None when its trajectory has no room for both."""
+    ids = conversation.agent.tokenizer.encode(observation, add_special_tokens=False)
+    if len(ids) + turn_tokens > conversation.room:
+        return None
+    conversation.append_ids(ids)
+    return await conversation.sample(turn_tokens, STOP)
+
+
+def _read(library: Library, title: str, field: str | None) -> str:
+    value = library.documents[title].value(field) if field else None
+    return value or NONE

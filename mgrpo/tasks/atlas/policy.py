@@ -1,0 +1,54 @@
+"""A fresh policy for the task: a token-shift decoder and a tokenizer with one token per word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mgrpo.tasks.atlas.facts import NONE
+from mgrpo.tasks.atlas.protocol import PAD, STOP, vocabulary
+
+MODEL = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,  # with 4, a choice among the three results blurs: one head has to see them all
+    "max_position_embeddings": 128,
+}
+
+
+def build_tokenizer() -> Any:
+    """Words split at white space; a word outside the vocabulary reads as `none`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(vocabulary())}
+    backend = Tokenizer(models.WordLevel(words, unk_token=NONE))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=NONE,
+        pad_token=PAD,
+        eos_token=STOP,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MODEL["max_position_embeddings"],
+    )
+
+
+def build_policy(seed: int, path: str) -> None:
+    """Write a randomly initialised model and its tokenizer to the folder `path`, Hugging Face layout."""
+    import torch
+
+    from mgrpo.model.policy import Policy, save_policy
+    from mgrpo.model.shift_decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
+
+    tokenizer = build_tokenizer()
+    config = ShiftDecoderConfig(
+        vocab_size=len(vocabulary()),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **MODEL,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ShiftDecoderForCausalLM(config)
+    save_policy(Policy(model, tokenizer, path), path)

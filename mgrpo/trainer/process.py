@@ -1,0 +1,206 @@
+"""One agent's trainer, station after station:
+
+    start policy -> (warm start) -> serve weights -> [ claim -> read spool -> credit -> advantage -> align -> rows
+      -> loss -> optimizer step -> apply -> publish weights -> status -> record -> (checkpoint -> commit) ]
+      -> final policy
+
+Everything it needs of other agents arrives through the store as rewards, counts and versions. A restarted trainer goes
+back to its last checkpoint; the store hands it the groups it had applied since then once more, in the same order, and
+the spool still holds their tokens. Roles that share this agent's policy are trained here too: each comes through a lane
+of its own, and their minibatches make one optimizer step with the agent's.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+
+from mgrpo.config import RunConfig
+from mgrpo.config.addresses import Addresses
+from mgrpo.model.policy import Policy, load_policy, save_policy, state_bytes
+from mgrpo.model.shell import shell_files
+from mgrpo.rollout.task import Task
+from mgrpo.trainer.batch import joined
+from mgrpo.trainer.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from mgrpo.trainer.lane import Lane
+from mgrpo.trainer.step import Learner, new_learner
+from mgrpo.trainer.warmstart import Demos, warm_start
+from mgrpo.weights import Weights, WeightsServer
+
+
+class Stopped(Exception):
+    """The run was ended, or this process was told to leave."""
+
+
+class TrainerProcess:
+    """Use as a context manager; leaving it closes the endpoint, the spool and the store connection."""
+
+    def __init__(self, config: RunConfig, role: str, task: Task, agents: Path, addresses: Addresses) -> None:
+        """agents: folder of the agents' folders on this server, one a role."""
+        torch.set_num_threads(config.trainer.threads)
+        torch.manual_seed(config.seed)
+        self._config, self._agent, self._role, self._task = config, config.agents[role], role, task
+        self._folder = agents / role
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._told_to_stop = threading.Event()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._weights = WeightsServer()
+        self._lanes = [Lane(config, r, agents / r, addresses, self._weights) for r in config.served_by(role)]
+        self._store = self._lanes[0].store
+
+    def __enter__(self) -> TrainerProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for lane in self._lanes:
+            lane.close()
+
+    def run(self) -> None:
+        """Train until the last step, serve the final weights until the run is over."""
+        try:
+            self._run()
+        except Stopped:
+            return
+
+    # -- stations ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        policy = self._start_policy()
+        self._weights.describe(shell_files(policy))
+        learner, step = self._learner(policy)
+        self._checkpointed = step
+        for lane in self._lanes:
+            resumed = lane.store.resume(checkpoint_step=step - 1)
+        if step:
+            self._report(
+                "phase", {"text": f"{self._role}: resumed at step {step}, {resumed.again} groups again"}
+            )
+        self._publish(policy, step)
+        if not self._agent.frozen:
+            self._train(learner, step)
+            save_policy(policy, self._folder / "final")
+            self._report("phase", {"text": f"{self._role}: final policy in {self._folder / 'final'}"})
+        self._serve_until_over()
+
+    def _start_policy(self) -> Policy:
+        """The policy RL starts from: the given model, or the task's own after its warm start (kept in start/)."""
+        if self._agent.model is not None:
+            return self._loaded(Path(self._agent.model))
+        start = self._folder / "start"
+        if not start.exists():
+            self._task.build_policy(self._role, self._config.seed, str(self._folder / "fresh"))
+            policy = self._loaded(self._folder / "fresh")
+            self._warm_start(policy)
+            save_policy(policy, start)
+        return self._loaded(start)
+
+    def _warm_start(self, policy: Policy) -> None:
+        config, seed = self._agent.warm_start, self._config.seed
+        if not config.steps:
+            return
+
+        def demos(step: int) -> Demos:
+            return [
+                demo
+                for lane in self._lanes
+                for demo in self._task.demo_batch(lane.role, step, config.batch_size, seed)
+            ]
+
+        def progress(step: int, loss: float) -> None:
+            self._report("warm", {"role": self._role, "step": step, "steps": config.steps, "loss": loss})
+            self._check_stop()
+
+        warm_start(policy, demos, config, progress)
+
+    def _learner(self, policy: Policy) -> tuple[Learner, int]:
+        """The learner and the step its last checkpoint stands at (0 without one)."""
+        reference = None
+        if self._agent.loss.kl_coef > 0:
+            reference = self._loaded(Path(self._agent.model or self._folder / "start"))
+        learner = new_learner(self._agent, policy, reference)
+        checkpoint = latest_checkpoint(self._folder / "checkpoints")
+        if checkpoint is None:
+            return learner, 0
+        restore_checkpoint(checkpoint, policy, learner.optimizer)
+        return learner, checkpoint.step
+
+    def _train(self, learner: Learner, step: int) -> None:
+        trainer = self._config.trainer
+        while step < trainer.steps:
+            began = time.monotonic()
+            claimed_groups = [lane.claim(step, self._check_stop) for lane in self._lanes]
+            claimed = time.monotonic()
+            batches = [
+                lane.builder.build(step, groups)
+                for lane, groups in zip(self._lanes, claimed_groups, strict=True)
+            ]
+            learned = learner.train(joined(batches), trainer.old_logprobs == "recompute")
+            for lane, groups in zip(self._lanes, claimed_groups, strict=True):
+                lane.store.apply(step=step, groups=groups)
+            step += 1
+            trained = time.monotonic()
+            due = step % trainer.checkpoint_every == 0 or step == trainer.steps
+            self._publish(learner.policy, step)
+            for lane, batch in zip(self._lanes, batches, strict=True):
+                lane.recorder.step(batch, batch.metrics | learned)
+            if due:
+                self._checkpoint(learner, step)
+            times = {
+                "time/wait_batch": claimed - began,
+                "time/train": trained - claimed,
+                "time/sync": time.monotonic() - trained,
+                "time/step": time.monotonic() - began,
+            }
+            for lane, batch in zip(self._lanes, batches, strict=True):
+                metrics = batch.metrics | learned | times
+                named = {f"{lane.role}/{name}": float(value) for name, value in metrics.items()}
+                self._report("step", {"role": lane.role, "step": step, "metrics": named})
+            if self._told_to_stop.is_set() and not due:
+                self._checkpoint(learner, step)
+            self._check_stop()
+
+    def _checkpoint(self, learner: Learner, step: int) -> None:
+        """Save durably, then tell the store: nothing up to here will be handed out again."""
+        trainer = self._config.trainer
+        saved = save_checkpoint(
+            self._folder / "checkpoints", step, learner.policy, learner.optimizer, trainer.keep_checkpoints
+        )
+        self._lanes[0].recorder.keep(saved)
+        for lane in self._lanes:
+            lane.spool.truncate(lane.store.commit(step=step - 1))
+        self._checkpointed = step
+
+    def _publish(self, policy: Policy, version: int) -> None:
+        """Serve the weights first, announce the version afterwards."""
+        self._weights.publish(Weights(f"e{self._store.epoch}.v{version}", version, state_bytes(policy.model)))
+        for lane in self._lanes:
+            lane.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
+
+    def _serve_until_over(self) -> None:
+        """Workers still need the weights for the last evaluation."""
+        while True:
+            self._check_stop()
+            time.sleep(0.1)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _loaded(self, path: Path) -> Policy:
+        return load_policy(path)
+
+    def _report(self, kind: str, payload: dict[str, object]) -> None:
+        self._store.report(kind, payload)
+
+    def _check_stop(self) -> None:
+        if self._told_to_stop.is_set() or self._store.world().control.state != "running":
+            raise Stopped
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        # Only a mark: an optimizer step is never torn apart; the loop looks at the mark between steps.
+        self._told_to_stop.set()

@@ -1,0 +1,286 @@
+"""Replay: from the record of a rollout back through the stations of training, bit by bit.
+
+    scores -> reward -> advantage -> alignment -> batch -> loss
+
+The rollouts of the step come from the workers' records, what training made of them from the trainer's; in between the
+trainer's own functions run again: BatchBuilder (credit, statistics, draw, packing) and Learner (loss, update). A loss
+needs the weights of its moment, so training is run again from the last kept checkpoint up to the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgrpo.config import RunConfig
+from mgrpo.errors import ConfigError
+from mgrpo.model.policy import load_policy
+from mgrpo.record.reader import RecordedRollout, Recording
+from mgrpo.record.schema import StepBody, TrajectoryRecord
+from mgrpo.spool import SpoolRef
+from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
+from mgrpo.trainer.batch import BatchBuilder, StepBatch, joined
+from mgrpo.trainer.checkpoint import Checkpoint, checkpoints_below, restore_checkpoint
+from mgrpo.trainer.record import step_body
+from mgrpo.trainer.step import Learner, new_learner
+from mgrpo.types import MAIN, Trajectory
+
+EQUAL, DIFFERS, UNKNOWN = "equal", "differs", "not recorded"
+ALIGNMENT = ("multiplicity", "weight")
+BATCH = ("length", "active", "version_min", "minibatch", "tokens_crc", "loss_mask_crc", "logprobs_crc")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One station of one role: whether what training used can be rebuilt bit for bit, and if not, what differs."""
+
+    role: str
+    name: str  # reward, advantage, alignment, batch, loss
+    status: str
+    field: str = ""
+    recorded: object = None
+    rebuilt: object = None
+
+
+class Replayer:
+    """Replays rollouts of one run. folders: agent folder of a role (policies, record), on this machine."""
+
+    def __init__(self, config: RunConfig, recording: Recording, folders: Callable[[str], Path]) -> None:
+        self._config, self._recording, self._folders = config, recording, folders
+        self._learners: dict[str, tuple[Learner, int, dict[str, float]]] = {}
+
+    def replay(self, rollout_id: str) -> list[Stage]:
+        """Every stage of every role that trained on this rollout. Raises ConfigError when it is not in the record."""
+        rollout = self._recording.rollouts.get(rollout_id)
+        if rollout is None:
+            raise ConfigError(f"rollout {rollout_id!r} is not in the record")
+        if rollout.head.split != "train":
+            raise ConfigError(f"rollout {rollout_id!r} is of an evaluation: nothing was trained on it")
+        stages: list[Stage] = []
+        for role in self._config.training_roles:
+            step = self.step_of(role, rollout.head.query, rollout.head.step)
+            if step is not None:
+                stages += self._role(role, step, rollout)
+        return stages
+
+    def step_of(self, role: str, query: str, near: int) -> int | None:
+        """The step in which a role trained on a group: `near`, or one close by in an asynchronous run."""
+        steps = [step for r, step in self._recording.steps if r == role]
+        for step in sorted(steps, key=lambda s: (abs(s - near), s)):
+            if query in self._recording.steps[role, step].body().queries:
+                return step
+            if abs(step - near) > 2 * (1 + self._config.trainer.max_lag):
+                break
+        return None
+
+    # -- one role ------------------------------------------------------------------------------------------------
+
+    def _role(self, role: str, step: int, rollout: RecordedRollout) -> list[Stage]:
+        recorded = self._recording.steps[role, step].body()
+        batch, whole = self._build(role, step, recorded)
+        if batch is None:
+            return [Stage(role, name, UNKNOWN, "a rollout of the step") for name in STAGES]
+        rebuilt = step_body(batch, {})
+        group = recorded.queries.index(rollout.head.query)
+        pairs = list(_pairs(recorded, rebuilt, group, rollout.head.rollout))
+        stages = [
+            self._compare(
+                role, "reward", [*_scores(recorded, rebuilt, pairs), *_columns(pairs, ("reward",))]
+            ),
+            self._compare(
+                role, "advantage", [*_statistics(recorded, rebuilt, group), *_columns(pairs, ("advantage",))]
+            ),
+            self._compare(role, "alignment", _columns(pairs, ALIGNMENT)),
+        ]
+        if not whole:
+            return [*stages, *(Stage(role, name, UNKNOWN, "tokens of the step") for name in STAGES[3:])]
+        minibatch = int(pairs[0][1]["minibatch"]) if pairs else 0
+        batches = [*_columns(pairs, BATCH), *_minibatches(recorded, rebuilt, minibatch)]
+        stages.append(self._compare(role, "batch", batches))
+        stages.append(self._loss(role, step, recorded))
+        return stages
+
+    def _build(self, role: str, step: int, recorded: StepBody) -> tuple[StepBatch | None, bool]:
+        """The step as the builder makes it from the recorded rollouts (None when some are missing), and whether all
+        tokens were there."""
+        tokens = _RecordedTokens()
+        groups = []
+        for query, index in zip(recorded.queries, recorded.indices, strict=True):
+            rollouts = list(self._recording.group(query, recorded.k))
+            if len(rollouts) < recorded.k:
+                return None, False
+            groups.append(_claimed(role, query, index, rollouts, tokens))
+        return BatchBuilder(self._config, role, tokens).build(step, groups), tokens.whole
+
+    @staticmethod
+    def _compare(role: str, name: str, pairs: list[tuple[str, Any, Any]]) -> Stage:
+        for field, recorded, rebuilt in pairs:
+            if not _same(recorded, rebuilt):
+                return Stage(role, name, DIFFERS, field, recorded, rebuilt)
+        return Stage(role, name, EQUAL)
+
+    # -- loss ----------------------------------------------------------------------------------------------------
+
+    def _loss(self, role: str, step: int, recorded: StepBody) -> Stage:
+        metrics = self._train_up_to(self._config.owner(role), step)
+        if isinstance(metrics, str):
+            return Stage(role, "loss", UNKNOWN, metrics)
+        names = sorted(name for name in metrics if name.startswith(("loss/", "policy/")))
+        known = sorted(name for name in recorded.metrics if name.startswith(("loss/", "policy/")))
+        if names != known:
+            return Stage(role, "loss", DIFFERS, "names of the metrics", known, names)
+        return self._compare(role, "loss", [(n, recorded.metrics[n], metrics[n]) for n in names])
+
+    def _train_up_to(self, role: str, step: int) -> dict[str, float] | str:
+        """Metrics of `step` trained again; a text when something it needs was not kept. Replaying in the order of
+        steps continues where the last one stopped."""
+        known = self._learners.get(role)
+        checkpoint = self._checkpoint(role, step)
+        at = checkpoint.step if checkpoint else 0
+        if known is not None and at < known[1] <= step + 1:
+            learner, at, metrics = known
+        else:
+            learner, metrics = self._learner(role, checkpoint), {}
+        for number in range(at, step + 1):
+            batches = [self._whole(r, number) for r in self._config.served_by(role)]
+            whole = [batch for batch in batches if batch is not None]
+            if len(whole) < len(batches):
+                self._learners.pop(role, None)
+                return f"tokens of step {number}, which follows the last kept checkpoint"
+            metrics = learner.train(joined(whole), self._config.trainer.old_logprobs == "recompute")
+            self._learners[role] = (learner, number + 1, metrics)
+        return metrics
+
+    def _whole(self, role: str, step: int) -> StepBatch | None:
+        """A step's batch as it was trained on; None when something of it was not kept."""
+        record = self._recording.steps.get((role, step))
+        batch, whole = self._build(role, step, record.body()) if record else (None, False)
+        return batch if whole else None
+
+    def _checkpoint(self, role: str, step: int) -> Checkpoint | None:
+        """The newest kept checkpoint with no step beyond `step` in it."""
+        folder = self._folders(role) / "record" / "checkpoints"
+        return max(
+            (c for c in checkpoints_below(folder) if c.step <= step), key=lambda c: c.step, default=None
+        )
+
+    def _learner(self, role: str, checkpoint: Checkpoint | None) -> Learner:
+        agent = self._config.agents[role]
+        start = Path(agent.model) if agent.model else self._folders(role) / "start"
+        reference = load_policy(start) if agent.loss.kl_coef > 0 else None
+        learner = new_learner(agent, load_policy(start), reference)
+        if checkpoint is not None:
+            restore_checkpoint(checkpoint, learner.policy, learner.optimizer)
+        return learner
+
+
+STAGES = ("reward", "advantage", "alignment", "batch", "loss")
+_Pair = tuple[str, Any, Any, int, int]  # label, recorded row, rebuilt row, and the numbers of both
+
+
+class _RecordedTokens:
+    """Stands in for the spool. A trajectory without recorded tokens gets blank ones of its length: enough for
+    everything before the batch."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[str, int, TrajectoryRecord]] = []
+        self.whole = True
+
+    def add(self, query: str, rollout: int, record: TrajectoryRecord) -> SpoolRef:
+        self._known.append((query, rollout, record))
+        return SpoolRef(record.role, 0, len(self._known) - 1, record.n, 0)
+
+    def read(self, ref: SpoolRef) -> Trajectory:
+        query, rollout, record = self._known[ref.offset]
+        if record.tokens:
+            return record.trajectory(query, rollout)
+        self.whole = False
+        return Trajectory(
+            query, rollout, record.role, record.invocation,
+            np.zeros(record.n, np.int32), np.ones(record.n, np.uint8), np.zeros(record.n, np.float32),
+            np.full(record.n, record.version_min, np.int32),
+        )  # fmt: skip
+
+
+def _claimed(
+    role: str, query: str, index: int, rollouts: list[RecordedRollout], tokens: _RecordedTokens
+) -> ClaimedGroup:
+    """A group as the store would deliver it to `role`."""
+    ended, invocations = [], []
+    for rollout in rollouts:
+        head, body = rollout.head, rollout.body()
+        main = next((t for t in body.trajectories if t.role == MAIN), None)
+        ended.append(
+            ClaimedRollout(
+                head.rollout, head.status, 0.0, head.correct, head.d_k, main.scores if main else {}, -1, -1
+            )
+        )
+        for t in body.trajectories:
+            if t.role == role:
+                ref = tokens.add(query, head.rollout, t)
+                invocations.append(
+                    ClaimedInvocation(
+                        head.rollout, t.invocation, t.n, t.version_min, t.version_max, t.scores, ref
+                    )
+                )
+    return ClaimedGroup(query, index, len(rollouts), {}, 0, {}, {}, ended, invocations, 0)
+
+
+def _pairs(recorded: StepBody, rebuilt: StepBody, group: int, rollout: int) -> Iterator[_Pair]:
+    """The trajectories of one rollout in both records; a row that only one of them has is paired with None."""
+    sides: list[dict[int, tuple[int, npt.NDArray[np.void]]]] = []
+    for body in (recorded, rebuilt):
+        table = body.table()
+        mine = np.flatnonzero((table["group"] == group) & (table["rollout"] == rollout))
+        sides.append({int(table[i]["invocation"]): (int(i), table[i]) for i in mine})
+    for invocation in sorted(set(sides[0]) | set(sides[1])):
+        (i, a), (j, b) = (side.get(invocation, (-1, None)) for side in sides)
+        yield f"invocation {invocation}", a, b, i, j
+
+
+def _columns(pairs: list[_Pair], names: tuple[str, ...]) -> list[tuple[str, Any, Any]]:
+    out: list[tuple[str, Any, Any]] = []
+    for label, a, b, _, _ in pairs:
+        if a is None or b is None:
+            return [(label, a is not None, b is not None)]
+        out += [(f"{name.removesuffix('_crc')} of {label}", a[name], b[name]) for name in names]
+    return out
+
+
+def _scores(recorded: StepBody, rebuilt: StepBody, pairs: list[_Pair]) -> list[tuple[str, Any, Any]]:
+    out: list[tuple[str, Any, Any]] = []
+    for label, a, b, i, j in pairs:
+        if a is None or b is None:
+            return [(label, a is not None, b is not None)]
+        out.append(("correct", a["correct"], b["correct"]))
+        mine, other = recorded.scores[i], rebuilt.scores[j]
+        out += [(f"score {n} of {label}", mine.get(n), other.get(n)) for n in sorted(set(mine) | set(other))]
+    return out
+
+
+def _statistics(recorded: StepBody, rebuilt: StepBody, group: int) -> list[tuple[str, Any, Any]]:
+    return [
+        ("group mean", recorded.mean[group], rebuilt.mean[group]),
+        ("group std", recorded.std[group], rebuilt.std[group]),
+    ]
+
+
+def _minibatches(recorded: StepBody, rebuilt: StepBody, number: int) -> list[tuple[str, Any, Any]]:
+    a, b = recorded.minibatches[number], rebuilt.minibatches[number]
+    crc: Mapping[str, int] = b.crc
+    return [
+        ("denominator", a.denominator, b.denominator),
+        *((f"{name} of minibatch {number}", value, crc.get(name)) for name, value in a.crc.items()),
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal to the last bit; 0.0 and -0.0 differ, a NaN equals itself."""
+    if a is None or b is None or isinstance(a, str | bool | list):
+        return bool(a == b)
+    return np.asarray(a).tobytes() == np.asarray(b, dtype=np.asarray(a).dtype).tobytes()

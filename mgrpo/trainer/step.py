@@ -1,0 +1,217 @@
+"""One optimizer step on one minibatch: rows -> hidden states -> sampled tokens -> fused loss -> gradient -> update.
+
+What cannot change the gradient is not computed: a trajectory with advantage 0 needs no forward pass (unless a KL or an
+entropy term acts on it), and masked tokens never reach the vocabulary. The denominators are those of the whole
+minibatch, so the gradient does not depend on how it is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mgrpo.config import AgentConfig
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.errors import NumericsError
+from mgrpo.model.policy import Policy
+from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
+from mgrpo.ops.selective_logprob import selective_logprob
+
+_NAMES = {  # what the loss reports -> what the run calls it
+    "policy_loss": "loss/pg",
+    "clip_frac_low": "loss/clip_ratio_low",
+    "clip_frac_high": "loss/clip_ratio_high",
+    "entropy": "policy/entropy",
+    "kl": "policy/kl",
+    "mismatch_kl": "policy/mismatch_kl",
+    "grad_norm": "policy/grad_norm",
+}
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """R trajectories, right-padded to S tokens."""
+
+    ids: torch.Tensor  # i64 (R, S)
+    loss_mask: torch.Tensor  # bool (R, S), False on padding
+    rollout_logprobs: torch.Tensor  # f32 (R, S), the sampler's
+    lengths: torch.Tensor  # i64 (R,)
+    advantages: torch.Tensor  # f32 (R,)
+    weights: torch.Tensor  # f32 (R,), w(k, i) of the alignment
+    old_logprobs: torch.Tensor | None = None  # f32 (R, S), the trainer's before the step; None: the sampler's
+
+    def rows(self, keep: torch.Tensor) -> MicroBatch:
+        """The trajectories where keep (bool[R]) is True, cut to their own width."""
+        lengths = self.lengths[keep]
+        width = int(lengths.max()) if len(lengths) else 0
+        return MicroBatch(
+            self.ids[keep, :width],
+            self.loss_mask[keep, :width],
+            self.rollout_logprobs[keep, :width],
+            lengths,
+            self.advantages[keep],
+            self.weights[keep],
+            None if self.old_logprobs is None else self.old_logprobs[keep, :width],
+        )
+
+    def live(self) -> LiveTokens:
+        """The sampled tokens, trajectory after trajectory."""
+        mask = self.loss_mask[
+            :, 1:
+        ]  # the hidden state of t - 1 scores token t; the first token is never sampled
+        old = self.rollout_logprobs if self.old_logprobs is None else self.old_logprobs
+        return LiveTokens(
+            mask=mask,
+            targets=self.ids[:, 1:][mask],
+            rollout_logprobs=self.rollout_logprobs[:, 1:][mask],
+            old_logprobs=old[:, 1:][mask],
+            cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32),
+        )
+
+
+@dataclass(slots=True)
+class LiveTokens:
+    """T sampled tokens of R trajectories."""
+
+    mask: torch.Tensor  # bool (R, S - 1)
+    targets: torch.Tensor  # i64 (T,)
+    rollout_logprobs: torch.Tensor  # f32 (T,)
+    old_logprobs: torch.Tensor  # f32 (T,)
+    cu_seqlens: torch.Tensor  # i32 (R + 1,)
+
+
+@dataclass(slots=True)
+class MiniBatch:
+    """The trajectories of one optimizer step and what their weighted sum is divided by."""
+
+    micro: Sequence[MicroBatch]
+    denominator: float
+
+
+def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.Tensor:
+    """Log-probs f32[T] of the sampled tokens under `policy`, without a graph."""
+    live = batch.live()
+    with torch.no_grad():
+        hidden = policy.hidden_before(batch.ids, batch.lengths, live.mask)
+        return selective_logprob(hidden, policy.head_weight, live.targets, temperature=temperature)[0]
+
+
+class Learner:
+    """A policy with its optimizer, its loss and, where the loss has a KL term, its frozen reference."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        loss: GrpoLossConfig,
+        grad_clip: float,
+        reference: Policy | None = None,
+    ) -> None:
+        if (reference is None) == (loss.kl_coef > 0):
+            raise ValueError(f"reference policy given: {reference is not None}, with kl_coef={loss.kl_coef}")
+        self.policy, self.optimizer, self.loss, self.grad_clip = policy, optimizer, loss, grad_clip
+        self.reference = reference
+
+    def train(self, batches: Sequence[MiniBatch], recompute_old: bool) -> dict[str, float]:
+        """One RL step: an optimizer step on each minibatch in turn; the means of their metrics.
+
+        recompute_old: take the ratio's denominator from this policy before the first update instead of the sampler's
+        report. `policy/logprob_diff_max` compares the two on the first minibatch, where nothing has been updated yet:
+        in synchronous mode it is the numerical difference of sampler and trainer.
+        """
+        if recompute_old:
+            for micro in (m for batch in batches for m in batch.micro):
+                micro.old_logprobs = torch.zeros_like(micro.rollout_logprobs)
+                micro.old_logprobs[:, 1:][micro.live().mask] = logprobs_of(
+                    self.policy, micro, self.loss.temperature
+                )
+        results = [result for batch in batches if (result := self.step(batch))]
+        if not results:
+            return {}
+        out = {ours: sum(r[theirs] for r in results) / len(results) for theirs, ours in _NAMES.items()}
+        out["policy/is_ratio_max"] = max(r["ratio_max"] for r in results)
+        out["policy/is_ratio_min"] = min(r["ratio_min"] for r in results)
+        first = results[0]
+        out["policy/logprob_diff_max"] = max(abs(math.log(first[f"ratio_{end}"])) for end in ("min", "max"))
+        return out
+
+    def step(self, batch: MiniBatch) -> dict[str, float]:
+        """One optimizer step; returns the loss metrics of the minibatch. A minibatch that cannot move the policy
+        (no trajectory with an advantage) leaves weights and optimizer state untouched and returns {}."""
+        every_row_acts = self.loss.kl_coef > 0 or self.loss.entropy_coef > 0
+        means = _Means()
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in batch.micro:
+            rows = micro if every_row_acts else micro.rows(micro.advantages != 0)
+            if len(rows.lengths):
+                means.add(self._backward(rows, batch.denominator))
+        if not means.tokens:
+            return {}
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip, foreach=True)
+        result = means.result()
+        if not torch.isfinite(norm) or result["nonfinite_rows"]:
+            raise NumericsError(
+                f"gradient norm {float(norm)}, {result['nonfinite_rows']:.0f} tokens with non-finite log-probs; "
+                "the step was not taken"
+            )
+        self.optimizer.step()
+        return result | {"grad_norm": float(norm)}
+
+    def _backward(self, rows: MicroBatch, denominator: float) -> tuple[int, dict[str, torch.Tensor]]:
+        live = rows.live()
+        hidden = self.policy.hidden_before(rows.ids, rows.lengths, live.mask)  # (T, H)
+        loss, metrics = linear_grpo_loss(
+            hidden,
+            self.policy.head_weight,
+            live.targets,
+            cu_seqlens=live.cu_seqlens,
+            advantages=rows.advantages,
+            seq_weight=rows.weights,
+            old_logprobs=live.old_logprobs,
+            ref_logprobs=None
+            if self.reference is None
+            else logprobs_of(self.reference, rows, self.loss.temperature),
+            rollout_logprobs=live.rollout_logprobs,
+            denominator=denominator,
+            config=self.loss,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        return len(live.targets), metrics
+
+
+def new_learner(agent: AgentConfig, policy: Policy, reference: Policy | None) -> Learner:
+    """A learner with the optimizer that the agent's config asks for, before its first step."""
+    o = agent.optimizer
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, foreach=True
+    )
+    return Learner(policy, optimizer, agent.loss, o.grad_clip, reference)
+
+
+class _Means:
+    """Loss metrics of several micro-batches: sums, extremes and token-weighted means, read once at the end."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._parts: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def add(self, part: tuple[int, dict[str, torch.Tensor]]) -> None:
+        self.tokens += part[0]
+        self._parts.append(part)
+
+    def result(self) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for name in self._parts[0][1]:
+            values = [(n, float(metrics[name])) for n, metrics in self._parts]
+            if name.endswith("_max"):
+                out[name] = max(v for _, v in values)
+            elif name.endswith("_min"):
+                out[name] = min(v for _, v in values)
+            elif name in ("policy_loss", "nonfinite_rows"):  # parts of one sum: they share the denominator
+                out[name] = sum(v for _, v in values)
+            else:
+                out[name] = sum(n * v for n, v in values) / self.tokens
+        return out

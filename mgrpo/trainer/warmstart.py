@@ -1,0 +1,67 @@
+"""The warm start: a few hundred supervised steps on the task's demonstrations, before RL.
+
+Loss: mean cross-entropy of the action tokens of a batch (loss_mask 1). AdamW, linear warm-up, constant, then linear
+decay to 0 over the last part. RL selects among strategies that have some probability; this is where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mgrpo.config.run import WarmStartConfig
+from mgrpo.model.policy import Policy
+from mgrpo.types import Int32, UInt8
+
+Demos = Sequence[tuple[Int32, UInt8]]
+
+
+def learning_rate(step: int, config: WarmStartConfig) -> float:
+    """lr of step 0 .. steps-1."""
+    rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    tail = config.decay * config.steps
+    fall = min(1.0, (config.steps - step) / tail) if tail else 1.0
+    return config.lr * min(rise, fall)
+
+
+def warm_start(
+    policy: Policy,
+    demos: Callable[[int], Demos],
+    config: WarmStartConfig,
+    progress: Callable[[int, float], None],
+) -> None:
+    """Train in place; demos(step) gives the batch of a step, progress(step, loss) hears of every 25th step."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=config.betas, foreach=True)
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        loss = demo_loss(policy, demos(step))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        if step % 25 == 24 or step == config.steps - 1:
+            progress(step + 1, float(loss.detach()))
+
+
+def demo_loss(policy: Policy, demos: Demos) -> torch.Tensor:
+    """Cross-entropy of the action tokens, averaged over the batch. Masked tokens never reach the vocabulary."""
+    tokens, mask, lengths = pad(demos)  # (R, S)
+    live = mask[:, 1:]
+    hidden = policy.hidden_before(tokens, lengths, live)  # (T, H)
+    return F.cross_entropy(hidden @ policy.head_weight.T, tokens[:, 1:][live])
+
+
+def pad(demos: Demos) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Right-padded (tokens i64[R, S], mask bool[R, S], lengths i64[R])."""
+    lengths = torch.tensor([len(t) for t, _ in demos])
+    width = int(lengths.max())
+    tokens = np.zeros((len(demos), width), np.int64)
+    mask = np.zeros((len(demos), width), np.bool_)
+    for row, (ids, loss_mask) in enumerate(demos):
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = loss_mask
+    return torch.from_numpy(tokens), torch.from_numpy(mask), lengths

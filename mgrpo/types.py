@@ -1,0 +1,67 @@
+"""The nouns of the system: one trajectory, one rollout, one rollout group.
+
+A trajectory is identified by (run, query, rollout, role, invocation); `query` names one *asking* of a question, so the
+same question asked at another step is another query. Token arrays always have the length L of the whole trajectory:
+prompt, sampled tokens, tool results, everything the policy saw or said, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+UInt8 = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+
+MAIN = "main"
+"""Role name of the planner; every other role is a sub-agent role."""
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One agent's tokens in one invocation (for the main agent, invocation is 0 and there is one per rollout).
+
+    loss_mask[t] is 1 where token t was sampled by this policy, 0 for prompts, tool output and other agents' text.
+    logprobs[t] and versions[t] belong to token t given the tokens before it; where loss_mask is 0 they are 0 and -1.
+    scores are this trajectory's own reward parts, each in [0, 1], e.g. {"format": 1.0, "expert": 0.0}.
+    """
+
+    query: str
+    rollout: int
+    role: str
+    invocation: int
+    tokens: Int32  # (L,)
+    loss_mask: UInt8  # (L,)
+    logprobs: Float32  # (L,) nats, under the sampling distribution (temperature included)
+    versions: Int32  # (L,) policy version that sampled the token
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def version_span(self) -> tuple[int, int]:
+        """(oldest, newest) policy version among the sampled tokens; (-1, -1) when nothing was sampled."""
+        sampled = self.versions[self.loss_mask != 0]
+        return (int(sampled.min()), int(sampled.max())) if sampled.size else (-1, -1)
+
+
+@dataclass(slots=True)
+class Rollout:
+    """Everything one rollout of one query produced. `correct` is the main agent's outcome in [0, 1]."""
+
+    query: str
+    rollout: int
+    main: Trajectory
+    invocations: dict[str, list[Trajectory]]  # sub-agent role -> its trajectories in order of invocation
+    correct: float
+    info: Mapping[str, object] = field(
+        default_factory=dict
+    )  # answer, calls, ...: for people, never for the math
+
+    def d_k(self) -> dict[str, int]:
+        """Number of invocations of each sub-agent role, zeros included."""
+        return {role: len(trajectories) for role, trajectories in self.invocations.items()}

@@ -1,0 +1,95 @@
+"""Policies for the atlas tests that follow a script instead of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mgrpo.rollout.engine import Engine, Generation, SamplingParams
+from mgrpo.rollout.episode import Agent
+from mgrpo.tasks.atlas.facts import NONE
+from mgrpo.tasks.atlas.protocol import vocabulary
+from mgrpo.tasks.atlas.questions import plan_of
+
+Script = Callable[[list[str]], str]
+"""All words of a trajectory so far -> the next turn."""
+
+
+class Words:
+    """The task's vocabulary as a tokenizer, without transformers."""
+
+    def __init__(self) -> None:
+        self.words = vocabulary()
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return [self.ids.get(word, self.ids[NONE]) for word in text.split()]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return " ".join(self.words[i] for i in token_ids)
+
+
+class ScriptedEngine(Engine):
+    """Says what the script says, cut at max_tokens and after the stop token as a real engine would."""
+
+    def __init__(self, script: Script, tokenizer: Words) -> None:
+        self.script, self.tokenizer = script, tokenizer
+        self.released: list[str] = []
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
+    ) -> Generation:
+        said = self.tokenizer.encode(self.script(self.tokenizer.decode(prompt_ids).split()))[
+            : params.max_tokens
+        ]
+        stops = [i for i, token in enumerate(said) if token in params.stop_token_ids]
+        said = said[: stops[0] + 1] if stops else said
+        zeros = np.zeros(len(said))
+        return Generation(
+            np.asarray(said, np.int32), zeros.astype(np.float32), zeros.astype(np.int32), "stop"
+        )
+
+    async def load(self, path_or_state: object, version: int) -> None:
+        raise AssertionError("a script has no weights")
+
+    def release(self, session: str) -> None:
+        self.released.append(session)
+
+
+def scripted(role: str, script: Script, max_length: int = 64) -> Agent:
+    words = Words()
+    return Agent(role, ScriptedEngine(script, words), words, 1.0, max_length)
+
+
+def gold_main(said: list[str]) -> str:
+    """Follows the plan innermost first and answers with the last result."""
+    question = " ".join(said[1 : said.index("<go>")])
+    from mgrpo.rollout.task import Question
+
+    plan = plan_of(Question(question, ""))
+    results = [said[i + 1] for i, word in enumerate(said) if word == "<res>"]
+    entity = results[-1] if results else said[said.index("<go>") - 1]
+    if len(results) == len(plan):
+        return f"<ans> {entity} ."
+    return f"<call> {plan[len(results)]} {entity} ."
+
+
+def gold_sub(said: list[str]) -> str:
+    """Searches the entity, opens the document of that title, reads the asked relation."""
+    relation, entity = said[1], said[3]
+    if "<doc>" in said:
+        document = said[said.index("<doc>") + 2 :]
+        fields = dict(zip(document[::2], document[1::2], strict=False))
+        return f"<ans> {relation} {fields.get(relation, NONE)} ."
+    return f"<open> {entity} ." if "<res>" in said else f"<search> {entity} ."
+
+
+def lines(*turns: str) -> Script:
+    """Says the given turns one after the other, whatever happens."""
+    left = list(turns)
+    return lambda said: left.pop(0)

@@ -1,0 +1,125 @@
+"""Workloads for the batcher's tests: a seeded list of calls, to be replayed in any order on a Batcher or its
+twin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from mgrpo.batcher import Batcher
+from tests.batcher_twin import TwinBatcher, TwinPlan
+
+Call = tuple[str, tuple[Any, ...]]
+
+DEFAULTS: dict[str, Any] = {"k": 4, "d_max": {"sub": 3}, "capacity": 96, "dp": 2, "arena_bytes": 1 << 22}
+
+
+def make(**options: Any) -> Batcher:
+    return Batcher(**{**DEFAULTS, **options})
+
+
+def twin_of(batcher: Batcher) -> TwinBatcher:
+    return TwinBatcher(batcher.options)
+
+
+def tokens_of(length: int, seed: int) -> tuple[Any, Any, Any]:
+    """ids i32, loss_mask u8 with a trainable token, logprobs f32."""
+    r = np.random.default_rng([length, seed])
+    mask = r.integers(0, 2, length).astype(np.uint8)
+    mask[-1] = 1
+    return r.integers(0, 1000, length).astype(np.int32), mask, -r.random(length).astype(np.float32)
+
+
+def workload(
+    batcher: Batcher, seed: int, queries: int = 5, mean: float = 2.0, longest: int = 90, failures: float = 0.1
+) -> list[Call]:
+    """Calls that complete `queries` groups: d_k is Poisson, rewards are coarse so that groups tie now and
+    then."""
+    r = np.random.default_rng(seed)
+    calls: list[Call] = []
+    traj_id = int(r.integers(0, 1000))
+    for q in range(queries):
+        name = f"{r.integers(0, 3)}/{q}"
+        for role in batcher.roles:
+            for k in range(batcher.options["k"]):
+                d = int(r.poisson(mean))
+                calls.append(("seal", (name, k, d, role)))
+                for i in range(d):
+                    if r.random() < failures:
+                        calls.append(("fail", (name, k, i, role)))
+                        continue
+                    length = int(min(longest, 1 + r.geometric(0.05)))
+                    reward = float(r.choice([0.0, 0.5, 1.0, 1.1]))
+                    data = tokens_of(length, traj_id)
+                    calls.append(("add", (name, k, i, traj_id, *data, reward, int(r.integers(0, 9)), role)))
+                    traj_id += int(r.integers(1, 5))
+    return calls
+
+
+def replay(calls: Iterable[Call], *batchers: Batcher | TwinBatcher) -> None:
+    for name, args in calls:
+        for b in batchers:
+            getattr(b, name)(*args)
+
+
+def everything(batcher: Batcher, step: int, **plan_options: Any) -> dict[str, Any]:
+    """All bits of a plan and of its buffers on every rank, for comparisons."""
+    plan = batcher.plan(step, **plan_options)
+    out: dict[str, Any] = {f"rows.{name}": getattr(plan.rows, name) for name in plan.rows.__slots__}
+    out |= {"slots": plan.slots, "shapes": plan.padded_shapes, "queries": np.array(plan.queries)}
+    out |= {"rank_cost": plan.rank_cost, "lockstep": np.array(plan.lockstep)}
+    for rank in range(batcher.options["dp"]):
+        buffers = plan.buffers(advantages=True, position_ids=True)
+        batcher.write(plan, rank, buffers)
+        out |= {f"{rank}.{key}": value for key, value in buffers.items()}
+        for mb in range(plan.n_padded):
+            buffers = plan.padded_buffers(rank, mb)
+            batcher.write_padded(plan, rank, mb, buffers)
+            out |= {f"{rank}.{mb}.{key}": value for key, value in buffers.items()}
+    return out
+
+
+def everything_of_twin(twin: TwinBatcher, step: int, skip_zero: bool = False) -> dict[str, Any]:
+    """As everything(), from the twin."""
+    plan = twin.plan(step, twin.ready(), skip_zero)
+    rows = plan.rows
+    out: dict[str, Any] = {
+        "rows.group": [r.group for r in rows],
+        "rows.rollout": [r.rollout for r in rows],
+        "rows.invocation": [r.invocation for r in rows],
+        "rows.multiplicity": [r.multiplicity for r in rows],
+        "rows.length": [r.item["length"] for r in rows],
+        "rows.active": [int(r.item["mask"].sum()) for r in rows],
+        "rows.policy_version": [r.item["version"] for r in rows],
+        "rows.reward": [r.item["reward"] for r in rows],
+        "rows.weight": [r.weight for r in rows],
+        "rows.advantage": np.array([r.advantage for r in rows], np.float32),
+        "rows.traj_id": [r.item["id"] for r in rows],
+        "slots": plan.slots,
+        "queries": np.array(plan.queries),
+        "rank_cost": plan.packing.rank_cost,
+        "lockstep": plan.packing.lockstep,
+    }
+    dp = twin.o["dp"]
+    out["shapes"] = np.array([[_shape(plan, step[rank]) for step in plan.padded] for rank in range(dp)])
+    out["shapes"] = out["shapes"].reshape(dp, len(plan.padded), 2)
+    for rank in range(dp):
+        out |= {f"{rank}.{key}": value for key, value in plan.write(rank).items()}
+        for mb in range(len(plan.padded)):
+            out |= {f"{rank}.{mb}.{key}": value for key, value in plan.write_padded(rank, mb).items()}
+    return out
+
+
+def _shape(plan: TwinPlan, items: list[int]) -> tuple[int, int]:
+    return len(items), plan.lengths[items[0]] if items else 0
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Bit-equal, key by key."""
+    assert a.keys() == b.keys()
+    for key in a:
+        x, y = np.asarray(a[key]), np.asarray(b[key])
+        assert x.shape == y.shape, f"{key}: {x.shape} != {y.shape}"
+        assert x.size == 0 or x.tobytes() == y.astype(x.dtype).tobytes(), f"{key}:\n{x}\n{y}"

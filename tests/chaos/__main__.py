@@ -1,0 +1,117 @@
+"""The long forms: python -m tests.chaos [NAME ...]. Prints one JSON line each and exits 1 when a promise is
+broken."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.chaos.kills import STATIONS, kill_store, kill_trainer
+from tests.chaos.proxy import proxy_faults
+from tests.ledger_machine import LedgerMachine
+from tests.powercut import cuts, work
+from tests.schedules import World
+from tests.store_kit import rss_mb
+from tests.test_transport_faults import fuzz_headers
+
+Result = tuple[bool, dict[str, Any]]
+
+
+def ledger(folder: Path) -> Result:
+    """The state machine with fresh random programs."""
+    long = settings(
+        max_examples=2000, stateful_step_count=60, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    run_state_machine_as_test(LedgerMachine, settings=long)
+    return True, {"programs": 2000, "steps": 60}
+
+
+def schedules(folder: Path) -> Result:
+    for seed in range(10_000):
+        World(seed).run()
+    return True, {"schedules": 10_000}
+
+
+def powercut(folder: Path) -> Result:
+    (folder / "run").mkdir()
+    verdict = cuts(work(folder / "run", 1, 400, "FULL", True), folder, 1200, seed=2)
+    normal = cuts(_work(folder, "normal", "NORMAL", True), folder / "normal", 60, seed=2)
+    unsynced = cuts(_work(folder, "unsynced", "FULL", False), folder / "unsynced", 60, seed=2)
+    figures = {
+        "cuts": verdict.cuts, "acked_checked": verdict.acked,
+        "lost": verdict.lost, "corrupt": verdict.corrupt,
+        "control_normal_lost": normal.lost, "control_no_fsync_corrupt": unsynced.corrupt,
+    }  # fmt: skip
+    return verdict.lost == verdict.corrupt == 0 and normal.lost > 0 and unsynced.corrupt > 0, figures
+
+
+def _work(folder: Path, name: str, synchronous: str, obeys_sync: bool) -> Any:
+    (folder / name).mkdir()
+    return work(folder / name, 1, 60, synchronous, obeys_sync)
+
+
+def store(folder: Path) -> Result:
+    figures = kill_store(folder, kills=100, seed=1)
+    broken = figures["lost"] + figures["duplicates"] + figures["errors"]
+    return broken == 0 and figures["acks"] >= 100_000, figures
+
+
+def trainer(folder: Path) -> Result:
+    """20 deaths at each of the five stations."""
+    steps, rng = 42, random.Random(1)
+    quiet = kill_trainer(folder / "quiet", [], steps)
+    ends = []
+    for number in range(5):
+        deaths = [(STATIONS[(i + number) % 5], 2 * i + 1) for i in range(20)]
+        rng.shuffle(deaths)
+        ends.append(kill_trainer(folder / f"killed{number}", sorted(deaths, key=lambda d: d[1]), steps))
+    equal = sum(end["weights"] == quiet["weights"] and end["trained"] == quiet["trained"] for end in ends)
+    restarts = [end["restarts"] for end in ends]
+    return equal == len(ends) and min(map(int, map(str, restarts))) == 20, {
+        "deaths": restarts,
+        "bit_equal": equal,
+    }
+
+
+def proxy(folder: Path) -> Result:
+    figures = proxy_faults(folder, 50, seed=1)
+    return figures["lost"] == 0 and float(str(figures["recovery_p95_s"])) < 2.0, figures
+
+
+def fuzz(folder: Path) -> Result:
+    fuzz_headers(10_000, seed=0)
+    before = rss_mb()
+    refused = fuzz_headers(1_000_000, seed=1)
+    grown = rss_mb() - before
+    return grown < 20, {"headers": 1_000_000, "refused": refused, "rss_growth_mb": round(grown, 1)}
+
+
+ALL: dict[str, Callable[[Path], Result]] = {
+    f.__name__: f for f in (ledger, schedules, powercut, store, trainer, proxy, fuzz)
+}
+
+
+def main(names: list[str]) -> int:
+    good = True
+    for name in names or list(ALL):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.monotonic()
+            held, figures = ALL[name](Path(folder))
+            good = good and held
+            line = {"test": name, "held": held, **figures, "seconds": round(time.monotonic() - began, 1)}
+            print(json.dumps(line), flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,33 @@
+"""What tests of several files share: a recorded run, and the rule that no test leaves one of the program's own threads
+behind, since each owns a socket."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import RELAY, train
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left_running() -> Iterator[None]:
+    """Servers, clients and renewers that a test opened are closed when it ends."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 2.0
+    while left := [t for t in threading.enumerate() if t.name.startswith("mgrpo-") and t not in before]:
+        if time.monotonic() > deadline:
+            pytest.fail(f"left running: {[thread.name for thread in left]}")
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short finished run with everything it records; tests that change something copy it first."""
+    out = tmp_path_factory.mktemp("runs") / "recorded"
+    train(RELAY, out, "trainer.steps=12", "trainer.minibatches=2", "task.options.fail_every=4")
+    return out

@@ -1,0 +1,65 @@
+"""A task for tests of the run: tiny, wordless, with two sub-agent roles and every d_k from 0 to 3.
+
+Which sub-agents are called, and whether the answer is right, follows from what the main agent happens to sample, so
+rewards differ within groups and there is something to learn from the first step on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mgrpo.errors import InfrastructureError
+from mgrpo.model.policy import save_policy
+from mgrpo.rollout.episode import Agent, Episode
+from mgrpo.rollout.task import GateReport, Question, Split, Task
+from mgrpo.types import Rollout
+from tests.models import tiny_policy
+
+ROLES = ("main", "left", "right")
+
+
+class RelayTask(Task):
+    """options: {"fail_every": n} makes every n-th rollout of a query fail for good, {"gate": false} fails the gate,
+    {"bug": true} raises what no task may raise."""
+
+    roles = ROLES
+
+    def __init__(self, options: Mapping[str, object], roles: Sequence[str]) -> None:
+        if set(roles) != set(ROLES):
+            raise ValueError(f"roles {list(roles)} given, expected {list(ROLES)}")
+        self._fail_every = int(str(options.get("fail_every", 0)))
+        self._gate, self._bug = bool(options.get("gate", True)), bool(options.get("bug", False))
+
+    def question(self, index: int, seed: int) -> Question:
+        return Question(f"w{1 + index % 7} w{1 + seed % 5}", answer="even")
+
+    def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]:
+        return [self.question(i, seed) for i in range(n)]
+
+    def build_policy(self, role: str, seed: int, path: str) -> None:
+        save_policy(tiny_policy("shift", seed * 10 + ROLES.index(role)), path)
+
+    async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
+        return GateReport({"readiness": (float(self._gate), 0.5, 1.0)})
+
+    async def play(self, question: Question, episode: Episode) -> Rollout:
+        if self._bug:
+            raise RuntimeError("the relay has a bug")
+        if self._fail_every and episode.rollout % self._fail_every == self._fail_every - 1:
+            raise InfrastructureError("the relay is down")
+        main = episode.open("main")
+        main.append(question.text)
+        await main.sample(4, stop="w0")
+        first = main.last_sampled()
+        for role, calls in (("left", first % 4), ("right", first % 3)):
+            for call in range(calls):
+                sub = episode.open(role)
+                sub.append(f"w{call + 1} w{first % 50}")
+                await sub.sample(3, stop="w0")
+                sub.append("w3")  # a tool's answer: seen, not trained on
+                await sub.sample(2, stop="w0")
+                sub.close(format=1.0, expert=float(sub.last_sampled() % 3 == 0))
+        main.append("w2")
+        await main.sample(3, stop="w0")
+        main.close(format=float(len(main) % 2))
+        return episode.finish(float(main.last_sampled() % 2 == 0))

@@ -1,0 +1,202 @@
+"""The comparison: which runs wait for which, what is paired with what, and which claims a table supports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgrpo.cli.comparison import jobs, verdict
+from mgrpo.cli.comparison.variants import COTRAIN, WARM, Variant, chosen, scores, variants
+from mgrpo.cli.parts import RunFolder, recorded_run
+from mgrpo.config import load_config
+from mgrpo.errors import ConfigError
+from mgrpo.record.reader import Recording
+from mgrpo.trainer.replay import Replayer
+from tests.runs import ROOT
+
+ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
+
+
+def test_every_variant_is_a_config_that_can_run() -> None:
+    """Names are distinct, overrides are accepted, and each changes what is computed."""
+    config = load_config(ATLAS)
+    every = variants(config)
+    assert every[0].name == COTRAIN and len({v.name for v in every}) == len(every)
+    for variant in every[1:]:
+        assert load_config(ATLAS, variant.overrides) != config
+    assert [v.name for v in chosen(config, ["lr 0"])] == [COTRAIN, "lr 0"]
+    with pytest.raises(ConfigError, match="expected one of"):
+        chosen(config, ["lr 1"])
+    names = [s.name for s in scores(config, every)]
+    assert names[0] == WARM and len(set(names)) == len(names)
+
+
+class FakeRuns:
+    """Stands in for `mgrpo train`: a process that leaves what a run leaves, without training anything."""
+
+    def __init__(self, fails: set[tuple[int, str]]) -> None:
+        self.fails, self.started = fails, list[tuple[int, str]]()
+
+    def __call__(self, config_path: Path, config: object, job: jobs.Job, overrides: object) -> Any:
+        self.started.append((job.seed, job.variant.name))
+        outcome = "invalid" if (job.seed, job.variant.name) in self.fails else "finished"
+        script = (
+            "import sys, json, pathlib\n"
+            "root = pathlib.Path(sys.argv[1])\n"
+            "for role in ('main', 'sub'):\n"
+            "    (root / 'agents' / role / 'start').mkdir(parents=True, exist_ok=True)\n"
+            "    (root / 'agents' / role / 'start' / 'config.json').write_text('{}')\n"
+            "(root / 'summary.json').write_text(json.dumps({'outcome': sys.argv[2], 'reason': 'the gate'}))\n"
+        )
+        job.folder.mkdir(parents=True, exist_ok=True)
+        return subprocess.Popen([sys.executable, "-c", script, str(job.folder), outcome])
+
+
+def test_runs_wait_for_their_seed_and_are_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variants start after their seed's co-training; a failed start takes its seed along and no other; what is finished
+    is never started again."""
+    config = load_config(ATLAS)
+    every = chosen(config, ["frozen sub", "lr 0"])
+    planned = jobs.plan(tmp_path, [1, 2], every)
+    fake = FakeRuns({(2, COTRAIN)})
+    monkeypatch.setattr(jobs, "_start", fake)
+    lines: list[str] = []
+    failed = jobs.run_all(ATLAS, config, planned, [], 2, lines.append)
+    assert set(fake.started) == {(1, COTRAIN), (2, COTRAIN), (1, "frozen sub"), (1, "lr 0")}
+    assert fake.started.index((1, COTRAIN)) < fake.started.index((1, "lr 0"))
+    assert failed["seed 2, co-training"] == "the gate"
+    assert failed["seed 2, lr 0"] == "its seed's co-training run failed"
+    again = FakeRuns(set())
+    monkeypatch.setattr(jobs, "_start", again)
+    assert jobs.run_all(ATLAS, config, planned, [], 2, lines.append) == {}
+    assert set(again.started) == {(2, COTRAIN), (2, "frozen sub"), (2, "lr 0")}
+
+
+def test_variants_begin_with_the_warm_starts_of_their_seed(tmp_path: Path) -> None:
+    """Their configs name the co-training run's start policies and train none of their own."""
+    config = load_config(ATLAS)
+    _, job = jobs.plan(
+        tmp_path, [3], [Variant(COTRAIN, ""), Variant("lr 0", "", ("agents.sub.optimizer.lr=0.0",))]
+    )
+    made = load_config(ATLAS, jobs.settings(config, job, ["trainer.steps=5"]))
+    assert (made.seed, made.trainer.steps, made.agents["sub"].optimizer.lr) == (3, 5, 0.0)
+    for role in config.roles:
+        assert made.agents[role].model == str(
+            tmp_path / "runs" / "seed-3" / COTRAIN / "agents" / role / "start"
+        )
+        assert made.agents[role].warm_start.steps == 0
+
+
+def result(n: int, rate: float, rng: np.random.Generator, easy: np.ndarray | None = None) -> dict[str, Any]:
+    chance = np.full(n, rate) if easy is None else np.clip(easy + rate - 0.5, 0, 1)
+    return {"n": n, **{m: (rng.random(n) < chance).astype(float).tolist() for m in verdict.MODES}}
+
+
+def test_intervals_cover_the_truth_and_pairing_narrows_them() -> None:
+    """Of many experiments with a known difference about 95 % of the intervals hold it; shared difficulty cancels."""
+    rng = np.random.default_rng(0)
+    covered, n = 0, 60
+    for trial in range(40):
+        difference = rng.normal(0.2, 1.0, (1, n))
+        low, high = verdict.interval(difference, trial)
+        covered += low <= 0.2 <= high
+    assert 34 <= covered <= 40
+    shared = rng.normal(0, 1, (3, 200))
+    noise = rng.normal(0, 0.1, (3, 200))
+    paired = np.diff(verdict.interval(noise))[0]
+    unpaired = np.diff(verdict.interval(shared - np.roll(shared, 7, axis=1) + noise))[0]
+    assert paired < unpaired / 3
+
+
+def test_a_row_says_mean_spread_and_difference() -> None:
+    """The numbers of the table are those of the outcomes; an equal variant differs by exactly 0."""
+    results: Mapping[int, Mapping[str, Any]] = {
+        s: {COTRAIN: {m: [1.0, 1.0, 1.0, 0.0] for m in verdict.MODES},
+            "lr 0": {m: [1.0, 0.0, 0.0, float(s == 2)] for m in verdict.MODES}}
+        for s in (1, 2)
+    }  # fmt: skip
+    line = verdict.row(results, "lr 0")["sampled"]
+    assert line["by_seed"] == [0.25, 0.5] and line["mean"] == 0.375
+    assert line["std_over_seeds"] == pytest.approx(np.std([0.25, 0.5], ddof=1))
+    assert line["cotrain_minus"] == 0.375 and line["low"] <= 0.375 <= line["high"]
+    assert "cotrain_minus" not in verdict.row(results, COTRAIN)["greedy"]
+
+
+def test_claims_follow_the_numbers() -> None:
+    """Good numbers hold every claim that was measured; each bad one breaks its own; what is missing is not measured."""
+    rng = np.random.default_rng(1)
+    rates = {COTRAIN: 0.97, WARM: 0.15, "frozen sub": 0.2, "frozen main": 0.2, "shuffled rewards": 0.15,
+             "random search results": 0.0, "permuted facts": 0.95, "only sub trained (cross pair)": 0.3}  # fmt: skip
+    results = {s: {name: result(400, rate, rng) for name, rate in rates.items()} for s in (1, 2, 3)}
+    for r in results.values():
+        r["lr 0"] = r[WARM]
+        r["permuted facts"] |= {f"real_{m}": [0.0] * 400 for m in verdict.MODES}
+        r[COTRAIN]["d_k"] = {"sub": {"1": 100, "2": 205, "3": 95}}
+    table = {name: verdict.row(results, name) for name in results[1]}
+    found = {c.text: c for c in verdict.claims(table, results, 2e-6)}
+    unknown = {text for text, claim in found.items() if claim.holds is None}
+    assert unknown == {f"expert off behind co-training, {mode}" for mode in verdict.MODES}
+    assert all(c.holds in (True, None) for c in found.values()), [
+        c for c in found.values() if c.holds is False
+    ]
+    assert found["d_k against the hop mix, total variation"].value == pytest.approx(0.0125)
+    for r in results.values():
+        r["lr 0"] = result(400, 0.5, rng)
+    table = {name: verdict.row(results, name) for name in results[1]}
+    broken = {c.text for c in verdict.claims(table, results, 2e-3) if c.holds is False}
+    assert broken == {
+        "gain with lr 0, sampled", "gain with lr 0, greedy", "log-probs of sampler and trainer, largest difference",
+    }  # fmt: skip
+
+
+def test_equal_seconds_reads_both_curves_at_the_shorter_run(tmp_path: Path) -> None:
+    """The slower run is read where the faster one ended, at its last evaluation before that."""
+
+    def run(name: str, points: list[tuple[int, float, float]]) -> Path:
+        (tmp_path / name).mkdir()
+        lines = [{"step": s, "time": t, "eval/validation/sampled": v} for s, t, v in points]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    runs = {
+        COTRAIN: {1: run("co", [(0, 100, 0.1), (10, 120, 0.5), (20, 141, 0.9)])},
+        "frozen sub": {1: run("fs", [(0, 50, 0.1), (10, 65, 0.2), (20, 80, 0.3)])},
+    }
+    found = verdict.at_equal_seconds(runs, "sampled")
+    assert found["frozen sub"] == {"seconds": 30.0, "accuracy": 0.3, "cotrain": 0.5}
+    assert found[COTRAIN] == {"seconds": 41.0, "accuracy": 0.9, "cotrain": 0.9}
+
+
+def test_shuffled_rewards_are_the_same_rewards_elsewhere(recorded: Path) -> None:
+    """The control changes who gets which reward of a group, the same way every time, and nothing else."""
+    config = recorded_run(recorded)
+    control = config.model_copy(
+        update={"trainer": config.trainer.model_copy(update={"shuffle_rewards": True})}
+    )
+    recording = Recording([recorded])
+    moved = 0
+    for step in range(3):
+        record = recording.steps["left", step].body()
+        plain, again, shuffled = (
+            Replayer(c, recording, RunFolder(recorded).agent)._build("left", step, record)[0]
+            for c in (config, control, control)
+        )
+        assert plain and again and shuffled
+        assert [m.reward for m in again.members] == [m.reward for m in shuffled.members]
+        for group in range(len(plain.groups)):
+            rewards = [[m.reward for m in b.members if m.group == group] for b in (plain, shuffled)]
+            assert sorted(rewards[0]) == sorted(rewards[1])
+            moved += rewards[0] != rewards[1]
+        assert [m.trajectory.tokens.tobytes() for m in plain.members] == [
+            m.trajectory.tokens.tobytes() for m in shuffled.members
+        ]
+    assert moved > 0

@@ -1,0 +1,132 @@
+"""group_advantage: formulas, exact zeros, order independence to the bit, duplicates as weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+
+from mgrpo import group_advantage
+
+ESTIMATORS = ("grpo", "dr_grpo", "rloo", "batch")
+BACKENDS = ("reference", "cpu")
+
+
+def draw(seed: int, n: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards, scattered group ids (negative ones among them) and weights, some of them 0."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-3, groups - 3, (n,), generator=g, dtype=torch.int32)
+    return torch.randn(n, generator=g), ids, torch.randint(0, 4, (n,), generator=g) / 4.0
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_formula_group_by_group(estimator: str, impl: str) -> None:
+    """Plain loops over groups in float64 give the same numbers, with and without weights."""
+    rewards, ids, weights = draw(0, 300, 40)
+    for w in (None, weights):
+        vote = torch.ones(300) if w is None else w
+        expected = torch.zeros(300, dtype=torch.float64)
+        r, v = rewards.double(), vote.double()
+        whole = (v * (r - (v * r).sum() / v.sum()).square()).sum() / v.sum()
+        for g in ids.unique():
+            rows = ((ids == g) & (vote > 0)).nonzero().squeeze(1)
+            if rows.numel() < 2:
+                continue
+            mean = (v[rows] * r[rows]).sum() / v[rows].sum()
+            var = (v[rows] * (r[rows] - mean).square()).sum() / v[rows].sum()
+            for i in rows.tolist():
+                others = [j for j in rows.tolist() if j != i]
+                baseline = (v[others] * r[others]).sum() / v[others].sum()
+                expected[i] = {
+                    "grpo": (r[i] - mean) / (var.sqrt() + 1e-6),
+                    "dr_grpo": r[i] - mean,
+                    "rloo": r[i] - baseline,
+                    "batch": (r[i] - mean) / (whole.sqrt() + 1e-6),
+                }[estimator]
+        got = group_advantage(rewards, ids, w, estimator=estimator, impl=impl)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@limits(max_examples=60, deadline=None)
+@given(st.data())
+def test_permuting_rows_permutes_the_result_bit_for_bit(data: st.DataObject) -> None:
+    """For any rewards (huge spreads too), groups and weights, on the C++ backend; advantages of a group sum
+    to 0."""
+    n = data.draw(st.integers(1, 40))
+    number = st.floats(-1e6, 1e6, width=32)
+    rewards = torch.tensor(data.draw(st.lists(number, min_size=n, max_size=n)))
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)), dtype=torch.int32)
+    weights = torch.tensor(data.draw(st.lists(st.sampled_from([0.125, 0.5, 1.0]), min_size=n, max_size=n)))
+    order = torch.tensor(data.draw(st.permutations(range(n))))
+    for estimator in ESTIMATORS:
+        for w in (None, weights):
+            here = group_advantage(rewards, ids, w, estimator=estimator, impl="cpu")
+            there = group_advantage(
+                rewards[order], ids[order], None if w is None else w[order], estimator=estimator, impl="cpu"
+            )
+            assert torch.equal(here[order], there)
+    centred = group_advantage(rewards, ids, weights, impl="cpu").double() * weights
+    assert centred.new_zeros(6).index_add(0, ids.long(), centred).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_groups_without_a_signal_are_exactly_zero(estimator: str, impl: str) -> None:
+    """A group of one, a group of equal rewards (0.1 has no exact mean), a group with one vote; none disturbs
+    others."""
+    rewards = torch.tensor([0.3, *[0.1] * 7, 1.0, 0.0, 5.0, 9.0])
+    ids = torch.tensor([5, *[1] * 7, 2, 2, 8, 8], dtype=torch.int32)
+    weights = torch.tensor([1.0] * 10 + [1.0, 0.0])
+    a = group_advantage(rewards, ids, weights, estimator=estimator, impl=impl)
+    assert torch.equal(a[:8], torch.zeros(8)) and torch.equal(a[10:], torch.zeros(2))
+    assert a[8] > 0 > a[9]
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_a_weight_of_m_is_m_copies(impl: str) -> None:
+    """Statistics count multiplicities (not rloo, which leaves the whole trajectory out)."""
+    rewards, ids = torch.tensor([1.0, 0.0, 0.5]), torch.zeros(3, dtype=torch.int32)
+    copies = torch.tensor([1, 2, 5])
+    for estimator in ("grpo", "dr_grpo", "batch"):
+        once = group_advantage(rewards, ids, copies / 8.0, estimator=estimator, impl=impl)
+        many = group_advantage(
+            rewards.repeat_interleave(copies),
+            torch.zeros(8, dtype=torch.int32),
+            estimator=estimator,
+            impl=impl,
+        )
+        torch.testing.assert_close(once, many[[0, 1, 3]], rtol=1e-6, atol=0)
+
+
+def test_the_cpp_result_is_the_references_for_close_rewards_and_far_ids() -> None:
+    """A spread of a few ulps on a large offset, ids at both ends of int32, an outlier in a large group."""
+    offset = torch.nextafter(torch.tensor(1000.0), torch.tensor(2000.0)) - 1000.0
+    rewards = torch.cat([1000.0 + offset * torch.arange(6), torch.zeros(5000), torch.ones(1)])
+    ids = torch.tensor([2**31 - 1] * 6 + [-(2**31)] * 5001, dtype=torch.int32)
+    for order in (torch.arange(5007), torch.randperm(5007, generator=torch.Generator().manual_seed(1))):
+        got = group_advantage(rewards[order], ids[order], impl="cpu")
+        want = group_advantage(rewards[order], ids[order], impl="reference")
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("rewards", {"rewards": torch.tensor([1.0, float("nan")])}),
+        ("rewards", {"rewards": torch.tensor([1, 2])}),
+        ("group_id", {"group_id": torch.zeros(3, dtype=torch.int32)}),
+        ("group_id", {"group_id": torch.zeros(2)}),
+        ("weight", {"weight": torch.tensor([1.0, -1.0])}),
+        ("weight", {"weight": torch.ones(3)}),
+        ("estimator", {"estimator": "ppo"}),
+        ("eps", {"eps": -1.0}),
+    ],
+)
+def test_bad_input_names_the_argument(argument: str, call: dict[str, object]) -> None:
+    """ValueError or TypeError whose message begins with the argument's name."""
+    whole = {"rewards": torch.tensor([1.0, 2.0]), "group_id": torch.zeros(2, dtype=torch.int32)} | call
+    with pytest.raises((ValueError, TypeError), match=f"^{argument}: "):
+        group_advantage(**whole)

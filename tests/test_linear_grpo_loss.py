@@ -1,0 +1,164 @@
+"""linear_grpo_loss and selective_logprob: the head against float64, rows left out, the two-phase path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mgrpo import linear_grpo_loss, selective_logprob
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.ops import head
+from mgrpo.ops.token_loss import METRICS
+from tests.loss_grid import TOLERANCE, configs, error, head_batch, run_head, run_logits, settings
+
+
+def name(config: GrpoLossConfig) -> str:
+    return " ".join(f"{k}={v}" for k, v in config.model_dump(exclude_defaults=True).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("config", configs(), ids=name)
+def test_the_gradients_are_the_float64_references(config: GrpoLossConfig, dtype: torch.dtype) -> None:
+    """d hidden and d weight through chunks of 5 rows, one-phase and two-phase, with and without old
+    log-probs.
+
+    bf16 rounds its logits, so there the bound is torch's own error at bf16.
+    """
+    data = head_batch(517, 24, dtype)
+    for old in (True, False):
+        if not old:
+            data = {k: v for k, v in data.items() if k != "old_logprobs"}
+        exact = run_head(data, config, torch.float64, "reference")
+        torchs = run_head(data, config, dtype, "reference")
+        got = run_head(data, config, dtype, "cpu", chunk=5)
+        for mine, theirs, true in zip(got[2:], torchs[2:], exact[2:], strict=True):
+            assert error(mine, true) <= max(1.2 * error(theirs, true), TOLERANCE[torch.float32])
+        if dtype == torch.float32:
+            for key in METRICS:
+                torch.testing.assert_close(got[1][key].double(), exact[1][key].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_chunk_does_not_matter() -> None:
+    """Any chunk gives the same loss and gradients up to the order of float32 sums."""
+    data = head_batch(517, 24, torch.float32)
+    for config in (settings("dapo", kl_coef=0.1), settings("gspo")):
+        whole = run_head(data, config, torch.float32, "cpu", chunk=4096)
+        for chunk in (1, 7, 19):
+            part = run_head(data, config, torch.float32, "cpu", chunk=chunk)
+            torch.testing.assert_close(part[0], whole[0], rtol=1e-5, atol=1e-7)
+            assert error(part[2], whole[2]) < 2e-6 and error(part[3], whole[3]) < 2e-6
+
+
+def test_dead_rows_never_reach_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masked rows and rows of advantage 0 are not in the first product, clipped rows not in the other two;
+    the gradient is the one that computes them all."""
+    data = head_batch(517, 24, torch.float32)
+    seen: list[int] = []
+    chunks, drop = head._chunks, head._drop
+
+    def counted(*args: object) -> object:
+        for piece, h, z in chunks(*args):
+            seen.append(piece.numel())
+            yield piece, h, z
+
+    def dropped(*args: torch.Tensor) -> object:
+        out = drop(*args)
+        seen.append(out[0].shape[0])
+        return out
+
+    monkeypatch.setattr(head, "_chunks", counted)
+    monkeypatch.setattr(head, "_drop", dropped)
+    got = run_head(data, settings("dapo"), torch.float32, "cpu")
+    # 10 grid rows + 1 single + 3 with -inf; of the 10, A > 0 clips 1.5 and 3, A < 0 clips 0.7.
+    assert seen == [14, 11]
+    exact = run_head(data, settings("dapo"), torch.float64, "reference")
+    assert error(got[2], exact[2]) <= TOLERANCE[torch.float32] >= error(got[3], exact[3])
+
+
+def test_only_the_gradients_that_are_needed() -> None:
+    """A frozen head or frozen hidden states get no gradient, and the other's is unchanged; no_grad computes
+    none."""
+    data = head_batch(129, 24, torch.float32)
+    rest = {k: v for k, v in data.items() if k not in ("hidden", "weight")}
+    full = run_head(data, settings("grpo"), torch.float32, "cpu")
+    for needs in ((True, False), (False, True)):
+        leaves = [data[k].float().requires_grad_(n) for k, n in zip(("hidden", "weight"), needs, strict=True)]
+        loss, _ = linear_grpo_loss(*leaves, config=settings("grpo"), **rest)
+        (loss * 0.5).backward()
+        for leaf, need, grad in zip(leaves, needs, full[2:], strict=True):
+            assert (leaf.grad is not None) == need and (not need or torch.equal(leaf.grad, grad))
+    with torch.no_grad():
+        loss, _ = linear_grpo_loss(*leaves, config=settings("grpo"), **rest)
+    assert not loss.requires_grad
+
+
+def test_a_nan_hidden_state_spoils_no_gradient() -> None:
+    """Its row is counted; d hidden of it is 0 and d weight is what the other rows make."""
+    data = head_batch(129, 24, torch.float32)
+    for config in (settings("dapo"), settings("gspo"), settings("dapo", kl_coef=0.1)):
+        dirty = data | {"hidden": data["hidden"].clone()}
+        dirty["hidden"][3, 0] = float("nan")
+        _, metrics, dh, dw = run_head(dirty, config, torch.float32, "cpu")
+        assert int(metrics["nonfinite_rows"]) == 1
+        assert bool(dh.isfinite().all()) and bool(dw.isfinite().all()) and not dh[3].any()
+
+
+def test_the_gradient_is_spent_only_by_scaling() -> None:
+    """An upstream gradient of 1 can be repeated; after another one a second backward is an error, not a wrong
+    number."""
+    data = head_batch(33, 8, torch.float32)
+    rest = {k: v for k, v in data.items() if k not in ("hidden", "weight")}
+    leaves = [data[k].float().requires_grad_() for k in ("hidden", "weight")]
+    loss, _ = linear_grpo_loss(*leaves, config=settings("grpo"), **rest)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    twice = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert torch.equal(once[1], twice[1])
+    torch.autograd.grad(loss * 2, leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_selective_logprob_is_the_float64_log_softmax(dtype: torch.dtype) -> None:
+    """Log-probs and entropies at two temperatures, chunked; bf16 within what rounding its logits costs
+    torch."""
+    data = head_batch(517, 24, dtype)
+    h, w, ids = data["hidden"], data["weight"], data["target_ids"]
+    for temperature in (0.6, 1.3):
+        z = (h @ w.t() / temperature).log_softmax(1)
+        exact = z.gather(1, ids[:, None]).squeeze(1), -(z.exp() * z).sum(1)
+        theirs = selective_logprob(h.to(dtype), w.to(dtype), ids, temperature=temperature, impl="reference")
+        mine = selective_logprob(h.to(dtype), w.to(dtype), ids, temperature=temperature, chunk=4)
+        for a, b, c in zip(mine, theirs, exact, strict=True):
+            assert a.dtype == torch.float32 and error(a, c) <= max(1.2 * error(b, c), 1e-6)
+
+
+def test_the_head_equals_the_loss_from_logits() -> None:
+    """linear_grpo_loss and grpo_loss of the same logits agree in loss and metrics."""
+    data = head_batch(129, 24, torch.float32)
+    logits = (data["hidden"] @ data["weight"].t()).float()
+    rest = {k: v for k, v in data.items() if k not in ("hidden", "weight")} | {"logits": logits}
+    a = run_logits(rest, settings("dapo"), torch.float32, "cpu")
+    b = run_head(data, settings("dapo"), torch.float32, "cpu")
+    torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-6)
+    for key in METRICS:
+        torch.testing.assert_close(a[1][key], b[1][key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("hidden", {"hidden": torch.zeros(8)}),
+        ("weight", {"weight": torch.zeros(33, 9)}),
+        ("weight", {"weight": torch.zeros(33, 8, dtype=torch.bfloat16)}),
+        ("target_ids", {"target_ids": torch.full((19,), 33)}),
+        ("chunk", {"chunk": 0}),
+        ("rewards", {"rewards": torch.zeros(6)}),
+    ],
+)
+def test_bad_input_names_the_argument(argument: str, change: dict[str, object]) -> None:
+    """ValueError or TypeError whose message begins with the argument's name."""
+    call: dict[str, object] = {"config": settings("grpo"), **head_batch(33, 8, torch.float32)}
+    call |= {"hidden": torch.zeros(19, 8), "weight": torch.zeros(33, 8)} | change
+    with pytest.raises((ValueError, TypeError), match=f"^{argument}: "):
+        linear_grpo_loss(call.pop("hidden"), call.pop("weight"), call.pop("target_ids"), **call)

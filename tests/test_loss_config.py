@@ -1,0 +1,45 @@
+"""Settings that contradict each other, or that nothing reads, are errors that name the field."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from mgrpo import GrpoLossConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("unknown_key", {"unknown_key": 1}),
+        ("loss_type", {"loss_type": "ppo"}),
+        ("ratio_level", {"loss_type": "gspo", "ratio_level": "token"}),
+        ("max_completion_length", {"loss_type": "dr_grpo"}),
+        ("max_completion_length", {"max_completion_length": 8}),
+        ("delta", {"loss_type": "cispo", "delta": 2.0}),
+        ("clip_eps_low", {"loss_type": "cispo", "clip_eps_low": 0.1}),
+        ("clip_eps_high", {"loss_type": "sapo", "clip_eps_high": 0.28}),
+        ("sapo_temperature_pos", {"sapo_temperature_pos": 2.0}),
+        ("veto", {"veto": 1e-4}),
+        ("correction_high", {"correction_high": 2.0}),
+        ("correction_low", {"correction": "token_tis", "correction_low": 0.5}),
+        ("correction_low", {"correction": "mis", "correction_low": 6.0}),
+        ("advantage_eps", {"estimator": "rloo", "advantage_eps": 1e-4}),
+        ("temperature", {"temperature": 0.0}),
+        ("kl_coef", {"kl_coef": float("nan")}),
+    ],
+)
+def test_bad_settings_name_their_field(field: str, settings: dict[str, object]) -> None:
+    """The message holds the field's name."""
+    with pytest.raises(ValidationError, match=field):
+        GrpoLossConfig.model_validate(settings)
+
+
+def test_a_dump_is_valid_input_again() -> None:
+    """Every field written out, defaults included, is accepted: only a value that differs can be a silent
+    no-op."""
+    for config in (
+        GrpoLossConfig(loss_type="cispo", clip_eps_high=5.0),
+        GrpoLossConfig(correction="geometric"),
+    ):
+        assert GrpoLossConfig.model_validate(config.model_dump()) == config

@@ -1,0 +1,201 @@
+"""Whole runs of a tiny task: three agents in processes of their own, killed, stopped, resumed, taken apart."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from mgrpo.transport.keys import add_key, init_keys
+from tests.runs import (
+    RELAY,
+    command,
+    final_weights,
+    kill,
+    leftovers,
+    processes_of,
+    records,
+    resume,
+    started,
+    steps_of,
+    summary,
+    train,
+    wait_for,
+)
+
+ROLES = ("main", "left", "right")
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the others are compared with, bit for bit."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train(RELAY, out)
+    return out
+
+
+def test_a_run_leaves_results_and_nothing_else(undisturbed: Path) -> None:
+    """Summary, metrics, curves and policies are there; no process, socket or lock is."""
+    data = summary(undisturbed)
+    assert data["finished"] and data["valid"] and data["steps"] == STEPS and data["retoken_drift"] == 0
+    for when in ("warm", "final"):
+        assert set(data["heldout"][when]) == {"greedy", "sampled"}
+    assert set(data["d_k"]) == {"left", "right"}
+    assert set(final_weights(undisturbed)) == set(ROLES)
+    assert (undisturbed / "curves.png").stat().st_size > 10_000
+    assert list((undisturbed / "tensorboard").iterdir())
+    assert leftovers(undisturbed) == []
+
+
+def test_every_role_trains_on_its_own_counts(undisturbed: Path) -> None:
+    """d_k, alignment and staleness are each role's own; the trainer's log-probs are the sampler's."""
+    last = {role: [r for r in records(undisturbed) if f"{role}/reward/mean" in r] for role in ROLES}
+    for role, rows in last.items():
+        assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+        assert all(r[f"{role}/staleness/max"] == 0 for r in rows)
+        differences = [r[d] for r in rows if (d := f"{role}/policy/logprob_diff_max") in r]
+        assert differences and max(differences) < 1e-4
+    assert max(r["left/d_k/max"] for r in last["left"]) == 3
+    assert max(r["right/d_k/max"] for r in last["right"]) == 2
+    assert any(r["left/align/dup_ratio"] > 0 for r in last["left"])
+    assert all(r["right/align/dup_ratio"] == 0 for r in last["right"])  # "expected" copies nothing
+    assert any(r["right/align/drop_ratio"] > 0 for r in last["right"])  # d_k = 2, D_max = 1
+
+
+def test_policies_have_changed_and_differ(undisturbed: Path) -> None:
+    """Each agent has weights of its own, and RL has moved them."""
+    final = final_weights(undisturbed)
+    assert len(set(final.values())) == 3
+    for role in ROLES:
+        start = (undisturbed / "agents" / role / "start" / "model.safetensors").read_bytes()
+        assert start != final[role]
+
+
+def test_the_same_seed_gives_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+    """Synchronous mode: a second run ends with the same weights."""
+    train(RELAY, tmp_path / "again")
+    assert final_weights(tmp_path / "again") == final_weights(undisturbed)
+
+
+def test_killed_processes_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    """kill -9 of a worker, a trainer and the store, one after the other: each comes back, the run ends, and the weights
+    are those of the undisturbed run."""
+    out = tmp_path / "run"
+    with started(command("train", str(RELAY), "--out", str(out))) as process:
+        for step, victim in ((3, "rollout"), (7, "trainer-left"), (11, "store")):
+            wait_for(lambda step=step: steps_of(out) >= step or process.poll() is not None, f"step {step}")
+            kill(out, victim)
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert output.count("started again (restart 1)") == 3
+    assert final_weights(out) == final_weights(undisturbed)
+    assert leftovers(out) == []
+
+
+def test_interrupt_and_resume_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    """Ctrl-C stops everything at once and in order; --resume goes on to the same bits and one set of metrics."""
+    out = tmp_path / "run"
+    with started(command("train", str(RELAY), "--out", str(out))) as process:
+        wait_for(lambda: steps_of(out) >= 3 or process.poll() is not None, "step 3")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in output
+    assert leftovers(out) == [] and not summary(out)["finished"]
+    resume(out)
+    assert final_weights(out) == final_weights(undisturbed)
+    assert summary(out)["finished"] and summary(out)["valid"]
+    sequence = [r["seq"] for r in records(out)]
+    assert sequence == sorted(set(sequence))  # nothing written twice
+    assert leftovers(out) == []
+
+
+def test_a_killed_launcher_takes_its_children_along(tmp_path: Path) -> None:
+    """kill -9 of the launcher: no process of the run outlives it, and the run can be resumed."""
+    out = tmp_path / "run"
+    with started(command("train", str(RELAY), "--out", str(out), "--set=trainer.steps=100")) as process:
+        wait_for(lambda: steps_of(out) >= 1 or process.poll() is not None, "step 1")
+        process.kill()
+        process.wait(10)
+    wait_for(lambda: not processes_of(out), "the end of the children", 30)
+    resume(out, "trainer.steps=5")
+    assert summary(out)["finished"]
+    assert leftovers(out) == []
+
+
+def test_an_invalid_start_ends_the_run_and_says_why(tmp_path: Path) -> None:
+    """The gate does not pass: no RL step, a reason with the figure and its bound, nothing left behind."""
+    out = tmp_path / "run"
+    with started(command("train", str(RELAY), "--out", str(out), "--set=task.options.gate=false")) as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "not a valid start" in output and "readiness 0.000 (outside 0.5..1)" in output
+    assert steps_of(out) == 0 and not summary(out)["valid"]
+    assert leftovers(out) == []
+
+
+def test_a_bug_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
+    """An error that repeats is not restarted for ever: the run ends with the message and names the log."""
+    out = tmp_path / "run"
+    with started(command("train", str(RELAY), "--out", str(out), "--set=task.options.bug=true")) as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "the relay has a bug" in output.splitlines()[-1] and "rollout-0.log" in output.splitlines()[-1]
+    assert leftovers(out) == []
+
+
+def test_asynchronous_runs_keep_the_lag_and_survive_failures(tmp_path: Path) -> None:
+    """max_lag = 1 with two workers and failing rollouts: no token is older than one step, failures are never scored."""
+    out = tmp_path / "run"
+    train(
+        RELAY, out, "trainer.max_lag=1", "rollout.workers=2", "task.options.fail_every=4", "trainer.steps=8"
+    )
+    rows = [r for r in records(out) if "main/reward/mean" in r]
+    assert [r["step"] for r in rows] == list(range(1, 9))
+    assert max(r["main/staleness/max"] for r in rows) <= 1
+    played = [r["rollout/time/wave"] for r in records(out) if "rollout/time/wave" in r]
+    assert len(played) == 8 * 2  # two workers, no wave beyond the last step
+    assert all(r["main/rollouts/failed"] == 4 for r in rows)  # one of four rollouts in each of four groups
+    assert leftovers(out) == []
+
+
+def test_parts_started_one_by_one_on_addresses(undisturbed: Path, tmp_path: Path) -> None:
+    """Store, trainers and worker started by hand on their own tcp addresses, with encrypted links, compute what the
+    launcher's run does."""
+    keys = tmp_path / "keys"
+    init_keys(keys)
+    for name, who in (("worker", "worker"), *((role, f"trainer:{role}") for role in ROLES)):
+        add_key(keys, name, who)
+    ports = free_ports(4)
+    urls = [f"--set=store.url=tcp://127.0.0.1:{ports[0]}", f"--set=link.keys={keys}"]
+    urls += [
+        f"--set=agents.{role}.url=tcp://127.0.0.1:{port}" for role, port in zip(ROLES, ports[1:], strict=True)
+    ]
+    folders = {name: tmp_path / name for name in ("store", "worker", *ROLES)}  # no folder is shared
+    config = str(RELAY)
+    with started(command("store", "--config", config, "--out", str(folders["store"]), *urls)) as store:
+        parts = [
+            started(command("trainer", config, "--agent", role, "--out", str(folders[role]), *urls))
+            for role in ROLES
+        ]
+        worker = started(command("rollout", config, "--out", str(folders["worker"]), *urls))
+        with parts[0] as one, parts[1] as two, parts[2] as three, worker as rollouts:
+            for process in (rollouts, one, two, three):
+                output, _ = process.communicate(timeout=120)
+                assert process.returncode == 0, output
+        assert store.poll() is None
+    for role in ROLES:
+        path = folders[role] / "agents" / role / "final" / "model.safetensors"
+        assert path.read_bytes() == final_weights(undisturbed)[role]
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

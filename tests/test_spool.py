@@ -1,0 +1,153 @@
+"""The spool: what is acknowledged can be read back bit for bit, also after a crash in the middle of a
+record."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mgrpo.errors import ConflictError, CorruptionError, PeerError
+from mgrpo.spool import Meta, Spool, SpoolClient
+from mgrpo.transport.codec import Refusal
+from mgrpo.transport.server import Server
+from tests.store_kit import DIGEST, make_trajectory, same
+
+
+def served(tmp_path: Path, **options: int) -> tuple[Spool, Server]:
+    spool = Spool(tmp_path / "spool", role="sub", digest=DIGEST, **options)
+    return spool, Server("tcp://127.0.0.1:0", spool.handlers(), barrier=spool.sync)
+
+
+def test_trajectories_come_back_bit_for_bit_as_views(tmp_path: Path) -> None:
+    """Small and large ones, several in flight; the arrays read are views, no Python lists."""
+    spool, server = served(tmp_path)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+        sent = [make_trajectory("q", i, "sub", 0, n) for i, n in enumerate((0, 1, 7, 5000, 200_000))]
+        refs = [client.append(t) for t in sent]
+        for trajectory, ref in zip(sent, refs, strict=True):
+            back = spool.read(ref.result(10))
+            assert same(trajectory, back)
+            assert not back.tokens.flags.owndata
+
+
+def test_a_torn_tail_is_cut_and_everything_before_it_stays(tmp_path: Path) -> None:
+    """Cut the file at every byte of the last record: the first two records survive, the third can be sent
+    again."""
+    spool, server = served(tmp_path)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+        sent = [make_trajectory("q", i, "sub", 0, 20) for i in range(3)]
+        refs = [client.append(t).result(10) for t in sent]
+    path = tmp_path / "spool" / "00000001.spool"
+    whole = path.read_bytes()
+    for cut in range(refs[2].offset, len(whole) - 8, 13):
+        path.write_bytes(whole[:cut])
+        with Spool(tmp_path / "spool", role="sub", digest=DIGEST) as again:
+            assert len(again) == 2
+            assert all(same(t, again.read(r)) for t, r in zip(sent[:2], refs[:2], strict=True))
+    path.write_bytes(whole)
+    with Spool(tmp_path / "spool", role="sub", digest=DIGEST) as again:
+        assert len(again) == 3
+        damaged = bytearray(whole)
+        damaged[refs[1].offset + 60] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptionError, match="byte"):
+            again.read(refs[1])
+
+
+def test_the_same_trajectory_again_gets_the_same_reference(tmp_path: Path) -> None:
+    """Also after a restart; other content under the identity is a conflict, another attempt is another
+    identity."""
+    trajectory = make_trajectory("q", 0, "sub", 0)
+    refs = []
+    for _ in range(2):
+        spool, server = served(tmp_path)
+        with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+            refs += [client.append(trajectory).result(10) for _ in range(2)]
+            other = make_trajectory("q", 0, "sub", 0, n=41)
+            with pytest.raises(ConflictError):
+                client.append(other).result(10)
+            assert client.append(other, attempt=1).result(10) != refs[0]
+    assert refs == [refs[0]] * 4
+
+
+def test_truncation_removes_only_segments_below_the_cursor(tmp_path: Path) -> None:
+    """A closed segment goes when every group in it is below the cursor; the open one never."""
+    spool, server = served(tmp_path, segment_bytes=2000)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+        sent = [make_trajectory(f"q{i}", 0, "sub", 0) for i in range(20)]
+        refs = [client.append(t, index=i).result(10) for i, t in enumerate(sent)]
+    with Spool(tmp_path / "spool", role="sub", digest=DIGEST) as spool:
+        assert spool.truncate(below=0) == 0
+        kept = [i for i, ref in enumerate(refs) if ref.segment >= refs[10].segment]
+        assert spool.truncate(below=kept[0] + 1) == refs[10].segment - 1
+        assert all(same(sent[i], spool.read(refs[i])) for i in kept)
+        with pytest.raises(CorruptionError):
+            spool.read(refs[0])
+
+
+def test_bad_trajectories_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    """NaN log-probs, a wrong role, a wrong run, lengths that differ."""
+    spool, server = served(tmp_path)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+        bad = make_trajectory("q", 0, "sub", 0)
+        bad.logprobs[3] = np.nan
+        short = make_trajectory("q", 0, "sub", 0)
+        short.loss_mask = short.loss_mask[:-1]
+        mask = make_trajectory("q", 0, "sub", 0)
+        mask.loss_mask[0] = 2
+        for trajectory in (bad, short, mask, make_trajectory("q", 0, "main", 0)):
+            with pytest.raises(PeerError, match=r"BAD_REQUEST|FORBIDDEN"):
+                client.append(trajectory).result(10)
+        with SpoolClient(server.url, digest="other", role="sub") as stranger:
+            with pytest.raises(PeerError, match="WRONG_RUN"):
+                stranger.append(make_trajectory("q", 0, "sub", 0)).result(10)
+        assert len(spool) == 0
+    assert (tmp_path / "spool" / "00000001.spool").stat().st_size == 16
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwrite"])
+def test_a_failing_disk_acknowledges_nothing_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """While writes or syncs fail no reference is given; the same request succeeds once the disk works
+    again."""
+    spool, server = served(tmp_path)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+        first = client.append(make_trajectory("q", 0, "sub", 0)).result(10)
+        with monkeypatch.context() as broken:
+            broken.setattr(f"mgrpo.spool.os.{call}", _no_space)
+            late = client.append(make_trajectory("q", 1, "sub", 0))
+            time.sleep(0.5)
+            assert not late.done()
+        assert same(spool.read(late.result(10)), make_trajectory("q", 1, "sub", 0))
+        assert same(spool.read(first), make_trajectory("q", 0, "sub", 0))
+    with Spool(tmp_path / "spool", role="sub", digest=DIGEST) as again:
+        assert len(again) == 2
+
+
+def _no_space(*_: object) -> int:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+def test_a_failure_takes_back_everything_that_is_not_yet_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Two records of one turn, the second fails: the sync must not confirm the first, which was cut off with
+    it."""
+    with Spool(tmp_path / "spool", role="sub", digest=DIGEST, segment_bytes=300) as spool:
+        metas = [Meta("q", i, "sub", 0, 0, 0, {}, 10) for i in range(2)]
+        spool.append(metas[0], bytes(130))
+        with monkeypatch.context() as broken:
+            broken.setattr(f"mgrpo.spool.os.{call}", _no_space)
+            with pytest.raises(Refusal, match=r"UNAVAILABLE|No space"):
+                spool.append(metas[1], bytes(130))
+                spool.append(Meta("q", 2, "sub", 0, 0, 0, {}, 10), bytes(130))
+            with pytest.raises(Refusal, match="could not be kept"):
+                spool.sync()
+        refs = [spool.append(meta, bytes(130)) for meta in metas]
+        spool.sync()
+        assert [spool.read(ref).rollout for ref in refs] == [0, 1]

@@ -1,0 +1,136 @@
+"""One optimizer step: the gradient is that of the formula, however the minibatch is cut and whatever is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.errors import NumericsError
+from mgrpo.model.policy import Policy
+from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch
+from tests.models import VOCAB, tiny_policy
+
+ROWS, WIDTH = 10, 12
+
+
+def rows_of(seed: int) -> MicroBatch:
+    """Rows of different lengths, several sampled stretches, advantages of both signs and some zeros."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, WIDTH + 1, (ROWS,), generator=g)
+    mask = torch.rand(ROWS, WIDTH, generator=g) < 0.6
+    mask[:, 0] = False
+    mask[:, 2] = True
+    mask &= torch.arange(WIDTH)[None] < lengths[:, None]
+    advantages = torch.randn(ROWS, generator=g)
+    advantages[::4] = 0.0
+    return MicroBatch(
+        ids=torch.randint(0, VOCAB, (ROWS, WIDTH), generator=g),
+        loss_mask=mask,
+        rollout_logprobs=-5 * torch.rand(ROWS, WIDTH, generator=g),
+        lengths=lengths,
+        advantages=advantages,
+        weights=torch.rand(ROWS, generator=g) + 0.1,
+    )
+
+
+def denominator_of(rows: MicroBatch, loss: GrpoLossConfig) -> float:
+    return float(rows.weights.sum() if loss.sequence_mean else (rows.weights * rows.loss_mask.sum(1)).sum())
+
+
+def gradient(rows: MicroBatch, cuts: Sequence[Sequence[int]], loss: GrpoLossConfig) -> list[torch.Tensor]:
+    """The gradient that Learner.step hands to the optimizer, clipping aside."""
+    policy = tiny_policy("shift")
+    seen: list[torch.Tensor] = []
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in policy.parameters() if p.grad is not None)
+    )
+    micro = [rows.rows(torch.isin(torch.arange(ROWS), torch.tensor(list(cut)))) for cut in cuts]
+    Learner(policy, optimizer, loss, grad_clip=1e9).step(MiniBatch(micro, denominator_of(rows, loss)))
+    return seen
+
+
+def written_out(rows: MicroBatch, loss: GrpoLossConfig) -> list[torch.Tensor]:
+    """The formula of docs/algorithm.md token by token, in plain torch."""
+    policy = tiny_policy("shift")
+    total = torch.zeros(())
+    for row in range(ROWS):
+        n = int(rows.lengths[row])
+        ids = rows.ids[row : row + 1, :n]
+        logits = policy.model(input_ids=ids).logits[0]
+        logp = torch.log_softmax(logits[:-1], -1).gather(-1, ids[0, 1:, None])[:, 0]
+        ratio = (logp - rows.rollout_logprobs[row, 1:n]).exp()
+        a = rows.advantages[row]
+        clipped = ratio.clamp(1 - loss.clip_eps_low, 1 + loss.clip_eps_high)
+        tokens = torch.minimum(ratio * a, clipped * a)[rows.loss_mask[row, 1:n]]
+        total = total - rows.weights[row] * (tokens.mean() if loss.sequence_mean else tokens.sum())
+    (total / denominator_of(rows, loss)).backward()
+    return [p.grad for p in policy.parameters() if p.grad is not None]
+
+
+def relative(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    assert len(a) == len(b) > 0
+    worst = max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+    return worst / max(float(y.abs().max()) for y in b)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_gradient_is_the_formulas(loss_type: str) -> None:
+    """Rows without an advantage are skipped, masked tokens never projected: the gradient stays the formula's."""
+    loss = GrpoLossConfig(loss_type=loss_type, clip_eps_low=0.2, clip_eps_high=0.28)
+    rows = rows_of(0)
+    assert relative(gradient(rows, [range(ROWS)], loss), written_out(rows, loss)) < 2e-5
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "gspo"])
+def test_cuts_do_not_change_the_gradient(loss_type: str) -> None:
+    """1, 2 and 5 micro-batches, equal or not, give the same gradient."""
+    loss = GrpoLossConfig(loss_type=loss_type, clip_eps_high=5.0 if loss_type == "cispo" else 0.2)
+    rows = rows_of(1)
+    whole = gradient(rows, [range(ROWS)], loss)
+    for cuts in ([range(3), range(3, ROWS)], [[0], [1, 9], [2, 3, 4], [5, 8], [6, 7]]):
+        assert relative(gradient(rows, cuts, loss), whole) < 1e-6
+
+
+def test_nothing_to_learn_changes_nothing() -> None:
+    """All advantages 0: no step, no momentum, no metrics."""
+    policy, rows = tiny_policy("shift"), rows_of(2)
+    rows.advantages.zero_()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0, weight_decay=0.5)
+    before = [p.detach().clone() for p in policy.parameters()]
+    learner = Learner(policy, optimizer, GrpoLossConfig(), grad_clip=1.0)
+    assert learner.train([MiniBatch([rows], 10.0)], recompute_old=False) == {}
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_recomputed_old_logprobs_start_at_ratio_one() -> None:
+    """With the denominator taken from the policy itself, the first minibatch has ratio 1 everywhere."""
+    policy, rows = tiny_policy("shift"), rows_of(3)
+    learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.1), GrpoLossConfig(), grad_clip=1.0)
+    out = learner.train([MiniBatch([rows], 10.0), MiniBatch([rows_of(4)], 10.0)], recompute_old=True)
+    assert out["policy/logprob_diff_max"] < 1e-5
+    assert out["policy/is_ratio_max"] > 1.0 + 1e-4  # the second minibatch meets an updated policy
+
+
+def test_numbers_that_no_step_may_be_taken_with() -> None:
+    """NaN weights end in a typed error, and the weights stay as they are."""
+    policy: Policy = tiny_policy("shift")
+    with torch.no_grad():
+        next(policy.parameters())[5] = float("nan")
+    learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.1), GrpoLossConfig(), grad_clip=1.0)
+    rows = rows_of(5)
+    rows.ids[:, 1:4] = 5
+    with pytest.raises(NumericsError, match="not taken"):
+        learner.step(MiniBatch([rows], 10.0))
+
+
+def test_kl_needs_its_reference() -> None:
+    """A KL term without a reference policy, or a reference without a KL term, is an error."""
+    policy = tiny_policy("shift")
+    with pytest.raises(ValueError, match=r"kl_coef=0\.1"):
+        Learner(policy, torch.optim.SGD(policy.parameters()), GrpoLossConfig(kl_coef=0.1), 1.0)
+    with pytest.raises(ValueError, match=r"kl_coef=0\.0"):
+        Learner(policy, torch.optim.SGD(policy.parameters()), GrpoLossConfig(), 1.0, reference=tiny_policy())

@@ -1,0 +1,222 @@
+"""Rules of groups and leases that depend on time and counts, on the core with a clock of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgrpo.errors import ConfigError
+from mgrpo.store import records as rec
+from mgrpo.store.core import Core
+from mgrpo.store.engine import MIGRATIONS, Engine
+from mgrpo.transport.codec import BadMessage, Refusal, Sender
+from tests.store_kit import DIGEST, run_params
+
+
+class Driver:
+    """A core that one test talks to as everybody."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        self.now = 100.0
+        self.engine = Engine(folder / "s.db", synchronous="OFF")
+        self.core = Core(self.engine, self.now)
+        self.core.create(run_params(**changes), self.now)
+        for role in self.core.ledger.state.roles:  # type: ignore[union-attr]
+            self.call("resume", rec.Resume(role, -1, "n", 0), f"trainer:{role}")
+            self.publish(role, 0)
+
+    def call(self, method: str, body: Any, role: str = "worker") -> Any:
+        answer = self.core.handle(method, body, Sender(DIGEST, role, "w", "s"), self.now)
+        self.core.commit()
+        return answer
+
+    def publish(self, role: str, version: int) -> None:
+        self.call("status", rec.Status(role, 1, version, 0, 0), f"trainer:{role}")
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.core.tick(self.now)
+        self.core.commit()
+
+    def open(self, query: str, index: int | None = None, k: int = 2) -> None:
+        self.call("open_group", rec.OpenGroup(query, k, {}, index))
+
+    def end(self, query: str, rollout: int, version: int = 0) -> None:
+        self.call(
+            "invocation_done", rec.InvocationDone(query, rollout, 0, "main", 0, 1, version, version, {}, None)
+        )
+        self.call(
+            "rollout_final", rec.RolloutFinal(query, rollout, 0, 1.0, 1.0, {"sub": 0}, {}, version, version)
+        )
+
+    def claim(self, seq: int, n: int = 1, role: str = "main") -> list[str] | None:
+        groups = self.call("claim", rec.Claim(role, 1, seq, n, 0.0), f"trainer:{role}")
+        return None if groups is None else [group.query for group in groups]
+
+    def stats(self) -> dict[str, Any]:
+        return self.core.ledger.stats()  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Driver]:
+    it = Driver(tmp_path, k=5, batch=100, lease_s=60.0, group_timeout_s=1800.0)
+    yield it
+    it.engine.close()
+
+
+def test_after_its_time_a_group_is_trained_with_half_its_rollouts_or_dropped(driver: Driver) -> None:
+    """K = 5: three real rollouts are enough, two are not; failed ones do not count as real."""
+    for query, real in (("three", 3), ("two", 2)):
+        driver.open(query, k=5)
+        for rollout in range(real):
+            driver.end(query, rollout)
+    driver.call("rollout_fail", rec.RolloutFail("two", 4, 0, "judge down"))
+    driver.wait(1799.0)
+    assert driver.stats()["open"] == 2
+    driver.wait(2.0)
+    assert (driver.stats()["open"], driver.stats()["sealed"], driver.stats()["dropped"]) == (0, 1, 1)
+    (group,) = driver.call("claim", rec.Claim("main", 1, 1, 1, 0.0), "trainer:main")
+    assert [(r.rollout, r.status) for r in group.rollouts] == [(0, "ok"), (1, "ok"), (2, "ok")]
+    with pytest.raises(Refusal, match=r"dropped \(not complete after 1800 s\)"):
+        driver.end("two", 3)
+
+
+def test_a_lease_lasts_as_long_as_it_is_renewed(driver: Driver) -> None:
+    """60 s without a renewal and the group is ready again; the old lease can neither renew nor apply."""
+    driver.open("a", k=5)
+    for rollout in range(5):
+        driver.end("a", rollout)
+    assert driver.claim(1) == ["a"]
+    held = rec.Groups("main", 1, [("a", 1)], 0)
+    for _ in range(5):
+        driver.wait(50.0)
+        assert driver.call("renew", held, "trainer:main") == []
+    driver.wait(61.0)
+    assert driver.stats()["roles"]["main"]["ready"] == 1
+    assert driver.call("renew", held, "trainer:main") == ["a"]
+    with pytest.raises(Refusal, match=r"FENCED|not leased"):
+        driver.call("apply", held, "trainer:main")
+    assert driver.claim(2) == ["a"]
+
+
+def test_leases_and_open_groups_get_their_full_time_after_a_restart(driver: Driver) -> None:
+    """The store's clock does not run while it is down."""
+    driver.open("a", k=5)
+    driver.open("b", k=5)
+    for rollout in range(5):
+        driver.end("a", rollout)
+    driver.claim(1)
+    driver.wait(59.0)
+    driver.now = 0.5  # another boot: monotonic time starts again
+    driver.engine.reopen()
+    driver.core.reload(driver.now)
+    driver.wait(59.0)
+    assert driver.stats()["roles"]["main"]["leased"] == 1
+    driver.wait(2.0)
+    assert driver.stats()["roles"]["main"]["leased"] == 0
+    assert driver.stats()["open"] == 1
+
+
+def test_groups_too_old_at_the_claim_are_passed_over_and_replaced(tmp_path: Path) -> None:
+    """max_lag 1: what version 0 sampled cannot be trained at version 2, and admission gives its place
+    away."""
+    driver = Driver(tmp_path, batch=1, max_lag=1)
+    driver.open("old", 0)
+    driver.open("new", 1)
+    for query, version in (("old", 0), ("new", 1)):
+        for rollout in range(2):
+            driver.end(query, rollout, version)
+    driver.publish("main", 2)
+    assert driver.claim(1) == ["new"]
+    assert driver.stats()["roles"]["main"]["lost"] == 1
+    with pytest.raises(Refusal, match=r"RETRY_AFTER|ahead"):
+        driver.open("next", 2)  # sub is still at version 0 and has two groups before it
+    driver.publish("sub", 1)
+    driver.open("next", 2)
+    driver.engine.close()
+
+
+def test_unnumbered_groups_are_admitted_by_count(tmp_path: Path) -> None:
+    """min(max_concurrent - running, (max_lag + version + 1) * batch - (accepted + running)) at a time."""
+    driver = Driver(tmp_path, batch=2, max_lag=1, max_concurrent=3)
+    for query in "abc":
+        driver.open(query)
+    with pytest.raises(Refusal, match="3 groups are open, the bound is 3"):
+        driver.open("d")
+    for rollout in range(2):
+        driver.end("a", rollout)
+    driver.open("d")
+    for query in "bcd":
+        for rollout in range(2):
+            driver.end(query, rollout)
+    with pytest.raises(Refusal, match="4 groups are ahead"):
+        driver.open("e")
+    driver.publish("main", 1)
+    driver.publish("sub", 1)
+    driver.open("e")
+    driver.engine.close()
+
+
+def test_bad_records_are_refused_by_name_and_change_nothing(driver: Driver) -> None:
+    """NaN, unknown roles, numbers out of range, d_k that does not fit, missing invocations."""
+    driver.open("a", k=5)
+    before = list(driver.engine._db.execute("SELECT * FROM invocations"))
+    nan = float("nan")
+    bad: list[tuple[str, Any, str]] = [
+        ("invocation_done", rec.InvocationDone("a", 0, 0, "sub", 0, 1, -1, -1, {"x": nan}, None), "nan"),
+        ("invocation_done", rec.InvocationDone("a", 0, 0, "judge", 0, 1, -1, -1, {}, None), "judge"),
+        ("invocation_done", rec.InvocationDone("a", 9, 0, "sub", 0, 1, -1, -1, {}, None), "rollout 9"),
+        ("invocation_done", rec.InvocationDone("a", 0, 0, "main", 1, 1, -1, -1, {}, None), "has only 0"),
+        ("invocation_done", rec.InvocationDone("a", 0, 0, "sub", 0, 1, 5, 4, {}, None), "versions 5..4"),
+        ("rollout_final", rec.RolloutFinal("a", 0, 0, nan, 1.0, {"sub": 0}, {}, 0, 0), "nan"),
+        ("rollout_final", rec.RolloutFinal("a", 0, 0, 1.0, 1.5, {"sub": 0}, {}, 0, 0), "correct=1.5"),
+        ("rollout_final", rec.RolloutFinal("a", 0, 0, 1.0, 1.0, {}, {}, 0, 0), "d_k names"),
+        ("rollout_final", rec.RolloutFinal("a", 0, 0, 1.0, 1.0, {"sub": 1}, {}, 0, 0), "0 have arrived"),
+        ("rollout_final", rec.RolloutFinal("b", 0, 0, 1.0, 1.0, {"sub": 0}, {}, 0, 0), "unknown group"),
+        ("open_group", rec.OpenGroup("c", 4, {}), "of 4 rollouts, this run has 5"),
+        ("open_group", rec.OpenGroup("c", 5, {"judge": 1}), "judge"),
+        ("open_group", rec.OpenGroup("c", 5, {}, meta={"x": nan}), "nan"),
+    ]
+    for method, body, message in bad:
+        with pytest.raises((BadMessage, Refusal), match=message):
+            driver.call(method, body)
+    assert list(driver.engine._db.execute("SELECT * FROM invocations")) == before
+    assert driver.stats()["handled"] == {"resume": 2, "status": 2, "open_group": 1}
+
+
+def test_settled_groups_leave_memory_and_come_back_for_a_rollback(tmp_path: Path) -> None:
+    """Memory is bounded by what is in flight; an older checkpoint still finds everything after it."""
+    driver = Driver(tmp_path, training_roles=["main"], batch=100)
+    for number in range(20):
+        driver.open(f"q{number}", number)
+        for rollout in range(2):
+            driver.end(f"q{number}", rollout)
+        driver.claim(number + 1)
+        driver.call("apply", rec.Groups("main", 1, [(f"q{number}", number + 1)], number), "trainer:main")
+        assert driver.call("commit", rec.Commit("main", 1, number), "trainer:main") == number + 1
+    assert driver.stats()["in_memory"] == 0
+    driver.end("q3", 0)  # a late copy of an old record: the same answer, nothing else
+    resumed = driver.call("resume", rec.Resume("main", 11, "again", 1), "trainer:main")
+    assert (resumed.epoch, resumed.again) == (2, 8)
+    groups = driver.call("claim", rec.Claim("main", 2, 1, 8, 0.0), "trainer:main")
+    assert [group.index for group in groups] == list(range(12, 20))
+    driver.engine.close()
+
+
+def test_a_store_file_knows_what_it_is(tmp_path: Path) -> None:
+    """Another application's database, a newer format, and other parameters of the run are refused by name."""
+    driver = Driver(tmp_path)
+    with pytest.raises(ConfigError, match="digest 'other'"):
+        driver.core.create(run_params(digest="other"), 0.0)
+    driver.engine._db.execute(f"PRAGMA user_version={len(MIGRATIONS) + 1}")
+    driver.engine.close()
+    with pytest.raises(ConfigError, match="this program knows up to"):
+        Engine(tmp_path / "s.db")
+    other = Engine(tmp_path / "o.db")
+    other._db.execute("PRAGMA application_id=7")
+    other.close()
+    with pytest.raises(ConfigError, match="something else"):
+        Engine(tmp_path / "o.db")

@@ -1,0 +1,197 @@
+"""The Triton kernels: the grid under the interpreter on the CPU (the whole grid on a GPU), and no spills on
+sm_80/90/100.
+
+The interpreter is chosen when the kernels are imported, so its part runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+numpy_warns = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+"""Under the interpreter NaN rows and exp2 underflow are numpy arithmetic, which warns."""
+
+
+@pytest.mark.skipif(INTERPRETING, reason="is the process that it starts")
+def test_the_grid_under_the_interpreter() -> None:
+    """Run this file's interpreter tests with TRITON_INTERPRET=1; their failures are printed."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks smaller than the row, so that a row is several and a leading one can be all -inf."""
+    if not INTERPRETING:
+        pytest.skip("needs the interpreter; run by test_the_grid_under_the_interpreter")
+    from mgrpo.ops import device
+
+    monkeypatch.setattr(device, "BLOCK", 16)
+    monkeypatch.setattr(device, "GROUP_BLOCK", 4)
+
+
+@numpy_warns
+def test_interpreted_gradients(small_blocks: None) -> None:
+    """Every config of the grid in fp32, every third in bf16; in place and not; metrics too."""
+    from mgrpo.ops.token_loss import METRICS
+    from tests.loss_grid import TOLERANCE, configs, error, grid_batch, run_logits
+
+    for number, config in enumerate(configs()):
+        for dtype in (torch.float32, torch.bfloat16) if number % 3 == 0 else (torch.float32,):
+            data = grid_batch(37, dtype)
+            exact = run_logits(data, config, torch.float64, "reference")
+            torchs = run_logits(data, config, dtype, "reference")
+            got = run_logits(data, config, dtype, "triton", inplace=number % 2 == 0)
+            floor = 4 * torch.finfo(dtype).eps  # a few roundings: torch is sometimes luckier
+            bound = min(TOLERANCE[dtype], max(1.2 * error(torchs[2], exact[2]), floor))
+            assert error(got[2], exact[2]) <= bound, (config, dtype)
+            for key in METRICS:
+                torch.testing.assert_close(got[1][key].double(), exact[1][key].double(), rtol=3e-5, atol=3e-6)
+
+
+@numpy_warns
+def test_interpreted_groups_in_the_kernel(small_blocks: None) -> None:
+    """Rewards reduced inside the loss kernel, for each estimator, with and without votes, scattered
+    groups."""
+    from tests.loss_grid import error, grid_batch, run_logits, settings
+
+    data = grid_batch(19, torch.float32)
+    data.pop("advantages")
+    rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, 0.25, 7.0])
+    groups = torch.tensor([-3, 9, 9, 4, -3, 9], dtype=torch.int32)
+    for estimator in ("grpo", "dr_grpo", "rloo", "batch"):
+        for votes in (data["seq_weight"], None):
+            config = settings("dapo", estimator=estimator)
+            more = {"rewards": rewards, "group_id": groups, "seq_weight": votes}
+            exact = run_logits(data, config, torch.float64, "reference", **more)
+            got = run_logits(data, config, torch.float32, "triton", **more)
+            assert error(got[2], exact[2]) <= 5e-6
+            assert abs(float(got[0]) - float(exact[0])) < 1e-6
+
+
+@numpy_warns
+def test_interpreted_group_advantage(small_blocks: None) -> None:
+    """The stand-alone op agrees with the reference and is bit for bit permutation-proof; zeros are exact."""
+    from mgrpo import group_advantage
+
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.cat([torch.randn(24, generator=g), torch.full((3,), 0.1), torch.ones(1)])
+    ids = torch.cat([torch.randint(0, 4, (24,), generator=g), torch.full((3,), 7), torch.full((1,), 8)]).int()
+    votes = torch.randint(0, 4, (28,), generator=g) / 4.0
+    order = torch.randperm(28, generator=g)
+    for estimator in ("grpo", "dr_grpo", "rloo", "batch"):
+        for w in (None, votes):
+            want = group_advantage(rewards, ids, w, estimator=estimator, impl="reference")
+            got = group_advantage(rewards, ids, w, estimator=estimator, impl="triton")
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+            moved = None if w is None else w[order]
+            again = group_advantage(rewards[order], ids[order], moved, estimator=estimator, impl="triton")
+            assert torch.equal(got[order], again) and not got[24:].any()
+
+
+@numpy_warns
+def test_interpreted_head(small_blocks: None) -> None:
+    """The head on the Triton rows: one phase, two phases, log-probs, and rows that are not finite."""
+    from mgrpo import selective_logprob
+    from tests.loss_grid import error, head_batch, run_head, settings
+
+    data = head_batch(37, 8, torch.float32)
+    data["hidden"][4, 0] = float("nan")
+    for config in (settings("dapo", entropy_coef=0.02), settings("gspo")):
+        exact = run_head(data, config, torch.float64, "reference")
+        got = run_head(data, config, torch.float32, "triton", chunk=6)
+        assert int(got[1]["nonfinite_rows"]) == 1
+        keep = [t for t in range(19) if t != 4]
+        assert error(got[2][keep], exact[2][keep]) <= 5e-6 and bool(got[3].isfinite().all())
+    h, w, ids = data["hidden"][5:].float(), data["weight"].float(), data["target_ids"][5:]
+    for a, b in zip(
+        selective_logprob(h, w, ids, impl="triton", chunk=5),
+        selective_logprob(h.double(), w.double(), ids, impl="reference"),
+        strict=True,
+    ):
+        assert error(a, b) <= 1e-6
+
+
+def bench_compile() -> object:
+    spec = importlib.util.spec_from_file_location("bench_compile", ROOT / "bench" / "bench_compile.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_compile"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(INTERPRETING, reason="interpreted kernels cannot be compiled")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_no_kernel_spills(arch: int) -> None:
+    """Every kernel compiles for the target at the shipped block sizes, and ptxas reports no spill."""
+    bench = bench_compile()
+    chosen = ("everything, batch", "odd", "gradient", "partials", "group_advantage", "batch_deviation")
+    reports = [bench.build(v, arch) for v in bench.variants() if any(c in v.name for c in chosen)]
+    assert len(reports) == 10
+    assert all(r.registers > 0 for r in reports)
+    assert [r for r in reports if r.spill_bytes] == []
+
+
+@pytest.mark.skipif(INTERPRETING, reason="interpreted kernels cannot be compiled")
+def test_a_spill_would_be_seen() -> None:
+    """The figure the test above reads is not always 0: a kernel given too few registers spills."""
+    bench = bench_compile()
+    plain = next(v for v in bench.variants() if v.name == "partials fp32")
+    assert bench.build(plain, 90, max_registers=24).spill_bytes > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_grid_on_the_gpu(dtype: torch.dtype) -> None:
+    """The grid of every config, from logits and through the head, against float64 on the CPU."""
+    from tests.loss_grid import TOLERANCE, configs, error, grid_batch, head_batch, run_head, run_logits
+
+    for config in configs():
+        data = grid_batch(5003, dtype)
+        exact = run_logits(data, config, torch.float64, "reference")[2]
+        torchs = run_logits(data, config, dtype, "reference")[2]
+        there = {k: v.cuda() for k, v in data.items()}
+        for inplace in (False, True):
+            got = run_logits(there, config, dtype, "triton", inplace=inplace)[2].cpu()
+            bound = max(1.2 * error(torchs, exact), torch.finfo(dtype).eps)
+            assert error(got, exact) <= min(TOLERANCE[dtype], bound), config
+        data = head_batch(1037, 64, dtype)
+        exact_head = run_head(data, config, torch.float64, "reference")[2:]
+        torch_head = run_head(data, config, dtype, "reference")[2:]
+        got_head = run_head({k: v.cuda() for k, v in data.items()}, config, dtype, "triton", chunk=8)[2:]
+        for a, b, c in zip(got_head, torch_head, exact_head, strict=True):
+            assert error(a.cpu(), c) <= max(1.2 * error(b, c), 2e-5), config
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_another_number_of_tokens_does_not_recompile() -> None:
+    """One compiled kernel serves every T and every number of trajectories."""
+    from mgrpo.kernels import grpo_loss as kernels
+    from tests.loss_grid import grid_batch, run_logits, settings
+
+    def variants() -> int:
+        return sum(len(cache[0]) for cache in kernels.grpo_loss_kernel.device_caches.values())
+
+    data = {k: v.cuda() for k, v in grid_batch(512, torch.float32).items()}
+    run_logits(data, settings("dapo"), torch.float32, "triton")
+    before = variants()
+    half = {k: v[:10] if v.shape[0] == 19 else v[:2] for k, v in data.items()}
+    half["cu_seqlens"] = data["cu_seqlens"][:3]
+    run_logits(half, settings("dapo"), torch.float32, "triton")
+    assert variants() == before
