@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.config.policy import EngineConfig, PolicyConfig
+from mgrpo.config.settings import Settings
 from mgrpo.types import MAIN
-
-
-class Settings(BaseModel):
-    """Base of every section: frozen, no unknown keys, docstrings as descriptions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
 
 
 class TaskConfig(Settings):
@@ -122,6 +118,8 @@ class AgentConfig(Settings):
     """loss.temperature is the sampling temperature too: there is one distribution."""
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    policy: PolicyConfig = PolicyConfig()
+    engine: EngineConfig = EngineConfig()
 
 
 class TrainerConfig(Settings):
@@ -254,6 +252,8 @@ class RunConfig(Settings):
                 raise ValueError(
                     f"agents.{role} has both model and warm_start.steps; set warm_start.steps = 0"
                 )
+            if agent.engine.sync == "lora" and not agent.policy.lora.rank:
+                raise ValueError(f'agents.{role}.engine.sync "lora" needs agents.{role}.policy.lora.rank')
             if agent.max_length > self.trainer.micro_batch:
                 raise ValueError(
                     f"agents.{role}.max_length={agent.max_length} exceeds "
@@ -279,7 +279,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"agents.{role}.shares={agent.shares!r}: expected a role with a policy of its own"
             )
-        for name in ("model", "frozen", "warm_start"):
+        for name in ("model", "frozen", "warm_start", "policy", "engine"):
             if getattr(agent, name) != AgentConfig.model_fields[name].default:
                 raise ValueError(
                     f"agents.{role}.{name} has no effect: the policy is that of {agent.shares!r}"

@@ -1,0 +1,109 @@
+"""How one agent's policy is held by its trainer, and what serves its rollouts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mgrpo.config.settings import Settings
+
+Device = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (peft): only they train; the base model is the reference policy of a KL term."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of the adapters; 0 trains without any."""
+    alpha: float = Field(32.0, gt=0)
+    """The adapters' output is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Last parts of the names of the linear layers that get one."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
+
+
+class PolicyConfig(Settings):
+    """How the trainer holds and computes one agent's policy."""
+
+    device: Device = "cpu"
+    """Where the trainer computes."""
+    dtype: Precision = "float32"
+    """What it computes in. The weights that are trained stay float32 either way: small updates to bfloat16 weights
+    are lost to rounding."""
+    attention: Literal["auto", "rows", "sdpa", "varlen", "flash"] = "auto"
+    """rows: sequences of similar length share a forward. varlen: packed rows through torch's variable-length attention
+    (a loop over sequences on the CPU). flash: packed rows through the package flash-attn. sdpa: padded rows. auto:
+    flash where the package works, else varlen, on a GPU; rows on the CPU."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again in the backward pass."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs in main memory; for a policy on a GPU."""
+    last_layers: int = Field(0, ge=0)
+    """Train only the last n decoder layers and the final norm; 0: everything."""
+    lora: LoraConfig = LoraConfig()
+    ranks: int = Field(1, ge=1)
+    """Processes of this agent's trainer: the policy is sharded over them (FSDP2), the batch divided among them."""
+
+    @model_validator(mode="after")
+    def _one_choice_of_parameters(self) -> PolicyConfig:
+        if self.lora.rank and self.last_layers:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} and last_layers={self.last_layers} exclude each other"
+            )
+        if self.activation_offload and self.device == "cpu":
+            raise ValueError('activation_offload has no effect with device "cpu"')
+        if self.attention == "flash" and self.device == "cpu":
+            raise ValueError('attention "flash" needs device "cuda"')
+        return self
+
+
+class EngineConfig(Settings):
+    """What samples one agent's tokens."""
+
+    kind: Literal["hf", "vllm"] = "hf"
+    """hf: the model itself, inside each rollout worker. vllm: one or more vLLM servers over HTTP."""
+    device: Device = "cpu"
+    """Where an hf engine, or a server that the launcher starts, computes."""
+    dtype: Precision = "float32"
+    """What it computes in."""
+    urls: tuple[str, ...] = ()
+    """vllm: servers that run already, e.g. ["http://10.0.0.3:8000"]. Empty: the launcher starts `replicas` of them."""
+    replicas: int = Field(1, ge=1)
+    """vllm: servers that the launcher starts; requests go to the one with the fewest in flight."""
+    python: str = ".venv-vllm/bin/python"
+    """vllm: the interpreter of the environment that has vLLM, for servers that the launcher starts."""
+    arguments: tuple[str, ...] = ()
+    """vllm: further arguments of the server, e.g. ["--gpu-memory-utilization", "0.8"]."""
+    sync: Literal["copy", "fs", "nccl", "lora"] = "copy"
+    """How new weights arrive. copy: over the link into an hf engine. fs: a safetensors folder that the server reads
+    again. nccl: vLLM's weight transfer between GPUs. lora: a new adapter folder a version."""
+    folder: str | None = None
+    """fs, lora: folder for the weights that trainer and servers share. Unset: one in the run's folder."""
+    timeout: float = Field(120.0, gt=0)
+    """Seconds that one request to a server may take before it counts as failed."""
+
+    _tuples = field_validator("urls", "arguments", mode="before")(
+        lambda v: tuple(v) if isinstance(v, list) else v
+    )
+
+    @model_validator(mode="after")
+    def _sync_fits(self) -> EngineConfig:
+        if (self.kind == "hf") != (self.sync == "copy"):
+            raise ValueError(
+                f'sync "{self.sync}" does not fit kind "{self.kind}"; hf takes copy, vllm one of the others'
+            )
+        if self.kind == "hf":
+            for name in ("urls", "replicas", "python", "arguments", "folder", "timeout"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f'{name} has no effect with kind "hf"')
+        if self.urls and self.replicas != 1:
+            raise ValueError(f"replicas={self.replicas} has no effect beside urls")
+        if self.sync == "nccl" and self.device == "cpu":
+            raise ValueError('sync "nccl" needs device "cuda"')
+        return self
