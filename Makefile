@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 SEED ?= 1
 
-.PHONY: setup demo test lint bench chaos clean smollm2-model
+# The run page is tested in a real browser: on Debian, as root, the suite brings its own.
+BROWSER := chromium chromium-driver fonts-dejavu-core
+
+.PHONY: setup browser demo test lint bench chaos clean smollm2-model
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -28,8 +31,18 @@ models/smollm2/config.json: examples/smollm2/convert.py examples/smollm2/gguf_re
 	@rm -rf models/smollm2
 	@$(BIN)/python examples/smollm2/convert.py models/smollm2
 
-test: setup lint
+test: setup browser lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Without root, apt or a mirror the tests of the page skip and say so; nothing else depends on it.
+browser:
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null 2>&1; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        echo "installing $(BROWSER) for the tests of the run page ..."; \
+	        timeout 120 apt-get update -qq; \
+	        DEBIAN_FRONTEND=noninteractive timeout 480 apt-get install -y -qq --no-install-recommends $(BROWSER) \
+	            >/dev/null || echo "no browser could be installed: the tests of the run page will skip"; \
+	    else echo "no chromium here: the tests of the run page will skip ($(BROWSER) are the packages)"; fi; fi
 
 lint: setup
 	@$(BIN)/ruff check .
