@@ -10,6 +10,13 @@
     main.close(format=1.0)
     rollout = episode.finish(correct=1.0)
 
+or, in a model's own chat format:
+
+    chat = Chat(episode.open("main"))
+    chat.begin([{"role": "user", "content": question}])
+    text = await chat.reply(max_tokens=256)
+    chat.observe("user", "Result: 42")
+
 History is append-only: the ids that were sampled are the ids that are trained on; text is only ever decoded from them.
 """
 
@@ -22,6 +29,7 @@ from typing import Protocol
 import numpy as np
 
 from mgrpo._C import philox4x32_10
+from mgrpo.model.chat import ChatFormat, Message
 from mgrpo.rollout.engine import Engine, SamplingParams
 from mgrpo.types import MAIN, Rollout, Trajectory
 
@@ -51,13 +59,14 @@ class Conversation:
         self.agent = agent
         self.query, self.rollout, self.invocation = query, rollout, invocation
         self.scores: dict[str, float] = {}
-        self.drift = 0  # sampled texts whose decoding does not encode back to the sampled ids
+        self.drift = 0  # turns that training would see with other ids than were sampled
         self._seed = seed
         self._turn = 0
         self._ids: list[int] = []
         self._mask: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._said: list[int] = []  # the history at the end of the last turn
         self._session = f"{query}/{rollout}/{agent.role}/{invocation}"
 
     def __len__(self) -> int:
@@ -99,6 +108,7 @@ class Conversation:
 
     async def sample_ids(self, params: SamplingParams) -> list[int]:
         """As sample(), in token ids. The noise is a function of (seed, rollout, role, invocation, turn)."""
+        self.drift += self._ids[: len(self._said)] != self._said
         out = await self.agent.engine.generate(
             self._ids, params, seed=mix(self._seed, self._turn), session=self._session
         )
@@ -108,6 +118,7 @@ class Conversation:
         self._mask.extend([1] * len(ids))
         self._logprobs.extend(float(x) for x in out.logprobs)
         self._versions.extend(int(v) for v in out.versions)
+        self._said = list(self._ids)
         return ids
 
     def close(self, **scores: float) -> None:
@@ -130,6 +141,32 @@ class Conversation:
             versions=np.asarray(self._versions, np.int32),
             scores=dict(self.scores),
         )
+
+
+class Chat:
+    """A conversation in its model's chat format. What the template, tools and others write is context (mask 0)."""
+
+    def __init__(self, conversation: Conversation, form: ChatFormat | None = None) -> None:
+        """form: of the agent's tokenizer; make it once a task where many chats are opened."""
+        self.conversation = conversation
+        self.form = ChatFormat(conversation.agent.tokenizer) if form is None else form
+
+    def begin(self, messages: Sequence[Message], tools: Sequence[object] | None = None) -> None:
+        """The first messages. Raises as ChatFormat.begin."""
+        self.conversation.append_ids(self.form.begin(messages, tools))
+
+    async def reply(self, max_tokens: int) -> str:
+        """Let the policy speak until its turn ends, or max_tokens; what it said, without the end token."""
+        params = SamplingParams(max_tokens, self.conversation.agent.temperature, self.form.stop_ids)
+        return self.form.text(await self.conversation.sample_ids(params))
+
+    def observe(self, role: str, content: str) -> None:
+        """Another's message after the policy's turn, which is closed here if it ran into max_tokens."""
+        self.conversation.append_ids(self.observation(role, content))
+
+    def observation(self, role: str, content: str) -> list[int]:
+        """The ids that observe() would append, to see whether the conversation has room for them."""
+        return self.form.observe(role, content, ended=self.conversation.last_sampled() in self.form.stop_ids)
 
 
 class Episode:
