@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 OUT ?= runs/demo
 SEED ?= 1
 
 # The run page is tested in a real browser: on Debian, as root, the suite brings its own.
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
-.PHONY: setup browser demo test lint bench chaos clean smollm2-model
+.PHONY: vllm test-vllm setup browser demo test lint bench chaos clean smollm2-model
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -19,6 +20,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.
 	    torch==2.13.0 triton==3.7.1 scikit-build-core pybind11 ninja cmake
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@
+
+# vLLM wants an environment of its own; test-vllm drives a real server with a real model on the CPU (about four minutes).
+vllm: $(VLLM)/.ready
+
+$(VLLM)/.ready: constraints-vllm.txt
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "setting up $(VLLM) (about three minutes) ..."
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	@touch $@
+
+test-vllm: setup vllm
+	@$(BIN)/python -m pytest tests_vllm
 
 demo: setup
 	@$(BIN)/mgrpo train examples/atlas/atlas.toml --out $(OUT) --fresh --set seed=$(SEED)
