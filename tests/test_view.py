@@ -19,9 +19,10 @@ import pytest
 from mgrpo.cli.viewdata import RunView
 from mgrpo.cli.viewer import export, is_loopback
 from mgrpo.config.run import RecordConfig
-from mgrpo.record.reader import Recording
+from mgrpo.record.reader import RecordedRollout, Recording
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.types import Rollout, Trajectory
+from tests.big_run import multiply
 from tests.browser import MISSING, Browser, browser
 from tests.runs import command, started
 
@@ -180,6 +181,35 @@ def test_the_page_in_a_browser(recorded: Path, tmp_path: Path, width: int, dark:
         channels = [int(c) for c in re.findall(r"\d+", background)[:3]]
         assert max(channels) < 60 if dark else min(channels) > 200
         assert page.problems() == []
+
+
+@needs_browser
+def test_ten_thousand_rollouts_are_listed_and_found(recorded: Path, tmp_path: Path) -> None:
+    """A long run's page holds every rollout, draws one page of them, and opens the last one with its own numbers
+    (bench/bench_view.py measures how soon)."""
+    n = multiply(recorded, tmp_path / "run", 10_000)
+    last = RunView(tmp_path / "run").ids()[-1]
+    with served(tmp_path / "run") as (url, _), browser(tmp_path) as page:
+        page.open(url + "#tab=rollouts")
+        count = page.until("const c = document.getElementById('count'); return c && c.textContent")
+        assert int(count.split()[0]) == n >= 10_000
+        assert page.run("return document.querySelectorAll('tr[data-id]').length") == 50
+        page.type("[name=q]", last)
+        page.click(f"tr[data-id='{last}']")
+        page.until("return document.querySelector('[data-rollout]')?.dataset.rollout === arguments[0]", last)
+        step = int(last.split("/")[0])
+        page.type("[name=q]", "")
+        page.type("[name=from]", str(step))
+        count = page.run("return document.getElementById('count').textContent")
+        assert int(count.split()[0]) == sum(r.head.step == step for r in rollouts_of(tmp_path / "run"))
+        page.click("[data-tab=steps]")
+        page.until("return document.querySelector('[name=step]')?.value === arguments[0]", str(step))
+        assert page.problems() == []
+
+
+def rollouts_of(run: Path) -> list[RecordedRollout]:
+    """Of training."""
+    return [r for r in Recording([run]).rollouts.values() if r.head.split == "train"]
 
 
 @needs_browser

@@ -39,7 +39,7 @@ def draw_curves(folder: Path, title: str) -> Path | None:
             points = series(records, f"eval/{split}/{mode}")
             if points:
                 accuracy.plot(*zip(*points, strict=True), style, color=colour, label=f"{split}, {mode}")
-    accuracy.set(title="accuracy on entities never trained on", ylim=(0, 1.02))
+    accuracy.set(title="accuracy on questions never trained on", ylim=(0, 1.02))
     for axis, name, label in (
         (reward, "reward/mean", "mean reward"),
         (entropy, "policy/entropy", "entropy (nats)"),

@@ -9,7 +9,7 @@ function charts(run) {
   const accuracy = ["validation", "heldout"].flatMap((split, i) => ["sampled", "greedy"].map((mode, j) => ({ label: `${split}, ${mode}`, index: j, dash: i, dots: i === 1, points: run.series[`eval/${split}/${mode}`] })));
   const subs = roles.slice(1);
   return [
-    ["accuracy on entities never trained on", accuracy, [0, 1]],
+    ["accuracy on questions never trained on", accuracy, [0, 1]],
     ["mean reward", perRole("reward/mean")],
     ["share of correct answers in training", [{ label: "correct", index: 0, points: run.series["main/reward/correct"] }], [0, 1]],
     ["invocations per rollout, d_k", perRole("d_k/mean", subs)],

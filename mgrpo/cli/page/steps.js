@@ -36,7 +36,7 @@ function alignment(data, go) {
     fact("dropped", cells.length - kept.length, String(cells.length - kept.length)), fact("rollouts without", empty, String(empty)), fact("failed", failed, String(failed)),
     fact("mode", data.mode, `${data.mode}, D_max ${data.d_max}`), data.minibatches.map((d, i) => fact(`denominator ${i + 1}`, d, num(d, 1))),
     ["loss/pg", "policy/grad_norm", "loss/clip_ratio_high", "policy/entropy"].filter((n) => n in data.metrics).map((n) => fact(n, data.metrics[n], num(data.metrics[n], 4))));
-  const legend = el("p", { class: "quiet" }, "A box is one trajectory: its advantage, and ×n where the alignment counts it n times. Green is above its group's mean, red below; dashed was dropped. ✓ marks a correct rollout, – one without this agent, ✕ a failed one.");
+  const legend = el("p", { class: "quiet" }, "A box is one trajectory: its advantage, and ×n where the alignment counts it n times; the wider, the more of its rollout's vote it holds. Green is above its group's mean, red below; dashed was dropped. ✓ marks a correct rollout, – one without this agent, ✕ a failed one.");
   return el("div", {}, facts, legend, data.groups.map((group) => el("div", { class: "group", "data-query": group.query },
     el("div", {}, el("strong", {}, clean(group.question)), " ", el("span", { class: "quiet", title: `mean ${group.mean}, std ${group.std}` }, `group ${group.query}: mean ${num(group.mean)}, std ${num(group.std)}`)),
     el("div", { class: "lanes" }, group.rollouts.map((rollout, k) => lane(rollout, k, scale, go))))));
@@ -46,7 +46,8 @@ function lane(rollout, k, scale, go) {
   const mark = rollout.failed ? "✕" : rollout.correct ? "✓" : "";
   const open = () => go({ tab: "rollouts", id: rollout.id });
   const boxes = rollout.invocations.map((c) => el("button", {
-    class: c.multiplicity ? "cell" : "cell dropped", type: "button", onclick: open, style: `background:${tint(c.advantage, scale)}`,
+    class: c.multiplicity ? "cell" : "cell dropped", type: "button", onclick: open, "data-weight": c.weight,
+    style: `background:${tint(c.advantage, scale)};min-width:${Math.round(28 + 44 * Math.min(1, c.weight))}px`,
     title: `invocation ${c.invocation}: reward ${c.reward}, advantage ${c.advantage}, copies ${c.multiplicity}, weight ${c.weight}, ${c.length} tokens, minibatch ${c.minibatch + 1}`,
   }, c.multiplicity ? signed(c.advantage, 1) + (c.multiplicity > 1 ? ` ×${c.multiplicity}` : "") : num(c.reward, 1)));
   return el("div", { class: "lane" }, el("span", { class: "k" }, `k=${k} `, el("span", { class: rollout.failed ? "bad" : "good" }, mark)), boxes.length ? boxes : rollout.failed ? null : "–");

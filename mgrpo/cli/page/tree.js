@@ -6,7 +6,7 @@ function treeView(tree) {
   const verdict = tree.status !== "ok" ? el("span", { class: "bad" }, `failed: ${clean(tree.failure)}`) : tree.correct ? el("span", { class: "good" }, "correct") : el("span", { class: "bad" }, "wrong");
   const head = [
     el("h2", {}, clean(tree.question)),
-    el("p", {}, verdict, tree.answer || tree.gold ? ` answer ${clean(tree.answer || "none")}, expected ${clean(tree.gold)}` : ""),
+    el("p", {}, verdict, tree.answer || !tree.correct ? ` answer ${clean(tree.answer || "none")},` : "", tree.gold ? ` expected ${clean(tree.gold)}` : ""),
     el("p", { class: "quiet" }, `${tree.split === "train" ? "rollout" : tree.split + ", " + tree.mode + ","} ${tree.id}, step ${tree.step}`),
   ];
   if (!main) return el("article", { class: "tree" }, head);
