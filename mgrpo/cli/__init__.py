@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mgrpo.cli.cluster.command import launch as launch_run
+from mgrpo.cli.cluster.command import monitor as follow_run
 from mgrpo.cli.keys import app as keys_app
 from mgrpo.cli.store import app as store_app
 from mgrpo.errors import ConfigError, CorruptionError, MgrpoError
@@ -182,6 +184,10 @@ def rollout(
     from mgrpo.cli.parts import run_worker_process
 
     run_worker_process(config, worker, out, overrides or [], parent)
+
+
+app.command(name="launch")(launch_run)
+app.command(name="monitor")(follow_run)
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ class Monitor:
         self._seen, before = _written_so_far(folder.root)
         self._began = time.monotonic() - before
         self._client: LauncherClient | None = None
+        self.answered = time.monotonic()  # when the store last did
         self._summary = _Summary(config)
         self.reason = ""
 
@@ -76,6 +77,7 @@ class Monitor:
         except (DeadlineError, PeerError) as error:
             self._display.line(f"the store does not answer: {error}", "yellow")
             return Outcome.RUNNING
+        self.answered = time.monotonic()
         for report in fresh:
             self._seen = report.seq
             self._summary.take(report.kind, report.payload)

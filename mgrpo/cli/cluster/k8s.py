@@ -1,0 +1,84 @@
+"""k8s.yaml: what serves for ever is a Deployment, what ends with the run a Job; one volume, claimed by all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mgrpo.cli.cluster.plan import Part, Plan
+from mgrpo.cli.cluster.text import yaml
+
+RETRIES = 5
+
+
+def k8s(plan: Plan, image: str, vllm_image: str, claim: str) -> str:
+    """The file's text: documents for `kubectl apply -f`. claim: name of a ReadWriteMany volume claim."""
+    documents: list[dict[str, Any]] = []
+    for part in plan.parts:
+        if part.ports:
+            documents.append(_service(part))
+        documents.append(_workload(part, vllm_image if part.is_vllm else image, claim, str(plan.site.root)))
+    return "---\n".join(yaml(document) for document in documents)
+
+
+def _service(part: Part) -> dict[str, Any]:
+    """Headless: the name is the pod's own address, and there is before the pod is ready."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": part.name},
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {"mgrpo-part": part.name},
+            "ports": [{"name": f"p{port}", "port": port} for port in part.ports],
+        },
+    }
+
+
+def _workload(part: Part, image: str, claim: str, root: str) -> dict[str, Any]:
+    labels = {"mgrpo-part": part.name}
+    template = {"metadata": {"labels": labels}, "spec": _pod(part, image, claim, root)}
+    if part.serves_for_ever:
+        return {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": part.name},
+            "spec": {
+                "replicas": 1,
+                "strategy": {"type": "Recreate"},  # never two stores on one file
+                "selector": {"matchLabels": labels},
+                "template": template,
+            },
+        }
+    template["spec"]["restartPolicy"] = "OnFailure"
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": part.name},
+        "spec": {"backoffLimit": RETRIES, "template": template},
+    }
+
+
+def _pod(part: Part, image: str, claim: str, root: str) -> dict[str, Any]:
+    resources: dict[str, Any] = {"requests": {"cpu": part.cpus}}
+    if part.gpus:
+        resources["limits"] = {"nvidia.com/gpu": part.gpus}
+    mounts = [{"name": "run", "mountPath": root}, {"name": "shm", "mountPath": "/dev/shm"}]
+    container: dict[str, Any] = {
+        "name": part.name,
+        "image": image,
+        "command": list(part.command),
+        "workingDir": root,
+        "resources": resources,
+        "volumeMounts": mounts,
+    }
+    if part.environment:
+        container["env"] = [{"name": name, "value": value} for name, value in part.environment.items()]
+    return {
+        "terminationGracePeriodSeconds": 120,
+        "containers": [container],
+        "volumes": [
+            {"name": "run", "persistentVolumeClaim": {"claimName": claim}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        ],
+    }

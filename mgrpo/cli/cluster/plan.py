@@ -1,0 +1,264 @@
+"""From a config to the parts of its run: where each runs, what it listens at, what it needs, what starts before it.
+
+All parts share one folder, which every machine sees at the same path, and in it one TOML file with every address filled
+in. A part that listens binds all addresses of its machine at its port; the others reach it by its host's name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mgrpo.config import RunConfig, load_config
+from mgrpo.errors import ConfigError
+from mgrpo.types import MAIN
+
+STORE, MONITOR, TRAINER, VLLM, ROLLOUT = "store", "monitor", "trainer", "vllm", "rollout"
+CPUS_OF_VLLM = 4  # tokenising, scheduling and HTTP beside the GPU
+_PLACE = re.compile(r"[A-Za-z0-9_-]{1,40}")
+_PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One job, service or pod."""
+
+    name: str
+    command: tuple[str, ...]
+    host: str
+    """Where the others find it; for SLURM the node it is pinned to."""
+    ports: tuple[int, ...] = ()
+    after: tuple[str, ...] = ()
+    cpus: int = 1
+    gpus: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    serves_for_ever: bool = False
+    """Ends only when it is told to; the others end with the run."""
+    is_vllm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What differs between targets. root: the run's folder as the parts see it. hosts: node of each place, or None
+    where a part's name is its host's name."""
+
+    root: Path
+    python: str
+    vllm_python: str | None  # None: engine.python of the config
+    hosts: Mapping[str, str] | None
+    base_port: int
+    gpus_per_node: int
+
+    @property
+    def config(self) -> Path:
+        return self.root / "run.toml"
+
+    def host(self, name: str, *places: str) -> str:
+        """Host of the part `name`: its own name, or the node given for the first of the places that has one."""
+        if self.hosts is None:
+            return name
+        for place in places:
+            if place in self.hosts:
+                return self.hosts[place]
+        raise ConfigError(f"no node for {places[-1]}: add --host {places[-1]}=NODE")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The config with every address, and the parts in an order in which they can be started."""
+
+    config: RunConfig
+    site: Site
+    parts: tuple[Part, ...]
+
+
+def make_plan(path: Path, overrides: Sequence[str], site: Site) -> Plan:
+    """Raises ConfigError for anything that could not run."""
+    config = load_config(path, overrides)
+    _check_places(config, site)
+    ports = _Ports(site.base_port)
+    addresses = list(_addresses(config, site, ports))
+    resolved = load_config(path, [*overrides, *addresses])
+    parts = tuple(_parts(resolved, config, site))
+    names = [part.name for part in parts]
+    if len(set(names)) != len(names):
+        double = next(n for n in names if names.count(n) > 1)
+        raise ConfigError(f"two parts would be called {double!r}: rename one of the agents")
+    for part in parts:
+        if part.gpus > site.gpus_per_node:
+            raise ConfigError(
+                f"{part.name} needs {part.gpus} GPUs, a node has {site.gpus_per_node} (--gpus-per-node)"
+            )
+    return Plan(resolved, site, parts)
+
+
+class _Ports:
+    """Numbers that no two parts share, so that any of them may be on one machine."""
+
+    def __init__(self, base: int) -> None:
+        self._next = base
+
+    def take(self) -> int:
+        if not 1024 <= self._next <= 65535:
+            raise ConfigError(f"port {self._next}: expected 1024 to 65535; choose another --port")
+        self._next += 1
+        return self._next - 1
+
+
+def part_name(text: str) -> str:
+    """A name that hosts, services and jobs may have."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _check_places(config: RunConfig, site: Site) -> None:
+    for role in config.roles:
+        if not _PLACE.fullmatch(role):
+            raise ConfigError(f"agent {role!r}: expected letters, digits, dashes and underscores, 40 at most")
+    places = {STORE, ROLLOUT, *config.policy_roles, *(f"{VLLM}-{role}" for role in config.policy_roles)}
+    for name in site.hosts or ():
+        if name not in places:
+            raise ConfigError(f"--host {name}=...: no such part; expected one of {', '.join(sorted(places))}")
+    if site.hosts is None:
+        fixed = [("store.url", config.store.url)]
+        fixed += [(f"agents.{role}.url", config.agents[role].url) for role in config.roles]
+        for name, url in fixed:
+            if url is not None:
+                raise ConfigError(f"{name} is set; containers are found by their names, so remove it")
+
+
+def _addresses(config: RunConfig, site: Site, ports: _Ports) -> Iterator[str]:
+    """The overrides that fill in what the config leaves open."""
+    port = ports.take()
+    if config.store.url is None:
+        yield f'store.url="tcp://{_host(site, STORE)}:{port}"'
+    for role in config.roles:
+        port = ports.take()
+        if config.agents[role].url is None:
+            yield f'agents.{role}.url="tcp://{_host(site, TRAINER, config.owner(role))}:{port}"'
+    for role in config.policy_roles:
+        engine = config.agents[role].engine
+        if engine.kind == "vllm" and not engine.urls:
+            urls = [f'"http://{_host(site, VLLM, role, i)}:{ports.take()}"' for i in range(engine.replicas)]
+            yield f"agents.{role}.engine.urls=[{', '.join(urls)}]"
+            yield f"agents.{role}.engine.replicas=1"  # has no meaning beside urls
+    if config.link.keys is None and not config.link.insecure:
+        yield f'link.keys="{site.root / "keys"}"'
+
+
+def _name(kind: str, *which: str | int) -> str:
+    return part_name("-".join(map(str, (kind, *which))))
+
+
+def _host(site: Site, kind: str, *which: str | int) -> str:
+    """Host of a part, by the places that its node may be given for."""
+    role = str(which[0]) if which else MAIN
+    places = {TRAINER: (role,), VLLM: (f"{VLLM}-{role}", role)}.get(
+        kind, (STORE if kind == MONITOR else kind, MAIN)
+    )
+    return site.host(_name(kind, *which), *places)
+
+
+def _parts(resolved: RunConfig, config: RunConfig, site: Site) -> Iterator[Part]:
+    mgrpo = (site.python, "-m", "mgrpo")
+    yield _store(resolved, site)
+    yield Part(MONITOR, (*mgrpo, "monitor", str(site.root)), _host(site, MONITOR), after=(STORE,))
+    needed = [STORE]
+    for role in config.policy_roles:
+        engine = config.agents[role].engine
+        if engine.kind == "vllm" and not engine.urls:
+            for replica, url in enumerate(resolved.agents[role].engine.urls):
+                needed.append(_name(VLLM, role, replica))
+                yield _vllm_server(resolved, site, role, replica, _port(url))
+    for role in config.policy_roles:
+        needed.append(_name(TRAINER, role))
+        yield _trainer(resolved, site, role)
+    engines = [resolved.agents[role].engine for role in config.policy_roles]
+    for worker in range(resolved.rollout.workers):
+        yield Part(
+            _name(ROLLOUT, worker),
+            (*mgrpo, "rollout", str(site.config), "--worker", str(worker), "--out", str(site.root)),
+            _host(site, ROLLOUT, worker),
+            after=tuple(needed),
+            cpus=resolved.rollout.threads,
+            gpus=int(any(e.kind == "hf" and e.device == "cuda" for e in engines)),
+        )
+
+
+def _store(config: RunConfig, site: Site) -> Part:
+    url = str(config.store.url)
+    command = [site.python, "-m", "mgrpo", "store", "--config", str(site.config), "--out", str(site.root)]
+    command += ["--set", f"store.url={_everywhere(url)}"]
+    return Part(STORE, tuple(command), _host(site, STORE), (_port(url),), serves_for_ever=True)
+
+
+def _trainer(config: RunConfig, site: Site, role: str) -> Part:
+    agent = config.agents[role]
+    ranks = agent.policy.ranks
+    start = [site.python, "-m"]
+    if ranks > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    command = [*start, "mgrpo", "trainer", str(site.config), "--agent", role, "--out", str(site.root)]
+    urls = {name: str(config.agents[name].url) for name in config.served_by(role)}
+    for name, url in urls.items():
+        command += ["--set", f"agents.{name}.url={_everywhere(url)}"]
+    return Part(
+        _name(TRAINER, role),
+        tuple(command),
+        _host(site, TRAINER, role),
+        tuple(_port(url) for url in urls.values()),
+        after=(STORE,),
+        cpus=config.trainer.threads * ranks,
+        gpus=ranks if agent.policy.device == "cuda" else 0,
+        # Without it a restarted group of ranks now and then cannot meet again on the same port.
+        environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if ranks > 1 else {},
+    )
+
+
+def _vllm_server(config: RunConfig, site: Site, role: str, replica: int, port: int) -> Part:
+    agent = config.agents[role]
+    if agent.model is None:
+        raise ConfigError(f"agents.{role}.model is not set: a vLLM server needs a model's folder")
+    command = [
+        *(site.vllm_python or agent.engine.python, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", agent.model, "--host", "0.0.0.0", "--port", str(port)),
+        *("--dtype", agent.engine.dtype, "--max-model-len", str(agent.max_length)),
+        *agent.engine.arguments,
+    ]
+    return Part(
+        _name(VLLM, role, replica),
+        tuple(command),
+        _host(site, VLLM, role, replica),
+        (port,),
+        cpus=CPUS_OF_VLLM,
+        gpus=gpus_of_vllm(agent.engine.arguments) if agent.engine.device == "cuda" else 0,
+        environment={"VLLM_SERVER_DEV_MODE": "1"},
+        serves_for_ever=True,
+        is_vllm=True,
+    )
+
+
+def gpus_of_vllm(arguments: Sequence[str]) -> int:
+    """GPUs that one server takes: the product of its parallel sizes. Raises ConfigError."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    product = 1
+    for name, value in itertools.pairwise([*words, ""]):
+        if name in _PARALLEL:
+            if not value.isdigit() or int(value) < 1:
+                raise ConfigError(f"engine.arguments: {name} {value}: expected a number of GPUs")
+            product *= int(value)
+    return product
+
+
+def _port(url: str) -> int:
+    port = url.rpartition(":")[2]
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"address {url!r}: expected tcp://HOST:PORT with a port from 1 to 65535")
+    return int(port)
+
+
+def _everywhere(url: str) -> str:
+    """What a server binds so that `url` reaches it: names of hosts can be connected to, not bound."""
+    return f"tcp://0.0.0.0:{_port(url)}"
