@@ -18,6 +18,7 @@ from mgrpo.cli.comparison import jobs, verdict
 from mgrpo.cli.comparison.scores import score
 from mgrpo.cli.comparison.variants import COTRAIN, Variant, chosen, scores
 from mgrpo.cli.progress import Display
+from mgrpo.cli.text import clean
 from mgrpo.config import RunConfig, load_config
 from mgrpo.errors import ConfigError
 from mgrpo.metrics import read_metrics
@@ -159,7 +160,8 @@ def _word(holds: bool | None) -> str:
 
 
 def _show(report: Mapping[str, Any], out: Path) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.width = max(console.width, 120)  # a table that was piped into a file is not broken at 80
     table = Table("variant", "sampled", "co-training minus it", "greedy", "co-training minus it")
     for line in report["table"]:
         table.add_row(line["name"], *(c for mode in verdict.MODES for c in _cells(line, mode)))
@@ -169,5 +171,5 @@ def _show(report: Mapping[str, Any], out: Path) -> None:
             state = "not measured" if claim["holds"] is None else f"does not hold: {claim['value']:.3g}"
             console.print(f"{claim['claim']}: {state}")
     for name, reason in report["failed"].items():
-        console.print(f"{name}: {reason}")
+        console.print(f"{name}: {clean(reason)}")
     console.print(f"{out / 'compare.md'}, {out / 'compare.json'}, {out / 'compare.png'}")

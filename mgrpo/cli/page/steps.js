@@ -47,7 +47,7 @@ function lane(rollout, k, scale, go) {
   const open = () => go({ tab: "rollouts", id: rollout.id });
   const boxes = rollout.invocations.map((c) => el("button", {
     class: c.multiplicity ? "cell" : "cell dropped", type: "button", onclick: open, "data-weight": c.weight,
-    style: `background:${tint(c.advantage, scale)};min-width:${Math.round(28 + 44 * Math.min(1, c.weight))}px`,
+    style: `background:${tint(c.advantage, scale)};min-width:${Math.round(22 + 30 * Math.min(1, c.weight))}px`,
     title: `invocation ${c.invocation}: reward ${c.reward}, advantage ${c.advantage}, copies ${c.multiplicity}, weight ${c.weight}, ${c.length} tokens, minibatch ${c.minibatch + 1}`,
   }, c.multiplicity ? signed(c.advantage, 1) + (c.multiplicity > 1 ? ` ×${c.multiplicity}` : "") : num(c.reward, 1)));
   return el("div", { class: "lane" }, el("span", { class: "k" }, `k=${k} `, el("span", { class: rollout.failed ? "bad" : "good" }, mark)), boxes.length ? boxes : rollout.failed ? null : "–");
