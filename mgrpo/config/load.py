@@ -53,6 +53,7 @@ def config_digest(config: RunConfig) -> str:
     tree.pop("link")
     for agent in tree["agents"].values():
         agent.pop("url")
+        agent["policy"].pop("ranks")
         for key in ("urls", "replicas", "python", "folder", "timeout"):  # where rollouts are served, not what
             agent["engine"].pop(key)
     tree["trainer"].pop("steps")

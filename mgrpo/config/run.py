@@ -298,6 +298,11 @@ class RunConfig(Settings):
         """The roles that act with the policy of `role`, itself first."""
         return (role, *(r for r in self.roles if self.agents[r].shares == role))
 
+    def ranks(self, role: str) -> int:
+        """Processes of the trainer that serves `role`; a frozen policy needs one."""
+        owner = self.agents[self.owner(role)]
+        return 1 if owner.frozen else owner.policy.ranks
+
     @property
     def policy_roles(self) -> tuple[str, ...]:
         """The roles with a policy, and so a trainer, of their own."""

@@ -68,12 +68,14 @@ class BatchBuilder:
     def __init__(self, config: RunConfig, role: str, spool: Trajectories) -> None:
         self._config, self._role, self._spool = config, role, spool
         self._agent = config.agents[role]
+        self._ranks = config.ranks(role)
         loss = self._agent.loss
         self._skip_zero = loss.kl_coef == 0 and loss.entropy_coef == 0
         self._batcher = Batcher(
             config.trainer.group_size,
             self._agent.d_max,
             config.trainer.micro_batch,
+            dp=self._ranks,
             role=role,
             mode=self._agent.alignment.mode,
             vote=self._agent.alignment.vote,
@@ -151,24 +153,29 @@ class BatchBuilder:
         )
 
     def _minibatch(self, plan: Plan) -> MiniBatch:
-        """Write the plan's rows; the denominator counts every kept trajectory, rows without a gradient included."""
+        """Write the plan's rows; the denominator counts every kept trajectory, rows without a gradient included.
+
+        With several ranks micro-step after micro-step, each with one micro-batch a rank, some of them empty.
+        """
         micro = []
         for index in range(plan.n_padded):
-            buffers = plan.padded_buffers(0, index)
-            self._batcher.write_padded(plan, 0, index, buffers)
-            rows = buffers["lengths"] > 0
-            if rows.any():
-                micro.append(
-                    MicroBatch(
-                        ids=torch.from_numpy(buffers["ids"][rows].astype(np.int64)),
-                        loss_mask=torch.from_numpy(buffers["loss_mask"][rows] != 0),
-                        rollout_logprobs=torch.from_numpy(buffers["logprobs"][rows]),
-                        lengths=torch.from_numpy(buffers["lengths"][rows].astype(np.int64)),
-                        advantages=torch.from_numpy(buffers["seg_advantage"][rows]),
-                        weights=torch.from_numpy(buffers["seg_weight"][rows]),
-                    )
-                )
+            step = [self._micro_batch(plan, rank, index) for rank in range(self._ranks)]
+            if any(len(m.lengths) for m in step):
+                micro += step
         return MiniBatch(micro, self._denominator(plan))
+
+    def _micro_batch(self, plan: Plan, rank: int, index: int) -> MicroBatch:
+        buffers = plan.padded_buffers(rank, index)
+        self._batcher.write_padded(plan, rank, index, buffers)
+        rows = buffers["lengths"] > 0
+        return MicroBatch(
+            ids=torch.from_numpy(buffers["ids"][rows].astype(np.int64)),
+            loss_mask=torch.from_numpy(buffers["loss_mask"][rows] != 0),
+            rollout_logprobs=torch.from_numpy(buffers["logprobs"][rows]),
+            lengths=torch.from_numpy(buffers["lengths"][rows].astype(np.int64)),
+            advantages=torch.from_numpy(buffers["seg_advantage"][rows]),
+            weights=torch.from_numpy(buffers["seg_weight"][rows]),
+        )
 
     def _denominator(self, plan: Plan) -> float:
         loss = self._agent.loss

@@ -2,13 +2,14 @@
 
 What cannot change the gradient is not computed: a trajectory with advantage 0 needs no forward pass (unless a KL or an
 entropy term acts on it), and masked tokens never reach the vocabulary. The denominators are those of the whole
-minibatch, so the gradient does not depend on how it is cut into micro-batches.
+minibatch, so the gradient does not depend on how it is cut into micro-batches, or divided among ranks: every rank
+steps through its own micro-batches, and the gradients are summed over the ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from mgrpo.errors import NumericsError
 from mgrpo.model.policy import Policy
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.selective_logprob import selective_logprob
+from mgrpo.trainer.ranks import Ranks
 
 _NAMES = {  # what the loss reports -> what the run calls it
     "policy_loss": "loss/pg",
@@ -90,6 +92,10 @@ class MiniBatch:
     micro: Sequence[MicroBatch]
     denominator: float
 
+    def share(self, rank: int, size: int) -> MiniBatch:
+        """What one of `size` ranks trains on: the batcher deals micro-batches out in turn."""
+        return self if size == 1 else MiniBatch(self.micro[rank::size], self.denominator)
+
 
 def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.Tensor:
     """Log-probs f32[T] of the sampled tokens under `policy`, without a graph."""
@@ -100,7 +106,10 @@ def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.
 
 
 class Learner:
-    """A policy with its optimizer, its loss and, where the loss has a KL term, its frozen reference."""
+    """A policy with its optimizer, its loss and, where the loss has a KL term, its frozen reference.
+
+    With several ranks each has a learner, and all take the same steps: train() is a collective.
+    """
 
     def __init__(
         self,
@@ -109,11 +118,12 @@ class Learner:
         loss: GrpoLossConfig,
         grad_clip: float,
         reference: Policy | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if (reference is None) == (loss.kl_coef > 0):
             raise ValueError(f"reference policy given: {reference is not None}, with kl_coef={loss.kl_coef}")
         self.policy, self.optimizer, self.loss, self.grad_clip = policy, optimizer, loss, grad_clip
-        self.reference = reference
+        self.reference, self.ranks = reference, ranks or Ranks()
 
     def train(self, batches: Sequence[MiniBatch], recompute_old: bool) -> dict[str, float]:
         """One RL step: an optimizer step on each minibatch in turn; the means of their metrics.
@@ -125,9 +135,10 @@ class Learner:
         if recompute_old:
             for micro in (m for batch in batches for m in batch.micro):
                 micro.old_logprobs = torch.zeros_like(micro.rollout_logprobs)
-                micro.old_logprobs[:, 1:][micro.live().mask] = logprobs_of(
-                    self.policy, micro, self.loss.temperature
-                )
+                rows = micro if len(micro.lengths) else _blank()
+                found = logprobs_of(self.policy, rows, self.loss.temperature)
+                if rows is micro:
+                    micro.old_logprobs[:, 1:][micro.live().mask] = found
         results = [result for batch in batches if (result := self.step(batch))]
         if not results:
             return {}
@@ -148,9 +159,14 @@ class Learner:
             rows = micro if every_row_acts else micro.rows(micro.advantages != 0)
             if len(rows.lengths):
                 means.add(self._backward(rows, batch.denominator))
+            elif self.ranks.size > 1:  # the others gather weights in this micro-step, which takes every rank
+                self._backward(_blank(), batch.denominator)
+        means.join(self.ranks)
         if not means.tokens:
             return {}
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip, foreach=True)
+        if self.ranks.size > 1:
+            norm = norm.full_tensor()  # type: ignore[attr-defined]  # of the gradient on all ranks
         result = means.result()
         if not torch.isfinite(norm) or result["nonfinite_rows"]:
             raise NumericsError(
@@ -182,13 +198,29 @@ class Learner:
         return len(live.targets), metrics
 
 
-def new_learner(agent: AgentConfig, policy: Policy, reference: Policy | None) -> Learner:
+def _blank() -> MicroBatch:
+    """One row without weight: it moves no gradient and counts nowhere."""
+    mask = torch.tensor([[False, True]])
+    zeros = torch.zeros(1, 2)
+    return MicroBatch(
+        torch.zeros(1, 2, dtype=torch.int64),
+        mask,
+        zeros,
+        torch.tensor([2]),
+        torch.zeros(1),
+        torch.zeros(1),
+    )
+
+
+def new_learner(
+    agent: AgentConfig, policy: Policy, reference: Policy | None, ranks: Ranks | None = None
+) -> Learner:
     """A learner with the optimizer that the agent's config asks for, before its first step."""
     o = agent.optimizer
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, foreach=True
     )
-    return Learner(policy, optimizer, agent.loss, o.grad_clip, reference)
+    return Learner(policy, optimizer, agent.loss, o.grad_clip, reference, ranks)
 
 
 class _Means:
@@ -196,11 +228,18 @@ class _Means:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._parts: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self._parts: list[tuple[int, Mapping[str, torch.Tensor | float]]] = []
 
     def add(self, part: tuple[int, dict[str, torch.Tensor]]) -> None:
         self.tokens += part[0]
         self._parts.append(part)
+
+    def join(self, ranks: Ranks) -> None:
+        """Take in what the other ranks have, in the order of ranks."""
+        if ranks.size > 1:
+            mine = [(n, {name: float(value) for name, value in part.items()}) for n, part in self._parts]
+            self._parts = [part for parts in ranks.gather(mine) for part in parts]
+            self.tokens = sum(n for n, _ in self._parts)
 
     def result(self) -> dict[str, float]:
         out: dict[str, float] = {}

@@ -1,0 +1,151 @@
+"""The processes of one trainer, which torchrun starts and ends together: rank 0 leads, the others do as it says.
+
+Rank 0 alone talks to store, spool and engines. The others wait for its word (`hear`), take part in the collectives that
+follow, and leave when it says so. A waiting rank looks at the leader's heartbeat, which moves whenever the leader looks
+at the run; one that stands still longer than the deadline ends the rank with an error that names it.
+
+One process is the same class without a process group: `tell` is nothing, `gather` a list of one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mgrpo.errors import ConfigError, DeadlineError, PeerError
+
+COLLECTIVE_SECONDS = 600.0  # the longest that one rank may let the others wait inside a step
+SLICE_SECONDS = 1.0  # how soon a waiting rank notices that it was told to stop
+LAST_SECONDS = 12.0  # after SIGTERM the leader still takes a checkpoint with all ranks
+_FORGET_AFTER = 64  # words of the leader that stay in the store of the process group
+
+
+def under_torchrun() -> bool:
+    """Was this process started as a rank?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+class Ranks:
+    """Use as a context manager; leaving it takes the process group down. Not thread-safe but for `files`."""
+
+    def __init__(self, size: int = 1, device: str = "cpu", silence: float = COLLECTIVE_SECONDS) -> None:
+        """Join the ranks that torchrun started, or stand alone (size 1).
+
+        device: "cpu" or "cuda"; there every rank takes the GPU of its local rank. silence: seconds for which a rank
+        waits without a sign of life of the leader. Raises ConfigError when torchrun started another number.
+        """
+        self.rank, self.size, self._silence = 0, size, silence
+        self.files: dist.ProcessGroup | None = None  # for checkpoints, which are written beside the steps
+        self._told = 0
+        self._terminated = threading.Event()
+        if size == 1:
+            return
+        found = os.environ.get("WORLD_SIZE", "1") if under_torchrun() else "1"
+        if found != str(size):
+            raise ConfigError(f"torchrun started {found} ranks, the config's policy.ranks is {size}")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        limit = timedelta(seconds=COLLECTIVE_SECONDS)
+        store, self.rank, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        self._store = dist.PrefixStore("mgrpo", store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("ranks", store), rank=self.rank, world_size=size, timeout=limit
+        )
+        self._words = dist.new_group(backend="gloo", timeout=limit)
+        self.files = dist.new_group(backend="gloo", timeout=limit)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.size > 1 and kind is None:  # after an error the group may hang: the process ends without
+            dist.destroy_process_group()
+
+    # -- the leader ------------------------------------------------------------------------------------------------
+
+    def tell(self, word: str, parts: Sequence[Any] | None = None) -> None:
+        """Send `word` to every rank, and parts[r] (picklable) to rank r."""
+        if self.size == 1:
+            return
+        self._store.set(f"word/{self._told}", b"")
+        if self._told >= _FORGET_AFTER:
+            self._store.delete_key(f"word/{self._told - _FORGET_AFTER}")
+        self._told += 1
+        out: list[Any] = [None]
+        parts = parts if parts is not None else [None] * self.size
+        dist.scatter_object_list(out, [(word, part) for part in parts], src=0, group=self._words)
+
+    def alive(self) -> None:
+        """A sign of life for those who wait."""
+        if self.size > 1:
+            self._store.add("beat", 1)
+
+    # -- the others ------------------------------------------------------------------------------------------------
+
+    def obey_signals(self) -> None:
+        """SIGTERM does not end a rank that the leader may still need for its last checkpoint; it shortens the wait."""
+
+        def on_sigterm(number: int, frame: FrameType | None) -> None:
+            self._terminated.set()
+
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+    def hear(self) -> tuple[str, Any]:
+        """The leader's next word, and this rank's part. Raises DeadlineError or PeerError when none can come."""
+        self._wait_for(f"word/{self._told}")
+        self._told += 1
+        out: list[Any] = [None]
+        dist.scatter_object_list(out, None, src=0, group=self._words)
+        word, part = out[0]
+        return word, part
+
+    def _wait_for(self, key: str) -> None:
+        beat, heard = -1, time.monotonic()
+        ended: float | None = None
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=SLICE_SECONDS))
+                return
+            except dist.DistStoreError:
+                pass  # not yet
+            except RuntimeError as error:
+                raise PeerError(f"rank {self.rank} of {self.size}: rank 0 is gone ({error})") from None
+            now = time.monotonic()
+            if (seen := self._store.add("beat", 0)) != beat:
+                beat, heard = seen, now
+            if self._terminated.is_set():
+                ended = ended or now
+                if now - ended > LAST_SECONDS:
+                    raise DeadlineError(
+                        f"rank {self.rank} of {self.size}: told to stop, no word of rank 0 in {LAST_SECONDS:g} s"
+                    )
+            if now - heard > self._silence:
+                raise DeadlineError(
+                    f"rank {self.rank} of {self.size}: no word of rank 0 and no sign of life within {self._silence:g} s"
+                )
+
+    # -- all -------------------------------------------------------------------------------------------------------
+
+    def gather(self, item: Any) -> list[Any]:
+        """Everybody's item (picklable), in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [item]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, item, group=self._words)
+        return out
