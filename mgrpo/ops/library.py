@@ -290,13 +290,15 @@ def _loss_rows(
 
 def save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the gradients an op returned after (loss, metrics); they belong to its first inputs."""
+    ctx.set_materialize_grads(False)  # else backward gets zeros as large as each gradient kept here
     ctx.save_for_backward(*output[2:])
     ctx.tail = len(inputs) - (len(output) - 2)
     ctx.spent = False
 
 
-def scale_grad(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """The kept gradients times the upstream one, on the device."""
+def scale_grad(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """The kept gradients times the upstream one, on the device. Nothing but the loss has an upstream gradient: the
+    metrics come detached, the gradients stay inside the op."""
     if ctx.spent:
         raise RuntimeError("grpo loss: a second backward after one that scaled the gradient in place")
     grads: list[Tensor | None] = []
