@@ -7,15 +7,19 @@ is loaded.
 
 Dropout stays off in training as well: the trainer must reproduce the sampler's log-probs.
 
+With dtype "bfloat16" the decoder layers compute in bfloat16 (autocast) on float32 weights. The head stays float32: a
+logit in bfloat16 is rounded to 1/256 of itself, which a ratio of probabilities would feel.
+
 transformers is imported when a policy is loaded, not with this module.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +28,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model import attention, lora
 from mgrpo.model.groups import width_groups
+from mgrpo.model.trained import decoder_layers, prepare
 
 FORWARD_COST = 128
 """What one more forward and backward costs on a CPU, in token positions (of a token-shift decoder)."""
@@ -34,8 +41,11 @@ FORWARD_COST = 128
 class Policy:
     """A causal language model with its tokenizer. Raises ConfigError where the model cannot be trained."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str = "policy") -> None:
-        """model: a transformers causal LM; tokenizer: its tokenizer; name: how errors call this policy."""
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str = "policy", config: PolicyConfig | None = None
+    ) -> None:
+        """model: a transformers causal LM with float32 weights, on its device; tokenizer: its tokenizer; name: how
+        errors call this policy; config: how it is computed and what of it trains (default: everything, float32)."""
         head = model.get_output_embeddings()
         if head is None:
             raise ConfigError(
@@ -47,9 +57,15 @@ class Policy:
             )
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.vocab_size: int = head.weight.shape[0]  # may exceed the tokenizer's tokens
+        self.config = config or PolicyConfig()
         self._trunk = model.base_model
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
+        self._half = self._offload = False
         self._check_head()
+        self._half = self.config.dtype == "bfloat16"
+        self.attention = attention.choose(model, self._states, self.config, self.device, name)
+        prepare(model, self.config, name)
+        self._offload = self.config.activation_offload
 
     @property
     def head_weight(self) -> Tensor:
@@ -66,6 +82,16 @@ class Policy:
     def device(self) -> torch.device:
         """Where the head lives."""
         return self.head_weight.device
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        """The decoder layers, first to last."""
+        return decoder_layers(self.model, self.name)
+
+    def base(self) -> Policy:
+        """This policy with its adapters off, sharing its weights: the reference of a KL term without a second model.
+        Raises ValueError where there are no adapters."""
+        return _Base(self)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Trainable parameters, each once even when tied."""
@@ -85,46 +111,67 @@ class Policy:
             raise ValueError(
                 f"lengths {lengths.tolist()} do not fit rows of shape {tuple(input_ids.shape)}: 1..S each"
             )
-        states: Tensor = self._trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-        return states
+        return self._states(input_ids=input_ids)
 
     def hidden_before(self, input_ids: Tensor, lengths: Tensor, scored: Tensor) -> Tensor:
         """Final hidden states (T, H) that score the tokens where scored (R, S - 1) is set, row-major.
 
         scored[r, t] is about token t + 1 of row r, whose hidden state stands at t. Equal to
         hidden(input_ids, lengths)[:, :-1][scored] without the work that is not needed for it: no row's last
-        token enters the model; on the CPU, rows of similar length share a forward, and our own decoder skips
-        the last layer's feed-forward block where nothing is scored.
+        token enters the model, padding little (rows) or not at all (packed), and our own decoder skips the last
+        layer's feed-forward block where nothing is scored. Arguments may lie in main memory.
         """
-        ids = input_ids[:, :-1]
-        if self.device.type != "cpu":
-            return self.hidden(ids)[scored]
+        ids, lengths = input_ids[:, :-1], (lengths - 1).clamp(min=1)
+        if self.attention == "rows":
+            return self._grouped(ids, lengths, scored)
+        if self.attention == "sdpa":
+            return self._states(input_ids=ids.to(self.device))[scored.to(self.device)]
+        packed = attention.pack(ids, lengths)
+        at = scored[packed.inside].nonzero().squeeze(1).to(self.device)
+        return self._states(**packed.to(self.device).arguments())[0].index_select(0, at)
+
+    def _grouped(self, ids: Tensor, lengths: Tensor, scored: Tensor) -> Tensor:
+        """Rows of similar length share a forward."""
         parts, places = [], []
-        for group in width_groups((lengths - 1).clamp(min=1).numpy(), FORWARD_COST):
+        for group in width_groups(lengths.cpu().numpy(), FORWARD_COST):
             rows = torch.from_numpy(group)
-            width = max(1, int(lengths[rows].max()) - 1)
+            width = int(lengths[rows].max())
             mask = scored[rows, :width]
             at = mask.flatten().nonzero().squeeze(1)
-            parts.append(self._trunk_at(ids[rows, :width], at))
-            places.append((rows[:, None] * ids.shape[1] + torch.arange(width))[mask])
-        return parts[0] if len(parts) == 1 else torch.cat(parts).index_select(0, torch.cat(places).argsort())
+            parts.append(self._trunk_at(ids[rows, :width].to(self.device), at.to(self.device)))
+            places.append((rows[:, None] * ids.shape[1] + torch.arange(width))[mask.cpu()])
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts).index_select(0, torch.cat(places).argsort().to(self.device))
 
     def _trunk_at(self, input_ids: Tensor, at: Tensor) -> Tensor:
         if self._keeps:
-            states: Tensor = self._trunk(input_ids=input_ids, use_cache=False, keep=at).last_hidden_state
-            return states
-        return self.hidden(input_ids).flatten(0, 1).index_select(0, at)
+            return self._states(input_ids=input_ids, keep=at)
+        return self._states(input_ids=input_ids).flatten(0, 1).index_select(0, at)
+
+    def _states(self, **arguments: Any) -> Tensor:
+        """Final hidden states of the trunk, in the head's dtype."""
+        store = (
+            torch.autograd.graph.save_on_cpu(pin_memory=True) if self._offload else contextlib.nullcontext()
+        )
+        with self._precision(), store:
+            states: Tensor = self._trunk(**arguments, use_cache=False).last_hidden_state
+        return states.to(self.head_weight.dtype)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._half else contextlib.nullcontext()
 
     def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Hidden states (R, S, H) of new tokens on top of `cache`: 4-D additive mask, explicit positions."""
-        states: Tensor = self._trunk(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return states
+        with self._precision():
+            states: Tensor = self._trunk(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return states.to(self.head_weight.dtype)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -138,11 +185,27 @@ class Policy:
             )
 
 
-def load_policy(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
-    """The policy in the folder `path` (config.json, safetensors, tokenizer). Never goes to the network.
+class _Base(Policy):
+    """See Policy.base."""
 
-    Raises ConfigError naming the folder and what is missing or unreadable in it.
+    def __init__(self, policy: Policy) -> None:
+        if not policy.config.lora.rank:
+            raise ValueError(f"{policy.name} has no adapters, so it is not its own reference")
+        self.__dict__.update(policy.__dict__)
+
+    def _states(self, **arguments: Any) -> Tensor:
+        with torch.no_grad(), lora.adapters_off(self.model):
+            return super()._states(**arguments)
+
+
+def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
+    """The policy in the folder `path` (config.json, safetensors, tokenizer), held as `config` says (default: on the
+    CPU, float32, everything trains). Never goes to the network.
+
+    Raises ConfigError naming the folder and what is missing or unreadable in it, or the setting that cannot be met.
     """
+    config = config or PolicyConfig()
+    check_device(config.device)
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"policy folder {folder} does not exist")
@@ -154,7 +217,7 @@ def load_policy(path: str | Path, *, dtype: torch.dtype = torch.float32, device:
 
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             raise ConfigError(
                 f"policy folder {folder}: no causal language model loads from it: {error}"
@@ -163,11 +226,62 @@ def load_policy(path: str | Path, *, dtype: torch.dtype = torch.float32, device:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"policy folder {folder}: no tokenizer loads from it: {error}") from error
-    return Policy(model.to(device), tokenizer, str(folder))
+    return Policy(model.to(config.device), tokenizer, str(folder), config)
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError where `device` is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f'policy.device is "cuda", but torch {torch.__version__} sees no GPU on this machine'
+        )
+
+
+def load_reference(policy: Policy, path: str | Path) -> Policy:
+    """The frozen reference of a KL term: the policy's own base where it has adapters, else what is in the folder
+    `path`, computed as the policy is. Raises as load_policy."""
+    if policy.config.lora.rank:
+        return policy.base()
+    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
+    reference = load_policy(path, policy.config.model_copy(update=plain))
+    reference.model.requires_grad_(False)
+    return reference
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write the policy to the folder `path`, which is complete or absent at every moment.
+    """Write the policy to the folder `path`, adapters merged. See write_folder for what a crash leaves."""
+
+    def write(fresh: Path) -> None:
+        with quiet():
+            if policy.config.lora.rank:
+                _save_merged(policy.model, fresh)
+            else:
+                policy.model.save_pretrained(fresh)
+            policy.tokenizer.save_pretrained(fresh)
+
+    write_folder(path, write)
+
+
+def save_adapter(policy: Policy, path: str | Path) -> None:
+    """Write the policy's adapters alone to the folder `path`, in peft's format, as vLLM loads them. Raises ValueError
+    where it has none."""
+    if not policy.config.lora.rank:
+        raise ValueError(f"{policy.name} has no adapters to save: policy.lora.rank is 0")
+    write_folder(
+        path, lambda fresh: lora.write_adapter(policy.model, policy.model.state_dict(), fresh, policy.name)
+    )
+
+
+def _save_merged(model: Any, folder: Path) -> None:
+    """A plain model's files: transformers would write the adapted layers under names that no other loader knows."""
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state_of(model).items()}
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_folder(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder that then becomes `path`, which is complete or absent at every moment.
 
     A new folder appears by one rename. An existing one is moved aside first: a crash between the two renames
     leaves it as `<path>.old`.
@@ -176,9 +290,7 @@ def save_policy(policy: Policy, path: str | Path) -> None:
     fresh, old = folder.with_name(folder.name + f".tmp-{os.getpid()}"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    with quiet():
-        policy.model.save_pretrained(fresh)
-        policy.tokenizer.save_pretrained(fresh)
+    write(fresh)
     for file in fresh.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -206,11 +318,26 @@ class quiet:
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The model's parameters and persistent buffers by name, tied ones once, sharing the model's memory."""
+    """The model's parameters and persistent buffers by name, tied ones once, sharing the model's memory. Adapters are
+    merged: the names are a plain model's, and adapted weights are copies."""
     state = model.state_dict()
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
-    return {name: tensor for name, tensor in state.items() if name not in tied}
+    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    return lora.merged(state, lora.scale_of(model)) if lora.has_adapters(state) else state
+
+
+def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint must hold beside the starting policy, sharing the model's memory: what trains where some of
+    the model is frozen (adapters under their own names), else state_of."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return state_of(model) if len(trained) == len(list(model.parameters())) else trained
+
+
+def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` (as of trained_state, of a model with the same frozen parts) into the model in place. Raises
+    ValueError as load_state."""
+    _copy_into(trained_state(model), state, state.keys() - trained_state(model).keys())
 
 
 def load_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -218,7 +345,14 @@ def load_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises ValueError naming the first tensor that is missing, unexpected or of another shape.
     """
-    own = state_of(model)
+    if lora.has_adapters(model.state_dict()):
+        raise ValueError(
+            "merged weights do not say what of them is adapter: load_trained_state restores adapters"
+        )
+    _copy_into(state_of(model), state, state.keys() - model.state_dict().keys())
+
+
+def _copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], unexpected: set[str]) -> None:
     if missing := sorted(own.keys() - state.keys()):
         raise ValueError(f"weights lack {missing[0]} ({len(missing)} of {len(own)} tensors are missing)")
     for name, tensor in state.items():
@@ -226,9 +360,9 @@ def load_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"weights have {name} of shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             )
-    if unexpected := sorted(state.keys() - model.state_dict().keys()):
+    if unexpected:
         raise ValueError(
-            f"weights have {unexpected[0]}, which this model does not ({len(unexpected)} such tensors)"
+            f"weights have {min(unexpected)}, which this model does not ({len(unexpected)} such tensors)"
         )
     with torch.no_grad():
         for name, tensor in own.items():

@@ -1,0 +1,269 @@
+"""How a policy's attention is computed in training: chosen here and nowhere else.
+
+    rows     one row a sequence, right-padded; rows of similar length share a forward (groups.py)
+    sdpa     one row a sequence, right-padded, all in one forward
+    varlen   all sequences in one row without padding, each seeing itself alone:
+               on the CPU     scaled_dot_product_attention, sequence after sequence
+               on a GPU       torch.nn.attention.varlen
+    flash    the same through flash_attn_varlen_func of the package flash-attn
+
+Packed attention is an attention function of transformers' AttentionInterface. Where a row begins and ends reaches it
+under the names transformers has for that (cu_seq_lens_q, max_length_q). Called without them (generation, single rows)
+it is plain causal attention.
+
+No GPU has run varlen or flash of this file yet; the loop on the CPU is what the tests compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgrpo.config.policy import PolicyConfig
+from mgrpo.errors import ConfigError
+
+Kind = Literal["rows", "sdpa", "varlen", "flash"]
+PACKED: tuple[Kind, ...] = ("varlen", "flash")
+
+
+def resolve(asked: str, device: str, dtype: str) -> Kind:
+    """What `asked` ("auto" or a kind) means with this device and dtype. Raises ConfigError where it cannot work."""
+    if asked == "auto":
+        if device == "cpu":
+            return "rows"
+        if dtype == "float32":  # the packed kernels of a GPU compute in half precision only
+            return "sdpa"
+        return "flash" if flash_attn_varlen_func() is not None else "varlen"
+    if asked == "flash" and device == "cpu":
+        raise ConfigError('policy.attention "flash" needs policy.device "cuda"')
+    if asked in PACKED and device != "cpu" and dtype == "float32":
+        raise ConfigError(f'policy.attention "{asked}" on a GPU needs policy.dtype "bfloat16", not "float32"')
+    if asked == "flash" and flash_attn_varlen_func() is None:
+        raise ConfigError(
+            'policy.attention "flash" needs the package flash-attn (pip install "mgrpo[flash]"), whose '
+            'flash_attn_varlen_func does not import here; "varlen" needs no package'
+        )
+    if asked not in ("rows", "sdpa", *PACKED):
+        raise ConfigError(f'policy.attention "{asked}" is not one of auto, rows, sdpa, varlen, flash')
+    return asked
+
+
+def choose(
+    model: Any, states: Callable[..., Tensor], config: PolicyConfig, device: torch.device, name: str
+) -> Kind:
+    """Have `model` compute attention as `config` asks. states: trunk arguments -> hidden states. Raises ConfigError
+    as resolve, and where the model does not keep packed sequences apart ("auto" then takes padded rows)."""
+    kind = resolve(config.attention, device.type, config.dtype)
+    if kind not in PACKED:
+        return kind
+    before = model.config._attn_implementation
+    use(model, kind)
+    if packs(states, device, 0.05 if config.dtype == "bfloat16" else 1e-3):
+        return kind
+    model.set_attn_implementation(before)
+    if config.attention == "auto":
+        return "sdpa"
+    raise ConfigError(
+        f'{name}: policy.attention "{kind}" packs sequences into one row, which {type(model).__name__} does not '
+        'keep apart; use "rows" or "sdpa"'
+    )
+
+
+def flash_attn_varlen_func() -> Callable[..., Any] | None:
+    """flash-attn's function, if it imports. `import flash_attn` alone proves nothing: an empty folder satisfies it."""
+    try:
+        from flash_attn import flash_attn_varlen_func as function
+    except ImportError:
+        return None
+    return function  # type: ignore[no-any-return]
+
+
+def use(model: Any, kind: Kind) -> None:
+    """Have `model` (a transformers model) compute its attention as `kind`; rows and sdpa leave it as it was loaded."""
+    if kind not in PACKED:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    name = f"mgrpo_packed_{kind}"
+    AttentionInterface.register(name, {"varlen": _varlen, "flash": _flash}[kind])
+    # None for causal attention without padding; where there is padding, the 2-D mask, which _unpacked refuses.
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    model.set_attn_implementation(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """R sequences in one row of T tokens."""
+
+    input_ids: Tensor  # i64 (1, T)
+    positions: Tensor  # i64 (1, T), from 0 in each sequence
+    cu_seqlens: Tensor  # i32 (R + 1,)
+    longest: int
+    inside: Tensor  # bool (R, S): where of the padded rows the tokens come from, row-major
+
+    def to(self, device: torch.device) -> Packed:
+        """On `device`, but for `inside`, which the host keeps."""
+        ids, positions, borders = (x.to(device) for x in (self.input_ids, self.positions, self.cu_seqlens))
+        return Packed(ids, positions, borders, self.longest, self.inside)
+
+    def arguments(self) -> dict[str, Any]:
+        """What a transformers trunk is called with."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.positions,
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
+
+
+def pack(input_ids: Tensor, lengths: Tensor) -> Packed:
+    """Right-padded rows input_ids (R, S) with lengths (R,), each 1..S, as one row without padding."""
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    inside = columns < lengths[:, None]
+    return Packed(
+        input_ids[inside][None],
+        columns[inside][None],
+        F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        int(lengths.max()),
+        inside,
+    )
+
+
+@torch.no_grad()
+def packs(states: Callable[..., Tensor], device: torch.device, tolerance: float) -> bool:
+    """Whether a model computes a packed row as it computes its sequences alone: not every architecture passes the
+    borders on to its attention, and a recurrent one could not use them. states: trunk arguments -> (R, S, H)."""
+    rows = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]], device=device)
+    lengths = (4, 3)
+    together = states(**pack(rows, torch.tensor(lengths, device=device)).arguments())[0]
+    alone = [states(input_ids=rows[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
+    return torch.allclose(together, torch.cat(alone), rtol=tolerance, atol=tolerance)
+
+
+def _varlen(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """AttentionInterface function: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D)."""
+    borders = kwargs.get("cu_seq_lens_q")
+    if borders is None:
+        return _unpacked(module, query, key, value, attention_mask, **kwargs)
+    _refuse_what_is_not_computed(module, kwargs)
+    scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
+    query, key = (
+        query.to(value.dtype),
+        key.to(value.dtype),
+    )  # under autocast the rotation leaves them in float32
+    if query.device.type == "cpu":
+        parts = [
+            _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, window)
+            for a, b in torch.as_tensor(borders).unfold(0, 2, 1).tolist()
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = kwargs["max_length_q"]
+    q, k, v = _flat(query, key, value)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None], None
+
+
+def _flash(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As _varlen, through flash-attn."""
+    borders = kwargs.get("cu_seq_lens_q")
+    if borders is None:
+        return _unpacked(module, query, key, value, attention_mask, **kwargs)
+    _refuse_what_is_not_computed(module, kwargs)
+    window, longest = kwargs.get("sliding_window"), kwargs["max_length_q"]
+    function = flash_attn_varlen_func()
+    assert function is not None
+    out = function(
+        *_flat(query.to(value.dtype), key.to(value.dtype), value),
+        borders,
+        borders,
+        longest,
+        longest,
+        softmax_scale=kwargs.get("scaling"),
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0 if window else -1),
+    )
+    return out[None], None
+
+
+def _flat(*states: Tensor) -> list[Tensor]:
+    """(1, H, T, D) -> (T, H, D) each."""
+    return [x[0].transpose(0, 1) for x in states]
+
+
+def _unpacked(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Whole rows: causal without a mask, else as the prepared 4-D mask says."""
+    if attention_mask is not None and attention_mask.dim() != 4:
+        raise ValueError(
+            f"packed attention takes no padding mask of shape {tuple(attention_mask.shape)}; pad behind the tokens "
+            "and give no mask, or give a 4-D one"
+        )
+    window = kwargs.get("sliding_window")
+    if attention_mask is None and window is not None and query.shape[2] > window:
+        _refuse_what_is_not_computed(module, kwargs)
+        return _causal(query, key, value, kwargs.get("scaling"), window).transpose(1, 2), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return out, None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """Causal attention of whole rows, query (R, H, T, D), key and value (R, G, T, D), within `window` tokens."""
+    t = query.shape[2]
+    mask = None
+    if window is not None and t > window:
+        ahead = torch.arange(t, device=query.device)[:, None] - torch.arange(t, device=query.device)
+        mask = (ahead >= 0) & (ahead < window)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _refuse_what_is_not_computed(module: Any, kwargs: dict[str, Any]) -> None:
+    """A model that asks for more than causal softmax attention must not silently get less."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"{type(module).__name__} asks its attention for {name}, which packed rows do not compute; use "
+                'policy.attention "rows" or "sdpa"'
+            )
+    if kwargs.get("dropout"):
+        raise ConfigError(
+            f"{type(module).__name__} asks for dropout {kwargs['dropout']}: a policy is trained without"
+        )
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise ConfigError(f"{type(module).__name__} is not causal: expected a causal language model")

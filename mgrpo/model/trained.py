@@ -1,0 +1,67 @@
+"""Which of a policy's parameters train, in which precision they are kept, and what its backward pass keeps."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mgrpo.config.policy import PolicyConfig
+from mgrpo.errors import ConfigError
+from mgrpo.model import lora
+
+
+def decoder_layers(model: Any, name: str) -> nn.ModuleList:
+    """The decoder layers of a transformers model, first to last. Raises ConfigError where they are not a list."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ConfigError(f"{name}: {type(model).__name__} has no list of its {count} decoder layers")
+
+
+def prepare(model: Any, config: PolicyConfig, name: str) -> None:
+    """Choose what trains, and how much of a forward pass is kept. Raises ConfigError naming setting and bound."""
+    if config.lora.rank:
+        lora.add_adapters(model, config.lora, name)
+    elif config.last_layers:
+        _freeze_all_but(model, config.last_layers, name)
+    if config.dtype == "bfloat16":
+        _halve_what_is_frozen(model)
+    if config.gradient_checkpointing:
+        for layer in decoder_layers(model, name):
+            if any(p.requires_grad for p in layer.parameters()):
+                _recompute(layer)
+
+
+def _freeze_all_but(model: Any, last: int, name: str) -> None:
+    """Only the last `last` decoder layers train, and what the trunk computes behind them (the final norm)."""
+    layers = decoder_layers(model, name)
+    if last > len(layers):
+        raise ConfigError(f"{name}: policy.last_layers={last} exceeds its {len(layers)} decoder layers")
+    model.requires_grad_(False)
+    for layer in layers[-last:]:
+        layer.requires_grad_(True)
+    children = list(model.base_model.children())
+    if layers in children:
+        for behind in children[children.index(layers) + 1 :]:
+            behind.requires_grad_(True)
+
+
+def _halve_what_is_frozen(model: Any) -> None:
+    """Frozen matrices of the decoder layers in bfloat16, as autocast would round them in every forward: the same
+    numbers with half the memory. Trained weights stay float32, and so do norms, embeddings and the head."""
+    for module in decoder_layers(model, "policy").modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.to(torch.bfloat16)
+
+
+def _recompute(layer: nn.Module) -> None:
+    """Keep the layer's input only and run it again in the backward pass. Its forward is wrapped, not the module, so
+    names stay and hooks run once; policies have no dropout, so there is no random state to bring back."""
+    layer.forward = functools.partial(
+        checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+    )
