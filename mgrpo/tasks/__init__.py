@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from mgrpo.errors import ConfigError
 from mgrpo.rollout.task import Task
 
-_BUILT_IN = {"atlas": "mgrpo.tasks.atlas.task:AtlasTask"}
+_BUILT_IN = {
+    "atlas": "mgrpo.tasks.atlas.task:AtlasTask",
+    "atlas-chat": "mgrpo.tasks.atlas.chat:AtlasChatTask",
+}
 
 
 def load_task(name: str, options: Mapping[str, object], roles: Sequence[str]) -> Task:

@@ -4,12 +4,13 @@
     2 hops  R of country of CITY|PEOPLE         R of neighbour of COUNTRY
     3 hops  R of neighbour of country of CITY|PEOPLE
 
-A chain whose answer already appears in it is dropped. Hops weigh 1 : 2 : 1. Countries of one split only.
+A chain whose answer already appears in it is dropped. Hops weigh 1 : 2 : 1 by default. Countries of one split only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -67,8 +68,14 @@ def plan_of(question: Question) -> tuple[str, ...]:
 class QuestionBank:
     """Draws questions of one world: an endless training stream and fixed sets of every split."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, weights: Sequence[float] = HOP_WEIGHTS) -> None:
+        """weights: of questions with 1, 2 and 3 relations. Raises ValueError where they are no weights."""
+        if len(weights) != MAX_HOPS or not all(0 <= w < math.inf for w in weights) or not sum(weights):
+            raise ValueError(
+                f"hop weights {tuple(weights)}, expected {MAX_HOPS} of at least 0, not all of them 0"
+            )
         self._world = world
+        self._weights = tuple(w / sum(weights) for w in weights)
         self._chains: dict[Split, tuple[list[Question], ...]] = {}
 
     def chains(self, split: Split) -> tuple[list[Question], ...]:
@@ -81,7 +88,7 @@ class QuestionBank:
         if index < 0:
             raise ValueError(f"question index {index} is negative")
         rng = np.random.default_rng((seed, index))
-        pool = self.chains("train")[rng.choice(MAX_HOPS, p=HOP_WEIGHTS)]
+        pool = self.chains("train")[rng.choice(MAX_HOPS, p=self._weights)]
         return pool[int(rng.integers(len(pool)))]
 
     def fixed(self, split: Split, n: int, seed: int) -> list[Question]:
@@ -89,7 +96,7 @@ class QuestionBank:
         by_hops = self.chains(split)
         if n < 1:
             raise ValueError(f"n={n} questions; expected at least 1")
-        bounds = np.rint(np.cumsum((0.0, *HOP_WEIGHTS)) * n).astype(int)
+        bounds = np.rint(np.cumsum((0.0, *self._weights)) * n).astype(int)
         rng = np.random.default_rng((seed, 7))
         drawn: list[Question] = []
         for pool, wanted in zip(by_hops, np.diff(bounds), strict=True):

@@ -1,0 +1,224 @@
+"""The task "atlas-chat": atlas for pretrained instruction-tuned models, in their chat templates, with JSON tool calls.
+
+Documents, search, questions, the exact match and the expert's rule are those of atlas. What differs:
+
+1. The agents speak JSON (chat_calls.py) behind a system prompt and two examples, and observations name the next tool.
+2. A turn that is understood without being exactly what was asked for goes on, and costs format: the format score of a
+   trajectory is the share of its turns that were strict, and 0 unless it ends with an answer.
+3. A sub-agent may search and open in any order, within `max_turns`; a title that was not found is answered so.
+4. `hops` weighs questions by their number of relations: a small model has enough to do with one.
+
+Only sampled tokens carry loss; the template, the example, tool results and the other agent's words are context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mgrpo.model.chat import ChatFormat
+from mgrpo.rollout.episode import Agent, Chat, Conversation, Episode, mix
+from mgrpo.rollout.task import GateReport, Question, Split, Task
+from mgrpo.tasks.atlas.chat_calls import (
+    Message,
+    ToolCall,
+    main_messages,
+    main_result,
+    parse,
+    sub_document,
+    sub_messages,
+    sub_titles,
+)
+from mgrpo.tasks.atlas.documents import build_documents
+from mgrpo.tasks.atlas.facts import NONE, FactsMode, World
+from mgrpo.tasks.atlas.play import Delegate
+from mgrpo.tasks.atlas.protocol import MAX_CALLS, Call
+from mgrpo.tasks.atlas.questions import HOP_WEIGHTS, QuestionBank
+from mgrpo.tasks.atlas.search import Index, SearchMode
+from mgrpo.types import Rollout
+
+BOUNDS = {"main_format": (0.05, 1.0), "sub_format": (0.05, 1.0), "joint_sampled": (0.01, 0.95)}
+"""The gate: name -> (low, high). Below, sampling finds nothing to reinforce; above, there is nothing left to learn."""
+
+
+class ChatOptions(BaseModel):
+    """[task.options] of the task atlas-chat."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    search: SearchMode = "bm25"
+    """As in atlas."""
+    facts: FactsMode = "real"
+    """As in atlas. A pretrained model knows some of the real world by heart; of the permuted one nothing."""
+    hops: tuple[float, float, float] = HOP_WEIGHTS
+    """Weights of questions with one, two and three relations."""
+    turn_tokens: int = Field(default=40, ge=8)
+    """Most tokens of one turn. A tool call takes about 25."""
+    max_calls: int = Field(default=MAX_CALLS, ge=1)
+    """Sub-agents that one main agent may ask."""
+    max_turns: int = Field(default=5, ge=3)
+    """Turns of one sub-agent; a straight one takes three."""
+    template: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the models' chat template, e.g. { enable_thinking = false }."""
+
+    @field_validator("hops", mode="before")
+    @classmethod
+    def _weights(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
+
+
+@dataclass(slots=True)
+class _Turns:
+    """An agent's turns so far, for its format score."""
+
+    taken: int = 0
+    strict: int = 0
+
+    def score(self, answered: bool) -> float:
+        return self.strict / self.taken if answered else 0.0
+
+
+class AtlasChatTask(Task):
+    """See the module's docstring. Scores: main and sub `format`, sub `expert`; correct is exact match."""
+
+    roles = ("main", "sub")
+
+    def __init__(self, options: Mapping[str, object], roles: Sequence[str] = roles) -> None:
+        if set(roles) != set(self.roles):
+            raise ValueError(f"roles {list(roles)} given, expected {list(self.roles)}")
+        try:
+            self.options = ChatOptions.model_validate(dict(options))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"options.{field}: {first['msg']}, got {first['input']!r}") from None
+        self.world = World(self.options.facts)
+        self.documents = build_documents(self.world)
+        self.index = Index(self.documents.values(), self.options.search)
+        self.bank = QuestionBank(self.world, self.options.hops)
+        self._forms: dict[str, ChatFormat] = {}
+
+    def question(self, index: int, seed: int) -> Question:
+        return self.bank.draw(index, seed)
+
+    def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]:
+        """In the exact hop mix. ValueError when the split has no n distinct ones."""
+        return self.bank.fixed(split, n, seed)
+
+    async def play(self, question: Question, episode: Episode) -> Rollout:
+        calls: list[dict[str, str]] = []
+        opened: list[list[str]] = []
+
+        async def delegate(call: Call) -> str:
+            value, titles = await self._sub(episode.open("sub"), call)
+            calls.append({"relation": call.relation, "entity": call.entity, "result": value})
+            opened.append(titles)
+            return value
+
+        main = episode.open("main")
+        answer = await self._main(main, question, delegate)
+        return episode.finish(
+            float(answer == question.answer),
+            answer=answer,
+            gold=question.answer,
+            real_answer=question.info.get("real_answer"),
+            calls=calls,
+            opened=opened,
+        )
+
+    async def _main(self, conversation: Conversation, question: Question, delegate: Delegate) -> str | None:
+        """The main agent's side, closed with its format score; its answer, None without one."""
+        talk = _Talk(self, conversation, main_messages(question.text))
+        answer, asked = None, 0
+        while (move := await talk.turn()) is not None:
+            if move.name == "answer":
+                answer = move.arguments["value"]
+                break
+            if asked == self.options.max_calls:
+                break
+            asked += 1
+            talk.observe(main_result(await delegate(Call(**move.arguments))))
+        conversation.close(format=talk.turns.score(answer is not None))
+        return answer
+
+    async def _sub(self, conversation: Conversation, call: Call) -> tuple[str, list[str]]:
+        """One invocation, closed with its format and expert scores: its value, `none` without an answer, and the titles
+        of the documents it opened."""
+        talk = _Talk(self, conversation, sub_messages(call.relation, call.entity))
+        answer: str | None = None
+        found: list[str] = []
+        opened: list[str] = []
+        while talk.turns.taken < self.options.max_turns and (move := await talk.turn()) is not None:
+            if move.name == "answer":
+                answer = move.arguments["value"]
+                break
+            talk.observe(self._tool(move, call.relation, found, opened))
+        truth = self.world.value(call.relation, call.entity) or NONE
+        conversation.close(format=talk.turns.score(answer is not None), expert=float(answer == truth))
+        return answer or NONE, opened
+
+    def _tool(self, move: ToolCall, relation: str, found: list[str], opened: list[str]) -> str:
+        """What a sub-agent's search or open returns; `found` and `opened` are brought up to date."""
+        if move.name == "search":
+            found[:] = self.index.search(move.arguments["query"])
+            return sub_titles(found)
+        title = move.arguments["title"]
+        if title not in found:
+            return f"There is no {title}. {sub_titles(found) if found else 'Search first.'}"
+        opened.append(title)
+        return sub_document(title, self.documents[title].fields, relation)
+
+    def form(self, agent: Agent) -> ChatFormat:
+        """The chat format of the agent's model, made once. Raises ConfigError where it has no template."""
+        found = self._forms.get(agent.role)
+        if found is None or found.tokenizer is not agent.tokenizer:
+            found = self._forms[agent.role] = ChatFormat(agent.tokenizer, **self.options.template)
+        return found
+
+    async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
+        """The models as they are on n validation questions, sampled as in training: see BOUNDS."""
+        questions = self.questions("validation", n, seed)
+
+        async def one(i: int, question: Question) -> Rollout:
+            return await self.play(question, Episode(f"gate/{i}", 0, agents, mix(seed, i)))
+
+        rollouts = await asyncio.gather(*(one(i, q) for i, q in enumerate(questions)))
+        figures = {
+            "main_format": _mean([r.main.scores["format"] for r in rollouts]),
+            "sub_format": _mean([t.scores["format"] for r in rollouts for t in r.invocations["sub"]]),
+            "joint_sampled": _mean([r.correct for r in rollouts]),
+        }
+        return GateReport({name: (figures[name], low, high) for name, (low, high) in BOUNDS.items()})
+
+
+class _Talk:
+    """One agent's side of its chat: turns within the conversation's room."""
+
+    def __init__(self, task: AtlasChatTask, conversation: Conversation, messages: Sequence[Message]) -> None:
+        self.turns = _Turns()
+        self._role = conversation.agent.role
+        self._limit = task.options.turn_tokens
+        self._conversation = conversation
+        self._chat = Chat(conversation, task.form(conversation.agent))
+        self._next = self._chat.form.begin(messages)  # what the agent sees before its next turn
+
+    def observe(self, text: str) -> None:
+        self._next = self._chat.observation("user", text)
+
+    async def turn(self) -> ToolCall | None:
+        """What the agent does next; None when it cannot be understood or its trajectory has no room."""
+        if len(self._next) + self._limit > self._conversation.room:
+            return None
+        self._conversation.append_ids(self._next)
+        move = parse(self._role, await self._chat.reply(self._limit))
+        self.turns.taken += 1
+        self.turns.strict += move is not None and move.strict
+        return move
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
