@@ -186,6 +186,21 @@ def rollout(
     run_worker_process(config, worker, out, overrides or [], parent)
 
 
+@app.command()
+def engine(
+    config: Config,
+    agent: Annotated[str, typer.Option(help="Role whose policy it serves.", show_default=False)],
+    out: Out,
+    replica: Annotated[int, typer.Option(help="Number of this server, 0 to engine.replicas - 1.")] = 0,
+    overrides: Overrides = None,
+    parent: Parent = None,
+) -> None:
+    """Run one vLLM server of an agent (the launcher does this for you on one machine)."""
+    from mgrpo.cli.parts import run_engine_process
+
+    run_engine_process(config, agent, replica, out, overrides or [], parent)
+
+
 app.command(name="launch")(launch_run)
 app.command(name="monitor")(follow_run)
 

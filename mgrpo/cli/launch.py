@@ -21,8 +21,10 @@ from mgrpo.cli.processes import Supervisor
 from mgrpo.cli.progress import Display
 from mgrpo.config import RunConfig, dump_config, load_config
 from mgrpo.errors import ConfigError, GateError, MgrpoError
+from mgrpo.rollout.serve import check_engine, starts_servers
 
 START_SECONDS = 60.0
+ENGINE_HEALTHY = 300.0  # a vLLM server that fails while it starts, which takes minutes, fails for good
 
 
 def start(config_path: Path, out: Path, overrides: Sequence[str], *, fresh: bool) -> None:
@@ -60,6 +62,8 @@ def _check(config: RunConfig) -> None:
     for role, agent in config.agents.items():
         if agent.model is not None and not Path(agent.model).is_dir():
             raise ConfigError(f"agents.{role}.model: no folder {agent.model}")
+        if agent.engine.kind == "vllm" and agent.shares is None:
+            check_engine(config, role)
 
 
 def _run(config: RunConfig, folder: RunFolder) -> None:
@@ -77,6 +81,13 @@ def _run(config: RunConfig, folder: RunFolder) -> None:
                 children.start(
                     f"trainer-{role}", ["trainer", path, "--agent", role, "--out", str(folder.root)]
                 )
+            for role, replica in _engines(config):
+                which = ["--agent", role, "--replica", str(replica)]
+                children.start(
+                    f"engine-{role}-{replica}",
+                    ["engine", path, *which, "--out", str(folder.root)],
+                    ENGINE_HEALTHY,
+                )
             for worker in range(config.rollout.workers):
                 children.start(
                     f"rollout-{worker}", ["rollout", path, "--worker", str(worker), "--out", str(folder.root)]
@@ -85,7 +96,7 @@ def _run(config: RunConfig, folder: RunFolder) -> None:
                 for line in children.poll():
                     display.line(line, "yellow")
                 time.sleep(0.1)
-            others = [name for name in children.pids() if name != "store"]
+            others = [name for name in children.pids() if name != "store" and not name.startswith("engine-")]
             if left := children.wait(others, 30.0):
                 display.line(f"stopping {', '.join(left)}", "yellow")
             monitor.poll()  # what they said last
@@ -96,12 +107,23 @@ def _run(config: RunConfig, folder: RunFolder) -> None:
             # Trainers write a last checkpoint when they are told to stop, and the store must still be there for it.
             children.stop([name for name in children.pids() if name != "store"])
             monitor.close(outcome)
+            shutil.rmtree(folder.weights, ignore_errors=True)
     if outcome is Outcome.INVALID:
         raise GateError(monitor.reason)
     if outcome is Outcome.FAILED:
         raise MgrpoError(monitor.reason)
     if outcome is Outcome.INTERRUPTED:
         raise KeyboardInterrupt
+
+
+def _engines(config: RunConfig) -> list[tuple[str, int]]:
+    """Role and number of each vLLM server that is ours to start."""
+    return [
+        (role, replica)
+        for role in config.policy_roles
+        if starts_servers(config.agents[role].engine)
+        for replica in range(config.agents[role].engine.replicas)
+    ]
 
 
 @contextmanager

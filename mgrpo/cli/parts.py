@@ -22,6 +22,7 @@ from mgrpo.cli.processes import die_with_parent
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.config.addresses import Addresses
 from mgrpo.errors import ConfigError
+from mgrpo.rollout.serve import check_startable, keep, server_command, starts_servers
 from mgrpo.rollout.task import Task
 from mgrpo.store.records import RunParams
 
@@ -65,6 +66,15 @@ class RunFolder:
         return self.root / "rollouts" / str(worker)
 
     @property
+    def weights(self) -> Path:
+        """Versions on their way to vLLM servers; of no use once the run has ended."""
+        return self.root / "weights"
+
+    def engine_socket(self, role: str, replica: int) -> Path:
+        """Where a vLLM server that the launcher starts listens."""
+        return self.socket_folder / f"engine-{role}-{replica}"
+
+    @property
     def socket_folder(self) -> Path:
         # Socket paths are limited to about 100 bytes, so they cannot live below an arbitrarily deep --out.
         name = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:12]
@@ -92,6 +102,14 @@ class RunFolder:
             agents={r: a.url or f"ipc://{local}/{r}" for r, a in config.agents.items()},
             keys=Path(config.link.keys) if config.link.keys is not None else None,
             insecure=config.link.insecure,
+            engines={
+                r: tuple(
+                    f"unix://{self.engine_socket(r, i)}" for i in range(config.agents[r].engine.replicas)
+                )
+                for r in config.policy_roles
+                if starts_servers(config.agents[r].engine)
+            },
+            weights=self.weights,
         )
 
 
@@ -150,8 +168,6 @@ def run_trainer_process(
     config_path: Path, role: str, out: Path, overrides: Sequence[str], parent: int | None
 ) -> None:
     """One agent's trainer, until the run is over."""
-    from mgrpo.trainer.process import TrainerProcess
-
     config = _begin(config_path, overrides, parent)
     if role not in config.agents:
         raise ConfigError(f"--agent {role}: unknown role; the config has {', '.join(config.roles)}")
@@ -159,10 +175,34 @@ def run_trainer_process(
         raise ConfigError(f"--agent {role}: it shares a policy; start the trainer of {config.owner(role)!r}")
     folder = RunFolder(out)
     folder.make_room_for_sockets(config)
-    with TrainerProcess(
-        config, role, load_run_task(config), folder.agents, folder.addresses(config)
-    ) as trainer:
-        trainer.run()
+    if config.ranks(role) == 1:
+        _train(config, role, folder)
+        return
+    from mgrpo.cli.ranks import as_rank, run_ranks
+    from mgrpo.trainer.ranks import under_torchrun
+
+    if under_torchrun():
+        as_rank(lambda: _train(config, role, folder))
+    else:
+        sets = [f"--set={o}" for o in overrides]
+        arguments = ["trainer", str(config_path), "--agent", role, "--out", str(out), *sets]
+        run_ranks(config.ranks(role), arguments, config.trainer.threads)
+
+
+def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
+    """Rank 0 of a trainer, or one of the others."""
+    from mgrpo.trainer.crew import Crew
+    from mgrpo.trainer.process import TrainerProcess
+    from mgrpo.trainer.ranks import Ranks
+
+    device = config.agents[role].policy.device
+    with Ranks(config.ranks(role), device, config.store.idle_timeout) as ranks:
+        if not ranks.leads:
+            Crew(config, role, folder.agent(role), ranks).follow()
+            return
+        task, addresses = load_run_task(config), folder.addresses(config)
+        with TrainerProcess(config, role, task, folder.agents, addresses, ranks) as trainer:
+            trainer.run()
 
 
 def run_worker_process(
@@ -178,9 +218,31 @@ def run_worker_process(
     run_worker(config, worker, load_run_task(config), folder.addresses(config), folder.rollouts(worker))
 
 
+def run_engine_process(
+    config_path: Path, role: str, replica: int, out: Path, overrides: Sequence[str], parent: int | None
+) -> None:
+    """One vLLM server of `role`'s policy, until it ends or SIGTERM."""
+    config = _begin(config_path, overrides, parent)
+    if role not in config.policy_roles:
+        raise ConfigError(f"--agent {role}: expected one with a policy: {', '.join(config.policy_roles)}")
+    engine = config.agents[role].engine
+    if not starts_servers(engine) or not 0 <= replica < engine.replicas:
+        raise ConfigError(f"--replica {replica}: the config starts no such server for {role!r}")
+    check_startable(config, role)
+    folder = RunFolder(out)
+    folder.socket_folder.mkdir(mode=0o700, exist_ok=True)
+    socket = folder.engine_socket(role, replica)
+    code = keep(server_command(config, role, ("--uds", str(socket))), socket)
+    if code < 0:  # end as it ended, so that who watches us sees a signal and no error
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    raise SystemExit(code)
+
+
 def _begin(config_path: Path, overrides: Sequence[str], parent: int | None) -> RunConfig:
-    if parent is not None:
-        die_with_parent(parent)
+    if parent is not None:  # a rank has no use for a last word: those who would hear it end as well
+        die_with_parent(parent, signal.SIGKILL if "RANK" in os.environ else signal.SIGTERM)
     # SIGTERM unwinds the stack, so that context managers save, flush and close.
     signal.signal(signal.SIGTERM, _terminated)
     return load_config(config_path, overrides)

@@ -35,6 +35,7 @@ class _Child:
     log: Path
     process: subprocess.Popen[bytes]
     started: float = field(default_factory=time.monotonic)
+    healthy: float = HEALTHY_SECONDS
     errors: int = 0
     restarts: int = 0
 
@@ -47,11 +48,12 @@ class Supervisor:
         self._children: dict[str, _Child] = {}
         logs.mkdir(parents=True, exist_ok=True)
 
-    def start(self, name: str, arguments: Sequence[str]) -> None:
-        """Run `python -m mgrpo *arguments` as child `name`; its output goes to <logs>/<name>.log."""
+    def start(self, name: str, arguments: Sequence[str], healthy: float = HEALTHY_SECONDS) -> None:
+        """Run `python -m mgrpo *arguments` as child `name`; its output goes to <logs>/<name>.log. healthy: seconds of
+        life after which an error counts as the first again."""
         command = [sys.executable, "-m", "mgrpo", *arguments, "--parent", str(os.getpid())]
         log = self._logs / f"{name}.log"
-        self._children[name] = _Child(command, log, self._spawn(command, log))
+        self._children[name] = _Child(command, log, self._spawn(command, log), healthy=healthy)
 
     def _spawn(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("ab") as out:
@@ -70,7 +72,7 @@ class Supervisor:
             if code == 2:
                 raise ConfigError(f"{name}: {last_words(child.log)}")
             if code > 0:
-                healthy = time.monotonic() - child.started > HEALTHY_SECONDS
+                healthy = time.monotonic() - child.started > child.healthy
                 child.errors = 1 if healthy else child.errors + 1
                 if child.errors >= MAX_ERRORS_IN_A_ROW:
                     raise ChildFailed(
@@ -126,9 +128,9 @@ def last_words(log: Path) -> str:
     return lines[-1].strip() if lines else "no output"
 
 
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGTERM when the launcher dies, whatever kills it (Linux)."""
+def die_with_parent(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the launcher dies, whatever kills it (Linux)."""
     pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, by, 0, 0, 0)
     if os.getppid() != parent:  # it died before we asked
         raise SystemExit(f"the launcher (pid {parent}) is gone")

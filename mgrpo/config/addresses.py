@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
     """ZeroMQ addresses: the store's, and for each role its trainer's (trajectories in, weights out). keys: folder of
-    the keys on this machine, None for plain links; insecure: plain links may leave this machine."""
+    the keys on this machine, None for plain links; insecure: plain links may leave this machine. engines: for each
+    policy the vLLM servers that the launcher starts here; weights: folder through which such servers get weights."""
 
     store: str
     agents: Mapping[str, str]
     keys: Path | None = None
     insecure: bool = False
+    engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: Path | None = None

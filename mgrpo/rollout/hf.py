@@ -37,6 +37,7 @@ from mgrpo.rollout.engine import Engine, Generation, SamplingParams
 from mgrpo.rollout.lanes import Lanes, sample
 from mgrpo.rollout.slot_cache import SlotCache
 from mgrpo.rollout.stepper import Stepper
+from mgrpo.weights import Weights
 
 FORWARD_COST = 64
 """What starting one more forward costs, in token positions: decides which widths share a forward."""
@@ -123,13 +124,14 @@ class HfEngine(Engine):
                 self._talking.discard(session)
 
     async def load(self, path_or_state: object, version: int) -> None:
-        """Swap the weights: a policy folder (str, Path), safetensors bytes or a state dict. See the module's
+        """Swap the weights: a policy folder (str, Path), Weights, safetensors bytes or a state dict. See the module's
         docstring for what becomes of cached keys and values. Raises ValueError or ConfigError and keeps the
         old weights where the new do not fit."""
         if isinstance(path_or_state, str | Path):
             load_state(self.policy.model, state_of(load_policy(path_or_state).model))
-        elif isinstance(path_or_state, bytes | bytearray | memoryview):
-            load_state_bytes(self.policy.model, bytes(path_or_state))
+        elif isinstance(path_or_state, bytes | bytearray | memoryview | Weights):
+            data = path_or_state.data if isinstance(path_or_state, Weights) else bytes(path_or_state)
+            load_state_bytes(self.policy.model, data)
         elif isinstance(path_or_state, Mapping):
             load_state(self.policy.model, path_or_state)
         else:

@@ -22,10 +22,10 @@ from mgrpo.config import RunConfig, config_digest
 from mgrpo.config.addresses import Addresses
 from mgrpo.credit import trajectory_reward
 from mgrpo.errors import DeadlineError, RetryAfterError
-from mgrpo.model.shell import policy_from_shell
 from mgrpo.record.rollouts import RolloutRecorder
+from mgrpo.rollout.engine import Engine
+from mgrpo.rollout.engines import open_engine
 from mgrpo.rollout.episode import Agent, mix
-from mgrpo.rollout.hf import HfEngine
 from mgrpo.rollout.play import Accuracy, Ask, Played, evaluate, play_all
 from mgrpo.rollout.shipper import Shipper
 from mgrpo.rollout.task import Question, Split, Task
@@ -51,7 +51,7 @@ class _Source:
     """Where one role's weights come from, and which the engine holds."""
 
     client: Client
-    engine: HfEngine
+    engine: Engine
     label: str = ""
 
 
@@ -63,7 +63,7 @@ class RolloutWorker:
     ) -> None:
         """folder: this worker's own, for its record."""
         torch.set_num_threads(config.rollout.threads)
-        self._config, self._number, self._task = config, number, task
+        self._config, self._number, self._task, self._addresses = config, number, task, addresses
         self._timeout = config.store.timeout
         digest = config_digest(config)
         key = client_keys(addresses, "worker")
@@ -102,6 +102,8 @@ class RolloutWorker:
             client.close()
         self._store.close()
         self._recorder.close()
+        for source in self._sources.values():
+            self._loop.run_until_complete(source.engine.close())
         self._loop.close()
 
     def run(self) -> None:
@@ -134,12 +136,9 @@ class RolloutWorker:
                 self._check_running()
             self._recorder.tokenizer(role, files)
             agent = self._config.agents[role]
-            policy = policy_from_shell(files, role)
-            engine = HfEngine(policy, slots=self._config.rollout.slots, max_length=agent.max_length)
+            engine, tokenizer = open_engine(self._config, role, files, self._addresses, self._say)
             self._sources[role] = _Source(client, engine)
-            self._agents[role] = Agent(
-                role, engine, policy.tokenizer, agent.loss.temperature, agent.max_length
-            )
+            self._agents[role] = Agent(role, engine, tokenizer, agent.loss.temperature, agent.max_length)
 
     def _gate(self) -> bool:
         """Check the policies RL starts from; False ends the run. A run without the gate goes on, and is not valid."""
@@ -290,6 +289,9 @@ class RolloutWorker:
     def _seed(self, index: int) -> int:
         return mix(self._config.seed, index)
 
+    def _say(self, line: str) -> None:
+        self._store.report("phase", {"text": line})
+
     def _main_reward(self, rollout: Rollout) -> float:
         weights = self._config.agents[MAIN].reward
         return trajectory_reward(MAIN, weights, rollout.main.scores, rollout.correct)
@@ -301,7 +303,7 @@ class RolloutWorker:
             wanted = at_least if role in self._config.training_roles else 0
             weights = self._fetch(source, wanted)
             if weights is not None:
-                self._loop.run_until_complete(source.engine.load(weights.data, weights.version))
+                self._loop.run_until_complete(source.engine.load(weights, weights.version))
                 source.label = weights.label
             if role in self._config.training_roles:
                 versions.append(source.engine.version)
