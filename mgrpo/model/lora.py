@@ -43,7 +43,9 @@ def add_adapters(model: Any, config: LoraConfig, name: str) -> None:
     inject_adapter_in_model(
         PeftConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=int(config.alpha)
+            if config.alpha.is_integer()
+            else config.alpha,  # others expect an int
             target_modules=list(config.targets),
             lora_dropout=0.0,
             bias="none",

@@ -60,6 +60,7 @@ class Policy:
         self.config = config or PolicyConfig()
         self._trunk = model.base_model
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
+        self._dtype = head.weight.dtype
         self._half = self._offload = False
         self._check_head()
         self._half = self.config.dtype == "bfloat16"
@@ -156,7 +157,7 @@ class Policy:
         )
         with self._precision(), store:
             states: Tensor = self._trunk(**arguments, use_cache=False).last_hidden_state
-        return states.to(self.head_weight.dtype)
+        return states.to(self._dtype)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._half else contextlib.nullcontext()
@@ -171,7 +172,7 @@ class Policy:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        return states.to(self.head_weight.dtype)
+        return states.to(self._dtype)
 
     @torch.no_grad()
     def _check_head(self) -> None:
