@@ -84,6 +84,13 @@ class LiveTokens:
     old_logprobs: torch.Tensor  # f32 (T,)
     cu_seqlens: torch.Tensor  # i32 (R + 1,)
 
+    def to(self, device: torch.device) -> LiveTokens:
+        """On the policy's device, but for the mask, which the host looks at."""
+        moved = (
+            x.to(device) for x in (self.targets, self.rollout_logprobs, self.old_logprobs, self.cu_seqlens)
+        )
+        return LiveTokens(self.mask, *moved)
+
 
 @dataclass(slots=True)
 class MiniBatch:
@@ -98,8 +105,8 @@ class MiniBatch:
 
 
 def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.Tensor:
-    """Log-probs f32[T] of the sampled tokens under `policy`, without a graph."""
-    live = batch.live()
+    """Log-probs f32[T] of the sampled tokens under `policy`, on its device, without a graph."""
+    live = batch.live().to(policy.device)
     with torch.no_grad():
         hidden = policy.hidden_before(batch.ids, batch.lengths, live.mask)
         return selective_logprob(hidden, policy.head_weight, live.targets, temperature=temperature)[0]
@@ -138,7 +145,7 @@ class Learner:
                 rows = micro if len(micro.lengths) else _blank()
                 found = logprobs_of(self.policy, rows, self.loss.temperature)
                 if rows is micro:
-                    micro.old_logprobs[:, 1:][micro.live().mask] = found
+                    micro.old_logprobs[:, 1:][micro.live().mask] = found.to(micro.old_logprobs.device)
         results = [result for batch in batches if (result := self.step(batch))]
         if not results:
             return {}
@@ -177,15 +184,16 @@ class Learner:
         return result | {"grad_norm": float(norm)}
 
     def _backward(self, rows: MicroBatch, denominator: float) -> tuple[int, dict[str, torch.Tensor]]:
-        live = rows.live()
+        device = self.policy.device
+        live = rows.live().to(device)
         hidden = self.policy.hidden_before(rows.ids, rows.lengths, live.mask)  # (T, H)
         loss, metrics = linear_grpo_loss(
             hidden,
             self.policy.head_weight,
             live.targets,
             cu_seqlens=live.cu_seqlens,
-            advantages=rows.advantages,
-            seq_weight=rows.weights,
+            advantages=rows.advantages.to(device),
+            seq_weight=rows.weights.to(device),
             old_logprobs=live.old_logprobs,
             ref_logprobs=None
             if self.reference is None
