@@ -59,7 +59,7 @@ def test_only_the_last_are_kept_and_leftovers_do_not_count(tmp_path: Path) -> No
     assert found is not None and found.step == 3
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "manifest.json"])
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     """A flipped byte, a cut file or a missing one: the error names the file."""

@@ -116,12 +116,11 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     folder = run / "agents" / "main" / "checkpoints" / "step-00000003"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"step": 3, "crc32c": {}}))
-    (folder / "model.safetensors").write_bytes(b"x")
-    (folder / "optimizer.pt").write_bytes(b"x")
+    (folder / "manifest.json").write_text(json.dumps({"step": 3, "crc32c": {".metadata": 0}}))
+    (folder / ".metadata").write_bytes(b"x")
     from mgrpo.config import dump_config, load_config
 
     overrides = [f"agents.{role}.warm_start.steps=0" for role in ("main", "sub")]
     dump_config(load_config(Path(ATLAS), overrides), run / "config.json")
     done = mgrpo("train", "--resume", str(run))
-    assert "step-00000003/model.safetensors" in refused_last(done)
+    assert "step-00000003/.metadata" in refused_last(done)

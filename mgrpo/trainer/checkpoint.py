@@ -1,28 +1,50 @@
 """Checkpoints of one trainer: a folder per step, complete or absent.
 
-    <root>/step-00000020/{model.safetensors, optimizer.pt, manifest.json}
+    <root>/step-00000020/{.metadata, __0_0.distcp, __1_0.distcp, ..., manifest.json}
 
-Written to a temporary folder, synced to disk, then renamed: a crash leaves either the old set or the new one. The
-manifest holds a checksum of every file, so that a corrupt checkpoint is named and never trained from.
+In the format of torch.distributed.checkpoint: each rank writes its part of weights and optimizer state, and any number
+of ranks reads it again. Held are what of the policy trains, the optimizer's state by parameter and the random
+generator's; the step is the trainer's place in the store (`commit`, `resume`).
+
+Written to a temporary folder, synced to disk, then renamed: a crash, or a full disk, leaves either the old set or the
+new one. The manifest holds a checksum of every file, so that a corrupt checkpoint is named and never trained from.
+
+A trainer takes a copy of its state between two steps and writes it beside the next ones (`CheckpointWriter`). What
+follows a checkpoint, telling the store first of all, happens once its bytes are on disk.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import torch
+from torch import Tensor
 
-from mgrpo.errors import CorruptionError
-from mgrpo.model.policy import Policy, load_state_bytes, state_bytes
+from mgrpo.errors import CorruptionError, DeadlineError, MgrpoError
+from mgrpo.model.policy import Policy, trained_state
 
-_MODEL, _OPTIMIZER, _MANIFEST = "model.safetensors", "optimizer.pt", "manifest.json"
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+WRITE_SECONDS = 1800.0  # the longest that a checkpoint may take to reach the disk
+_MANIFEST, _METADATA, _RNG = "manifest.json", ".metadata", "rng"
+_BLOCK = 1 << 24  # bytes of a file that are summed up at a time
+
+State = dict[str, Tensor]
+
+
+class CheckpointError(MgrpoError):
+    """A checkpoint could not be written; the message names it and the reason. Those before it are as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +55,137 @@ class Checkpoint:
     step: int
 
 
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def snapshot(policy: Policy, optimizer: torch.optim.Optimizer) -> State:
+    """A copy, in main memory, of this rank's part of what a checkpoint holds."""
+    state = _weights(policy) | _optimizer_state(policy, optimizer)
+    return {name: _copied(tensor) for name, tensor in state.items()} | {_RNG: torch.get_rng_state()}
+
+
 def save_checkpoint(
     root: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int
 ) -> Checkpoint:
     """Write step `step` durably and delete all but the last `keep`. Returns once the bytes are on disk."""
-    final = root / f"step-{step:08d}"
+    return _write(prepare_folder(root, step), step, snapshot(policy, optimizer), keep)
+
+
+def prepare_folder(root: Path, step: int) -> Path:
+    """The empty folder that step `step` is written to; what an earlier crash left of it goes. For one rank, before
+    any begins to write."""
     partial = root / f".step-{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / _MODEL).write_bytes(state_bytes(policy.model))
-    torch.save(optimizer.state_dict(), partial / _OPTIMIZER)
-    files = {name: _checksum(partial / name) for name in (_MODEL, _OPTIMIZER)}
-    (partial / _MANIFEST).write_text(json.dumps({"step": step, "crc32c": files}))
-    for path in [*partial.iterdir(), partial]:
-        _sync(path)
-    shutil.rmtree(
-        final, ignore_errors=True
-    )  # a run that went back to an earlier checkpoint writes this step again
-    partial.rename(final)
-    _sync(root)
-    for old in _folders(root)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        for left in root.glob(".step-*.partial"):
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise _failed(partial, error) from None
+    return partial
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time on a thread of its own. Every rank has one; rank 0 completes the folder."""
+
+    def __init__(self, root: Path, keep: int, group: ProcessGroup | None = None, leads: bool = True) -> None:
+        """group: the ranks that write together, in a process group that nothing else uses."""
+        self._root, self._keep, self._group, self._leads = root, keep, group, leads
+        self._thread: threading.Thread | None = None
+        self._saved: Checkpoint | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, step: int, state: State) -> None:
+        """Start to write `state`, which nobody changes any more. The folder is prepared, the last one is settled."""
+        assert self._thread is None, "settle() comes first"
+        partial = self._root / f".step-{step:08d}.partial"
+
+        def write() -> None:
+            try:
+                saved = _write(partial, step, state, self._keep, self._group, self._leads)
+                self._saved = saved
+            except BaseException as error:  # raised again where it can be heard: in settle()
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name=f"mgrpo-checkpoint {step}", daemon=True)
+        self._thread.start()
+
+    def settle(self, wait: bool) -> Checkpoint | None:
+        """The checkpoint that has become durable since the last call, or None. wait: not before the one that is being
+        written is. Raises CheckpointError where it could not be, DeadlineError naming what is waited for."""
+        if self._thread is None:
+            return None
+        self._thread.join(WRITE_SECONDS if wait else 0.0)
+        if self._thread.is_alive():
+            if wait:
+                raise DeadlineError(f"{self._root}: a checkpoint was not on disk within {WRITE_SECONDS:g} s")
+            return None
+        self._thread, saved, error = None, self._saved, self._error
+        self._saved = self._error = None
+        if error is not None:
+            raise error
+        return saved
+
+
+def _write(
+    partial: Path,
+    step: int,
+    state: State,
+    keep: int,
+    group: ProcessGroup | None = None,
+    leads: bool = True,
+) -> Checkpoint:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    root, final = partial.parent, partial.parent / f"step-{step:08d}"
+    try:
+        _expect_one_process()
+        save(
+            state,
+            storage_writer=FileSystemWriter(partial),
+            process_group=group,
+            no_dist=group is None,
+        )
+        if not leads:
+            return Checkpoint(final, step)
+        sums = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
+        (partial / _MANIFEST).write_text(json.dumps({"step": step, "crc32c": sums}))
+        for path in [partial / _MANIFEST, partial]:
+            _sync(path)
+        # a run that went back to an earlier checkpoint writes this step again
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(root)
+        for old in _folders(root)[:-keep]:
+            shutil.rmtree(old)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _failed(final, error) from None
     return Checkpoint(final, step)
+
+
+def _failed(path: Path, error: BaseException) -> CheckpointError:
+    """Several ranks may have failed: the first reason stands for all."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank = min(failures)
+        error = failures[rank][0]
+        while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+            error = error.__cause__ or error.__context__ or error
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return CheckpointError(
+        f"{path}: the checkpoint could not be written: {reason}; those before it are intact"
+    )
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
 
 
 def latest_checkpoint(root: Path) -> Checkpoint | None:
@@ -74,22 +205,102 @@ def _checked(path: Path) -> Checkpoint:
         step, sums = int(manifest["step"]), dict(manifest["crc32c"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptionError(f"{path / _MANIFEST}: unreadable checkpoint manifest ({error})") from None
-    for name in (_MODEL, _OPTIMIZER):
+    if _METADATA not in sums:
+        raise CorruptionError(f"{path / _MANIFEST}: names no {_METADATA}, which every checkpoint has")
+    for name, expected in sums.items():
         try:
             found = _checksum(path / name)
         except OSError as error:
             raise CorruptionError(f"{path / name}: missing from the checkpoint ({error.strerror})") from None
-        if found != sums.get(name):
-            raise CorruptionError(
-                f"{path / name}: crc32c is {found:#010x}, expected {sums.get(name, 0):#010x}"
-            )
+        if found != expected:
+            raise CorruptionError(f"{path / name}: crc32c is {found:#010x}, expected {expected:#010x}")
     return Checkpoint(path, step)
 
 
-def restore_checkpoint(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimizer state in place."""
-    load_state_bytes(policy.model, (checkpoint.path / _MODEL).read_bytes())
-    optimizer.load_state_dict(torch.load(checkpoint.path / _OPTIMIZER, weights_only=True))
+def restore_checkpoint(
+    checkpoint: Checkpoint,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    group: ProcessGroup | None = None,
+) -> None:
+    """Load weights and optimizer state in place, each rank its part. Raises CorruptionError naming the checkpoint and
+    the first tensor of the policy that it does not hold, or holds in another shape."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(checkpoint.path)
+    try:
+        held = reader.read_metadata().state_dict_metadata
+    except (OSError, pickle.UnpicklingError, EOFError) as error:
+        raise CorruptionError(f"{checkpoint.path / _METADATA}: unreadable ({error})") from None
+    weights = _weights(policy)
+    _check_names(checkpoint, weights, held)
+    state = dict(weights)
+    moments = _blank_moments(policy, held)
+    for name, fields in moments.items():
+        state |= {_moment(name, field): tensor for field, tensor in fields.items()}
+    state[_RNG] = torch.get_rng_state()
+    _expect_one_process()
+    with torch.no_grad():
+        load(state, storage_reader=reader, process_group=group, no_dist=group is None)
+    torch.set_rng_state(state[_RNG])
+    optimizer.state.clear()
+    for name, parameter in policy.model.named_parameters():
+        if name in moments:
+            optimizer.state[parameter] = dict(moments[name])
+
+
+def _check_names(checkpoint: Checkpoint, weights: State, held: dict[str, Any]) -> None:
+    saved = {name for name in held if name.startswith("model.")}
+    for name in sorted(weights.keys() ^ saved):
+        what = "lacks" if name in weights else "has"
+        raise CorruptionError(f"{checkpoint.path}: {what} {name}, unlike the policy that it is loaded into")
+    for name, tensor in weights.items():
+        if tuple(held[name].size) != tuple(tensor.shape):
+            raise CorruptionError(
+                f"{checkpoint.path}: {name} has shape {tuple(held[name].size)}, the policy's {tuple(tensor.shape)}"
+            )
+
+
+def _blank_moments(policy: Policy, held: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Room for the optimizer's state of each parameter that has one, laid out as the parameter is."""
+    parameters = dict(policy.model.named_parameters())
+    out: dict[str, dict[str, Tensor]] = {}
+    for key, entry in held.items():
+        kind, _, rest = key.partition(".")
+        field, _, name = rest.partition(".")
+        if kind != "optimizer" or name not in parameters:
+            continue
+        parameter, dtype = parameters[name].detach(), entry.properties.dtype
+        like = tuple(entry.size) == tuple(parameter.shape)
+        blank = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(entry.size, dtype=dtype)
+        out.setdefault(name, {})[field] = blank
+    return out
+
+
+# -- both ----------------------------------------------------------------------------------------------------------
+
+
+def _weights(policy: Policy) -> State:
+    """What trains, sharing the model's memory."""
+    return {f"model.{name}": tensor for name, tensor in trained_state(policy.model).items()}
+
+
+def _optimizer_state(policy: Policy, optimizer: torch.optim.Optimizer) -> State:
+    return {
+        _moment(name, field): value
+        for name, parameter in policy.model.named_parameters()
+        for field, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _moment(name: str, field: str) -> str:
+    return f"optimizer.{field}.{name}"
+
+
+def _expect_one_process() -> None:
+    # One process without a process group is no accident here.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _folders(root: Path) -> list[Path]:
@@ -97,7 +308,11 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _checksum(path: Path) -> int:
-    return int(google_crc32c.value(path.read_bytes()))
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            total = google_crc32c.extend(total, block)
+    return total
 
 
 def _sync(path: Path) -> None:

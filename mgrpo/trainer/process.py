@@ -8,29 +8,33 @@ Everything it needs of other agents arrives through the store as rewards, counts
 back to its last checkpoint; the store hands it the groups it had applied since then once more, in the same order, and
 the spool still holds their tokens. Roles that share this agent's policy are trained here too: each comes through a lane
 of its own, and their minibatches make one optimizer step with the agent's.
+
+With policy.ranks > 1 this is rank 0, which alone talks to store, spool and engines; what all ranks do is in crew.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
-import torch
-
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
+from mgrpo.config.policy import LoraConfig
 from mgrpo.model.policy import Policy, load_policy, save_policy, state_bytes
 from mgrpo.model.shell import shell_files
 from mgrpo.rollout.task import Task
 from mgrpo.trainer.batch import joined
-from mgrpo.trainer.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from mgrpo.trainer.crew import Crew
 from mgrpo.trainer.lane import Lane
-from mgrpo.trainer.step import Learner, new_learner
+from mgrpo.trainer.ranks import Ranks
 from mgrpo.trainer.warmstart import Demos, warm_start
 from mgrpo.weights import Weights, WeightsServer
+
+STOP_SECONDS = 10.0  # for one answer of the store, once the process is told to leave
 
 
 class Stopped(Exception):
@@ -40,14 +44,22 @@ class Stopped(Exception):
 class TrainerProcess:
     """Use as a context manager; leaving it closes the endpoint, the spool and the store connection."""
 
-    def __init__(self, config: RunConfig, role: str, task: Task, agents: Path, addresses: Addresses) -> None:
-        """agents: folder of the agents' folders on this server, one a role."""
-        torch.set_num_threads(config.trainer.threads)
-        torch.manual_seed(config.seed)
+    def __init__(
+        self,
+        config: RunConfig,
+        role: str,
+        task: Task,
+        agents: Path,
+        addresses: Addresses,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """agents: folder of the agents' folders on this server, one a role. ranks: those that this one leads."""
+        self._crew = Crew(config, role, agents / role, ranks or Ranks())
         self._config, self._agent, self._role, self._task = config, config.agents[role], role, task
         self._folder = agents / role
         self._folder.mkdir(parents=True, exist_ok=True)
         self._told_to_stop = threading.Event()
+        self._lanes: list[Lane] = []
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._weights = WeightsServer()
         self._lanes = [Lane(config, r, agents / r, addresses, self._weights) for r in config.served_by(role)]
@@ -64,17 +76,15 @@ class TrainerProcess:
 
     def run(self) -> None:
         """Train until the last step, serve the final weights until the run is over."""
-        try:
+        with contextlib.suppress(Stopped):
             self._run()
-        except Stopped:
-            return
+        self._crew.end()
 
     # -- stations ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        policy = self._start_policy()
-        self._weights.describe(shell_files(policy))
-        learner, step = self._learner(policy)
+        step = self._crew.begin(self._start_policy())
+        self._weights.describe(shell_files(self._crew.policy()))
         self._checkpointed = step
         for lane in self._lanes:
             resumed = lane.store.resume(checkpoint_step=step - 1)
@@ -82,24 +92,31 @@ class TrainerProcess:
             self._report(
                 "phase", {"text": f"{self._role}: resumed at step {step}, {resumed.again} groups again"}
             )
-        self._publish(policy, step)
+        self._publish(step)
         if not self._agent.frozen:
-            self._train(learner, step)
-            save_policy(policy, self._folder / "final")
+            try:
+                self._train(step)
+            except Stopped:
+                self._settle(wait=True)  # what is being written is worth having
+                raise
+            self._settle(wait=True)
+            save_policy(self._crew.policy(), self._folder / "final")
             self._report("phase", {"text": f"{self._role}: final policy in {self._folder / 'final'}"})
+        self._crew.end()
         self._serve_until_over()
 
-    def _start_policy(self) -> Policy:
+    def _start_policy(self) -> Path:
         """The policy RL starts from: the given model, or the task's own after its warm start (kept in start/)."""
         if self._agent.model is not None:
-            return self._loaded(Path(self._agent.model))
+            return Path(self._agent.model)
         start = self._folder / "start"
         if not start.exists():
             self._task.build_policy(self._role, self._config.seed, str(self._folder / "fresh"))
-            policy = self._loaded(self._folder / "fresh")
+            everything = self._agent.policy.model_copy(update={"lora": LoraConfig(), "last_layers": 0})
+            policy = load_policy(self._folder / "fresh", everything)
             self._warm_start(policy)
             save_policy(policy, start)
-        return self._loaded(start)
+        return start
 
     def _warm_start(self, policy: Policy) -> None:
         config, seed = self._agent.warm_start, self._config.seed
@@ -119,19 +136,7 @@ class TrainerProcess:
 
         warm_start(policy, demos, config, progress)
 
-    def _learner(self, policy: Policy) -> tuple[Learner, int]:
-        """The learner and the step its last checkpoint stands at (0 without one)."""
-        reference = None
-        if self._agent.loss.kl_coef > 0:
-            reference = self._loaded(Path(self._agent.model or self._folder / "start"))
-        learner = new_learner(self._agent, policy, reference)
-        checkpoint = latest_checkpoint(self._folder / "checkpoints")
-        if checkpoint is None:
-            return learner, 0
-        restore_checkpoint(checkpoint, policy, learner.optimizer)
-        return learner, checkpoint.step
-
-    def _train(self, learner: Learner, step: int) -> None:
+    def _train(self, step: int) -> None:
         trainer = self._config.trainer
         while step < trainer.steps:
             began = time.monotonic()
@@ -141,17 +146,19 @@ class TrainerProcess:
                 lane.builder.build(step, groups)
                 for lane, groups in zip(self._lanes, claimed_groups, strict=True)
             ]
-            learned = learner.train(joined(batches), trainer.old_logprobs == "recompute")
+            learned = self._crew.train(joined(batches), trainer.old_logprobs == "recompute")
             for lane, groups in zip(self._lanes, claimed_groups, strict=True):
                 lane.store.apply(step=step, groups=groups)
             step += 1
             trained = time.monotonic()
             due = step % trainer.checkpoint_every == 0 or step == trainer.steps
-            self._publish(learner.policy, step)
+            self._publish(step)
             for lane, batch in zip(self._lanes, batches, strict=True):
                 lane.recorder.step(batch, batch.metrics | learned)
             if due:
-                self._checkpoint(learner, step)
+                self._checkpoint(step)
+            else:
+                self._settle(wait=False)
             times = {
                 "time/wait_batch": claimed - began,
                 "time/train": trained - claimed,
@@ -163,23 +170,28 @@ class TrainerProcess:
                 named = {f"{lane.role}/{name}": float(value) for name, value in metrics.items()}
                 self._report("step", {"role": lane.role, "step": step, "metrics": named})
             if self._told_to_stop.is_set() and not due:
-                self._checkpoint(learner, step)
+                self._checkpoint(step)
             self._check_stop()
 
-    def _checkpoint(self, learner: Learner, step: int) -> None:
-        """Save durably, then tell the store: nothing up to here will be handed out again."""
-        trainer = self._config.trainer
-        saved = save_checkpoint(
-            self._folder / "checkpoints", step, learner.policy, learner.optimizer, trainer.keep_checkpoints
-        )
+    def _checkpoint(self, step: int) -> None:
+        """Begin to write a checkpoint; the steps go on meanwhile."""
+        self._settle(wait=True)  # the one before
+        self._crew.checkpoint(step)
+
+    def _settle(self, wait: bool) -> None:
+        """Once a checkpoint is durable, tell the store: nothing up to there will be handed out again."""
+        saved = self._crew.settle(wait)
+        if saved is None:
+            return
         self._lanes[0].recorder.keep(saved)
         for lane in self._lanes:
-            lane.spool.truncate(lane.store.commit(step=step - 1))
-        self._checkpointed = step
+            lane.spool.truncate(lane.store.commit(step=saved.step - 1))
+        self._checkpointed = saved.step
 
-    def _publish(self, policy: Policy, version: int) -> None:
+    def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""
-        self._weights.publish(Weights(f"e{self._store.epoch}.v{version}", version, state_bytes(policy.model)))
+        data = state_bytes(self._crew.policy().model)
+        self._weights.publish(Weights(f"e{self._store.epoch}.v{version}", version, data))
         for lane in self._lanes:
             lane.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
 
@@ -191,16 +203,17 @@ class TrainerProcess:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _loaded(self, path: Path) -> Policy:
-        return load_policy(path)
-
     def _report(self, kind: str, payload: dict[str, object]) -> None:
         self._store.report(kind, payload)
 
     def _check_stop(self) -> None:
+        self._crew.alive()
         if self._told_to_stop.is_set() or self._store.world().control.state != "running":
             raise Stopped
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        # Only a mark: an optimizer step is never torn apart; the loop looks at the mark between steps.
+        # Only a mark: an optimizer step is never torn apart; the loop looks at the mark between steps. Where the store
+        # has ended too (the launcher was killed), its answer is not waited for as long as usual.
         self._told_to_stop.set()
+        for lane in self._lanes:
+            lane.store.hurry(STOP_SECONDS)

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from mgrpo.errors import ConfigError, DeadlineError, PeerError
 
 COLLECTIVE_SECONDS = 600.0  # the longest that one rank may let the others wait inside a step
-SLICE_SECONDS = 1.0  # how soon a waiting rank notices that it was told to stop
+POLL_SECONDS = 0.02  # between two looks of a rank that waits for long
 LAST_SECONDS = 12.0  # after SIGTERM the leader still takes a checkpoint with all ranks
 _FORGET_AFTER = 64  # words of the leader that stay in the store of the process group
 
@@ -55,11 +57,11 @@ class Ranks:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         limit = timedelta(seconds=COLLECTIVE_SECONDS)
-        store, self.rank, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
-        self._store = dist.PrefixStore("mgrpo", store)
+        store, self.rank, _ = next(iter(rendezvous("env://", timeout=limit)))
+        self._store = PrefixStore("mgrpo", store)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("ranks", store), rank=self.rank, world_size=size, timeout=limit
+            backend, store=PrefixStore("ranks", store), rank=self.rank, world_size=size, timeout=limit
         )
         self._words = dist.new_group(backend="gloo", timeout=limit)
         self.files = dist.new_group(backend="gloo", timeout=limit)
@@ -83,7 +85,7 @@ class Ranks:
         """Send `word` to every rank, and parts[r] (picklable) to rank r."""
         if self.size == 1:
             return
-        self._store.set(f"word/{self._told}", b"")
+        self._store.set(f"word/{self._told}", "")
         if self._told >= _FORGET_AFTER:
             self._store.delete_key(f"word/{self._told - _FORGET_AFTER}")
         self._told += 1
@@ -116,16 +118,16 @@ class Ranks:
         return word, part
 
     def _wait_for(self, key: str) -> None:
-        beat, heard = -1, time.monotonic()
+        beat, heard, pause = -1, time.monotonic(), 0.001
         ended: float | None = None
         while True:
-            try:
-                self._store.wait([key], timedelta(seconds=SLICE_SECONDS))
-                return
-            except dist.DistStoreError:
-                pass  # not yet
+            try:  # asked again and again: a wait of the store's own complains on stderr whenever its time is up
+                if self._store.check([key]):
+                    return
             except RuntimeError as error:
                 raise PeerError(f"rank {self.rank} of {self.size}: rank 0 is gone ({error})") from None
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_SECONDS)
             now = time.monotonic()
             if (seen := self._store.add("beat", 0)) != beat:
                 beat, heard = seen, now

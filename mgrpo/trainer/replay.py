@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from mgrpo.config import RunConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import load_policy
+from mgrpo.model.policy import load_policy, load_reference
 from mgrpo.record.reader import RecordedRollout, Recording
 from mgrpo.record.schema import StepBody, TrajectoryRecord
 from mgrpo.spool import SpoolRef
@@ -127,6 +127,11 @@ class Replayer:
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def _loss(self, role: str, step: int, recorded: StepBody) -> Stage:
+        ranks = self._config.ranks(role)
+        if ranks > 1:  # a sum over ranks is rounded otherwise than the same sum in one process
+            return Stage(
+                role, "loss", UNKNOWN, f"{ranks} ranks took this step; one process can rebuild it only nearly"
+            )
         metrics = self._train_up_to(self._config.owner(role), step)
         if isinstance(metrics, str):
             return Stage(role, "loss", UNKNOWN, metrics)
@@ -172,8 +177,9 @@ class Replayer:
     def _learner(self, role: str, checkpoint: Checkpoint | None) -> Learner:
         agent = self._config.agents[role]
         start = Path(agent.model) if agent.model else self._folders(role) / "start"
-        reference = load_policy(start) if agent.loss.kl_coef > 0 else None
-        learner = new_learner(agent, load_policy(start), reference)
+        policy = load_policy(start, agent.policy)
+        reference = load_reference(policy, start) if agent.loss.kl_coef > 0 else None
+        learner = new_learner(agent, policy, reference)
         if checkpoint is not None:
             restore_checkpoint(checkpoint, learner.policy, learner.optimizer)
         return learner

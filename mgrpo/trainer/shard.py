@@ -69,10 +69,14 @@ class ShardedPolicy(Policy):
         """Where there are adapters, the policy without them: the same weights on the same ranks."""
         return _ShardedBase(self)
 
-    def gather_into(self, whole: Policy | None) -> None:
-        """Copy the trained weights into the unsharded twin that one of the ranks holds; all take part."""
+    def let_go(self) -> None:
+        """Keep this rank's part alone; a forward without a backward leaves some weights gathered."""
         for module in self._units():
             module.reshard()
+
+    def gather_into(self, whole: Policy | None) -> None:
+        """Copy the trained weights into the unsharded twin that one of the ranks holds; all take part."""
+        self.let_go()
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:

@@ -1,0 +1,69 @@
+"""A trainer of several ranks: this process becomes their torchrun, which starts them and ends them together.
+
+There is one place that restarts, and it is not here: when a rank ends, however, all end, and this process with them,
+with a last line that names the rank and the reason. Whoever watches it starts the trainer again from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+
+from mgrpo.errors import ConfigError, CorruptionError, MgrpoError
+
+SHUTDOWN_SECONDS = 12  # for a last checkpoint, once the ranks are told to stop
+
+
+def run_ranks(size: int, arguments: Sequence[str], threads: int) -> None:
+    """Run `python -m mgrpo *arguments` as `size` ranks until they end.
+
+    Raises MgrpoError, or ConfigError for a rank that ended with status 2, naming the first that failed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Rank 0 serves the ranks' key-value store itself: with torchrun's, every other start after a kill has failed.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    command = ["-m", "mgrpo", *arguments, "--parent", str(os.getpid())]
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = 2 if failure.exitcode == 2 else 1
+        text = f"rank {rank} of {size}: {_reason(failure.exitcode, failure.message)}"
+        raise (ConfigError if status == 2 else MgrpoError)(text) from None
+    except SignalException:
+        raise SystemExit(0) from None  # told to stop, and the ranks have
+
+
+def as_rank(work: Callable[[], None]) -> None:
+    """Do `work` as one of torchrun's processes: an error goes to the file from which torchrun takes its reason."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(work)()
+
+
+def _reason(code: int, message: object) -> str:
+    if code < 0:
+        return f"ended by signal {signal.Signals(-code).name}"
+    if isinstance(message, dict):
+        message = message.get("message", "")
+    name, colon, text = str(message).partition(": ")
+    plain = {kind.__name__ for kind in (MgrpoError, ConfigError, CorruptionError)}
+    return text if colon and name in plain else str(message)
