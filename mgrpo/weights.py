@@ -99,7 +99,8 @@ class WeightsServer:
 def fetch_weights(client: Client, have: str, at_least: int, wait_s: float) -> Weights | None:
     """The newest weights that the trainer behind `client` serves, once their version is at least `at_least`; None when
     they are those labelled `have`. Raises DeadlineError naming the trainer when there are none within wait_s."""
-    answer = client.call("weights.get", GetWeights(have, at_least, wait_s), timeout=wait_s + 5.0)
+    request = GetWeights(have, at_least, wait_s)
+    answer = client.call("weights.get", request, timeout=wait_s + 5.0, step=at_least)
     newest = answer.decode(WeightsAre)
     if newest.version < 0:
         raise DeadlineError(

@@ -10,7 +10,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,17 @@ import pytest
 
 import mgrpo
 from mgrpo.errors import DeadlineError, PeerError
+from mgrpo.spool import SpoolClient
 from mgrpo.store.engine import connect_sqlite
 from mgrpo.store.server import StoreServer
 from mgrpo.transport import codec
 from mgrpo.transport.client import Client
 from mgrpo.transport.codec import BadMessage, Limits, Sender
-from mgrpo.transport.server import Reply, Server
-from tests.chaos.kills import running_store
+from mgrpo.transport.server import Reply, Request, Server
+from mgrpo.weights import fetch_weights
+from tests.chaos.kills import ROOT, running_store
 from tests.chaos.proxy import proxy_faults
-from tests.store_kit import DIGEST, fill, publish, rss_mb, run_params
+from tests.store_kit import DIGEST, fill, make_trajectory, publish, rss_mb, run_params
 
 
 def test_proxy_faults_lose_nothing(tmp_path: Path) -> None:
@@ -223,37 +224,64 @@ def test_a_peer_that_keeps_sending_garbage_is_cut_off() -> None:
         good.call("echo", None)
 
 
-BACKLOG = """
-import sys, time
-from mgrpo.transport.server import Reply, Server
-server = Server(sys.argv[1], {"take": lambda request: (time.sleep(0.002), Reply())[1]})
-sys.stdin.read()
+def test_a_full_socket_sends_nothing_twice() -> None:
+    """A window wider than the socket's queue and records of 100 KB: each reaches the server once, in order."""
+    seen: list[int] = []
+
+    def take(request: Request) -> Reply:
+        time.sleep(0.0005)
+        seen.append(request.decode(int))
+        return Reply()
+
+    with Server("tcp://127.0.0.1:0", {"take": take}) as server:
+        with Client(server.url, window=256, resend_s=30, timeout=60) as client:
+            for number in range(600):
+                client.submit("take", number, [b"x" * 100_000])
+            client.flush(60)
+    assert seen == list(range(600))
+
+
+SPOOL = """
+import sys
+from mgrpo.spool import Spool
+from mgrpo.transport.server import Server
+from mgrpo.weights import Weights, WeightsServer
+from tests.store_kit import DIGEST
+weights = WeightsServer()
+weights.publish(Weights("e1.v3", 3, b"x"))
+with Spool(sys.argv[2], role="sub", digest=DIGEST) as spool:
+    with Server(sys.argv[1], {**spool.handlers(), **weights.handlers()}, barrier=spool.sync):
+        sys.stdin.read()
 """
 
 
-def test_a_producer_ten_times_too_fast_is_slowed_down_not_dropped(tmp_path: Path) -> None:
-    """Four clients push 20 KB records at a server that takes 500 a second: bounded memory, every one
-    answered."""
-    url = f"ipc://{tmp_path}/s"
-    with subprocess.Popen([sys.executable, "-c", BACKLOG, url], stdin=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        answered = 0
-
-        def produce() -> None:
-            nonlocal answered
-            with Client(url, window=64, timeout=60) as client:
-                futures = [client.submit("take", None, [bytes(20_000)]) for _ in range(400)]
-                for future in futures:
-                    future.result(60)
-                    answered += 1
-
-        threads = [threading.Thread(target=produce) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        peak = 0.0
-        while any(thread.is_alive() for thread in threads):
-            peak = max(peak, rss_mb(process.pid))
-            time.sleep(0.1)
-        process.stdin.close()
-    assert answered == 1600
-    assert peak < 200
+def test_a_stopped_trainer_is_a_deadline_error_to_its_workers(tmp_path: Path) -> None:
+    """SIGSTOP while trajectories and weights are asked for: peer, queue and step, and both go on when it wakes."""
+    url = f"ipc://{tmp_path}/sub"
+    with subprocess.Popen(
+        [sys.executable, "-c", SPOOL, url, str(tmp_path / "spool")], stdin=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        try:
+            with (
+                SpoolClient(url, digest=DIGEST, role="sub", timeout=30) as spool,
+                Client(url, peer="trainer sub", timeout=30) as weights,
+            ):
+                spool.append(make_trajectory("7/56", 0, "sub", 0)).result(30)
+                os.kill(process.pid, signal.SIGSTOP)
+                spool._link.timeout = 1.0
+                started = time.monotonic()
+                with pytest.raises(DeadlineError, match=rf"spool of sub at {url}: append\('7/56'\)"):
+                    spool.append(make_trajectory("7/56", 1, "sub", 0)).result(30)
+                assert time.monotonic() - started < 2.0
+                weights.hurry(1.0)
+                started = time.monotonic()
+                with pytest.raises(DeadlineError, match=rf"trainer sub at {url}: weights.get at step 4"):
+                    fetch_weights(weights, "e1.v3", 4, 30.0)
+                assert time.monotonic() - started < 2.0
+                os.kill(process.pid, signal.SIGCONT)
+                spool._link.timeout = 30.0
+                assert spool.append(make_trajectory("7/56", 1, "sub", 0)).result(30).segment == 1
+            with Client(url, peer="trainer sub", timeout=30) as weights:
+                assert fetch_weights(weights, "", 3, 1.0) is not None
+        finally:
+            process.kill()

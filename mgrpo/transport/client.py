@@ -33,7 +33,7 @@ from mgrpo.transport import codec
 from mgrpo.transport.address import Socket, check_url
 from mgrpo.transport.codec import BadMessage, Buffer, Limits, Sender
 from mgrpo.transport.keys import ClientKeys
-from mgrpo.transport.server import pack
+from mgrpo.transport.server import pack_counted
 
 T = TypeVar("T")
 
@@ -126,6 +126,7 @@ class Client:
         self._suspect = 0.0  # when handshakes began to fail
         self._proven = False  # one has succeeded: later failures are faults of the network, not of the keys
         self._awake = False
+        self._hurried: tuple[float, float] | None = None  # (when, seconds)
         self._closed = False
         self.resent = 0
         self._wake_read, self._wake_write = os.pipe()
@@ -221,6 +222,10 @@ class Client:
             if time.monotonic() > deadline:
                 raise DeadlineError(self._late("flush", limit, f"{len(self._pending)} requests in flight"))
             time.sleep(0.002)
+
+    def hurry(self, seconds: float) -> None:
+        """From now on no answer is waited for longer than `seconds`. Takes no lock: a signal handler may call it."""
+        self._hurried = time.monotonic(), seconds
 
     def close(self) -> None:
         """Fail what is in flight and end the I/O thread. Idempotent."""
@@ -378,29 +383,39 @@ class Client:
             self._fail_all(PeerError(f"{self.peer} at {self.url}: {self._refused}"))
         again = []
         for pending in list(self._pending.values()):
-            if now > pending.started + pending.timeout:
+            since, limit = pending.started, pending.timeout
+            if self._hurried is not None and self._hurried[1] < limit:
+                since, limit = max(since, self._hurried[0]), self._hurried[1]
+            if now > min(since + limit, pending.started + pending.timeout):
                 why = f"no answer to {pending.method}"
-                self._fail(pending, DeadlineError(self._late(pending.where, pending.timeout, why)))
+                self._fail(pending, DeadlineError(self._late(pending.where, limit, why)))
             elif pending.sent and now - pending.sent > self._resend_s and self._connected:
                 again.append(pending)
                 pending.sent = now
-        self.resent += len(again)
-        self._unsent.extend(again)
+        if again:
+            queued = {pending.id for pending in self._unsent}
+            again = [pending for pending in again if pending.id not in queued]
+            self.resent += len(again)
+            self._unsent.extend(again)
 
     def _send(self, now: float) -> None:
         while self._unsent and self._connected:
-            chunk = [self._unsent[i] for i in range(min(SEND_ITEMS, len(self._unsent)))]
-            live = [p for p in chunk if p.id in self._pending]
-            messages = pack([(p.id, p.method, p.body, p.frames) for p in live], self.sender)
-            for header, frames in messages:
+            live: list[_Pending] = []
+            while self._unsent and len(live) < SEND_ITEMS:
+                pending = self._unsent.popleft()
+                if pending.id in self._pending:
+                    live.append(pending)
+            sent = 0
+            requests = [(p.id, p.method, p.body, p.frames) for p in live]
+            for header, frames, count in pack_counted(requests, self.sender):
                 try:
                     self._socket.send_multipart([header, *frames], zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    return  # the whole chunk is tried again: a repeated request does no harm
-            for pending in live:
-                pending.sent = now
-            for _ in chunk:
-                self._unsent.popleft()
+                except zmq.Again:  # the socket is full: the rest waits, in order
+                    self._unsent.extendleft(reversed(live[sent:]))
+                    return
+                for pending in live[sent : sent + count]:
+                    pending.sent = now
+                sent += count
 
     def _fail(self, pending: _Pending, error: Exception) -> None:
         if self._pending.pop(pending.id, None) is None:

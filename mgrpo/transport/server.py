@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -339,7 +339,13 @@ def pack(
 ) -> list[tuple[bytes, list[Buffer]]]:
     """Messages (header, frames) that carry all items in order, each header below header_bytes plus one
     item."""
-    messages: list[tuple[bytes, list[Buffer]]] = []
+    return [(header, frames) for header, frames, _ in pack_counted(items, sender, header_bytes)]
+
+
+def pack_counted(
+    items: Sequence[tuple[int, str, bytes, Sequence[Buffer]]], sender: Sender, header_bytes: int = 32 << 10
+) -> Iterator[tuple[bytes, list[Buffer], int]]:
+    """The same one by one, each with the number of items it carries."""
     batch: list[Item] = []
     frames: list[Buffer] = []
     size = frame_bytes = 0
@@ -352,8 +358,7 @@ def pack(
         size += len(inline) + len(name) + 16
         frame_bytes += sum(len(frame) for frame in mine)
         if size > header_bytes or frame_bytes > codec.JOIN_BELOW:
-            messages.append((codec.encode_batch(sender, batch), frames))
+            yield codec.encode_batch(sender, batch), frames, len(batch)
             batch, frames, size, frame_bytes = [], [], 0, 0
     if batch:
-        messages.append((codec.encode_batch(sender, batch), frames))
-    return messages
+        yield codec.encode_batch(sender, batch), frames, len(batch)
