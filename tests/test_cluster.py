@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,13 @@ model = "MODEL"
 max_length = 64
 reward = { correct = 0.9 }
 policy = { device = "cuda", ranks = 4 }
-engine = { kind = "vllm", device = "cuda", replicas = 2, sync = "fs", arguments = ["--tensor-parallel-size", "2"] }
+[agents.main.engine]
+kind = "vllm"
+device = "cuda"
+replicas = 2
+sync = "fs"
+python = "PYTHON"
+arguments = ["--tensor-parallel-size", "2"]
 [agents.sub]
 model = "MODEL"
 max_length = 96
@@ -53,7 +60,7 @@ def team(tmp_path: Path) -> Path:
     """A config with everything that makes parts: ranks, vLLM replicas, workers. Its model is an empty folder."""
     (tmp_path / "model").mkdir()
     path = tmp_path / "team.toml"
-    path.write_text(TEAM.replace("MODEL", str(tmp_path / "model")))
+    path.write_text(TEAM.replace("MODEL", str(tmp_path / "model")).replace("PYTHON", sys.executable))
     return path
 
 
@@ -98,9 +105,10 @@ def test_the_plan_has_the_numbers_of_the_config(team: Path) -> None:
         **{f"rollout-{i}": ("n1", 0, 5, ()) for i in range(3)},
     }
     assert parts["trainer-main"].command[:7] == (
-        "python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m",
+        "python", "-m", "mgrpo", "trainer", "/run/run.toml", "--agent", "main",
     )  # fmt: skip
-    assert "torch.distributed.run" not in parts["trainer-sub"].command
+    assert "--tensor-parallel-size" in parts["vllm-main-1"].command
+    assert parts["vllm-main-1"].environment["VLLM_SERVER_DEV_MODE"] == "1"
     started: set[str] = set()
     for part in plan.parts:  # the order of the parts is one in which they can be started
         assert set(part.after) <= started, part.name
@@ -151,7 +159,10 @@ def test_gpus_of_a_server_are_the_product_of_its_parallel_sizes() -> None:
 
 
 def test_an_hf_engine_on_a_gpu_gives_the_workers_one(team: Path) -> None:
+    """And so does a weight transfer between GPUs, whose sending end is a worker."""
     plan = plan_of(team, None, "agents.sub.engine.device=cuda")
+    assert [part.gpus for part in plan.parts if part.name.startswith("rollout")] == [1, 1, 1]
+    plan = plan_of(team, None, "agents.main.engine.sync=nccl")
     assert [part.gpus for part in plan.parts if part.name.startswith("rollout")] == [1, 1, 1]
 
 
@@ -288,6 +299,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(team: Path, tmp_path: Path) -
         (["--target", "compose", "--submit"], "--submit has no effect"),
         (["--target", "k8s", "--set", "store.url=tcp://10.0.0.1:1"], "store.url is set"),
         (["--target", "slurm", *HOSTS, "--set", "agents.main.model=/no/such"], "no folder /no/such"),
+        (["--target", "slurm", *HOSTS, "--set", "agents.main.engine.python=/no/python"], "no interpreter /no/python"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_and_writes_nothing(

@@ -104,6 +104,12 @@ def _check_run(order: Order, plan: Plan) -> None:
             raise ConfigError(f"agents.{role}.model: no folder {agent.model}")
         if agent.model is not None and order.target == "compose" and not Path(agent.model).is_absolute():
             raise ConfigError(f"agents.{role}.model: containers need an absolute path, not {agent.model}")
+    if order.target == "slurm":
+        for part in plan.parts:
+            if part.is_vllm and shutil.which(part.command[0]) is None:
+                raise ConfigError(
+                    f"{part.name}: no interpreter {part.command[0]} (agents.<role>.engine.python)"
+                )
 
 
 def _show(plan: Plan) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from mgrpo.config import RunConfig, load_config
 from mgrpo.errors import ConfigError
+from mgrpo.rollout.serve import server_command, starts_servers
 from mgrpo.types import MAIN
 
 STORE, MONITOR, TRAINER, VLLM, ROLLOUT = "store", "monitor", "trainer", "vllm", "rollout"
-CPUS_OF_VLLM = 4  # tokenising, scheduling and HTTP beside the GPU
+CPUS_OF_VLLM = 4  # tokenising, scheduling and HTTP beside a GPU
 _PLACE = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
@@ -140,7 +141,7 @@ def _addresses(config: RunConfig, site: Site, ports: _Ports) -> Iterator[str]:
             yield f'agents.{role}.url="tcp://{_host(site, TRAINER, config.owner(role))}:{port}"'
     for role in config.policy_roles:
         engine = config.agents[role].engine
-        if engine.kind == "vllm" and not engine.urls:
+        if starts_servers(engine):
             urls = [f'"http://{_host(site, VLLM, role, i)}:{ports.take()}"' for i in range(engine.replicas)]
             yield f"agents.{role}.engine.urls=[{', '.join(urls)}]"
             yield f"agents.{role}.engine.replicas=1"  # has no meaning beside urls
@@ -168,7 +169,7 @@ def _parts(resolved: RunConfig, config: RunConfig, site: Site) -> Iterator[Part]
     needed = [STORE]
     for role in config.policy_roles:
         engine = config.agents[role].engine
-        if engine.kind == "vllm" and not engine.urls:
+        if starts_servers(engine):
             for replica, url in enumerate(resolved.agents[role].engine.urls):
                 needed.append(_name(VLLM, role, replica))
                 yield _vllm_server(resolved, site, role, replica, _port(url))
@@ -183,7 +184,8 @@ def _parts(resolved: RunConfig, config: RunConfig, site: Site) -> Iterator[Part]
             _host(site, ROLLOUT, worker),
             after=tuple(needed),
             cpus=resolved.rollout.threads,
-            gpus=int(any(e.kind == "hf" and e.device == "cuda" for e in engines)),
+            # The model itself, or the sending end of vLLM's weight transfer.
+            gpus=int(any(e.device == "cuda" and (e.kind == "hf" or e.sync == "nccl") for e in engines)),
         )
 
 
@@ -195,12 +197,12 @@ def _store(config: RunConfig, site: Site) -> Part:
 
 
 def _trainer(config: RunConfig, site: Site, role: str) -> Part:
-    agent = config.agents[role]
-    ranks = agent.policy.ranks
-    start = [site.python, "-m"]
-    if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    command = [*start, "mgrpo", "trainer", str(site.config), "--agent", role, "--out", str(site.root)]
+    """`mgrpo trainer` is its own torchrun where the policy has several ranks."""
+    agent, ranks = config.agents[role], config.ranks(role)
+    command = [
+        *(site.python, "-m", "mgrpo", "trainer", str(site.config)),
+        *("--agent", role, "--out", str(site.root)),
+    ]
     urls = {name: str(config.agents[name].url) for name in config.served_by(role)}
     for name, url in urls.items():
         command += ["--set", f"agents.{name}.url={_everywhere(url)}"]
@@ -212,29 +214,20 @@ def _trainer(config: RunConfig, site: Site, role: str) -> Part:
         after=(STORE,),
         cpus=config.trainer.threads * ranks,
         gpus=ranks if agent.policy.device == "cuda" else 0,
-        # Without it a restarted group of ranks now and then cannot meet again on the same port.
-        environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if ranks > 1 else {},
     )
 
 
 def _vllm_server(config: RunConfig, site: Site, role: str, replica: int, port: int) -> Part:
-    agent = config.agents[role]
-    if agent.model is None:
-        raise ConfigError(f"agents.{role}.model is not set: a vLLM server needs a model's folder")
-    command = [
-        *(site.vllm_python or agent.engine.python, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", agent.model, "--host", "0.0.0.0", "--port", str(port)),
-        *("--dtype", agent.engine.dtype, "--max-model-len", str(agent.max_length)),
-        *agent.engine.arguments,
-    ]
+    engine = config.agents[role].engine
+    start = server_command(config, role, ("--host", "0.0.0.0", "--port", str(port)))
     return Part(
         _name(VLLM, role, replica),
-        tuple(command),
+        (site.vllm_python or start.arguments[0], *start.arguments[1:]),
         _host(site, VLLM, role, replica),
         (port,),
-        cpus=CPUS_OF_VLLM,
-        gpus=gpus_of_vllm(agent.engine.arguments) if agent.engine.device == "cuda" else 0,
-        environment={"VLLM_SERVER_DEV_MODE": "1"},
+        cpus=CPUS_OF_VLLM if engine.device == "cuda" else config.rollout.threads,
+        gpus=gpus_of_vllm(engine.arguments) if engine.device == "cuda" else 0,
+        environment=start.variables,
         serves_for_ever=True,
         is_vllm=True,
     )
