@@ -1,0 +1,143 @@
+"""What one of two ranks does in tests/test_fsdp.py: `python -m tests.fsdp_ranks FOLDER`, started once for all tests.
+
+Rank 0 leaves what it found in FOLDER/found.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgrpo.config import RunConfig, load_config
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.model.policy import Policy, state_of
+from mgrpo.trainer.crew import Crew
+from mgrpo.trainer.ranks import Ranks
+from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch
+from tests.models import VOCAB, tiny_policy
+from tests.runs import RELAY
+
+STEPS, MIDDLE = 5, 2
+ROWS, WIDTH = 10, 12
+CUTS = ([range(ROWS)], [range(3), range(3, ROWS)], [[0], [1, 9], [2, 3, 4], [5, 8], [6, 7]])
+
+# What is trained -> (kind of model, overrides of agents.main)
+VARIANTS: dict[str, tuple[str, Sequence[str]]] = {
+    "tied": ("shift", ()),
+    "untied": ("llama", ()),
+    "reference": ("shift", ("loss.kl_coef=0.1",)),
+    "sequences": ("llama", ('loss.loss_type="gspo"', 'policy.attention="varlen"')),
+    "adapters": ("llama", ("policy.lora.rank=4", "loss.kl_coef=0.1")),
+    "last": ("llama", ("policy.last_layers=1", 'policy.dtype="bfloat16"')),
+}
+
+
+def config_of(variant: str, ranks: int) -> RunConfig:
+    sets = [f"agents.main.{part}" for part in VARIANTS[variant][1]]
+    return load_config(RELAY, [*sets, f"agents.main.policy.ranks={ranks}", "trainer.keep_checkpoints=9"])
+
+
+def start_of(folder: Path, variant: str) -> Path:
+    return folder / VARIANTS[variant][0]
+
+
+def rows_of(seed: int) -> MicroBatch:
+    """Rows of different lengths, several sampled stretches, advantages of both signs and some zeros."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, WIDTH + 1, (ROWS,), generator=g)
+    mask = torch.rand(ROWS, WIDTH, generator=g) < 0.6
+    mask[:, 0] = False
+    mask[:, 2] = True
+    mask &= torch.arange(WIDTH)[None] < lengths[:, None]
+    advantages = torch.randn(ROWS, generator=g)
+    advantages[::4] = 0.0
+    return MicroBatch(
+        ids=torch.randint(0, VOCAB, (ROWS, WIDTH), generator=g),
+        loss_mask=mask,
+        rollout_logprobs=-4 - torch.rand(ROWS, WIDTH, generator=g),
+        lengths=lengths,
+        advantages=advantages,
+        weights=torch.rand(ROWS, generator=g) + 0.1,
+    )
+
+
+def cut(rows: MicroBatch, parts: Sequence[Sequence[int]], size: int) -> MiniBatch:
+    """The rows in micro-batches, filled up with empty ones to a multiple of the ranks, as the batcher does."""
+    micro = [rows.rows(torch.isin(torch.arange(ROWS), torch.tensor(list(part)))) for part in parts]
+    micro += [rows.rows(torch.zeros(ROWS, dtype=torch.bool))] * (-len(micro) % size)
+    return MiniBatch(micro, float(rows.weights.sum()))
+
+
+def batches_of(step: int) -> list[MiniBatch]:
+    """The minibatches of a step: an uneven cut, one micro-batch for two ranks, and one in which nothing can act."""
+    idle = rows_of(100 + step)
+    idle.advantages.zero_()
+    return [
+        cut(rows_of(10 * step), CUTS[2], 2),
+        cut(rows_of(10 * step + 1), CUTS[0], 2),
+        cut(idle, CUTS[1], 2),
+    ]
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state_of(policy.model).items()}
+
+
+def train(crew: Crew, start: Path, last: int = STEPS, save: bool = False) -> dict[str, Any]:
+    """From where the crew's checkpoint stands up to `last`: metrics of each step, weights before and after all."""
+    step = crew.begin(start)
+    found: dict[str, Any] = {"from": step, "before": weights(crew.policy()), "metrics": []}
+    while step < last:
+        found["metrics"].append(crew.train(batches_of(step), recompute_old=step % 2 == 1))
+        step += 1
+        if save and step == MIDDLE:
+            crew.checkpoint(step)  # written while the next steps are taken
+    crew.settle(wait=True)
+    return found | {"after": weights(crew.policy())}
+
+
+def gradient(
+    policy: Policy, batch: MiniBatch, ranks: Ranks, whole: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """The gradient that reaches the optimizer, clipping aside."""
+    seen: list[torch.Tensor] = []
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(whole(p.grad).clone() for p in policy.parameters() if p.grad is not None)
+    )
+    learner = Learner(policy, optimizer, GrpoLossConfig(), 1e9, ranks=ranks)
+    learner.step(batch.share(ranks.rank, ranks.size))
+    return seen
+
+
+def main(folder: Path) -> None:
+    from mgrpo.trainer.shard import ShardedPolicy, whole_tensor
+
+    with Ranks(2) as ranks:
+        found: dict[str, Any] = {}
+        # (name, variant, folder of the checkpoints, does it write one)
+        lives = [(f"run/{v}", v, f"two/{v}", True) for v in VARIANTS]
+        lives += [(f"resumed/{v}", v, f"two/{v}", False) for v in VARIANTS]
+        lives += [(f"from one/{v}", v, f"one/{v}", False) for v in VARIANTS]
+        for name, variant, place, save in lives:
+            crew = Crew(config_of(variant, 2), "main", folder / place, ranks)
+            if ranks.leads:
+                found[name] = train(crew, start_of(folder, variant), save=save)
+                crew.end()
+            else:
+                crew.follow()
+        for kind in ("shift", "llama"):
+            for number, parts in enumerate(CUTS):
+                policy = ShardedPolicy(tiny_policy(kind), ranks)  # type: ignore[arg-type]
+                batch = cut(rows_of(1), parts, 2)
+                found[f"gradient/{kind}/{number}"] = gradient(policy, batch, ranks, whole_tensor)
+        if ranks.leads:
+            torch.save(found, folder / "found.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

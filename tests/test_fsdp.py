@@ -1,0 +1,201 @@
+"""Several ranks train one agent: what they compute is what one process computes, whoever wrote the checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from mgrpo.errors import ConfigError
+from mgrpo.model.policy import save_policy
+from mgrpo.trainer.crew import Crew
+from mgrpo.trainer.ranks import Ranks
+from tests.fsdp_ranks import CUTS, MIDDLE, VARIANTS, config_of, cut, gradient, rows_of, start_of, train
+from tests.models import tiny_policy
+from tests.runs import (
+    RELAY,
+    ROOT,
+    command,
+    final_weights,
+    leftovers,
+    records,
+    started,
+    steps_of,
+    summary,
+    wait_for,
+)
+from tests.runs import train as whole_run
+from tests.test_run import free_ports
+
+Found = dict[str, Any]
+
+
+@contextmanager
+def rank(number: int, port: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """One of two ranks as torchrun would start it; it does not outlive the test."""
+    env = os.environ | {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.fsdp_ranks", *arguments],
+        cwd=ROOT,
+        env=env | {"MASTER_PORT": str(port)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(10)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Policies to start from."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for kind in ("shift", "llama"):
+        save_policy(tiny_policy(kind), folder / kind)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Found:
+    """One process trains every variant and leaves a checkpoint of the middle."""
+    found = {}
+    for variant in VARIANTS:
+        crew = Crew(config_of(variant, 1), "main", folder / "one" / variant, Ranks())
+        found[variant] = train(crew, start_of(folder, variant), save=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path, alone: Found) -> Found:
+    """What two ranks found, see tests/fsdp_ranks.py."""
+    (port,) = free_ports(1)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(rank(r, port, str(folder))) for r in range(2)]
+        for process in processes:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output
+    found: Found = torch.load(folder / "found.pt", weights_only=True)
+    return found
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys() and a
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_take_the_steps_of_one(alone: Found, together: Found, variant: str) -> None:
+    """Five steps of three minibatches, some micro-batches empty: losses and weights agree to 1e-5 (in bfloat16, where
+    a forward of other shape rounds otherwise, to its precision)."""
+    one, two = alone[variant], together[f"run/{variant}"]
+    bound = 1e-5 if variant != "last" else 2e-3
+    assert furthest(one["before"], two["before"]) == 0.0
+    assert furthest(one["after"], two["after"]) < bound
+    assert furthest(one["after"], one["before"]) > 10 * bound
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        assert a.keys() == b.keys() and "loss/pg" in a
+        for name, value in a.items():
+            assert b[name] == pytest.approx(value, rel=10 * bound, abs=bound), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resuming_is_not_noticed(together: Found, variant: str) -> None:
+    """Two ranks that go on from the checkpoint in the middle end with the bits of those that were never stopped."""
+    run, resumed = together[f"run/{variant}"], together[f"resumed/{variant}"]
+    assert (run["from"], resumed["from"]) == (0, MIDDLE)
+    assert resumed["metrics"] == run["metrics"][MIDDLE:]
+    assert furthest(run["after"], resumed["after"]) == 0.0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_fits_any_number_of_ranks(
+    folder: Path, alone: Found, together: Found, variant: str
+) -> None:
+    """One process resumes what two ranks wrote, and the other way round; the weights they begin with are the writer's
+    to the last bit, and they end where the undisturbed run does."""
+    bound = 1e-5 if variant != "last" else 2e-3
+    two = together[f"from one/{variant}"]
+    one = train(
+        Crew(config_of(variant, 1), "main", folder / "two" / variant, Ranks()), start_of(folder, variant)
+    )
+    again = train(
+        Crew(config_of(variant, 1), "main", folder / "one" / variant, Ranks()), start_of(folder, variant)
+    )
+    assert one["from"] == two["from"] == again["from"] == MIDDLE
+    assert furthest(one["before"], together[f"resumed/{variant}"]["before"]) == 0.0
+    assert furthest(two["before"], again["before"]) == 0.0
+    assert furthest(again["after"], alone[variant]["after"]) == 0.0
+    assert furthest(one["after"], alone[variant]["after"]) < bound
+    assert furthest(two["after"], alone[variant]["after"]) < bound
+
+
+@pytest.mark.parametrize("kind", ["shift", "llama"])
+def test_cuts_and_ranks_do_not_change_the_gradient(together: Found, kind: str) -> None:
+    """1, 2 and 5 micro-batches over two ranks: the gradient of one process on the whole, a sum and no mean."""
+    whole = gradient(tiny_policy(kind), cut(rows_of(1), CUTS[0], 1), Ranks(), lambda g: g)  # type: ignore[arg-type]
+    scale = max(float(g.abs().max()) for g in whole)
+    assert scale > 0
+    for number in range(len(CUTS)):
+        found = together[f"gradient/{kind}/{number}"]
+        assert max(float((a - b).abs().max()) for a, b in zip(found, whole, strict=True)) < 1e-6 * scale
+
+
+def test_another_number_of_ranks_is_refused() -> None:
+    """Without torchrun, or with another number than the config's: an error that names both."""
+    with pytest.raises(ConfigError, match=r"started 1 ranks, the config's policy\.ranks is 3"):
+        Ranks(3)
+
+
+def ranks_of(out: Path) -> dict[int, int]:
+    """Rank -> pid of the processes of the run's trainer for "main"."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            env = dict(v.partition(b"=")[::2] for v in (entry / "environ").read_bytes().split(b"\0"))
+        except OSError:
+            continue
+        if str(out).encode() in words and b"--agent" in words and b"RANK" in env:
+            found[int(env[b"RANK"])] = int(entry.name)
+    return found
+
+
+def test_a_run_with_ranks_survives_the_loss_of_one(tmp_path: Path) -> None:
+    """A whole run with two ranks for "main", one of them killed: the run says which, ends near the run with one
+    process, and leaves nothing behind."""
+    short = ("trainer.steps=8", "trainer.checkpoint_every=2", "rollout.slots=16")
+    one, two = tmp_path / "one", tmp_path / "two"
+    sets = [f"--set={s}" for s in (*short, "agents.main.policy.ranks=2")]
+    with started(command("train", str(RELAY), "--out", str(two), *sets)) as process:
+        wait_for(lambda: steps_of(two) >= 3 or process.poll() is not None, "step 3")
+        os.kill(ranks_of(two)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "trainer-main ended by error" in output and "rank 1 of 2: ended by signal SIGKILL" in output
+    assert "main: resumed at step 2" in output or "main: resumed at step 4" in output
+    assert leftovers(two) == [] and ranks_of(two) == {}
+    assert summary(two)["finished"]
+    sequence = [r["seq"] for r in records(two)]
+    assert sequence == sorted(set(sequence))  # nothing written twice
+    whole_run(RELAY, one, *short)
+    for role, data in final_weights(one).items():
+        a, b = (safetensors.torch.load(d) for d in (data, final_weights(two)[role]))
+        assert furthest(a, b) < (1e-4 if role == "main" else 1e-3), role
