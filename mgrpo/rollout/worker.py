@@ -132,13 +132,26 @@ class RolloutWorker:
         """Build each role's engine from what its trainer says of the policy; trainers may still be warming up."""
         for role in self._config.roles:
             client = self._clients[role]
-            while not (files := fetch_shell(client, WAIT_SLICE)):
-                self._check_running()
+            files = self._shell(client)
             self._recorder.tokenizer(role, files)
             agent = self._config.agents[role]
             engine, tokenizer = open_engine(self._config, role, files, self._addresses, self._say)
             self._sources[role] = _Source(client, engine)
             self._agents[role] = Agent(role, engine, tokenizer, agent.loss.temperature, agent.max_length)
+
+    def _shell(self, client: Client) -> dict[str, bytes]:
+        """The policy's files without weights. Its trainer may be warming up, for any time, or be between two lives, for
+        idle_timeout seconds."""
+        heard = time.monotonic()
+        while True:
+            try:
+                if files := fetch_shell(client, WAIT_SLICE):
+                    return files
+                heard = time.monotonic()
+            except DeadlineError:
+                if time.monotonic() - heard > self._config.store.idle_timeout:
+                    raise
+            self._check_running()
 
     def _gate(self) -> bool:
         """Check the policies RL starts from; False ends the run. A run without the gate goes on, and is not valid."""
