@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mgrpo.errors import ConfigError
 from mgrpo.model.chat import ChatFormat
 from mgrpo.rollout.episode import Agent, Chat, Conversation, Episode, mix
 from mgrpo.rollout.task import GateReport, Question, Split, Task
@@ -39,10 +40,13 @@ from mgrpo.tasks.atlas.play import Delegate
 from mgrpo.tasks.atlas.protocol import MAX_CALLS, Call
 from mgrpo.tasks.atlas.questions import HOP_WEIGHTS, QuestionBank
 from mgrpo.tasks.atlas.search import Index, SearchMode
-from mgrpo.types import Rollout
+from mgrpo.types import MAIN, Rollout
 
 BOUNDS = {"main_format": (0.05, 1.0), "sub_format": (0.05, 1.0), "joint_sampled": (0.01, 0.95)}
 """The gate: name -> (low, high). Below, sampling finds nothing to reinforce; above, there is nothing left to learn."""
+
+NAMES = 32
+"""Tokens that the names in a question may take."""
 
 
 class ChatOptions(BaseModel):
@@ -100,7 +104,7 @@ class AtlasChatTask(Task):
         self.documents = build_documents(self.world)
         self.index = Index(self.documents.values(), self.options.search)
         self.bank = QuestionBank(self.world, self.options.hops)
-        self._forms: dict[str, ChatFormat] = {}
+        self._forms: dict[tuple[str, int], ChatFormat] = {}
 
     def question(self, index: int, seed: int) -> Question:
         return self.bank.draw(index, seed)
@@ -114,6 +118,8 @@ class AtlasChatTask(Task):
         opened: list[list[str]] = []
 
         async def delegate(call: Call) -> str:
+            if not self._fits(episode.agents["sub"], call):
+                return NONE
             value, titles = await self._sub(episode.open("sub"), call)
             calls.append({"relation": call.relation, "entity": call.entity, "result": value})
             opened.append(titles)
@@ -172,12 +178,29 @@ class AtlasChatTask(Task):
         opened.append(title)
         return sub_document(title, self.documents[title].fields, relation)
 
+    def _fits(self, agent: Agent, call: Call) -> bool:
+        """A call so long that the sub-agent could not say a word is not made at all: nothing of it would train."""
+        prompt = self.form(agent).begin(sub_messages(call.relation, call.entity))
+        return len(prompt) + self.options.turn_tokens <= agent.max_length
+
     def form(self, agent: Agent) -> ChatFormat:
-        """The chat format of the agent's model, made once. Raises ConfigError where it has no template."""
-        found = self._forms.get(agent.role)
+        """The chat format of the agent's model, made once. Raises ConfigError where it has no template, or where the
+        agent's max_length leaves no room for its first turn."""
+        key = agent.role, agent.max_length
+        found = self._forms.get(key)
         if found is None or found.tokenizer is not agent.tokenizer:
-            found = self._forms[agent.role] = ChatFormat(agent.tokenizer, **self.options.template)
+            found = ChatFormat(agent.tokenizer, **self.options.template)
+            self._check_room(agent, found)
+            self._forms[key] = found
         return found
+
+    def _check_room(self, agent: Agent, form: ChatFormat) -> None:
+        prompt = len(form.begin(main_messages("") if agent.role == MAIN else sub_messages("", "")))
+        if (least := prompt + NAMES + self.options.turn_tokens) > agent.max_length:
+            raise ConfigError(
+                f"agents.{agent.role}.max_length={agent.max_length} leaves no room for a turn: the prompt takes "
+                f"{prompt + NAMES} tokens, a turn {self.options.turn_tokens}; expected at least {least}"
+            )
 
     async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
         """The models as they are on n validation questions, sampled as in training: see BOUNDS."""

@@ -28,6 +28,9 @@ TOOLS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 MAX_VALUE = 80
 """Characters of one argument; the rest is cut off. No name of the world is longer than 40."""
 
+MAX_CANDIDATES = 8
+"""Opening braces of one turn that are tried as the beginning of a call."""
+
 Message = dict[str, str]
 
 _SYSTEM = {
@@ -141,23 +144,32 @@ def parse(role: str, text: str) -> ToolCall | None:
 
 
 def _objects(text: str) -> Iterator[tuple[dict[str, object], bool]]:
-    """The objects in a text, and of each whether it is all of the text. Candidates are tried from left to right."""
+    """The objects in a text from left to right, and of each whether it is all of the text. The first candidate is
+    mended where that helps; MAX_CANDIDATES are looked at."""
     text = text.strip()
     at = text.find("{")
-    while at >= 0:
+    for number in range(MAX_CANDIDATES):
+        if at < 0:
+            return
         found, end = _read(text, at)
+        if found is None and number == 0:
+            found, end = _mended(text, at)
         if isinstance(found, dict):
             yield found, at == 0 and end == len(text)
         at = text.find("{", max(end, at + 1))
 
 
 def _read(text: str, at: int) -> tuple[object, int]:
-    """(value, its end) of the object that begins at text[at]; (None, at) where there is none. What had to be mended
-    ends behind the text: it is never all of it."""
+    """(value, its end) of the JSON that begins at text[at]; (None, at) where there is none."""
     try:
         return json.JSONDecoder().raw_decode(text, at)
     except (ValueError, RecursionError):  # a turn may nest a thousand brackets
-        pass
+        return None, at
+
+
+def _mended(text: str, at: int) -> tuple[object, int]:
+    """As _read, of all that is left, with what may be missing at its end and with Python's quotes. The end lies behind
+    the text: what was mended is never all of it."""
     rest = text[at:].strip("` \n")
     for ending in ("", "}", "}}", '"}}'):
         for read in (json.loads, ast.literal_eval):
