@@ -148,8 +148,9 @@ def main() -> int:
 
 
 def measure(samples: dict[str, list[float]], name: str, url: str, key: ClientKeys | None, scale: int) -> None:
+    sender = Sender(role="worker")  # the key's role
     for window in WINDOWS:
-        with Client(url, window=window, security=key) as client:
+        with Client(url, window=window, security=key, sender=sender) as client:
             client.call("take")
             if window == 1:
                 take(samples, f"p50{name}", one_by_one(client, 200 * scale))
@@ -158,7 +159,7 @@ def measure(samples: dict[str, list[float]], name: str, url: str, key: ClientKey
                 f"200 B window {window}{name}",
                 pipelined(client, SMALL, (100 if window == 1 else 4000) * scale),
             )
-    with Client(url, window=64, security=key) as client:
+    with Client(url, window=64, security=key, sender=sender) as client:
         client.call("take")
         take(samples, f"20 KB{name}", pipelined(client, MIDDLE, 1000 * scale) * MIDDLE / 1e6)
         take(samples, f"400 KB{name}", pipelined(client, LARGE, 150 * scale) * LARGE / 1e6)

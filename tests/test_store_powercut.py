@@ -13,7 +13,7 @@ from tests.powercut import cuts, work
 
 
 def test_no_power_cut_loses_an_acknowledged_record(tmp_path: Path) -> None:
-    """120 cuts at random moments of a run with WAL checkpoints; tests/chaos/run.py powercut makes 1,200."""
+    """120 cuts at random moments of a run with WAL checkpoints; tests/chaos makes 1,200."""
     verdict = cuts(work(tmp_path, 1, 60, "FULL", True), tmp_path, 120, seed=2)
     assert verdict.acked > 1000
     assert (verdict.lost, verdict.corrupt) == (0, 0)

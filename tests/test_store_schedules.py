@@ -10,7 +10,7 @@ from tests.test_ledger import AckIsTrained, LostZero, ResumeKeepsApplied
 
 
 def test_every_group_is_trained_exactly_once_whatever_the_network_does() -> None:
-    """250 schedules; tests/chaos/run.py schedules plays 10,000."""
+    """250 schedules; tests/chaos plays 10,000."""
     for seed in range(250):
         World(seed).run()
 

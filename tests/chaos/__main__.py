@@ -15,12 +15,17 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from mgrpo.store.server import StoreServer
 from tests.chaos.kills import STATIONS, kill_store, kill_trainer
 from tests.chaos.proxy import proxy_faults
+from tests.chaos.runs import kill_run
+from tests.chaos.wire import CannotBuild, lossy_run
 from tests.ledger_machine import LedgerMachine
 from tests.powercut import cuts, work
+from tests.runs import RELAY, final_weights, train
 from tests.schedules import World
-from tests.store_kit import rss_mb
+from tests.store_kit import publish, rss_mb, run_params
+from tests.test_store_refusals import storm
 from tests.test_transport_faults import fuzz_headers
 
 Result = tuple[bool, dict[str, Any]]
@@ -89,15 +94,43 @@ def proxy(folder: Path) -> Result:
 
 
 def fuzz(folder: Path) -> Result:
+    """Headers against the decoder; whole requests against a live store."""
     fuzz_headers(10_000, seed=0)
     before = rss_mb()
     refused = fuzz_headers(1_000_000, seed=1)
     grown = rss_mb() - before
-    return grown < 20, {"headers": 1_000_000, "refused": refused, "rss_growth_mb": round(grown, 1)}
+    with StoreServer("tcp://127.0.0.1:0", folder / "s.db", run_params(max_lag=100)) as server:
+        for role in ("main", "sub"):
+            publish(server.url, role).close()
+        storm(server, 5_000, seed=0)
+        grown_store = storm(server, 50_000, seed=1)
+        broken = server.counters().get("INTERNAL", 0) + (server.failure is not None)
+    return grown < 20 and grown_store < 20 and not broken, {
+        "headers": 1_000_000, "refused": refused, "rss_growth_mb": round(grown, 1),
+        "requests": 50_000, "store_growth_mb": round(grown_store, 1), "handlers_failed": broken,
+    }  # fmt: skip
+
+
+def run(folder: Path) -> Result:
+    """A whole training run with a kill -9 of a random process every 5 s for 2 minutes."""
+    figures = kill_run(folder, steps=120, seconds=120, every=5.0, seed=1)
+    good = figures["bit_equal"] and figures["learned"] and figures["each_group_once"]
+    return bool(good) and not figures["left_behind"], figures
+
+
+def network(folder: Path) -> Result:
+    """A run across two network namespaces with 1 % loss and 50 ms delay each way, beside one on this machine."""
+    train(RELAY, folder / "quiet")
+    try:
+        figures = lossy_run(folder, steps=20)
+    except CannotBuild as why:
+        return True, {"skipped": str(why)}
+    equal = figures.pop("weights") == final_weights(folder / "quiet")
+    return equal, {**figures, "bit_equal": equal}
 
 
 ALL: dict[str, Callable[[Path], Result]] = {
-    f.__name__: f for f in (ledger, schedules, powercut, store, trainer, proxy, fuzz)
+    f.__name__: f for f in (ledger, schedules, powercut, store, trainer, proxy, fuzz, run, network)
 }
 
 
