@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mgrpo.errors import ConfigError
+from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.rollout.server import VllmServer
 from mgrpo.rollout.sync import Label, WeightSync, held_label, is_paused, label_of, relabel_and_resume
 from mgrpo.weights import Weights
@@ -70,7 +70,8 @@ class NcclSync(WeightSync):
         return await is_paused(server)
 
     async def push(self, server: VllmServer, label: Label) -> None:
-        assert label == self._label, f"version {label} was not prepared, {self._label} was"
+        if label != self._label:
+            raise InfrastructureError(f"{server.url}: version {label} is gone, {self._label} is held")
         if await self.held(server) is None:  # new, or started again: the group of its predecessor is no use
             self._leave(server)
         try:

@@ -58,15 +58,16 @@ class Replicas:
         timeout: float,
         max_length: int,
         say: Callable[[str], None] | None = None,
+        watch: float = WATCH_SECONDS,
     ) -> None:
         """timeout: seconds that a request waits for a ready server. max_length: tokens that each must take.
-        say: told in one line of every server that goes and comes."""
+        say: told in one line of every server that goes and comes. watch: seconds between two looks at each."""
         if not servers:
             raise ConfigError("no vllm server is named: urls is empty")
         self.replicas = [Replica(server) for server in servers]
         self.wanted: Label | None = None
         self._sync, self._timeout, self._max_length = sync, timeout, max_length
-        self._say = say or (lambda line: None)
+        self._say, self._watch_seconds = say or (lambda line: None), watch
         self._home: dict[str, Replica] = {}
         self._changed = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -166,7 +167,7 @@ class Replicas:
                 raise InfrastructureError(
                     f"no server took weights {label} within {patience:g} s: {self._reasons()}"
                 )
-            await asyncio.sleep(min(WATCH_SECONDS, 0.2 + (now - began) / 4))
+            await asyncio.sleep(min(self._watch_seconds, 0.2 + (now - began) / 4))
 
     def _settle(self) -> float:
         """Seconds to wait for the rest; only for servers that have never been ready."""
@@ -221,7 +222,7 @@ class Replicas:
 
     async def _keep_watching(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.sleep(self._watch_seconds)
             await self._over_all(self._look)
 
     async def _look(self, replica: Replica) -> None:
@@ -231,11 +232,14 @@ class Replicas:
         try:
             await replica.server.healthy()
             held = await self._sync.held(replica.server)
-            if held is None or (self.wanted is not None and held < self.wanted):
-                raise ServerDown(f"{replica.server.url}: holds weights {held}, {self.wanted} is wanted")
-            if await self._sync.stuck(replica.server):  # whoever updates it finishes first, or has died
-                held = await self._sync.bring(replica.server, held)
+            if held is None:
+                raise ServerDown(f"{replica.server.url}: holds weights of its own, {self.wanted} is wanted")
+            wanted = max(held, self.wanted or held)
+            # An update that is under way ends first; one whose worker has died is made again.
+            if held < wanted or await self._sync.stuck(replica.server):
+                held = await self._sync.bring(replica.server, wanted)
             replica.label = held
+            self._changed.set()
         except (ServerDown, DeadlineError) as error:
             self._down(replica, str(error))
         except InfrastructureError as error:  # busy machines answer late: only its requests may fail on that

@@ -209,6 +209,8 @@ class VllmServer:
         what = f"{self.url}{path}: status {response.status_code}: {_message(response)}"
         if response.status_code == 404 and not path.startswith(("/inference/", "/v1/", "/health")):
             raise ConfigError(f"{what}; start it with VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or newer")
+        if response.status_code == 403 and path.startswith("/inference/"):
+            raise ConfigError(f"{what}; start it with --enable-scale-out")
         if response.status_code in (404, 503):  # a model it does not know any more, an engine that has ended
             raise ServerDown(what)
         if response.status_code < 500 and response.status_code != 429:

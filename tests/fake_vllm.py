@@ -1,0 +1,215 @@
+"""A vLLM server of the tests' own: the routes that mgrpo uses, in this event loop, with a policy that is a hash.
+
+Token i of an answer is a function of (bytes of the weights, prompt, seed, i), so an answer by the wrong weights is a
+wrong answer. It keeps vLLM's rules and breaks loudly where a client breaks them: weights change only while it is
+paused, a label only then, and a prefix cache that survives an update is an error of whoever forgot it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VOCAB = 50
+
+
+def token(weights: bytes, prompt: list[int], seed: int, i: int) -> int:
+    text = f"{prompt} {seed} {i}".encode()
+    return hashlib.sha256(weights + text).digest()[0] % VOCAB
+
+
+class FakeVllm:
+    """`async with FakeVllm(socket) as server`; `stop` and `start` are a kill and a start with weights of its own."""
+
+    def __init__(self, socket: Path, *, max_length: int = 64, raw_logprobs: bool = False) -> None:
+        self.socket, self.url = socket, f"unix://{socket}"
+        self.max_length, self.raw_logprobs = max_length, raw_logprobs
+        self.calls: list[str] = []  # paths in order of arrival
+        self.bodies: list[dict[str, Any]] = []  # of generations
+        self.hold = asyncio.Event()  # clear: generations stand still
+        self.hold.set()
+        self.hold_at: int | None = None  # only when they have so many tokens
+        self.refuse: dict[str, tuple[int, str]] = {}  # path -> status and message
+        self.finish: str | None = None  # what ends every generation
+        self.standing = False  # one of them does
+        self.aborted = 0  # generations whose client went away
+        self._forget()
+
+    def _forget(self) -> None:
+        self.weights, self.label = b"its own", "default"
+        self.adapters: dict[str, bytes] = {}
+        self.running = asyncio.Event()
+        self.running.set()
+        self.clean = True  # the prefix cache holds nothing of older weights
+        self.updating = False
+
+    async def __aenter__(self) -> FakeVllm:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        self._forget()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = await asyncio.start_unix_server(self._connected, str(self.socket))
+
+    async def stop(self) -> None:
+        """As kill -9: every connection ends at once."""
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.socket.unlink(missing_ok=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            while line := await reader.readline():
+                path = line.split()[1].decode()
+                headers = {}
+                while (header := await reader.readline()) != b"\r\n":
+                    name, _, value = header.decode().partition(":")
+                    headers[name.strip().lower()] = value.strip()
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                status, answer = await self._answer(path, json.loads(body) if body else {}, reader)
+                data = json.dumps(answer).encode()
+                writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+                await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        except asyncio.CancelledError:
+            writer.transport.abort()  # killed
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _answer(self, path: str, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
+        path, _, query = path.partition("?")
+        if path not in ("/health", "/weight_info", "/is_paused", "/v1/models"):
+            self.calls.append(path)
+        if path in self.refuse:
+            status, message = self.refuse[path]
+            return status, {"error": {"message": message}}
+        if path == "/inference/v1/generate":
+            return await self._generate(body, reader)
+        route: Callable[[dict[str, Any], str], Any] | None = getattr(
+            self, "on_" + path.strip("/").replace("/", "_"), None
+        )
+        if route is None:
+            return 404, {"detail": "Not Found"}
+        return 200, route(body, query)
+
+    async def _generate(self, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
+        params, prompt = body["sampling_params"], body["token_ids"]
+        adapter = self.adapters.get(body["model"])
+        if body["model"] != "policy" and adapter is None:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        self.bodies.append(body)
+        ids: list[int] = []
+        spans: list[dict[str, Any]] = []
+        reason = "length"
+        while len(ids) < params["max_tokens"]:
+            if self.hold_at in (None, len(ids)):
+                self.standing = not self.hold.is_set()
+                await self.hold.wait()
+            await self.running.wait()
+            await asyncio.sleep(0)
+            if reader.at_eof():  # as vLLM: a client that has gone ends its own request
+                self.aborted += 1
+                raise ConnectionResetError
+            assert self.clean, "an answer from a prefix cache of older weights"
+            ids.append(token(adapter or self.weights, prompt, params["seed"], len(ids)))
+            if not spans or spans[-1]["version"] != self.label:
+                spans.append({"version": self.label, "start": len(ids) - 1})
+            spans[-1]["end"] = len(ids)
+            if ids[-1] in params["stop_token_ids"]:
+                reason = "stop"
+                break
+        flat = params["temperature"] or 1.0
+        logprob = -2.0 if self.raw_logprobs else -2.0 * flat
+        content = [{"token_id": i, "logprob": logprob, "rank": 1, "top_logprobs": []} for i in ids]
+        choice = {"index": 0, "finish_reason": self.finish or reason, "token_ids": ids}
+        return 200, {"choices": [choice | {"logprobs": {"content": content}, "weight_versions": spans}]}
+
+    # -- control routes ------------------------------------------------------------------------------------------
+
+    def on_health(self, body: dict[str, Any], query: str) -> Any:
+        return {}
+
+    def on_v1_models(self, body: dict[str, Any], query: str) -> Any:
+        names = ["policy", *self.adapters]
+        return {"data": [{"id": name, "max_model_len": self.max_length} for name in names]}
+
+    def on_weight_info(self, body: dict[str, Any], query: str) -> Any:
+        return {"weight_version": self.label}
+
+    def on_is_paused(self, body: dict[str, Any], query: str) -> Any:
+        return {"is_paused": not self.running.is_set()}
+
+    def on_pause(self, body: dict[str, Any], query: str) -> Any:
+        assert query == "mode=keep", f"/pause?{query} would end the requests of other clients"
+        self.running.clear()
+        return {"status": "paused"}
+
+    def on_collective_rpc(self, body: dict[str, Any], query: str) -> Any:
+        assert not self.running.is_set() and body["method"] == "reload_weights"
+        self.weights = (Path(body["kwargs"]["weights_path"]) / "model.safetensors").read_bytes()
+        self.clean = False
+        return {"results": [None]}
+
+    def on_reset_prefix_cache(self, body: dict[str, Any], query: str) -> Any:
+        self.clean = query == "reset_running_requests=true"
+        return {"success": True}
+
+    def on_update_weight_version(self, body: dict[str, Any], query: str) -> Any:
+        assert not self.running.is_set(), "a label that changes while tokens are sampled"
+        self.label = body["new_version"]
+        return {"success": True}
+
+    def on_resume(self, body: dict[str, Any], query: str) -> Any:
+        assert not self.updating, "resumed in the middle of an update"
+        self.running.set()
+        return {"status": "resumed"}
+
+    def on_v1_load_lora_adapter(self, body: dict[str, Any], query: str) -> Any:
+        self.adapters[body["lora_name"]] = (
+            Path(body["lora_path"]) / "adapter_model.safetensors"
+        ).read_bytes()
+        return "Success"
+
+    def on_v1_unload_lora_adapter(self, body: dict[str, Any], query: str) -> Any:
+        del self.adapters[body["lora_name"]]
+        return "Success"
+
+    def on_get_world_size(self, body: dict[str, Any], query: str) -> Any:
+        return {"world_size": 2}
+
+    def on_init_weight_transfer_engine(self, body: dict[str, Any], query: str) -> Any:
+        self.group = body["init_info"]
+        return {"message": "initialized"}
+
+    def on_start_weight_update(self, body: dict[str, Any], query: str) -> Any:
+        assert not self.running.is_set()
+        self.updating, self.clean = True, False
+        return {"message": "started"}
+
+    def on_update_weights(self, body: dict[str, Any], query: str) -> Any:
+        assert self.updating
+        self.update = body["update_info"]
+        return {"message": "updated"}
+
+    def on_finish_weight_update(self, body: dict[str, Any], query: str) -> Any:
+        self.updating, self.label = False, body["weight_version"]
+        return {"message": "finished"}
+
+    def count(self) -> Counter[str]:
+        return Counter(self.calls)

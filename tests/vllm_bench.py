@@ -1,0 +1,99 @@
+"""What the tests of the vLLM engine share: fake servers, engines over them, and what their answers must be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from mgrpo.rollout.engine import SamplingParams
+from mgrpo.rollout.replicas import Replicas
+from mgrpo.rollout.server import VllmServer
+from mgrpo.rollout.sync import FolderSync, WeightSync
+from mgrpo.rollout.vllm import VllmEngine
+from mgrpo.weights import Weights
+from tests.fake_vllm import VOCAB, FakeVllm, token
+
+PROMPT = [3, 1, 4]
+SAMPLED = SamplingParams(max_tokens=8)
+
+
+class Bench:
+    """Fake servers and engines over them, as several workers would have."""
+
+    def __init__(self, folder: Path, servers: list[FakeVllm]) -> None:
+        self.folder, self.servers, self.said = folder, servers, list[str]()
+        self._engines: list[VllmEngine] = []
+
+    def engine(
+        self,
+        sync: WeightSync | None = None,
+        *,
+        timeout: float = 5.0,
+        watch: float = 0.05,
+        patience: float = 5.0,
+        max_length: int = 64,
+    ) -> VllmEngine:
+        sync = sync or FolderSync(self.folder / "weights", timeout)
+        self.replicas = Replicas(
+            [VllmServer(s.url, timeout) for s in self.servers],
+            sync,
+            timeout=timeout,
+            max_length=max_length,
+            say=self.said.append,
+            watch=watch,
+        )
+        made = VllmEngine(
+            self.replicas,
+            sync,
+            name="tests' policy",
+            vocab_size=VOCAB,
+            max_length=max_length,
+            patience=patience,
+        )
+        self._engines.append(made)
+        return made
+
+    async def close(self) -> None:
+        for engine in self._engines:
+            await engine.close()
+
+
+def on_servers(
+    n: int, test: Callable[[Bench], Coroutine[Any, Any, None]], tmp_path: Path, **options: Any
+) -> None:
+    """Run a test's coroutine beside n fake servers; everything is closed whatever it does."""
+
+    @contextlib.asynccontextmanager
+    async def bench() -> AsyncIterator[Bench]:
+        async with contextlib.AsyncExitStack() as stack:
+            servers = [
+                await stack.enter_async_context(FakeVllm(tmp_path / f"s{i}", **options)) for i in range(n)
+            ]
+            made = Bench(tmp_path, servers)
+            stack.push_async_callback(made.close)
+            yield made
+
+    async def run() -> None:
+        async with bench() as made:
+            await asyncio.wait_for(test(made), 30)
+
+    asyncio.run(run())
+
+
+def weights(version: int, epoch: int = 1) -> Weights:
+    return Weights(f"e{epoch}.v{version}", version, f"weights {epoch}.{version}".encode())
+
+
+def expected(of: Weights, seed: int, n: int = 8, prompt: list[int] = PROMPT) -> list[int]:
+    return [token(of.data, prompt, seed, i) for i in range(n)]
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        await asyncio.sleep(0.01)
