@@ -49,7 +49,7 @@ class Workload:
     columns: dict[str, np.ndarray]
 
     @classmethod
-    def make(cls, n: int) -> Workload:
+    def make(cls, n: int, *, rivals_too: bool = True) -> Workload:
         lengths, r = lengths_of(n), np.random.default_rng(1)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         total = int(offsets[-1])
@@ -68,10 +68,11 @@ class Workload:
         batcher.add_many(queries, offsets=offsets, rewards=r.random(n), **columns, **place, **ids)
         for i in range(n):
             batcher.seal(queries[i], i % K, 1)
-        torch_columns = [torch.from_numpy(c) for c in columns.values()]
-        split = [list(torch.split(c, lengths.tolist())) for c in torch_columns]
-        lists = rivals.Lists(*split, advantages=r.random(n).tolist(), lengths=lengths.tolist())
-        long_lists = replace(lists, ids=[ids.long() for ids in lists.ids])
+        lists = long_lists = rivals.Lists([], [], [], [])
+        if rivals_too:
+            split = [list(torch.split(torch.from_numpy(c), lengths.tolist())) for c in columns.values()]
+            lists = rivals.Lists(*split, advantages=r.random(n).tolist(), lengths=lengths.tolist())
+            long_lists = replace(lists, ids=[ids.long() for ids in lists.ids])
         return cls(n, total, batcher, batcher.ready(), lists, long_lists, columns)
 
     def ours(self, *, minimal: bool) -> Callable[[], None]:
@@ -193,6 +194,34 @@ def assembly_rows(report: Report, n: int, quick: bool) -> dict[str, Timing]:
         note="stretch 0.8",
     )
     return times
+
+
+def large_rows(report: Report, n: int) -> None:
+    """Plan + assembly of a workload that Python batchers need minutes for: ours against memcpy only."""
+    needed = 45 * int(
+        lengths_of(n).sum()
+    )  # arena, columns, their copy, the buffers, and as much again to be safe
+    if available_bytes() < needed:
+        print(
+            f"{label(n)} not assembled: needs {needed / 1e9:.0f} GB of memory, {available_bytes() / 1e9:.0f} are free"
+        )
+        return
+    w = Workload.make(n, rivals_too=False)
+    copies = {name: np.empty_like(column) for name, column in w.columns.items()}
+
+    def memcpy() -> None:
+        for name, column in w.columns.items():
+            np.copyto(copies[name], column)
+
+    times = interleave({"ours minimal": w.ours(minimal=True), "memcpy": memcpy}, 3, clock="process")
+    at = label(n)
+    report.figure(f"plan + assembly {at} minimal", times["ours minimal"].median, "ms", note="9 B a token")
+    report.figure(f"memcpy / ours minimal {at}", ratio(times, "memcpy", "ours minimal"), note="plan included")
+
+
+def available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def quality_rows(report: Report, quick: bool) -> None:
@@ -354,6 +383,8 @@ def main() -> int:
     plan_rows(report, args.quick)
     sizes = (256, 1000) if args.quick else (256, 1000, 10_000)
     series = {n: assembly_rows(report, n, args.quick) for n in sizes}
+    if not args.quick:
+        large_rows(report, 100_000)
     quality_rows(report, args.quick)
     exactness_rows(report)
     if args.picture:

@@ -25,6 +25,17 @@ void check_alive(const Batcher& batcher, const Plan& plan, const PlanRow& row) {
                        "the query was dropped after it was planned");
 }
 
+// Sequences lie anywhere in the arena: while one is copied, the first lines of the next are on their way.
+void fetch_ahead(const Arena& arena, const PlanRow& row) {
+  constexpr int64_t kAhead = 1024;  // bytes
+  for (int64_t byte = 0; byte < std::min<int64_t>(kAhead, row.length * 4); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(arena.ids(row.handle)) + byte);
+    __builtin_prefetch(reinterpret_cast<const char*>(arena.logprobs(row.handle)) + byte);
+  }
+  for (int64_t byte = 0; byte < std::min<int64_t>(kAhead, row.length); byte += 64)
+    __builtin_prefetch(arena.masks(row.handle) + byte);
+}
+
 template <typename T>
 void copy(T* to, const T* from, int64_t n) {
   if (to) stream_copy(to, from, size_t(n) * sizeof(T));
@@ -58,6 +69,7 @@ void write_micro_batch(const Batcher& batcher, const Plan& plan, int64_t bin, in
     const int32_t item = plan.packing.items[i];
     const PlanRow& row = plan.rows[plan.item_row[item]];
     const int64_t segment = i - begin, place = row0 + used;
+    if (i + 1 < end) fetch_ahead(batcher.arena(), plan.rows[plan.item_row[plan.packing.items[i + 1]]]);
     copy(at(out.ids, place), batcher.arena().ids(row.handle), row.length);
     copy(at(out.loss_mask, place), batcher.arena().masks(row.handle), row.length);
     copy(at(out.logprobs, place), batcher.arena().logprobs(row.handle), row.length);

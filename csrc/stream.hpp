@@ -18,8 +18,16 @@ inline constexpr size_t kStreamFrom = 512;  // bytes; below, the unaligned ends 
 
 inline size_t bytes_to_line(const void* p) { return (64 - (reinterpret_cast<uintptr_t>(p) & 63)) & 63; }
 
+// AMD's string moves, which libc takes for such sizes, do not read their destination either and are faster than 16-byte
+// streaming stores (15 against 11 GB/s on an EPYC where one large memcpy makes 20); on Intel it is the other way round.
+inline bool libc_streams() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") != 0;
+}
+inline const bool kLibcStreams = libc_streams();
+
 inline void stream_copy(void* to, const void* from, size_t n) {
-  if (n < kStreamFrom) {
+  if (n < kStreamFrom || kLibcStreams) {
     std::memcpy(to, from, n);
     return;
   }

@@ -15,6 +15,7 @@ from mgrpo.types import Float32, Int32
 Buffers = dict[str, npt.NDArray[Any]]
 
 _PACKED_TOKENS = {"ids": np.int32, "loss_mask": np.uint8, "logprobs": np.float32}
+_LINE = 64  # bytes of a cache line
 _SEGMENTS = {"seg_advantage": np.float32, "seg_weight": np.float32, "seg_traj": np.int64, "seg_row": np.int32}
 
 
@@ -178,8 +179,7 @@ class Plan:
     def buffers(self, *, advantages: bool = False, position_ids: bool = False) -> Buffers:
         """Fresh buffers for Batcher.write of one rank; reuse them where you can, a fresh allocation costs as
         much as the work."""
-        shapes = self.buffer_shapes(advantages=advantages, position_ids=position_ids)
-        return {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        return _allocate(self.buffer_shapes(advantages=advantages, position_ids=position_ids))
 
     def padded_buffers(self, rank: int, micro_batch: int) -> Buffers:
         """Fresh buffers for Batcher.write_padded, of exactly the needed shape."""
@@ -187,3 +187,16 @@ class Plan:
         out: Buffers = {name: np.empty((rows, width), dtype) for name, dtype in _PACKED_TOKENS.items()}
         out |= {name: np.empty(rows, dtype) for name, dtype in _SEGMENTS.items()}
         return out | {"lengths": np.empty(rows, np.int32)}
+
+
+def _allocate(shapes: dict[str, tuple[tuple[int, ...], npt.DTypeLike]]) -> Buffers:
+    """Arrays on 64-byte boundaries of one allocation: together they are large enough for the huge pages that numpy asks
+    for, which the byte masks of one rank alone often are not."""
+    sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in shapes.items()}
+    slab = np.empty(sum(-(-size // _LINE) * _LINE for size in sizes.values()) + _LINE, np.uint8)
+    at = -slab.ctypes.data % _LINE
+    out: Buffers = {}
+    for name, (shape, dtype) in shapes.items():
+        out[name] = slab[at : at + sizes[name]].view(dtype).reshape(shape)
+        at += -(-sizes[name] // _LINE) * _LINE
+    return out
