@@ -1,0 +1,182 @@
+"""A real vLLM server on the CPU with SmolLM2-135M-Instruct, started as a run starts it; the same model in process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgrpo.cli.parts import RunFolder
+from mgrpo.cli.processes import Supervisor
+from mgrpo.config import load_config
+from mgrpo.model.policy import Policy, load_policy
+from mgrpo.rollout.engine import Engine, Generation, SamplingParams
+from mgrpo.rollout.engines import open_sync
+from mgrpo.rollout.hf import HfEngine
+from mgrpo.rollout.replicas import Replicas
+from mgrpo.rollout.server import VllmServer
+from mgrpo.rollout.vllm import VllmEngine
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models" / "smollm2"
+LENGTH = 320  # tokens of a history
+START_SECONDS = 400.0  # a minute on a machine of one's own
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three fruits.",
+    "Why is the sky blue?",
+    "Write one sentence about a dog.",
+    "What is 7 times 8?",
+    "Who wrote Hamlet?",
+    "Translate 'good morning' into Spanish.",
+    "Give me a short tip for sleeping well.",
+)
+
+CONFIG = """
+[agents.main]
+model = "{model}"
+max_length = {length}
+reward = {{ correct = 1.0 }}
+{main}
+
+[agents.main.engine]
+kind = "vllm"
+sync = "{sync}"
+dtype = "bfloat16"
+timeout = {timeout}
+python = "{python}"
+
+[agents.sub]
+max_length = 32
+reward = {{ outcome = 1.0 }}
+"""
+
+
+class Served:
+    """A server and an engine over it, with an event loop of their own."""
+
+    def __init__(self, folder: Path, sync: str, main: str) -> None:
+        text = CONFIG.format(
+            model=MODEL,
+            length=LENGTH,
+            sync=sync,
+            main=main,
+            timeout=START_SECONDS,
+            python=ROOT / ".venv-vllm/bin/python",
+        )
+        path = folder / "run.toml"
+        path.write_text(text)
+        self.config, self.run = load_config(path), RunFolder(folder / "run")
+        self.said: list[str] = []
+        self.children = Supervisor(self.run.logs)
+        self.url = self.run.addresses(self.config).engines["main"][0]
+        self.loop = asyncio.new_event_loop()
+        arguments = ["engine", str(path), "--agent", "main", "--replica", "0", "--out", str(self.run.root)]
+        self.children.start("engine-main-0", arguments, healthy=START_SECONDS)
+        way = open_sync(self.config, "main", self.run.weights / "main")
+        self.server = VllmServer(self.url, START_SECONDS)
+        self.engine = VllmEngine(
+            Replicas([self.server], way, timeout=START_SECONDS, max_length=LENGTH, say=self.said.append),
+            way,
+            name="SmolLM2",
+            vocab_size=49152,
+            max_length=LENGTH,
+            patience=START_SECONDS,
+        )
+
+    def do(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run it while the server's process is looked after, as the launcher does."""
+
+        async def watched() -> Any:
+            task = asyncio.ensure_future(coroutine)
+            while not task.done():
+                self.said += self.children.poll()
+                await asyncio.wait([task], timeout=0.2)
+            return task.result()
+
+        return self.loop.run_until_complete(asyncio.wait_for(watched(), START_SECONDS))
+
+    def log(self) -> str:
+        return (self.run.logs / "engine-main-0.log").read_text(errors="replace")
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
+        return self.do(generate(self.engine, prompts, params))
+
+
+async def generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[Generation]:
+    return list(await asyncio.gather(*(engine.generate(p, params, seed=i) for i, p in enumerate(prompts))))
+
+
+@contextlib.contextmanager
+def served(folder: Path, sync: str = "fs", main: str = "") -> Iterator[Served]:
+    """Started; its processes are gone when the block ends."""
+    made = Served(folder, sync, main)
+    try:
+        with made.children, made.run.sockets():
+            yield made
+    finally:
+        made.loop.run_until_complete(made.engine.close())
+        made.loop.close()
+
+
+def reference(dtype: torch.dtype = torch.bfloat16) -> Policy:
+    """The same model in this process."""
+    policy = load_policy(MODEL)
+    policy.model.to(dtype)
+    return policy
+
+
+def prompts(policy: Policy) -> list[list[int]]:
+    """The questions as the model's chat template puts them."""
+    return [
+        [int(i) for i in policy.tokenizer.encode(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n")]
+        for q in QUESTIONS
+    ]
+
+
+def ours(policy: Policy, asked: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
+    """What the in-process engine answers."""
+    return asyncio.run(generate(HfEngine(policy, slots=16, max_length=LENGTH), asked, params))
+
+
+@torch.inference_mode()
+def logprobs(
+    policy: Policy, prompt: Sequence[int], out: Generation, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our forward over prompt + out: (n,) log-probs of out's tokens, and (n,) how far the likeliest token of each
+    position is ahead of out's."""
+    ids = torch.tensor([[*prompt, *out.token_ids.tolist()]])
+    states = policy.hidden(ids)[0, len(prompt) - 1 : -1]
+    logits = (states @ policy.head_weight.T).float() / temperature
+    all_of = logits.log_softmax(-1)
+    chosen = all_of.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+    return chosen, all_of.max(-1).values - chosen
+
+
+def wait_gone(pids: Sequence[int], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while left := [p for p in pids if Path(f"/proc/{p}").exists()]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def below(pid: int) -> list[int]:
+    """Processes that descend from `pid`."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found: list[int] = []
+    front = [pid]
+    while front:
+        front = [child for child, parent in parents.items() if parent in front]
+        found += front
+    return found

@@ -1,0 +1,66 @@
+"""A whole run whose agents are sampled by a real server that the launcher starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.runs import leftovers, records, summary, train
+from tests_vllm.kit import MODEL, ROOT
+
+CONFIG = f"""
+seed = 1
+
+[task]
+name = "tests_vllm.echo:EchoTask"
+
+[agents.main]
+model = "{MODEL}"
+max_length = 128
+reward = {{ correct = 1.0 }}
+optimizer = {{ lr = 1e-5 }}
+policy = {{ last_layers = 2 }}
+engine = {{ kind = "vllm", sync = "fs", dtype = "bfloat16", timeout = 300.0, python = "{ROOT}/.venv-vllm/bin/python" }}
+
+[agents.sub]
+shares = "main"
+max_length = 128
+reward = {{ outcome = 0.5, expert = 0.5 }}
+optimizer = {{ lr = 1e-5 }}
+
+[trainer]
+steps = 3
+questions = 2
+group_size = 4
+minibatches = 1
+
+[rollout]
+workers = 2
+
+[eval]
+every = 10
+validation = 1
+heldout = 1
+gate = 1
+"""
+
+
+def test_a_run_samples_from_the_server_it_starts(tmp_path: Path) -> None:
+    """Three steps, two workers on one server: every token is of the step's own weights, the trainer's log-probs are the
+    server's to bfloat16's precision, and neither a process nor a version is left."""
+    config, out = tmp_path / "run.toml", tmp_path / "run"
+    config.write_text(CONFIG)
+    output = train(config, out, timeout=600)
+    assert summary(out)["finished"], output
+    rows = [r for r in records(out) if "main/reward/mean" in r]
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    for row in rows:
+        print(
+            {
+                name.removeprefix("main/"): value
+                for name, value in row.items()
+                if "mismatch" in name or "stale" in name
+            }
+        )
+        assert row["main/staleness/max"] == 0
+        assert abs(row["main/policy/mismatch_kl"]) < 5e-3
+    assert leftovers(out) == [] and not (out / "weights").exists()
