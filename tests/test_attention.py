@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -46,6 +47,15 @@ MODELS = {
         MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=7)
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing by threads, and lose much beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def policy(name: str, kind: str, **settings: Any) -> Policy:

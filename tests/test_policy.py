@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import safetensors.torch
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.groups import width_groups
 from mgrpo.model.policy import (
@@ -19,13 +22,26 @@ from mgrpo.model.policy import (
     Policy,
     load_policy,
     load_state_bytes,
+    load_trained_state,
     save_policy,
     state_bytes,
     state_of,
+    trained_state,
 )
+from mgrpo.trainer.step import Learner, MiniBatch
 from tests.models import VOCAB, tiny_model, tiny_policy, tiny_tokenizer
+from tests.test_step import ROWS, denominator_of, relative, rows_of
 
 IDS = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing by threads, and lose much beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["shift", "llama"])
@@ -158,3 +174,160 @@ def test_states_that_score_tokens_are_those_of_one_padded_forward(kind):
     for plain, grouped in zip(*results, strict=True):
         torch.testing.assert_close(grouped, plain, rtol=1e-4, atol=1e-5)
     assert len(width_groups(lengths.numpy(), FORWARD_COST)) > 2
+
+
+def llama(**settings: object) -> Policy:
+    return Policy(tiny_model("llama"), tiny_tokenizer(), "tiny", PolicyConfig(**settings))
+
+
+def step_gradient(policy: Policy, cuts: list[list[int]], loss: GrpoLossConfig) -> list[torch.Tensor]:
+    """What Learner.step hands to the optimizer for test_step's rows, cut into micro-batches."""
+    rows = rows_of(1)
+    seen: list[torch.Tensor] = []
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in policy.parameters() if p.grad is not None)
+    )
+    micro = [rows.rows(torch.isin(torch.arange(ROWS), torch.tensor(cut))) for cut in cuts]
+    Learner(policy, optimizer, loss, grad_clip=1e9).step(MiniBatch(micro, denominator_of(rows, loss)))
+    return seen
+
+
+WHOLE, TWO = [list(range(ROWS))], [list(range(3)), list(range(3, ROWS))]
+FIVE = [[0], [1, 9], [2, 3, 4], [5, 8], [6, 7]]
+HELD = {
+    "rows": {},
+    "varlen": {"attention": "varlen"},
+    "adapters": {"attention": "varlen", "lora": LoraConfig(rank=3)},
+    "last layer, recomputed": {"attention": "sdpa", "last_layers": 1, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_micro_batches_do_not_change_a_language_models_gradient(held: str, loss_type: str):
+    """One, two and five micro-batches: the same gradient to 1e-6, however the policy is held."""
+    policy, loss = llama(**HELD[held]), GrpoLossConfig(loss_type=loss_type)
+    whole = step_gradient(policy, WHOLE, loss)
+    assert len(whole) == len(list(policy.parameters()))
+    assert max(float(g.abs().max()) for g in whole) > 1e-3
+    for cuts in (TWO, FIVE):
+        assert relative(step_gradient(policy, cuts, loss), whole) < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "attention"), [("shift", "rows"), ("llama", "rows"), ("llama", "varlen")])
+def test_recomputing_layers_changes_no_bit(kind: str, attention: str):
+    """Gradients with checkpointing are equal bit for bit, and each trained layer does run twice."""
+    loss, gradients, runs = GrpoLossConfig(), [], []
+    for again in (False, True):
+        config = PolicyConfig(attention=attention, gradient_checkpointing=again)
+        policy = Policy(tiny_model(kind), tiny_tokenizer(), kind, config)
+        block = policy.layers[0].mlp_norm if kind == "shift" else policy.layers[0].mlp
+        count: list[int] = []
+        block.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        gradients.append(step_gradient(policy, WHOLE, loss))
+        runs.append(len(count))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert runs[1] == 2 * runs[0] > 0
+
+
+def test_bfloat16_computes_coarsely_and_trains_float32_weights():
+    """Hidden states are near those of float32 but not equal; the head is multiplied in float32; an update far below
+    bfloat16's spacing still arrives."""
+    exact, half = llama(), llama(dtype="bfloat16", attention="varlen")
+    with torch.no_grad():
+        difference = (half.hidden(IDS) - exact.hidden(IDS)).abs().max()
+    assert 1e-4 < float(difference) < 0.2
+    assert half.hidden(IDS).dtype == half.head_weight.dtype == torch.float32
+    found, expected = (step_gradient(p, WHOLE, GrpoLossConfig()) for p in (half, exact))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
+    before = [p.detach().clone() for p in half.parameters()]
+    optimizer = torch.optim.AdamW(half.parameters(), lr=1e-6, weight_decay=0.0)
+    for parameter, gradient in zip(half.parameters(), found, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    moved = [float((p.detach() != b).float().mean()) for p, b in zip(half.parameters(), before, strict=True)]
+    assert min(moved[1:]) > 0.9  # the embedding moves where a token occurs
+    assert (
+        max(
+            float((p.detach().bfloat16() != b.bfloat16()).float().mean())
+            for p, b in zip(half.parameters(), before, strict=True)
+        )
+        < 0.05
+    )  # pure bfloat16 weights would have lost it
+
+
+def test_only_the_last_layers_train():
+    """The last n decoder layers and the final norm get gradients and are all a checkpoint holds; the rest is frozen."""
+    policy = llama(last_layers=1)
+    trained = {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert trained == {
+        n for n, _ in policy.model.named_parameters() if ".layers.1." in n or n == "model.norm.weight"
+    }
+    assert len(trained) == 10
+    gradients = step_gradient(policy, WHOLE, GrpoLossConfig())
+    reference = dict(
+        zip(
+            [n for n, _ in llama().model.named_parameters()],
+            step_gradient(llama(), WHOLE, GrpoLossConfig()),
+            strict=True,
+        )
+    )
+    names = [n for n, p in policy.model.named_parameters() if p.requires_grad]
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(gradient, reference[name], rtol=1e-5, atol=1e-8)
+    state = trained_state(policy.model)
+    assert state.keys() == trained
+    moved = {name: tensor + 1.0 for name, tensor in state.items()}
+    load_trained_state(policy.model, moved)
+    assert all(torch.equal(policy.model.get_parameter(n), t) for n, t in moved.items())
+    with pytest.raises(ValueError, match=r"weights lack model.norm.weight \(1 of 10"):
+        load_trained_state(policy.model, {n: t for n, t in moved.items() if "layers" in n})
+    shift = Policy(tiny_model("shift"), tiny_tokenizer(), "shift", PolicyConfig(last_layers=1))
+    assert {n.split(".")[1] for n, p in shift.model.named_parameters() if p.requires_grad} == {
+        "layers",
+        "norm",
+    }
+    with pytest.raises(ConfigError, match=r"tiny: policy.last_layers=3 exceeds its 2 decoder layers"):
+        llama(last_layers=3)
+
+
+def test_settings_that_this_machine_or_these_settings_cannot_meet(tmp_path: Path, monkeypatch):
+    """A GPU where there is none, peft where it is not installed: one line that says so, before anything is loaded."""
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r'policy.device is "cuda", but torch .* sees no GPU'):
+            load_policy(tmp_path / "nowhere", PolicyConfig(device="cuda"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        ConfigError, match=r'policy.lora.rank=2 needs the package peft \(pip install "mgrpo\[lora\]"'
+    ):
+        llama(lora=LoraConfig(rank=2))
+    for bad, message in (
+        ({"activation_offload": True}, 'activation_offload has no effect with device "cpu"'),
+        ({"attention": "flash"}, 'attention "flash" needs device "cuda"'),
+        ({"lora": LoraConfig(rank=2), "last_layers": 1}, "exclude each other"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PolicyConfig(**bad)
+
+
+def test_offloaded_activations_come_back(monkeypatch):
+    """What the backward pass needs passes through main memory and changes nothing. Only a GPU gains by it, so the
+    setting is refused on a CPU; here the mechanism is switched on by hand."""
+    plain, offloaded = llama(), llama()
+    offloaded._offload = True
+    kept: list[int] = []
+    real = torch.autograd.graph.save_on_cpu
+
+    class Counted(real):
+        def __init__(self, pin_memory: bool) -> None:
+            kept.append(pin_memory)
+            super().__init__(pin_memory=False)  # nothing to pin without a GPU
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Counted)
+    loss = GrpoLossConfig()
+    found, expected = step_gradient(offloaded, WHOLE, loss), step_gradient(plain, WHOLE, loss)
+    assert kept == [True]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
