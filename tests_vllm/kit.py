@@ -129,8 +129,7 @@ def served(folder: Path, sync: str = "fs", main: str = "") -> Iterator[Served]:
 def reference(dtype: torch.dtype = torch.bfloat16) -> Policy:
     """The same model in this process."""
     policy = load_policy(MODEL)
-    policy.model.to(dtype)
-    return policy
+    return Policy(policy.model.to(dtype), policy.tokenizer, policy.name)
 
 
 def prompts(policy: Policy) -> list[list[int]]:

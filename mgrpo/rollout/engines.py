@@ -10,9 +10,9 @@ import torch
 
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
-from mgrpo.config.policy import EngineConfig
+from mgrpo.config.policy import EngineConfig, PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import quiet
+from mgrpo.model.policy import Policy, quiet
 from mgrpo.model.shell import policy_from_shell
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.episode import Tokenizer
@@ -38,7 +38,12 @@ def open_engine(
     length = config.agents[role].max_length
     if engine.kind == "hf":
         policy = policy_from_shell(shell, role)
-        policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
+        if engine.device != "cpu" or engine.dtype != "float32":
+            model = policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
+            # sdpa: the engine brings masks of its own, which packed attention does not take
+            policy = Policy(
+                model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa")
+            )
         return HfEngine(policy, slots=config.rollout.slots, max_length=length), policy.tokenizer
     return _open_vllm(config, role, shell, addresses, say)
 
