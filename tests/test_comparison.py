@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from mgrpo.config import load_config
 from mgrpo.errors import ConfigError
 from mgrpo.record.reader import Recording
 from mgrpo.trainer.replay import Replayer
-from tests.runs import ROOT
+from tests.runs import RELAY, ROOT, command, finish
 
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
 
@@ -200,3 +201,65 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(recorded: Path) -> None
             m.trajectory.tokens.tobytes() for m in shuffled.members
         ]
     assert moved > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_comparison_from_runs_to_report(tmp_path: Path) -> None:
+    """The command trains, scores and reports; without an update a team is the team before RL, question by question;
+    started again, it repeats no run and no score and says the same."""
+    out = tmp_path / "compare"
+    short = ["trainer.steps=2", "trainer.questions=2", "eval.every=2", "eval.validation=2", "eval.heldout=2"]
+    arguments = command(
+        "compare", str(RELAY), "--out", str(out), "--seeds", "1", "--jobs", "1", "--n", "6", "--variant", "lr 0",
+        *(f"--set={s}" for s in short),
+    )  # fmt: skip
+    shown = finish(arguments, 400)
+    assert "lr 0" in shown and "only main trained (cross pair)" in shown
+    report = json.loads((out / "compare.json").read_text())
+    table = {row["name"]: row for row in report["table"]}
+    scores = {p.stem: json.loads(p.read_text()) for p in (out / "scores" / "seed-1").glob("*.json")}
+    for mode in verdict.MODES:
+        assert scores["lr-0"][mode] == scores["before-RL"][mode] and len(scores["lr-0"][mode]) == 6
+        assert table["lr 0"][mode]["mean"] == table["before RL"][mode]["mean"]
+    assert (report["failed"], report["seeds"], report["n"]) == ({}, [1], 6)
+    assert (out / "compare.png").stat().st_size > 10_000
+    written = {
+        p: p.stat().st_mtime_ns for p in [*out.glob("scores/*/*.json"), *out.glob("runs/*/*/metrics.jsonl")]
+    }
+    assert "2 of 2 runs are finished already" in finish(arguments, 150)
+    assert all(p.stat().st_mtime_ns == before for p, before in written.items())
+    assert json.loads((out / "compare.json").read_text())["table"] == report["table"]
+
+
+def results_page() -> Any:
+    """docs/make_results.py, which is a script."""
+    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs" / "make_results.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("rate", "words"), [(0.97, "does as well"), (0.6, "falls behind")])
+def test_the_results_page_says_what_the_numbers_say(rate: float, words: str) -> None:
+    """Claims that do not hold are named with their bound, and the shared policy is judged by its interval."""
+    page, rng = results_page(), np.random.default_rng(2)
+    rates = {COTRAIN: 0.97, WARM: 0.15, "shared": rate, "frozen sub": 0.8}
+    results = {s: {name: result(400, r, rng) for name, r in rates.items()} for s in (1, 2, 3)}
+    del results[2]["shared"]
+    table = [verdict.row(results, name) for name in rates]
+    found = verdict.claims({row["name"]: row for row in table}, results, None)
+    report = {"seeds": [1, 2, 3], "table": table, "claims": [c.as_json() for c in found],
+              "runs": {"shared": {"1": "", "3": ""}}}  # fmt: skip
+    said = page.reading(report)
+    assert any(
+        line.startswith("Does not hold: co-training minus frozen sub, sampled, measured 0.1") for line in said
+    )
+    assert said[-1].startswith(f"One policy shared by all roles {words}")
+    row = next(line for line in page.by_seed(report) if line.startswith("| shared"))
+    assert row.split("|")[3].strip() == "-" and row.count("/") == 2  # seed 2 failed
+    filled = page.put("a <!-- x: begin -->old<!-- x: end --> z", "x", "new")
+    assert filled == "a <!-- x: begin -->\nnew\n<!-- x: end --> z"
+    with pytest.raises(ValueError, match="expected"):
+        page.put("no markers", "x", "new")
