@@ -32,6 +32,11 @@ class CorruptionError(MgrpoError):
     """Stored bytes do not match their checksum or layout; the message names the file."""
 
 
+class CheckpointError(MgrpoError):
+    """The disk took no checkpoint: it is full, or gone. The message names both; earlier checkpoints are as they were.
+    Exit status 2, since starting again makes no room."""
+
+
 class InfrastructureError(MgrpoError):
     """An engine, tool or judge failed: the trajectory leaves its group, it is never scored 0."""
 

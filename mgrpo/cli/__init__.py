@@ -12,7 +12,7 @@ from mgrpo.cli.cluster.command import launch as launch_run
 from mgrpo.cli.cluster.command import monitor as follow_run
 from mgrpo.cli.keys import app as keys_app
 from mgrpo.cli.store import app as store_app
-from mgrpo.errors import ConfigError, CorruptionError, MgrpoError
+from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
 
 app = typer.Typer(
     help="Train teams of language models with M-GRPO.",
@@ -214,7 +214,7 @@ def main() -> None:
         sys.exit(exit_.exit_code)
     except typer.Abort:
         sys.exit(130)
-    except (ConfigError, CorruptionError) as error:
+    except (ConfigError, CorruptionError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except MgrpoError as error:

@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 
-from mgrpo.errors import ConfigError, CorruptionError, MgrpoError
+from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
 
 SHUTDOWN_SECONDS = 12  # for a last checkpoint, once the ranks are told to stop
 
@@ -65,5 +65,5 @@ def _reason(code: int, message: object) -> str:
     if isinstance(message, dict):
         message = message.get("message", "")
     name, colon, text = str(message).partition(": ")
-    plain = {kind.__name__ for kind in (MgrpoError, ConfigError, CorruptionError)}
+    plain = {kind.__name__ for kind in (MgrpoError, ConfigError, CorruptionError, CheckpointError)}
     return text if colon and name in plain else str(message)

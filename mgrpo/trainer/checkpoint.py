@@ -30,7 +30,7 @@ import google_crc32c
 import torch
 from torch import Tensor
 
-from mgrpo.errors import CorruptionError, DeadlineError, MgrpoError
+from mgrpo.errors import CheckpointError, CorruptionError, DeadlineError, MgrpoError
 from mgrpo.model.policy import Policy, trained_state
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ _MANIFEST, _METADATA, _RNG = "manifest.json", ".metadata", "rng"
 _BLOCK = 1 << 24  # bytes of a file that are summed up at a time
 
 State = dict[str, Tensor]
-
-
-class CheckpointError(MgrpoError):
-    """A checkpoint could not be written; the message names it and the reason. Those before it are as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,18 +162,17 @@ def _write(
     return Checkpoint(final, step)
 
 
-def _failed(path: Path, error: BaseException) -> CheckpointError:
-    """Several ranks may have failed: the first reason stands for all."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        rank = min(failures)
-        error = failures[rank][0]
-        while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
-            error = error.__cause__ or error.__context__ or error
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return CheckpointError(
-        f"{path}: the checkpoint could not be written: {reason}; those before it are intact"
-    )
+def _failed(path: Path, error: BaseException) -> MgrpoError:
+    """What went wrong, in one line: CheckpointError where the disk is to blame. Ranks report through an exception that
+    holds one for each of them, and a full disk may be the cause of a cause."""
+    every: list[BaseException] = [error]
+    every += [failure for failure, _ in getattr(error, "failures", {}).values()]
+    for one in every:  # grows
+        every += [cause for cause in (one.__cause__, one.__context__) if cause and cause not in every]
+    disk = next((one for one in every if isinstance(one, OSError) and one.strerror), None)
+    if disk is not None:
+        return CheckpointError(f"{path}: not written: {disk.strerror}; the checkpoints before it are intact")
+    return MgrpoError(f"{path}: not written: {every[min(1, len(every) - 1)]}")
 
 
 def _copied(tensor: Tensor) -> Tensor:
