@@ -1,0 +1,81 @@
+"""From a config to an engine: in this process or over HTTP, in the precision and with the servers that it names."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgrpo.config.addresses import Addresses
+from mgrpo.config.load import load_config
+from mgrpo.model.policy import state_bytes
+from mgrpo.model.shell import shell_files
+from mgrpo.rollout.engine import Generation, SamplingParams
+from mgrpo.rollout.engines import open_engine
+from mgrpo.rollout.hf import HfEngine
+from mgrpo.rollout.vllm import VllmEngine
+from mgrpo.weights import Weights
+from tests.fake_vllm import FakeVllm, token
+from tests.models import tiny_policy
+from tests.runs import RELAY
+
+PROMPT, GREEDY = [5, 6, 7], SamplingParams(max_tokens=6, temperature=0.0)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-6), ("bfloat16", 0.2)])
+def test_the_engine_in_this_process_computes_as_the_config_says(
+    dtype: str, close: float, tmp_path: Path
+) -> None:
+    """The trainer's float32 weights, served in the precision of engine.dtype, give the log-probs of the policy to
+    that precision."""
+    policy = tiny_policy("llama", 3)
+    weights = Weights("e1.v4", 4, state_bytes(policy.model))
+    config = load_config(RELAY, [f"agents.left.engine.dtype={dtype}"])
+
+    async def ask() -> tuple[Generation, Generation, torch.dtype]:
+        engine, tokenizer = open_engine(
+            config, "left", shell_files(policy), Addresses("", {}), lambda line: None
+        )
+        assert isinstance(engine, HfEngine) and len(tokenizer.encode("w1")) == 1
+        await engine.load(weights, 4)
+        mine = HfEngine(policy, slots=4, max_length=32)
+        return (
+            await engine.generate(PROMPT, GREEDY, seed=0),
+            await mine.generate(PROMPT, GREEDY, seed=0),
+            engine.policy.head_weight.dtype,
+        )
+
+    theirs, mine, computed = asyncio.run(ask())
+    assert computed == getattr(torch, dtype)
+    assert theirs.versions.tolist() == [4] * 6 and theirs.token_ids.tolist() == mine.token_ids.tolist()
+    assert abs(theirs.logprobs - mine.logprobs).max() < close
+
+
+def test_an_engine_over_http_gets_its_servers_and_folder_from_the_config(tmp_path: Path) -> None:
+    """Named servers, or those that the launcher starts; weights go through the run's folder unless another is named."""
+    policy = tiny_policy("llama", 3)
+    weights = Weights("e1.v4", 4, state_bytes(policy.model))
+
+    async def ask(named: bool) -> None:
+        async with FakeVllm(tmp_path / "s", max_length=32) as server:
+            where = f'urls=["{server.url}"], folder="{tmp_path / "shared"}"' if named else 'python="x"'
+            config = load_config(RELAY, [f'agents.left.engine={{kind="vllm", sync="fs", {where}}}'])
+            own = {} if named else {"left": (server.url,)}
+            addresses = Addresses("", {}, engines=own, weights=tmp_path / "run")
+            engine, tokenizer = open_engine(config, "left", shell_files(policy), addresses, lambda line: None)
+            try:
+                assert isinstance(engine, VllmEngine) and len(tokenizer.encode("w1")) == 1
+                await engine.load(weights, 4)
+                out = await engine.generate(PROMPT, GREEDY, seed=0)
+                assert out.token_ids.tolist() == [token(weights.data, PROMPT, 0, i) for i in range(6)]
+                with pytest.raises(ValueError, match="has 32"):
+                    await engine.generate([1] * 30, GREEDY, seed=0)
+            finally:
+                await engine.close()
+        kept = tmp_path / ("shared" if named else "run") / "left" / "e1.v4" / "model.safetensors"
+        assert kept.read_bytes() == weights.data
+
+    asyncio.run(ask(True))
+    asyncio.run(ask(False))
