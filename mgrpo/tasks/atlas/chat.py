@@ -42,8 +42,8 @@ from mgrpo.tasks.atlas.questions import HOP_WEIGHTS, QuestionBank
 from mgrpo.tasks.atlas.search import Index, SearchMode
 from mgrpo.types import MAIN, Rollout
 
-BOUNDS = {"main_format": (0.05, 1.0), "sub_format": (0.05, 1.0), "joint_sampled": (0.01, 0.95)}
-"""The gate: name -> (low, high). Below, sampling finds nothing to reinforce; above, there is nothing left to learn."""
+BOUNDS = {"main_format": (0.05, 1.0), "sub_format": (0.05, 1.0), "joint_sampled": (0.0, 0.95)}
+"""The gate: name -> (low, high). Below, sampling finds no tool call to reinforce; above, nothing is left to learn."""
 
 NAMES = 32
 """Tokens that the names in a question may take."""
