@@ -19,8 +19,8 @@ ROLES = ("main", "left", "right")
 
 
 class RelayTask(Task):
-    """options: {"fail_every": n} makes every n-th rollout of a query fail for good, {"gate": false} fails the gate,
-    {"bug": true} raises what no task may raise."""
+    """options: {"fail_every": n} makes every n-th rollout of a query fail for good, {"lose_every": n} all rollouts of
+    every n-th query, {"gate": false} fails the gate, {"bug": true} raises what no task may raise."""
 
     roles = ROLES
 
@@ -28,10 +28,11 @@ class RelayTask(Task):
         if set(roles) != set(ROLES):
             raise ValueError(f"roles {list(roles)} given, expected {list(ROLES)}")
         self._fail_every = int(str(options.get("fail_every", 0)))
+        self._lose_every = int(str(options.get("lose_every", 0)))
         self._gate, self._bug = bool(options.get("gate", True)), bool(options.get("bug", False))
 
     def question(self, index: int, seed: int) -> Question:
-        return Question(f"w{1 + index % 7} w{1 + seed % 5}", answer="even")
+        return Question(f"w{1 + index % 7} w{1 + seed % 5}", answer="even", info={"index": index})
 
     def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]:
         return [self.question(i, seed) for i in range(n)]
@@ -47,6 +48,8 @@ class RelayTask(Task):
             raise RuntimeError("the relay has a bug")
         if self._fail_every and episode.rollout % self._fail_every == self._fail_every - 1:
             raise InfrastructureError("the relay is down")
+        if self._lose_every and int(str(question.info["index"])) % self._lose_every == 1:
+            raise InfrastructureError("nobody answers this question")
         main = episode.open("main")
         main.append(question.text)
         await main.sample(4, stop="w0")

@@ -96,7 +96,8 @@ def final_weights(out: Path) -> dict[str, bytes]:
 
 
 def processes_of(out: Path) -> dict[str, int]:
-    """Name -> pid of every process whose command line names the run's folder, the launcher aside."""
+    """Name -> pid of every process whose command line names the run's folder, the launcher aside. Worker 0 is called
+    "rollout", the others "rollout-1" and so on."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -109,6 +110,8 @@ def processes_of(out: Path) -> dict[str, int]:
             name = words[words.index(b"mgrpo") + 1].decode()
             if b"--agent" in words:
                 name += "-" + words[words.index(b"--agent") + 1].decode()
+            if b"--worker" in words and (number := words[words.index(b"--worker") + 1].decode()) != "0":
+                name += f"-{number}"
             found[name] = int(entry.name)
     return found
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import socket
+import sqlite3
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -158,6 +163,49 @@ def test_asynchronous_runs_keep_the_lag_and_survive_failures(tmp_path: Path) -> 
     played = [r["rollout/time/wave"] for r in records(out) if "rollout/time/wave" in r]
     assert len(played) == 8 * 2  # two workers, no wave beyond the last step
     assert all(r["main/rollouts/failed"] == 4 for r in rows)  # one of four rollouts in each of four groups
+    assert leftovers(out) == []
+
+
+def test_dropped_groups_are_replaced(tmp_path: Path) -> None:
+    """Every third question fails as a whole, whole steps' worth of them: later groups take their places, each step has
+    its four groups and the weights of its own version, and the run ends."""
+    out = tmp_path / "run"
+    train(RELAY, out, "task.options.lose_every=3", "trainer.steps=6")
+    rows = [r for r in records(out) if "main/reward/mean" in r]
+    assert [r["step"] for r in rows] == list(range(1, 7))
+    assert all(r["main/staleness/max"] == 0 for r in rows)
+    database = sqlite3.connect(out / "store.db")
+    with contextlib.closing(database):
+        states = Counter(s for (s,) in database.execute("SELECT state FROM groups"))
+        lost = Counter(s for (s,) in database.execute("SELECT state FROM deliveries"))
+    assert states == {"sealed": 24, "dropped": 12}
+    assert lost == {"committed": 3 * 24}
+    assert leftovers(out) == []
+
+
+def test_a_worker_that_stands_still_makes_nothing_stale(tmp_path: Path) -> None:
+    """max_lag = 1, one of two workers stopped for a while in the middle of its wave: the others wait for it, no
+    group is passed over, and the run ends with every group trained once."""
+    out = tmp_path / "run"
+    with started(
+        command("train", str(RELAY), "--out", str(out), "--set=trainer.max_lag=1", "--set=rollout.workers=2")
+    ) as process:
+        wait_for(lambda: steps_of(out) >= 2 or process.poll() is not None, "step 2")
+        second = processes_of(out)["rollout-1"]
+        os.kill(second, signal.SIGSTOP)
+        time.sleep(3)
+        stood = steps_of(out)
+        time.sleep(2)
+        assert (
+            steps_of(out) - stood <= 1
+        )  # the trainers wait: they do not run ahead on the other worker's groups
+        os.kill(second, signal.SIGCONT)
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    with contextlib.closing(sqlite3.connect(out / "store.db")) as database:
+        states = Counter(s for (s,) in database.execute("SELECT state FROM deliveries"))
+    assert states == {"committed": 3 * 20 * 4}
+    assert max(r["main/staleness/max"] for r in records(out) if "main/staleness/max" in r) <= 1
     assert leftovers(out) == []
 
 

@@ -220,3 +220,72 @@ def test_a_store_file_knows_what_it_is(tmp_path: Path) -> None:
     other.close()
     with pytest.raises(ConfigError, match="something else"):
         Engine(tmp_path / "o.db")
+
+
+def play(driver: Driver, index: int, version: int) -> None:
+    """A group from its opening to its end, sampled with `version`."""
+    for rollout in range(2):
+        driver.end(f"q{index}", rollout, version)
+
+
+def train(driver: Driver, step: int, n: int) -> None:
+    """One step of both roles on the groups of this step, and its version."""
+    for role in ("main", "sub"):
+        queries = driver.claim(step + 1, n, role)
+        assert queries == [f"q{i}" for i in range(step * n, step * n + n)], f"step {step} of {role}"
+        held = [(query, step + 1) for query in queries]
+        driver.call("apply", rec.Groups(role, 1, held, step), f"trainer:{role}")
+        driver.publish(role, step + 1)
+
+
+def test_a_slow_worker_makes_no_group_stale_in_a_run_in_order(tmp_path: Path) -> None:
+    """Two workers, max_lag 1: one is far ahead of the other. Steps take the groups in order, so the trainers wait for
+    the slow one instead of passing its groups by until their tokens are too old. (Out of order they would train on
+    q4, q6, q8 before q1, and reach version 2 while q5 was still being sampled with version 0.)"""
+    driver = Driver(tmp_path, batch=4, max_lag=1, in_order=True)
+    for index in (0, 2, 4, 6):  # the fast worker's
+        driver.open(f"q{index}", index)
+        play(driver, index, 0)
+    for index in (1, 3):  # the slow worker's are open, and no step may overtake them
+        driver.open(f"q{index}", index)
+    assert driver.claim(1, 4) is None
+    with pytest.raises(Refusal, match="max_lag 1 admits 8"):
+        driver.open("q8", 8)
+    for index in (1, 3):
+        play(driver, index, 0)
+    train(driver, 0, 4)
+    for index in (5, 7):
+        driver.open(f"q{index}", index)
+    for index in (8, 10):
+        driver.open(f"q{index}", index)
+        play(driver, index, 1)
+    assert driver.claim(2, 4) is None  # q4, q6, q8, q10 are ready, q5 and q7 are not
+    for index in (5, 7):
+        play(driver, index, 0)
+    train(driver, 1, 4)
+    assert all(role["lost"] == 0 for role in driver.stats()["roles"].values())
+    driver.engine.close()
+
+
+def test_a_dropped_group_moves_those_behind_it_one_place_up(tmp_path: Path) -> None:
+    """In order, synchronous: without q1 the first step is q0 and q2, and q2 is to be sampled with version 0 although
+    its number belongs to the second step."""
+    driver = Driver(tmp_path, batch=2, in_order=True)
+    opened = {}
+    for index in (0, 1):
+        opened[index] = driver.call("open_group", rec.OpenGroup(f"q{index}", 2, {}, index))
+    play(driver, 0, 0)
+    with pytest.raises(Refusal, match="1 groups are ahead"):
+        driver.open("q2", 2)
+    for rollout in range(2):
+        driver.call("rollout_fail", rec.RolloutFail("q1", rollout, 0, "engine down"))
+    opened[2] = driver.call("open_group", rec.OpenGroup("q2", 2, {}, 2))
+    assert [o.oldest for o in opened.values()] == [{"main": 0, "sub": 0}] * 3
+    play(driver, 2, 0)
+    assert driver.claim(1, 2) == ["q0", "q2"]
+    driver.call("apply", rec.Groups("main", 1, [("q0", 1), ("q2", 1)], 0), "trainer:main")
+    driver.publish("main", 1)
+    assert driver.claim(1, 2, "sub") == ["q0", "q2"]
+    driver.publish("sub", 1)
+    assert driver.call("open_group", rec.OpenGroup("q3", 2, {}, 3)).oldest == {"main": 1, "sub": 1}
+    driver.engine.close()

@@ -138,6 +138,7 @@ def run_params(config: RunConfig) -> RunParams:
         k=config.trainer.group_size,
         batch=config.trainer.questions,
         max_lag=config.trainer.max_lag,
+        in_order=True,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -156,7 +157,7 @@ class RolloutWorker:
     def _gate(self) -> bool:
         """Check the policies RL starts from; False ends the run. A run without the gate goes on, and is not valid."""
         n = self._config.eval.gate
-        self._sync(0)
+        self._sync({})
         self._evaluate("heldout", 0)
         self._evaluate("validation", 0)
         if not n:
@@ -203,14 +204,18 @@ class RolloutWorker:
         return wave
 
     def _is_beyond_the_run(self, index: int) -> bool:
-        """No step will claim this group: it comes after those of the last step, and no dropped group left room."""
+        """No step will claim this group: it comes after those of the last step, and no group that was lost to some role
+        left room."""
         planned = self._config.trainer.steps * self._config.trainer.questions
-        return index >= planned and index >= planned + int(self._store.stats()["dropped"])
+        if index < planned:
+            return False
+        return index >= planned + max(role["lost"] for role in self._store.stats()["roles"].values())
 
     def _play(self, wave: list[tuple[WorkerGroup, Question]]) -> None:
-        trainer = self._config.trainer
-        first = min(group.index for group, _ in wave)
-        version = self._sync(max(0, first // trainer.questions - trainer.max_lag))
+        oldest = {
+            role: max(group.oldest.get(role, 0) for group, _ in wave) for role in self._config.training_roles
+        }
+        version = self._sync(oldest)
         if self._number == 0:
             self._evaluate_if_due(version)
         began = time.monotonic()
@@ -243,7 +248,7 @@ class RolloutWorker:
 
     def _finish(self, version: int) -> None:
         """The last evaluation, with the weights of the last step; then the run is over."""
-        self._sync(version)
+        self._sync(dict.fromkeys(self._config.training_roles, version))
         self._evaluate("validation", version)
         self._evaluate("heldout", version)
         self._store.set_control("finished", "all steps done")
@@ -309,12 +314,12 @@ class RolloutWorker:
         weights = self._config.agents[MAIN].reward
         return trajectory_reward(MAIN, weights, rollout.main.scores, rollout.correct)
 
-    def _sync(self, at_least: int) -> int:
-        """Bring every engine to its trainer's newest weights, of version `at_least` or more; the oldest version."""
+    def _sync(self, at_least: Mapping[str, int]) -> int:
+        """Bring every engine to its trainer's newest weights, those of a role in `at_least` to this version or a later
+        one; returns the oldest version of the training roles."""
         versions = []
         for role, source in self._sources.items():
-            wanted = at_least if role in self._config.training_roles else 0
-            weights = self._fetch(source, wanted)
+            weights = self._fetch(source, at_least.get(role, 0))
             if weights is not None:
                 self._loop.run_until_complete(source.engine.load(weights, weights.version))
                 source.label = weights.label

@@ -193,7 +193,8 @@ class LauncherClient(StoreClient):
 
 @dataclass(slots=True)
 class WorkerGroup:
-    """An open group in a worker's hands. `finished`: rollouts that already ended and need no replay."""
+    """An open group in a worker's hands. `finished`: rollouts that already ended and need no replay. `oldest`: of each
+    training role, the oldest version to sample it with."""
 
     query: str
     index: int
@@ -201,6 +202,7 @@ class WorkerGroup:
     state: str
     k: int
     finished: list[int]
+    oldest: dict[str, int] = field(default_factory=dict)
     _waiting: dict[int, list[Future[Answer]]] = field(default_factory=dict)
 
 
@@ -239,8 +241,9 @@ class WorkerClient(StoreClient):
                     raise
             else:
                 return WorkerGroup(
-                    opened.query, opened.index, opened.attempt, opened.state, opened.k, opened.finished
-                )
+                    opened.query, opened.index, opened.attempt, opened.state, opened.k, opened.finished,
+                    opened.oldest,
+                )  # fmt: skip
 
     def invocation_done(
         self, group: WorkerGroup, rollout: int, *, role: str, invocation: int = 0, n_tokens: int,

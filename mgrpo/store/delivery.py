@@ -117,8 +117,9 @@ class Deliveries:
     # -- claim ----------------------------------------------------------------------------------------------
 
     def claim(self, request: Claim, now: float) -> list[ClaimedGroup] | None:
-        """The n oldest ready groups, leased; None while there are fewer. The same claim again (same epoch and
-        seq) gets the same groups; with another n the asker cannot have had them, and gets new ones."""
+        """The n oldest ready groups, leased; None while there are fewer, or, in a run with in_order, while an older
+        group is still to come. The same claim again (same epoch and seq) gets the same groups; with another n the asker
+        cannot have had them, and gets new ones."""
         role = self._holder(request.role, request.epoch)
         if request.seq == role.claim_seq:
             if len(role.claimed) == request.n:
@@ -130,6 +131,8 @@ class Deliveries:
             )
         while len(role.ready) >= request.n:
             chosen = [self.state.groups[query] for _, query in role.ready[: request.n]]
+            if self.state.params.in_order and self._waits_for_older(role, chosen):
+                return None
             stale = [group for group in chosen if self._is_stale(group, role)]
             if not stale:
                 break
@@ -142,6 +145,15 @@ class Deliveries:
         role.claim_seq, role.claimed = request.seq, [group.opened.query for group in chosen]
         self.state.save_role(role)
         return [self._claimed(group, role.name) for group in chosen]
+
+    def _waits_for_older(self, role: Role, chosen: list[Group]) -> bool:
+        """A group before the last of `chosen` has not been sealed yet. Taking a younger one instead would let the
+        role's version run ahead of tokens that are still being sampled: too old when they come."""
+        mine = {group.index for group in chosen}
+        return any(
+            index not in mine and not self._is_over(role, index, LEASED, APPLIED)
+            for index in range(role.cursor, chosen[-1].index)
+        )
 
     def _claim_again(self, role: Role, request: Claim, now: float) -> list[ClaimedGroup]:
         groups = [self.state.groups.get(query) for query in role.claimed]
@@ -243,11 +255,12 @@ class Deliveries:
                 self.state.move(delivery, COMMITTED)
         role.checkpoint_step = max(role.checkpoint_step, request.step)
         self.state.save_role(role)
-        while self._is_done(role, role.cursor):
+        while self._is_over(role, role.cursor):
             role.cursor += 1
         return role.cursor
 
-    def _is_done(self, role: Role, index: int) -> bool:
+    def _is_over(self, role: Role, index: int, *also: str) -> bool:
+        """The group is committed, lost or dropped, or its delivery is in one of the states `also`."""
         query = self.state.indices.get(index)
         if query is None:
             return False
@@ -255,7 +268,7 @@ class Deliveries:
         if group is None or group.state == DROPPED:
             return True
         delivery = group.deliveries.get(role.name)
-        return delivery is not None and delivery.state in (COMMITTED, *LOST)
+        return delivery is not None and delivery.state in (COMMITTED, *LOST, *also)
 
     def nack(self, request: Groups) -> None:
         """Give groups back unused, with a reason."""

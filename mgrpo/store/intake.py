@@ -94,7 +94,7 @@ class Intake:
             if request.index is None:
                 taken = state.sealed - (len(role.lost) - state.dropped) + running
             else:
-                taken = request.index - role.lost_before(request.index)
+                taken = role.place(request.index)
             if taken >= room:
                 raise Refusal(
                     "RETRY_AFTER",
@@ -105,7 +105,14 @@ class Intake:
 
     def _opened(self, group: Group) -> Opened:
         opened = group.opened
-        return Opened(opened.query, group.index, group.attempt, group.state, opened.k, group.finished())
+        params = self.state.params
+        oldest = {
+            role.name: max(0, role.place(group.index) // params.batch - params.max_lag)
+            for role in self.state.roles.values()
+        }
+        return Opened(
+            opened.query, group.index, group.attempt, group.state, opened.k, group.finished(), oldest
+        )
 
     def open_groups(self, worker: str, first: int, last: int) -> list[OpenGroupInfo]:
         """Groups that are not sealed yet, in order of their index; of one worker, or of all for ""."""

@@ -20,7 +20,8 @@ Counts = dict[Name, Small]
 class RunParams(Record):
     """What a run is, fixed when its store is created. `digest` is that of the run's configuration: a peer
     with another digest is refused. batch: groups of one optimizer step. max_lag: how many versions old a
-    group may be when it is trained. Times in seconds."""
+    group may be when it is trained. in_order: groups are numbered from 0 without gaps and are claimed in that order,
+    whichever is ready first. Times in seconds."""
 
     run: Name
     digest: Name
@@ -33,6 +34,7 @@ class RunParams(Record):
     lease_s: float = 60.0
     group_timeout_s: float = 1800.0
     max_failures: Small = 3
+    in_order: bool = False
 
 
 class OpenGroup(Record):
@@ -48,7 +50,8 @@ class OpenGroup(Record):
 
 class Opened(Record):
     """index: the group's ticket number. attempt: which opening this is. finished: rollouts that need no
-    replay."""
+    replay. oldest: of each training role, the oldest version whose tokens are not too old when the group's turn comes,
+    as far as the groups before it are known."""
 
     query: str
     index: int
@@ -56,6 +59,7 @@ class Opened(Record):
     state: str
     k: int
     finished: list[int]
+    oldest: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 class InvocationDone(Record):

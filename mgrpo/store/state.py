@@ -155,8 +155,9 @@ class Role:
     def status(self) -> RoleStatus:
         return RoleStatus(self.name, self.epoch, self.version, self.step, self.checkpoint_step, self.label())
 
-    def lost_before(self, index: int) -> int:
-        return bisect_left(self.lost, index)
+    def place(self, index: int) -> int:
+        """How many groups the role trains on before the one with this index."""
+        return index - bisect_left(self.lost, index)
 
 
 class State:
