@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from mgrpo.errors import CorruptionError
+from mgrpo.cli.parts import RunFolder
+from mgrpo.config import dump_config, load_config
+from mgrpo.errors import CheckpointError, CorruptionError
 from mgrpo.model.policy import Policy
-from mgrpo.trainer.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from mgrpo.trainer import checkpoint
+from mgrpo.trainer.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    latest_checkpoint,
+    prepare_folder,
+    restore_checkpoint,
+    save_checkpoint,
+    snapshot,
+)
 from tests.models import tiny_policy
+from tests.runs import RELAY, command, leftovers, resume, started, steps_of, summary
 
 
 def trained(seed: int, steps: int) -> tuple[Policy, torch.optim.Optimizer]:
@@ -77,3 +95,111 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
         CorruptionError, match=name.replace(".", r"\.") if damage != "flip" else "step-00000001"
     ):
         latest_checkpoint(tmp_path)
+
+
+def test_steps_go_on_while_bytes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the bytes are on disk there is no checkpoint; then there is one, of the state as it was at its step."""
+    policy, optimizer = trained(0, 3)
+    expected = weights(policy)
+    go_on = threading.Event()
+    write = checkpoint._sync
+
+    def slow(path: Path) -> None:
+        assert go_on.wait(30)
+        write(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", slow)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    prepare_folder(tmp_path, 3)
+    writer.begin(3, snapshot(policy, optimizer))
+    try:
+        for step in (3, 4):
+            advance(policy, optimizer, step)
+        assert writer.settle(wait=False) is None and latest_checkpoint(tmp_path) is None
+    finally:
+        go_on.set()
+        saved = writer.settle(wait=True)
+    assert saved == latest_checkpoint(tmp_path) == Checkpoint(tmp_path / "step-00000003", 3)
+    assert writer.settle(wait=True) is None
+    other, other_optimizer = trained(1, 0)
+    restore_checkpoint(saved, other, other_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(expected, weights(other), strict=True))
+    for step in (3, 4):
+        advance(other, other_optimizer, step)
+    assert all(torch.equal(a, b) for a, b in zip(weights(policy), weights(other), strict=True))
+
+
+def test_another_policy_is_refused(tmp_path: Path) -> None:
+    """Weights of another model, or of another size: the error names the first tensor, and nothing is loaded."""
+    policy, optimizer = trained(0, 1)
+    saved = save_checkpoint(tmp_path, 1, policy, optimizer, keep=1)
+    other = tiny_policy("llama")
+    with pytest.raises(CorruptionError, match=r"lacks model\.lm_head\.weight"):
+        restore_checkpoint(saved, other, torch.optim.AdamW(other.parameters()))
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own at `folder`, of so many bytes; the test is skipped where none may be mounted."""
+    folder.mkdir(parents=True)
+    mount = shutil.which("mount")
+    made = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if not made or made.returncode:
+        pytest.skip("no small file system: mounting one takes root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def more_room(folder: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path: Path) -> None:
+    """The error names the checkpoint and the reason; the one before is whole, nothing partial stays, and with room
+    again the same step is saved."""
+    policy, optimizer = trained(0, 2)
+    with small_disk(tmp_path / "disk", "640k") as root:
+        first = save_checkpoint(root, 1, policy, optimizer, keep=5)
+        with pytest.raises(CheckpointError, match=r"step-00000002: .*No space left on device"):
+            save_checkpoint(root, 2, policy, optimizer, keep=5)
+        assert latest_checkpoint(root) == first
+        assert [p.name for p in root.iterdir()] == ["step-00000001"]
+        restore_checkpoint(first, *trained(1, 0))
+        more_room(root, "2m")
+        assert save_checkpoint(root, 2, policy, optimizer, keep=5) == latest_checkpoint(root)
+
+
+def test_a_run_on_a_full_disk_says_so_and_can_be_resumed(tmp_path: Path) -> None:
+    """No room for the second checkpoint: the run ends with a reason that names it, what the store was told is durable
+    is, and with room again the run goes on from the first to its end."""
+    out = tmp_path / "run"
+    sets = [
+        "agents.left.shares=main", "agents.right.shares=main", "agents.right.loss.loss_type=grpo",
+        "trainer.steps=4", "trainer.checkpoint_every=1", "record.enabled=false",
+    ]  # fmt: skip
+    out.mkdir()
+    dump_config(load_config(RELAY, sets), RunFolder(out).config)
+    with small_disk(out / "agents" / "main" / "checkpoints", "640k") as root:
+        with started(command("train", "--resume", str(out))) as process:
+            output, _ = process.communicate(timeout=200)
+        assert process.returncode == 2, output
+        said = output.splitlines()[-1]
+        assert "step-00000002" in said and "No space left on device" in said, output
+        assert not summary(out)["finished"] and leftovers(out) == []
+        found = latest_checkpoint(root)
+        assert found is not None and found.step == 1
+        with sqlite3.connect(RunFolder(out).database) as store:
+            (committed,) = store.execute(
+                "SELECT count(*) FROM deliveries WHERE role = 'main' AND state = 'committed'"
+            ).fetchone()
+        store.close()
+        assert committed == 4  # the groups of one step
+        more_room(root, "4m")
+        output = resume(out)
+        assert "main: resumed at step 1" in output
+    assert summary(out)["finished"] and steps_of(out) == 4
+    assert leftovers(out) == []
