@@ -56,9 +56,10 @@ class GroupModel:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Set `make_ledger` in a subclass to run a mutant."""
+    """Set `make_ledger` in a subclass to run a mutant, `in_order` for a run that trains its groups in order."""
 
     make_ledger: Any = Ledger
+    in_order = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +67,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.engine = Engine(self.folder / "s.db", synchronous="OFF")
         self.core = Core(self.engine, self.now, type(self).make_ledger)
-        self.core.create(run_params(max_lag=1000, lease_s=60.0, group_timeout_s=1e6), self.now)
+        params = run_params(max_lag=1000, lease_s=60.0, group_timeout_s=1e6, in_order=type(self).in_order)
+        self.core.create(params, self.now)
         self.groups: dict[str, GroupModel] = {}
         self.roles: dict[str, RoleModel] = {}
         self.applies: list[tuple[str, rec.Groups]] = []  # acknowledged, by epoch still current
@@ -214,6 +216,10 @@ class LedgerMachine(RuleBasedStateMachine):
             trainer.seq -= 1
             return False
         assert [g.index for g in groups] == sorted(g.index for g in groups)
+        if self.in_order:
+            taken = {query for _, query in trainer.history} | set(trainer.held) | {g.query for g in groups}
+            older = {f"q{i}" for i in range(groups[-1].index)}
+            assert older <= taken, f"q{groups[-1].index} was claimed before {sorted(older - taken)}"
         for group in groups:
             assert group.query in self.sealed(), "a group that is not complete was claimed"
             seen = {query for _, query in trainer.history}
@@ -338,6 +344,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def drain(self) -> None:
         """In the end every group is completed and trained, exactly once a role."""
         self.store_crashes()
+        if self.in_order:  # without gaps
+            last = max((int(query[1:]) for query in self.groups), default=-1)
+            for number in range(last):
+                if f"q{number}" not in self.groups:
+                    self.open_group(number, 0)
         for query, group in self.groups.items():
             for rollout in range(K):
                 if rollout not in group.final:

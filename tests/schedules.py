@@ -52,7 +52,9 @@ class World:
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         self.engine = Engine(self.folder / "s.db", synchronous="OFF")
         self.core = Core(self.engine, 0.0, make_ledger)
-        self.core.create(run_params(max_lag=1000, lease_s=30.0, group_timeout_s=1e6), 0.0)
+        self.in_order = seed % 2 == 1
+        params = run_params(max_lag=1000, lease_s=30.0, group_timeout_s=1e6, in_order=self.in_order)
+        self.core.create(params, 0.0)
         self.lives: dict[str, Life] = {}
         self.lost = self.random.choice([0.0, 0.1, 0.3])
         self.doubled = self.random.choice([0.0, 0.2])
@@ -90,6 +92,8 @@ class World:
             told = [(line.step, line.query) for line in self.core.trained(role)]
             assert told == self.weights[role], f"{role}: ledger {told}, weights {self.weights[role]}"
             assert sorted(query for _, query in told) == everything, f"{role}: {told}"
+            if self.in_order:
+                assert [query for _, query in told] == everything, f"{role}: not in order: {told}"
 
     def crash_someone(self) -> None:
         name = self.random.choice(["store", "w0", "w1", *ROLES])
