@@ -275,7 +275,7 @@ def test_a_dropped_group_moves_those_behind_it_one_place_up(tmp_path: Path) -> N
     for index in (0, 1):
         opened[index] = driver.call("open_group", rec.OpenGroup(f"q{index}", 2, {}, index))
     play(driver, 0, 0)
-    with pytest.raises(Refusal, match="1 groups are ahead"):
+    with pytest.raises(Refusal, match="2 groups are ahead"):
         driver.open("q2", 2)
     for rollout in range(2):
         driver.call("rollout_fail", rec.RolloutFail("q1", rollout, 0, "engine down"))
