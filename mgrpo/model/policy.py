@@ -57,7 +57,6 @@ class Policy:
             )
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.vocab_size: int = head.weight.shape[0]  # may exceed the tokenizer's tokens
-        self._head_dtype: torch.dtype = head.weight.dtype
         self.config = config or PolicyConfig()
         self._trunk = model.base_model
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
