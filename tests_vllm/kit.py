@@ -21,6 +21,7 @@ from mgrpo.rollout.hf import HfEngine
 from mgrpo.rollout.replicas import Replicas
 from mgrpo.rollout.server import VllmServer
 from mgrpo.rollout.vllm import VllmEngine
+from mgrpo.weights import Weights
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "smollm2"
@@ -47,7 +48,7 @@ reward = {{ correct = 1.0 }}
 [agents.main.engine]
 kind = "vllm"
 sync = "{sync}"
-dtype = "bfloat16"
+dtype = "{dtype}"
 timeout = {timeout}
 python = "{python}"
 
@@ -60,11 +61,12 @@ reward = {{ outcome = 1.0 }}
 class Served:
     """A server and an engine over it, with an event loop of their own."""
 
-    def __init__(self, folder: Path, sync: str, main: str) -> None:
+    def __init__(self, folder: Path, sync: str, dtype: str, main: str) -> None:
         text = CONFIG.format(
             model=MODEL,
             length=LENGTH,
             sync=sync,
+            dtype=dtype,
             main=main,
             timeout=START_SECONDS,
             python=ROOT / ".venv-vllm/bin/python",
@@ -73,6 +75,7 @@ class Served:
         path.write_text(text)
         self.config, self.run = load_config(path), RunFolder(folder / "run")
         self.said: list[str] = []
+        self.version = -1
         self.children = Supervisor(self.run.logs)
         self.url = self.run.addresses(self.config).engines["main"][0]
         self.loop = asyncio.new_event_loop()
@@ -101,8 +104,14 @@ class Served:
 
         return self.loop.run_until_complete(asyncio.wait_for(watched(), START_SECONDS))
 
-    def log(self) -> str:
-        return (self.run.logs / "engine-main-0.log").read_text(errors="replace")
+    def load(self, data: bytes) -> int:
+        """Bring the next version; its number."""
+        self.do(self.bring(data))
+        return self.version
+
+    async def bring(self, data: bytes) -> None:
+        self.version += 1
+        await self.engine.load(Weights(f"e1.v{self.version}", self.version, data), self.version)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         return self.do(generate(self.engine, prompts, params))
@@ -115,9 +124,9 @@ async def generate(
 
 
 @contextlib.contextmanager
-def served(folder: Path, sync: str = "fs", main: str = "") -> Iterator[Served]:
+def served(folder: Path, sync: str, dtype: str, main: str = "") -> Iterator[Served]:
     """Started; its processes are gone when the block ends."""
-    made = Served(folder, sync, main)
+    made = Served(folder, sync, dtype, main)
     try:
         with made.children, made.run.sockets():
             yield made
@@ -126,7 +135,7 @@ def served(folder: Path, sync: str = "fs", main: str = "") -> Iterator[Served]:
         made.loop.close()
 
 
-def reference(dtype: torch.dtype = torch.bfloat16) -> Policy:
+def reference(dtype: torch.dtype = torch.float32) -> Policy:
     """The same model in this process."""
     policy = load_policy(MODEL)
     return Policy(policy.model.to(dtype), policy.tokenizer, policy.name)

@@ -9,7 +9,6 @@ import safetensors.torch
 import torch
 
 from mgrpo.rollout.engine import SamplingParams
-from mgrpo.weights import Weights
 from tests_vllm.kit import logprobs, prompts, reference, served
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
@@ -33,11 +32,10 @@ def test_adapters_are_served_by_version(tmp_path: Path) -> None:
     policy = reference()
     asked = prompts(policy)[:4]
     lora = f'policy = {{ lora = {{ rank = {RANK}, alpha = {ALPHA}, targets = ["q_proj"] }} }}'
-    with served(tmp_path, "lora", lora) as live:
+    with served(tmp_path, "lora", "bfloat16", lora) as live:
         outs = []
         for version, scale in enumerate((0.0, 0.15, 0.0)):
-            data = safetensors.torch.save(adapter(version, scale))
-            live.do(live.engine.load(Weights(f"e1.v{version}", version, data), version))
+            assert live.load(safetensors.torch.save(adapter(version, scale))) == version
             outs.append(live.generate(asked, GREEDY))
             assert {int(v) for o in outs[-1] for v in o.versions} == {version}
     first, changed, again = outs
@@ -50,15 +48,15 @@ def test_adapters_are_served_by_version(tmp_path: Path) -> None:
         for layer, block in enumerate(merged.model.model.layers):
             name = f"model.layers.{layer}.self_attn.q_proj"
             a, b = tensors[f"{name}.lora_A.default.weight"], tensors[f"{name}.lora_B.default.weight"]
-            block.self_attn.q_proj.weight.add_((ALPHA / RANK * (b @ a)).to(torch.bfloat16))
-    gaps = [
+            block.self_attn.q_proj.weight.add_(ALPHA / RANK * (b @ a))
+    to_merged, to_base = (
         torch.cat(
             [
-                (torch.from_numpy(o.logprobs) - logprobs(m, p, o, 1.0)[0]).abs()
+                (torch.from_numpy(o.logprobs) - logprobs(model, p, o, 1.0)[0]).abs()
                 for p, o in zip(asked, changed, strict=True)
             ]
         ).mean()
-        for m in (merged, policy)
-    ]
-    print(f"|difference| to the merged model {gaps[0]:.4f}, to the base model {gaps[1]:.4f}")
-    assert gaps[0] < 4e-2 < gaps[1]  # the merged weight is rounded to bfloat16 once more
+        for model in (merged, policy)
+    )
+    print(f"|difference| in bfloat16 to the merged model {to_merged:.4f}, to the base model {to_base:.4f}")
+    assert to_merged < 0.1 and to_base > 3 * to_merged  # bfloat16 alone moves log-probs by 0.04 on average
