@@ -21,7 +21,7 @@ from types import FrameType
 from mgrpo.cli.processes import die_with_parent
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.config.addresses import Addresses
-from mgrpo.errors import ConfigError
+from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.rollout.serve import check_startable, keep, server_command, starts_servers
 from mgrpo.rollout.task import Task
 from mgrpo.store.records import RunParams
@@ -234,6 +234,8 @@ def run_engine_process(
     folder.socket_folder.mkdir(mode=0o700, exist_ok=True)
     socket = folder.engine_socket(role, replica)
     code = keep(server_command(config, role, ("--uds", str(socket))), socket)
+    if code == 0:  # its engine has died, for instance; nobody told it to end
+        raise MgrpoError(f"the vLLM server of {role!r} ended by itself; its last words are above")
     if code < 0:  # end as it ended, so that who watches us sees a signal and no error
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
