@@ -219,7 +219,7 @@ def test_a_run_with_ranks_survives_the_loss_of_one(recorded: Path, tmp_path: Pat
     as_recorded = ("trainer.steps=12", "trainer.minibatches=2", "task.options.fail_every=4")
     sets = [f"--set={s}" for s in (*as_recorded, "trainer.checkpoint_every=2", "agents.main.policy.ranks=2")]
     with started(command("train", str(RELAY), "--out", str(two), *sets)) as process:
-        wait_for(lambda: steps_of(two) >= 3 or process.poll() is not None, "step 3")
+        wait_for(lambda: steps_of(two) >= 3 or process.poll() is not None, "step 3", 150)
         os.kill(ranks_of(two)[1], signal.SIGKILL)
         output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
