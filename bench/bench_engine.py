@@ -1,10 +1,12 @@
 """The in-process engine and the training step on the token-shift decoder of the embedded demonstration.
 
     python -m bench.bench_engine [--quick] [--json out.json]
+    python -m bench.bench_engine --model models/smollm2      # a real language model instead (make smollm2-model)
 
 One thread, CPU time of it. Rival of the engine: transformers' generate on the same model and prompts, which
 also samples from the full distribution but returns no log-probs. Rival of the training step: one padded
-forward.
+forward. With --model: 50 chat prompts, greedy against generate token for token, sampled log-probs against the
+trainer's, and the speed of 32 prompts at once over one by one.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from bench.common import Report, interleave, parser, ratio
-from mgrpo.model.policy import Policy, load_state_bytes, state_bytes
+from mgrpo.model.chat import ChatFormat
+from mgrpo.model.policy import Policy, load_policy, load_state_bytes, state_bytes
 from mgrpo.model.shift_decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
-from mgrpo.rollout.engine import SamplingParams
+from mgrpo.rollout.engine import Generation, SamplingParams
 from mgrpo.rollout.hf import HfEngine
+from mgrpo.trainer.step import MicroBatch, logprobs_of
 
 PROMPT, NEW = 20, 40
 ROWS = 96
@@ -147,10 +151,103 @@ def sync(report: Report, rounds: int) -> None:
     report.figure("weights from bytes", times["in"].median, "ms")
 
 
+TOPICS = "tea rain ships copper bread music frogs glass trains maps".split()
+ASKS = [
+    "What is {}?",
+    "Write one sentence about {}.",
+    "Name three facts about {}.",
+    "Who invented {}?",
+    "Count {} to five please, and explain why you count that way.",
+]
+CHAT_NEW = 20  # tokens a reply
+
+
+def language_model(report: Report, rounds: int, path: str) -> None:
+    """A model with a chat template: is the engine right, and does a batch pay?"""
+    ours = load_policy(path)
+    chat = ChatFormat(ours.tokenizer)
+    prompts = [
+        chat.begin([{"role": "user", "content": ask.format(topic)}]) for ask in ASKS for topic in TOPICS
+    ]
+    loop = asyncio.new_event_loop()
+    engine = HfEngine(ours, slots=64, max_length=512)
+
+    def replies(which: list[list[int]], params: SamplingParams) -> list[Generation]:
+        jobs = [engine.generate(p, params, seed=i) for i, p in enumerate(which)]
+        return loop.run_until_complete(_gathered(jobs))
+
+    greedy = replies(prompts, SamplingParams(CHAT_NEW, 0.0))
+    differing = sum(
+        out.token_ids.tolist() != _generated(ours, prompt)
+        for prompt, out in zip(prompts, greedy, strict=True)
+    )
+    report.figure("greedy replies that differ from generate's", differing, "of 50", at_most=0)
+    sampled = replies(prompts, SamplingParams(CHAT_NEW, 1.0))
+    batch = _batch(prompts, sampled)
+    difference = (logprobs_of(ours, batch, 1.0) - batch.live().rollout_logprobs).abs().max()
+    report.figure("log-probs, engine against trainer", float(difference), "nats", at_most=1e-4)
+
+    params = SamplingParams(CHAT_NEW, 1.0)
+    few = prompts[:4]  # one by one takes long, and each as long as the next
+    times = interleave(
+        {
+            "at once": lambda: replies(prompts[:32], params),
+            "one by one": lambda: [replies([p], params) for p in few],
+        },
+        rounds,
+    )
+    at_once = 32 * CHAT_NEW / times["at once"].median * 1e3
+    alone = len(few) * CHAT_NEW / times["one by one"].median * 1e3
+    report.figure("engine, 32 at once", at_once, "tokens/s")
+    report.figure("engine, one by one", alone, "tokens/s")
+    report.figure("32 at once over one by one", at_once / alone, "x", at_least=3)
+    loop.run_until_complete(engine.close())
+    loop.close()
+
+
+async def _gathered(jobs: list[Coroutine[Any, Any, Generation]]) -> list[Generation]:
+    return list(await asyncio.gather(*jobs))
+
+
+def _generated(policy: Policy, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = policy.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=CHAT_NEW,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+def _batch(prompts: list[list[int]], replies: list[Generation]) -> MicroBatch:
+    """Prompts with their replies as a trainer gets them."""
+    lengths = [len(p) + len(r.token_ids) for p, r in zip(prompts, replies, strict=True)]
+    shape = len(prompts), max(lengths)
+    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    logprobs = torch.zeros(shape)
+    for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        said = slice(len(prompt), lengths[row])
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        ids[row, said] = torch.from_numpy(reply.token_ids.astype(np.int64))
+        logprobs[row, said] = torch.from_numpy(reply.logprobs)
+        mask[row, said] = True
+    ones = torch.ones(len(prompts))
+    return MicroBatch(ids, mask, logprobs, torch.tensor(lengths), ones, ones)
+
+
 def main() -> int:
-    args = parser(__doc__ or "").parse_args()
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--model", metavar="PATH", help="folder of a language model with a chat template")
+    args = arguments.parse_args()
     torch.set_num_threads(1)
     rounds = 5 if args.quick else 15
+    if args.model:
+        report = Report("bench_engine_language_model")
+        language_model(report, 1 if args.quick else 5, args.model)
+        return report.finish(args)
     report = Report("bench_engine")
     for part in (decode, turns, train, sync):
         part(report, rounds)
