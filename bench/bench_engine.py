@@ -151,7 +151,7 @@ def sync(report: Report, rounds: int) -> None:
     report.figure("weights from bytes", times["in"].median, "ms")
 
 
-TOPICS = "tea rain ships copper bread music frogs glass trains maps".split()
+TOPICS = ["tea", "rain", "ships", "copper", "bread", "music", "frogs", "glass", "trains", "maps"]
 ASKS = [
     "What is {}?",
     "Write one sentence about {}.",
