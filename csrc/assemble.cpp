@@ -25,15 +25,28 @@ void check_alive(const Batcher& batcher, const Plan& plan, const PlanRow& row) {
                        "the query was dropped after it was planned");
 }
 
-// Sequences lie anywhere in the arena: while one is copied, the first lines of the next are on their way.
-void fetch_ahead(const Arena& arena, const PlanRow& row) {
-  constexpr int64_t kAhead = 1024;  // bytes
-  for (int64_t byte = 0; byte < std::min<int64_t>(kAhead, row.length * 4); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(arena.ids(row.handle)) + byte);
-    __builtin_prefetch(reinterpret_cast<const char*>(arena.logprobs(row.handle)) + byte);
+// What one sequence of a micro-batch is made of.
+struct Source {
+  const int32_t* ids;
+  const float* logprobs;
+  const uint8_t* masks;
+  int64_t id;
+  int32_t length, row;
+  float advantage, weight;
+};
+
+// Rows and blocks lie anywhere in memory, and what was copied since the last micro-batch has pushed them out of the
+// cache. Looking all of a micro-batch up at once lets those misses overlap; between two copies each would be waited for.
+std::vector<Source> sources_of(const Arena& arena, const Plan& plan, int32_t begin, int32_t end) {
+  std::vector<Source> sources(size_t(end - begin));
+  for (int32_t i = begin; i < end; ++i) {
+    const int32_t item = plan.packing.items[i];
+    const PlanRow& row = plan.rows[plan.item_row[item]];
+    sources[size_t(i - begin)] = {arena.ids(row.handle), arena.logprobs(row.handle), arena.masks(row.handle), row.id,
+                                  row.length,            plan.item_row[item],        row.advantage,
+                                  plan.item_weight[item]};
   }
-  for (int64_t byte = 0; byte < std::min<int64_t>(kAhead, row.length); byte += 64)
-    __builtin_prefetch(arena.masks(row.handle) + byte);
+  return sources;
 }
 
 template <typename T>
@@ -65,22 +78,21 @@ void write_micro_batch(const Batcher& batcher, const Plan& plan, int64_t bin, in
   const int32_t begin = bin < 0 ? 0 : plan.packing.offsets[bin], end = bin < 0 ? 0 : plan.packing.offsets[bin + 1];
   int64_t used = 0, longest = 0;
   if (cu) cu[0] = 0;
-  for (int32_t i = begin; i < end; ++i) {
-    const int32_t item = plan.packing.items[i];
-    const PlanRow& row = plan.rows[plan.item_row[item]];
-    const int64_t segment = i - begin, place = row0 + used;
-    if (i + 1 < end) fetch_ahead(batcher.arena(), plan.rows[plan.item_row[plan.packing.items[i + 1]]]);
-    copy(at(out.ids, place), batcher.arena().ids(row.handle), row.length);
-    copy(at(out.loss_mask, place), batcher.arena().masks(row.handle), row.length);
-    copy(at(out.logprobs, place), batcher.arena().logprobs(row.handle), row.length);
-    fill_tokens(at(out.advantages, place), row.length, row.advantage);
-    count_up(at(out.position_ids, place), row.length);
-    if (out.seg_advantage) out.seg_advantage[seg0 + segment] = row.advantage;
-    if (out.seg_weight) out.seg_weight[seg0 + segment] = plan.item_weight[item];
-    if (out.seg_traj) out.seg_traj[seg0 + segment] = row.id;
-    if (out.seg_row) out.seg_row[seg0 + segment] = plan.item_row[item];
-    used += row.length;
-    longest = std::max<int64_t>(longest, row.length);
+  const std::vector<Source> sources = sources_of(batcher.arena(), plan, begin, end);
+  for (size_t segment = 0; segment < sources.size(); ++segment) {
+    const Source& from = sources[segment];
+    const int64_t place = row0 + used, index = seg0 + int64_t(segment);
+    copy(at(out.ids, place), from.ids, from.length);
+    copy(at(out.loss_mask, place), from.masks, from.length);
+    copy(at(out.logprobs, place), from.logprobs, from.length);
+    fill_tokens(at(out.advantages, place), from.length, from.advantage);
+    count_up(at(out.position_ids, place), from.length);
+    if (out.seg_advantage) out.seg_advantage[index] = from.advantage;
+    if (out.seg_weight) out.seg_weight[index] = from.weight;
+    if (out.seg_traj) out.seg_traj[index] = from.id;
+    if (out.seg_row) out.seg_row[index] = from.row;
+    used += from.length;
+    longest = std::max<int64_t>(longest, from.length);
     if (cu) cu[segment + 1] = int32_t(used);
   }
   const int64_t n_seg = end - begin, rest = out.capacity - used, blank = out.segments - n_seg;
