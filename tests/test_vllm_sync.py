@@ -117,7 +117,7 @@ def test_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
 
     async def test(bench: Bench) -> None:
         (server,) = bench.servers
-        sync = LoraSync(tmp_path / "weights", 5.0, LoraConfig(rank=2, alpha=4, targets=("q_proj",)))
+        sync = LoraSync(tmp_path / "weights", 30.0, LoraConfig(rank=2, alpha=4, targets=("q_proj",)))
         engine = bench.engine(sync)
         await engine.load(adapter(0), 0)
         server.hold.clear()
@@ -168,7 +168,7 @@ def test_nccl_in_the_order_of_vllms_weight_transfer(tmp_path: Path) -> None:
 
     async def test(bench: Bench) -> None:
         (server,) = bench.servers
-        engine = bench.engine(NcclSync(tmp_path / "weights", 5.0, Told))
+        engine = bench.engine(NcclSync(tmp_path / "weights", 30.0, Told))
         await engine.load(state(1), 1)
         begin, update = ["/pause"], ["/start_weight_update", "/update_weights", "/finish_weight_update"]
         meet, end = ["/get_world_size", "/init_weight_transfer_engine"], ["/reset_prefix_cache", "/resume"]

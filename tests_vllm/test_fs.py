@@ -22,6 +22,7 @@ from mgrpo.rollout.engine import Generation, SamplingParams
 from mgrpo.rollout.sync import held_label
 from tests_vllm.kit import Served, below, logprobs, ours, prompts, reference, served, wait_gone
 
+pytestmark = pytest.mark.timeout(900)  # a server may take its time to start on a busy machine
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
 CLOSE = 1e-3  # nats, mean over tokens: float32 in two orders of summation
 TIE = 1e-2  # nats: what that may turn round

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
 
 from mgrpo.rollout.engine import SamplingParams
 from tests_vllm.kit import logprobs, prompts, reference, served
 
+pytestmark = pytest.mark.timeout(900)
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 RANK, ALPHA = 4, 8.0
 

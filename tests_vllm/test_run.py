@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.runs import leftovers, records, summary, train
 from tests_vllm.kit import MODEL, ROOT
 
+pytestmark = pytest.mark.timeout(900)
 CONFIG = f"""
 seed = 1
 
