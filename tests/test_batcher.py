@@ -100,6 +100,47 @@ def test_a_bad_trajectory_is_named_and_changes_nothing(
     b.add(**GOOD)
 
 
+def test_add_many_names_the_bad_one_and_keeps_those_before_it() -> None:
+    """Of three trajectories in columns the second is refused: the error names it, the first stays, the third is not
+    taken; columns that do not fit each other are refused as a whole."""
+    data = [tokens_of(5, i) for i in range(3)]
+    columns: dict[str, Any] = {
+        "rollouts": np.array([0, 1, 2], np.int32),
+        "invocations": np.zeros(3, np.int32),
+        "traj_ids": np.array([7, 8, 9]),
+        "offsets": np.array([0, 5, 10, 15]),
+        "tokens": np.concatenate([d[0] for d in data]),
+        "loss_mask": np.concatenate([d[1] for d in data]),
+        "logprobs": np.concatenate([d[2] for d in data]),
+        "rewards": np.array([0.0, np.nan, 1.0]),
+        "policy_versions": np.zeros(3, np.int32),
+    }
+    b = make()
+    with pytest.raises(TrajectoryError) as caught:
+        b.add_many(["q", "q", "q"], **columns)
+    assert (caught.value.kind, caught.value.query, caught.value.rollout, caught.value.trajectory) == (
+        "reward",
+        "q",
+        1,
+        8,
+    )
+    assert b.counters["accepted"] == 1 and snapshot(b)["traj_ids"].tolist() == [7]
+    before = snapshot(b)
+    good = {**columns, "rewards": np.zeros(3)}
+    for change in (
+        {"offsets": np.array([0, 5, 10])},
+        {"offsets": np.array([0, 5, 10, 16])},
+        {"offsets": np.array([0, 10, 5, 15])},
+        {"traj_ids": np.array([8, 9])},
+        {"tokens": columns["tokens"][:-1]},
+        {"rewards": np.zeros(3, np.float32)},
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            b.add_many(["q", "q", "q"], **{**good, **change})
+        assert_unchanged(b, before)
+    assert b.add_many(["q", "q", "q"], **good) == 2
+
+
 def test_seal_and_fail_refuse_contradictions() -> None:
     """Sealed twice with another d, below what is here, out of range; a failure of what arrived."""
     b = make()

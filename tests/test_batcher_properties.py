@@ -110,6 +110,7 @@ def test_splits_of_add_many_do_not_matter(mode: Any, seed: int, cuts: list[int])
 def contents(batcher: Batcher, padded: bool) -> list[tuple[int, bytes, bytes, bytes]]:
     """(trajectory, tokens, masks, log-probs) of every segment in the buffers of all ranks."""
     plan = batcher.plan(5)
+    assert plan.capacity == batcher.options["capacity"]  # the cap below is the one that was asked for
     found = []
     for rank in range(batcher.options["dp"]):
         if padded:
