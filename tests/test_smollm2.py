@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mgrpo.config import load_config
 from mgrpo.model.policy import load_policy
 from mgrpo.tasks import load_task
+from tests.runs import train
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2"
 MODEL = EXAMPLE.parent.parent / "models" / "smollm2"
@@ -35,6 +37,7 @@ def module(name: str) -> ModuleType:
 
 reader: Any = module("gguf_reader")
 convert: Any = module("convert")
+result: Any = module("result")
 
 
 # -- writing GGUF, value by value --
@@ -161,19 +164,22 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 # -- a whole model --
 
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 HIDDEN, INNER, HEADS, KV = 64, 96, 4, 2
 
 
-def tiny_gguf(path: Path) -> dict[str, np.ndarray]:
-    """A Llama of one layer in Q8_0; the float values that were written, by GGUF name."""
+def tiny_gguf(path: Path, layers: int = 1) -> dict[str, np.ndarray]:
+    """A Llama in Q8_0; the float values that were written, by GGUF name."""
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*WORDS, *alphabet, "th", "Ġth"]
     metadata = {
         "general.architecture": "llama",
-        "llama.block_count": 1,
+        "llama.block_count": layers,
         "llama.context_length": 128,
         "llama.embedding_length": HIDDEN,
         "llama.feed_forward_length": INNER,
@@ -192,23 +198,22 @@ def tiny_gguf(path: Path) -> dict[str, np.ndarray]:
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.chat_template": TEMPLATE,
     }
-    shapes = {
-        "token_embd": (len(tokens), HIDDEN),
-        "blk.0.attn_q": (HIDDEN, HIDDEN),
-        "blk.0.attn_output": (HIDDEN,) * 2,
-    }
-    shapes |= {f"blk.0.attn_{p}": (HIDDEN // HEADS * KV, HIDDEN) for p in "kv"}
-    shapes |= {f"blk.0.ffn_{p}": (INNER, HIDDEN) for p in ("gate", "up")} | {
-        "blk.0.ffn_down": (HIDDEN, INNER)
-    }
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    for layer in range(layers):
+        shapes |= {f"blk.{layer}.{part}": (HIDDEN, HIDDEN) for part in ("attn_q", "attn_output")}
+        shapes |= {f"blk.{layer}.attn_{part}": (HIDDEN // HEADS * KV, HIDDEN) for part in "kv"}
+        shapes |= {f"blk.{layer}.ffn_{part}": (INNER, HIDDEN) for part in ("gate", "up")}
+        shapes |= {f"blk.{layer}.ffn_down": (HIDDEN, INNER)}
+        shapes |= {f"blk.{layer}.{part}_norm": (HIDDEN,) for part in ("attn", "ffn")}
     tensors, values = {}, {}
     for name, shape in shapes.items():
-        q = RNG.integers(-4, 5, shape)
-        values[name] = q * 0.0625
-        tensors[f"{name}.weight"] = (8, shape, q8_0(q))
-    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        values[name] = RNG.uniform(0.5, 1.5, HIDDEN).astype(np.float32)
-        tensors[f"{name}.weight"] = (0, (HIDDEN,), values[name].astype("<f4").tobytes())
+        if len(shape) == 1:
+            values[name] = RNG.uniform(0.5, 1.5, shape).astype(np.float32)
+            tensors[f"{name}.weight"] = (0, shape, values[name].astype("<f4").tobytes())
+        else:
+            q = RNG.integers(-4, 5, shape)
+            values[name] = q * 0.0625
+            tensors[f"{name}.weight"] = (8, shape, q8_0(q))
     write_gguf(path, metadata, tensors)
     return values
 
@@ -321,6 +326,66 @@ def test_the_config_without_vllm_is_valid() -> None:
     sets = [f"agents.{role}.engine.{key}" for role in ("main", "sub") for key in ("kind=hf", "sync=copy")]
     config = load_config(EXAMPLE / "smollm2.toml", sets)
     assert {config.agents[role].engine.kind for role in config.roles} == {"hf"}
+
+
+RUN = """
+seed = 1
+[task]
+name = "tests.murmur:MurmurTask"
+[agents.main]
+model = "{model}"
+max_length = 64
+reward = {{ format = 0.2, correct = 0.8 }}
+optimizer = {{ lr = 1e-3 }}
+policy = {{ dtype = "bfloat16", last_layers = 1 }}
+engine = {{ dtype = "bfloat16" }}
+[agents.sub]
+model = "{model}"
+max_length = 64
+reward = {{ outcome = 0.5, expert = 0.5 }}
+optimizer = {{ lr = 1e-3 }}
+policy = {{ dtype = "bfloat16", last_layers = 1 }}
+engine = {{ dtype = "bfloat16" }}
+[trainer]
+steps = 3
+questions = 2
+group_size = 4
+minibatches = 1
+[eval]
+every = 10
+validation = 1
+heldout = 1
+gate = 1
+[record]
+checkpoints_mb = 0
+"""
+
+
+def test_two_copies_of_one_folder_become_two_policies(tmp_path: Path) -> None:
+    """Trained as the example trains, from one folder: both move away from it and from each other, only in the last
+    layer and the final norm, and result.py says so."""
+    tiny_gguf(tmp_path / "m.gguf", layers=2)
+    convert.convert(tmp_path / "m.gguf", tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "run.toml").write_text(RUN.format(model=tmp_path / "model"))
+    train(tmp_path / "run.toml", tmp_path / "out")
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    main, sub = (load_file(tmp_path / "out/agents" / r / "final/model.safetensors") for r in ("main", "sub"))
+    for name, value in start.items():
+        trained = name.startswith(("model.layers.1.", "model.norm."))
+        assert torch.equal(main[name], value) != trained, name
+        assert torch.equal(sub[name], value) != trained, name
+        assert torch.equal(main[name], sub[name]) != trained, name
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    lines = result.report(tmp_path / "out")
+    assert [line.split(":")[0] for line in lines[-3:]] == [
+        "main, start to end",
+        "sub, start to end",
+        "main to sub, at the end",
+    ]
+    assert all(": 10 of 20 tensors differ" in line for line in lines[-3:])
+    assert sum(line[:4].strip().isdigit() for line in lines) == 3  # one line a step
+    assert any(line.startswith("heldout at step 3: sampled ") for line in lines)
 
 
 @pytest.mark.slow
