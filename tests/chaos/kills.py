@@ -70,7 +70,7 @@ class _Load:
     def __init__(self, url: str, number: int) -> None:
         self.number = number
         self.client: WorkerClient = mgrpo.connect(
-            url, role="worker", run=DIGEST, name=f"load{number}", timeout=120
+            url, role="worker", run=DIGEST, name=f"load{number}", timeout=900
         )
         self.group = self.client.open_group(query=f"load{number}", k=2, d_max={}, index=number, timeout=60)
         self.acked: list[tuple[int, int]] = []
@@ -120,7 +120,7 @@ def kill_store(folder: Path, kills: int, seed: int, clients: int = 4) -> dict[st
         for load in loads:
             load.stop.set()
             load.thread.join(60)
-            load.client.flush(60)
+            load.client.flush(300)
             load.client.close()
         store.kill()
     engine = Engine(folder / "s.db")
