@@ -188,7 +188,7 @@ def kill_trainer(folder: Path, deaths: Sequence[tuple[str, int]], steps: int) ->
         left = [f"{station}:{step}" for station, step in deaths] + [""]
         process = spawn(store.url, folder, steps, left.pop(0))
         index = restarts = 0
-        deadline = time.monotonic() + 60 + 20 * len(deaths)
+        deadline = time.monotonic() + 300 + 60 * len(deaths)
         while process.poll() is None or process.returncode != 0:
             assert time.monotonic() < deadline, f"stuck at group {index} after {restarts} restarts"
             if process.poll() is not None:

@@ -42,7 +42,7 @@ class Launched:
         if name == "launcher":
             self.process.kill()
             self.process.wait(10)
-            wait_for(lambda: not processes_of(self.out), "the end of the launcher's children", 30)
+            wait_for(lambda: not processes_of(self.out), "the end of the launcher's children", 120)
             begun = (self.out / "config.json").exists()
             self.process = self._start(command("train", "--resume", str(self.out)) if begun else self._first)
             return True
