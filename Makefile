@@ -82,7 +82,7 @@ soak: setup
 	@PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset asan && PATH=$(CURDIR)/$(BIN):$$PATH cmake --build --preset asan
 	@ASAN_OPTIONS=quarantine_size_mb=1 build/asan/tests/cpp/core_tests soak 10000000
 
-# The long forms of the store's tests: kills, power cuts, schedules, proxy faults (about ten minutes).
+# The long forms of the store's tests: kills, power cuts, schedules, proxy and network faults (about twenty minutes).
 chaos: setup
 	@$(BIN)/python -m tests.chaos
 
