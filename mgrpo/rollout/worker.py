@@ -209,7 +209,7 @@ class RolloutWorker:
         planned = self._config.trainer.steps * self._config.trainer.questions
         if index < planned:
             return False
-        return index >= planned + max(role["lost"] for role in self._store.stats()["roles"].values())
+        return index >= planned + max(int(role["lost"]) for role in self._store.stats()["roles"].values())
 
     def _play(self, wave: list[tuple[WorkerGroup, Question]]) -> None:
         oldest = {
