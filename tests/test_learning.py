@@ -11,9 +11,9 @@ from tests.runs import ROOT, leftovers, records, summary, train
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
 SHORT = (
     "seed=1",
-    "trainer.steps=60",
-    "agents.main.warm_start.steps=600",
-    "agents.sub.warm_start.steps=1000",
+    "trainer.steps=80",
+    "agents.main.warm_start.steps=500",
+    "agents.sub.warm_start.steps=700",
     "eval.every=20",
     "eval.heldout=200",
     "eval.gate=100",
@@ -22,7 +22,7 @@ SHORT = (
 
 @pytest.mark.timeout(900)
 def test_two_agents_learn_together(tmp_path: Path) -> None:
-    """From a valid start, 60 steps lift held-out accuracy by far more than chance could, for both ways of decoding; the
+    """From a valid start, 80 steps lift held-out accuracy by far more than chance could, for both ways of decoding; the
     trainer's log-probs stay the sampler's, and no token is ever re-tokenised."""
     out = tmp_path / "run"
     train(ATLAS, out, *SHORT, timeout=880)

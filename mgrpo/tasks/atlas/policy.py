@@ -8,9 +8,7 @@ from mgrpo.tasks.atlas.facts import NONE
 from mgrpo.tasks.atlas.protocol import PAD, STOP, vocabulary
 
 MODEL = {
-    # A sub-agent that may open any of three results holds the three names in one vector. In 64 dimensions it lies
-    # nearest to some fourth name for one or two entities of a hundred, which then cannot be copied greedily.
-    "hidden_size": 96,
+    "hidden_size": 64,  # not 96: see the docstring of this package
     "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,  # with 4, a choice among the three results blurs: one head has to see them all
