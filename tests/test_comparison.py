@@ -241,7 +241,9 @@ def results_page() -> Any:
     return module
 
 
-@pytest.mark.parametrize(("rate", "words"), [(0.97, "does as well"), (0.6, "falls behind")])
+@pytest.mark.parametrize(
+    ("rate", "words"), [(1.0, "does better"), (0.97, "does as well"), (0.6, "falls behind")]
+)
 def test_the_results_page_says_what_the_numbers_say(rate: float, words: str) -> None:
     """Claims that do not hold are named with their bound, and the shared policy is judged by its interval."""
     page, rng = results_page(), np.random.default_rng(2)
