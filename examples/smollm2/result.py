@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 ROLES = ("main", "sub")
+SHORT = {"reward/mean": "reward", "reward/format": "format", "advantage/frac_zero": "zero-adv"}
 
 
 def steps(run: Path) -> dict[int, dict[str, float]]:
@@ -26,32 +28,49 @@ def steps(run: Path) -> dict[int, dict[str, float]]:
     return merged
 
 
-def distance(a: Path, b: Path) -> tuple[int, int, float]:
-    """(tensors that differ, all tensors, root mean square difference of those) of two model folders."""
-    changed, count, total, squares = 0, 0, 0, 0.0
-    with (
-        safe_open(a / "model.safetensors", "pt") as x,
-        safe_open(b / "model.safetensors", "pt") as y,
-    ):
-        names = sorted(set(x.keys()) & set(y.keys()))
-        for name in names:
-            gap = x.get_tensor(name).float() - y.get_tensor(name).float()
-            if bool(torch.any(gap != 0)):
-                changed += 1
-                count += gap.numel()
-                squares += float(gap.double().square().sum())
-        total = len(names)
-    return changed, total, (squares / count) ** 0.5 if count else 0.0
+@dataclass(slots=True)
+class Distance:
+    """Of two model folders. A tensor that is the other one in bfloat16 is counted apart: a policy that computes in
+    bfloat16 keeps its frozen matrices so, and no training moved them."""
+
+    tensors: int = 0
+    rounded: int = 0
+    moved: int = 0
+    squares: float = 0.0
+    values: int = 0
+
+    def __str__(self) -> str:
+        rms = (self.squares / self.values) ** 0.5 if self.values else 0.0
+        rounded = f"; {self.rounded} more are rounded to bfloat16" if self.rounded else ""
+        return f"{self.moved} of {self.tensors} tensors differ, by {rms:.2e} (root mean square){rounded}"
+
+
+def distance(a: Path, b: Path) -> Distance:
+    """How far the model in folder b is from the one in a. Raises OSError, ValueError where they are not comparable."""
+    found = Distance()
+    with safe_open(a / "model.safetensors", "pt") as x, safe_open(b / "model.safetensors", "pt") as y:
+        if set(x.keys()) != set(y.keys()):
+            raise ValueError(f"{a} and {b} have other tensors: {sorted(set(x.keys()) ^ set(y.keys()))[:3]}")
+        for name in x.keys():  # noqa: SIM118 - no mapping
+            one, other = x.get_tensor(name).float(), y.get_tensor(name).float()
+            found.tensors += 1
+            if torch.equal(one, other):
+                continue
+            if torch.equal(one.bfloat16().float(), other):
+                found.rounded += 1
+                continue
+            found.moved += 1
+            found.values += one.numel()
+            found.squares += float((one - other).double().square().sum())
+    return found
 
 
 def report(run: Path) -> list[str]:
     """The lines to print. Raises OSError or ValueError where the run has no metrics or no final policies."""
     merged = steps(run)
-    columns = [(r, n) for r in ROLES for n in ("reward/mean", "reward/format", "advantage/frac_zero")]
-    head = f"{'step':>4}  {'correct':>7}  {'expert':>7}  " + "  ".join(
-        f"{r} {n.split('/')[1 if n != 'reward/mean' else 0]:>9}" for r, n in columns
-    )
-    lines = [head]
+    columns = [(r, n) for r in ROLES for n in SHORT]
+    head = ["correct", "expert", *(f"{r} {SHORT[n]}" for r, n in columns)]
+    lines = ["step  " + "  ".join(f"{name:>13}" for name in head)]
     for step, m in sorted(merged.items()):
         if "main/reward/mean" in m:
             figures = [
@@ -59,7 +78,9 @@ def report(run: Path) -> list[str]:
                 m.get("sub/reward/expert"),
                 *(m.get(f"{r}/{n}") for r, n in columns),
             ]
-            lines.append(f"{step:4}  " + "  ".join("      -" if v is None else f"{v:7.3f}" for v in figures))
+            lines.append(
+                f"{step:4}  " + "  ".join(" " * 12 + "-" if v is None else f"{v:13.3f}" for v in figures)
+            )
     for step, m in sorted(merged.items()):
         for split in ("validation", "heldout"):
             if f"eval/{split}/sampled" in m:
@@ -71,8 +92,7 @@ def report(run: Path) -> list[str]:
     final = {role: run / "agents" / role / "final" for role in ROLES}
     pairs = [(f"{r}, start to end", Path(start[r]["model"]), final[r]) for r in ROLES]
     for what, a, b in [*pairs, ("main to sub, at the end", final["main"], final["sub"])]:
-        changed, total, rms = distance(a, b)
-        lines.append(f"{what}: {changed} of {total} tensors differ, by {rms:.2e} (root mean square)")
+        lines.append(f"{what}: {distance(a, b)}")
     return lines
 
 
