@@ -5,8 +5,9 @@ Our own naive and chunked baselines are written here; liger-kernel and TRL are c
 
 from __future__ import annotations
 
-import threading
-import time
+import ctypes
+import gc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mgrpo import GrpoLossConfig
 
+_LIBC = ctypes.CDLL(None)
 EPS_LOW, EPS_HIGH = 0.2, 0.28
 CONFIG = GrpoLossConfig(loss_type="dapo", clip_eps_high=EPS_HIGH)
 
@@ -69,8 +71,21 @@ def clipped(logp: Tensor, b: Batch) -> Tensor:
 
 
 def naive(logits: Tensor, b: Batch) -> Tensor:
-    """log_softmax of everything, autograd for the rest."""
+    """log_softmax of everything, autograd for the rest; the loss and no metric."""
     return clipped(logits.float().log_softmax(-1).gather(1, b.ids[:, None]).squeeze(1), b)
+
+
+def naive_same_outputs(logits: Tensor, b: Batch, entropy_coef: float = 0.0) -> Tensor:
+    """`naive` that also returns what every call of ours returns and a trainer logs: the mean entropy of the rows.
+
+    entropy_coef > 0: the entropy is a term of the loss, and autograd goes through it.
+    """
+    logp = logits.float().log_softmax(-1)
+    loss = clipped(logp.gather(1, b.ids[:, None]).squeeze(1), b)
+    with torch.set_grad_enabled(entropy_coef > 0):
+        entropy = -(logp.exp() * logp).sum(-1)
+        entropy = (entropy * b.mask).sum() / b.mask.sum()
+    return loss - entropy_coef * entropy if entropy_coef else loss
 
 
 def slope(logp: Tensor, b: Batch, rows: slice) -> Tensor:
@@ -185,45 +200,68 @@ def trl_head(chunk: int) -> Callable[[Tensor, Tensor, Batch], Tensor] | str:
     return run
 
 
+def that_fit(
+    providers: dict[str, Callable[[], object]], before: Callable[[], object] | None = None
+) -> dict[str, Callable[[], object]]:
+    """The providers that this GPU's memory suffices for; the others are named."""
+    fit = {}
+    for name, run in providers.items():
+        try:
+            if before is not None:
+                before()
+            run()
+        except torch.OutOfMemoryError:
+            print(f"missing rival: {name}: the memory of this GPU does not suffice")
+        else:
+            fit[name] = run
+        torch.cuda.empty_cache()
+    return fit
+
+
 def naive_head(hidden: Tensor, weight: Tensor, b: Batch) -> Tensor:
     """Logits whole, log_softmax whole."""
     return naive(F.linear(hidden, weight), b)
 
 
+def naive_head_same_outputs(hidden: Tensor, weight: Tensor, b: Batch) -> Tensor:
+    """The same with the entropy, for the record."""
+    return naive_same_outputs(F.linear(hidden, weight), b)
+
+
 class PeakMemory:
-    """Highest memory above what was held at entry, in bytes: the allocator's on a GPU, resident pages on a
-    CPU."""
+    """Highest memory above what was held at entry, in bytes: the allocator's on a GPU; on a CPU the kernel's own
+    high-water mark of resident pages, which no peak escapes (NaN where it cannot be reset)."""
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.bytes = 0
+        self.bytes = 0.0
 
     def __enter__(self) -> PeakMemory:
+        gc.collect()  # what earlier rounds left in cycles is not this provider's base
+        if hasattr(_LIBC, "malloc_trim"):
+            _LIBC.malloc_trim(0)  # nor is freed memory that the heap still holds
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._base = torch.cuda.memory_allocated()
             return self
-        self._base = self._top = _resident()
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+        except OSError:
+            self._base = math.nan
+            return self
+        self._base = _status("VmRSS")
         return self
-
-    def _watch(self) -> None:
-        while not self._done.is_set():
-            self._top = max(self._top, _resident())
-            time.sleep(0.0005)
 
     def __exit__(self, *_: object) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
             self.bytes = torch.cuda.max_memory_allocated() - self._base
             return
-        self._done.set()
-        self._watcher.join()
-        self.bytes = max(self._top, _resident()) - self._base
+        self.bytes = _status("VmHWM") - self._base
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def _status(field: str) -> int:
+    """Bytes of a memory field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024

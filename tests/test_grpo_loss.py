@@ -154,7 +154,8 @@ def test_rows_that_are_not_finite_are_counted_and_move_nothing() -> None:
         ("rewards", {"advantages": None, "rewards": torch.full((6,), float("inf")), "group_id": torch.zeros(6,
         dtype=torch.int32)}), ("seq_weight", {"seq_weight": torch.tensor([1.0, 1, 1, 1, 1, -1])}),
         ("old_logprobs", {"old_logprobs": torch.full((19,), float("nan"))}), ("old_logprobs", {"old_logprobs":
-        torch.zeros(3)}), ("ref_logprobs", {"ref_logprobs": None, "config": settings("grpo", kl_coef=0.1)}),
+        torch.zeros(3)}), ("old_logprobs", {"old_logprobs": torch.zeros(19, device="meta")}),
+        ("ref_logprobs", {"ref_logprobs": None, "config": settings("grpo", kl_coef=0.1)}),
         ("rollout_logprobs", {"rollout_logprobs": None, "config": settings("grpo", correction="mis")}),
         ("denominator", {"denominator": 0.0}), ("loss_mask", {"loss_mask": torch.zeros(5)}), ("impl", {"impl":
         "cuda"}), ("impl", {"impl": "cpu", "logits": torch.zeros(19, 33, dtype=torch.float64)}), ("config",

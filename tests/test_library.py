@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from mgrpo import GrpoLossConfig, grpo_loss, linear_grpo_loss
 from mgrpo.ops import library, library_head

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,6 +51,56 @@ def test_the_chunk_does_not_matter() -> None:
             part = run_head(data, config, torch.float32, "cpu", chunk=chunk)
             torch.testing.assert_close(part[0], whole[0], rtol=1e-5, atol=1e-7)
             assert error(part[2], whole[2]) < 2e-6 and error(part[3], whole[3]) < 2e-6
+
+
+def test_the_default_chunk_suits_device_and_vocabulary() -> None:
+    """On the CPU about 25 MiB of logits, within 128 and 2048 rows; elsewhere 2048; a given chunk is taken as it is."""
+
+    def rows(vocabulary: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
+        return head.chunk_rows(None, torch.empty(vocabulary, 1, dtype=dtype, device=device))
+
+    assert [rows(v) for v in (100, 12288, 49152, 151936)] == [2048, 512, 128, 128]
+    assert rows(49152, torch.bfloat16) == 256 and rows(49152, device="meta") == 2048
+    assert head.chunk_rows(7, torch.empty(49152, 1)) == 7
+
+
+MEASURE = """
+import ctypes, sys
+from pathlib import Path
+import torch
+from mgrpo import GrpoLossConfig, linear_grpo_loss
+torch.set_num_threads(1)
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) / 1024
+rows, width, vocabulary, chunk = 256, 256, 40960, 32
+leaves = [torch.randn(rows, width), torch.randn(vocabulary, width)]
+leaves = [x.requires_grad_() for x in leaves]
+call = {
+    "target_ids": torch.zeros(rows, dtype=torch.int64), "cu_seqlens": torch.tensor([0, rows], dtype=torch.int32),
+    "advantages": torch.ones(1), "config": GrpoLossConfig(), "chunk": chunk,
+}
+for _ in range(2):  # the second call is measured: libraries are loaded and have their buffers
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    base = status("VmRSS")
+    loss, _ = linear_grpo_loss(*leaves, **call)
+    grads = torch.autograd.grad(loss, leaves)
+    above = status("VmHWM") - base - sum(g.nbytes for g in grads) / 2**20
+    del loss, grads
+print(above)
+"""
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="no high-water mark to reset here"
+)
+def test_memory_above_the_gradients_is_the_chunk() -> None:
+    """A call's peak is its two gradients (40.25 MiB), a chunk of logits (5 MiB) and small change: no second d
+    weight, no [T, V] (40 MiB each)."""
+    command = [sys.executable, "-c", MEASURE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert 0.0 < float(done.stdout) < 12.0, done.stdout
 
 
 def test_dead_rows_never_reach_a_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,11 @@ def fresh(x: Tensor) -> Tensor:
     return x
 
 
+def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
+    """As native.scratch."""
+    return like.new_empty(rows, columns)
+
+
 def _on(x: Tensor) -> AbstractContextManager[object]:
     """Launches go to the current device: make it the tensor's."""
     if x.device.type == "cpu" and isinstance(row_kernels.partials_kernel, triton.JITFunction):

@@ -25,7 +25,23 @@ from mgrpo.ops.backend import rows
 from mgrpo.ops.token_loss import Tokens, token_loss
 
 _COMPACT_BELOW = 7 / 8  # moving the rows of a chunk together pays when at least this part of it falls away
+CHUNK = 2048
+"""Rows of logits at one time on a GPU, and at most on a CPU."""
+_CPU_CHUNK_BYTES = 25 << 20  # of logits at one time on a CPU,
+_CPU_CHUNK_FLOOR = 128  # but at least these rows: products of fewer are markedly slower
 _COLUMNS = 8192  # of dW converted to float32 at a time where a half-precision product cannot accumulate in it
+
+
+def chunk_rows(chunk: int | None, weight: Tensor) -> int:
+    """`chunk`, or where it is None what suits the device and the vocabulary of weight (V, H); ValueError below 1."""
+    if chunk is not None:
+        if not chunk > 0:
+            raise ValueError(f"chunk: {chunk} is not above 0")
+        return chunk
+    if weight.device.type != "cpu":
+        return CHUNK
+    fit = _CPU_CHUNK_BYTES // max(weight.shape[0] * weight.element_size(), 1)
+    return min(max(fit // 32 * 32, _CPU_CHUNK_FLOOR), CHUNK)
 
 
 class Needs(NamedTuple):
@@ -180,7 +196,7 @@ def _chunks(
     """(row indices, hidden rows, their logits) of the live rows; the logits' buffer is the same every
     time."""
     index = live.nonzero().squeeze(1)
-    buffer = rows(backend).fresh(hidden.new_empty(min(chunk, index.numel()), weight.shape[0]))
+    buffer = rows(backend).scratch(hidden, min(chunk, index.numel()), weight.shape[0])
     for piece in torch.split(index, chunk):
         h = hidden[piece]
         z = buffer[: piece.numel()]

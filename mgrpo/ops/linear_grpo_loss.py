@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.ops import check
+from mgrpo.ops import check, head
 from mgrpo.ops.backend import choose, fast
 from mgrpo.ops.encoding import encode
 from mgrpo.ops.grpo_loss import prepare
-from mgrpo.ops.selective_logprob import positive, row_logprob
+from mgrpo.ops.selective_logprob import row_logprob
 from mgrpo.ops.token_loss import needs_two_phases, token_loss
 
 if TYPE_CHECKING:
@@ -37,19 +37,20 @@ def linear_grpo_loss(
     loss_mask: Tensor | None = None,
     denominator: Tensor | float | None = None,
     config: GrpoLossConfig,
-    chunk: int = 2048,
+    chunk: int | None = None,
     tp_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_loss` of logits = hidden weight^T, differentiable in hidden (T, H) and weight (V, H).
 
-    chunk: rows of logits that exist at one time. tp_group: the ranks that hold the vocabulary in equal
+    chunk: rows of logits that exist at one time; None: 2048 on a GPU, on the CPU as many as take 25 MiB (128 at
+    least, 2048 at most). tp_group: the ranks that hold the vocabulary in equal
     shards, in rank order; `weight` is then this rank's shard and everything else is the same on every rank.
     Every other argument, the result and the errors are grpo_loss's.
     """
     check.head(hidden, weight)
     check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
-    positive("chunk", chunk)
+    chunk = head.chunk_rows(chunk, weight)
     backend = choose(impl, hidden.device, hidden.dtype)
     tokens = prepare(
         hidden,

@@ -23,14 +23,15 @@ def selective_logprob(
     target_ids: Tensor,
     *,
     temperature: float = 1.0,
-    chunk: int = 2048,
+    chunk: int | None = None,
     tp_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy), each (T,) in nats; forward only. Row t of `hidden` scores target_ids[t].
 
     hidden (T, H) and weight (V, H) of one floating dtype, target_ids int64 (T,). The result is float64 for
-    float64 input and float32 otherwise. A row whose logits hold NaN or +inf gives NaN in both.
+    float64 input and float32 otherwise. A row whose logits hold NaN or +inf gives NaN in both. chunk: rows of logits
+    that exist at one time; None as in linear_grpo_loss.
 
     tp_group: the ranks that hold the vocabulary in equal shards, in rank order; `weight` is this rank's.
 
@@ -39,7 +40,7 @@ def selective_logprob(
     check.head(hidden, weight)
     check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
     positive("temperature", temperature)
-    positive("chunk", chunk)
+    chunk = head.chunk_rows(chunk, weight)
     backend = choose(impl, hidden.device, hidden.dtype)
     with torch.no_grad():
         if tp_group is not None:
