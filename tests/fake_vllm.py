@@ -113,6 +113,8 @@ class FakeVllm:
         adapter = self.adapters.get(body["model"])
         if body["model"] != "policy" and adapter is None:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if params["temperature"] > 2.0:
+            return 400, {"error": {"message": "temperature must be at most 2"}}
         self.bodies.append(body)
         ids: list[int] = []
         spans: list[dict[str, Any]] = []
@@ -134,9 +136,13 @@ class FakeVllm:
             if ids[-1] in params["stop_token_ids"]:
                 reason = "stop"
                 break
-        flat = params["temperature"] or 1.0
-        logprob = -2.0 if self.raw_logprobs else -2.0 * flat
-        content = [{"token_id": i, "logprob": logprob, "rank": 1, "top_logprobs": []} for i in ids]
+        logprobs = [
+            -2.0 * rank / (1.0 if self.raw_logprobs else params["temperature"] or 1.0) for rank in range(1, 6)
+        ]
+        top = [
+            {"token_id": rank, "logprob": value} for rank, value in enumerate(logprobs[: params["logprobs"]])
+        ]
+        content = [{"token_id": i, "logprob": logprobs[0], "rank": 1, "top_logprobs": top} for i in ids]
         choice = {"index": 0, "finish_reason": self.finish or reason, "token_ids": ids}
         return 200, {"choices": [choice | {"logprobs": {"content": content}, "weight_versions": spans}]}
 

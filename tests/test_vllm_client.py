@@ -29,7 +29,7 @@ def test_tokens_in_tokens_out(tmp_path: Path) -> None:
         out = await engine.generate(PROMPT, params, seed=(1 << 63) + 7)
         ids = expected(weights(3), 7)
         assert out.token_ids.tolist() == ids[: ids.index(stop) + 1] and out.finish_reason == "stop"
-        assert out.logprobs.tolist() == [-1.0] * len(out.token_ids)  # of the distribution at temperature 0.5
+        assert out.logprobs.tolist() == [-4.0] * len(out.token_ids)  # of the distribution at temperature 0.5
         assert out.versions.tolist() == [3] * len(out.token_ids)
         assert (out.token_ids.dtype, out.logprobs.dtype, out.versions.dtype) == (
             np.int32,
@@ -69,6 +69,8 @@ def test_what_cannot_be_served_is_refused_before_it_is_sent(tmp_path: Path) -> N
             ([VOCAB], SAMPLED, 0, rf"{VOCAB}\.\.{VOCAB} of the prompt are outside 0\.\.{VOCAB - 1}"),
             ([1], SamplingParams(0), 0, "max_tokens 0"),
             ([1], SamplingParams(1, temperature=-1.0), 0, "temperature -1"),
+            ([1], SamplingParams(1, temperature=2.5), 0, r"temperature 2.5 must be 0 or 0.01\.\.2"),
+            ([1], SamplingParams(1, temperature=0.005), 0, "temperature 0.005 must be 0 or 0.01"),
             ([1], SAMPLED, -1, "seed -1"),
         ):
             with pytest.raises(ValueError, match=what):

@@ -31,6 +31,8 @@ def test_a_server_that_does_not_answer_ends_the_start_in_one_line(tmp_path: Path
     sets = [f"agents.left.model={tmp_path}", 'agents.left.engine={kind="vllm", sync="fs", python="nowhere"}']
     with pytest.raises(ConfigError, match=r"agents.left.engine.python: no interpreter nowhere"):
         launch.start(RELAY, out, sets, fresh=False)
+    with pytest.raises(ConfigError, match=r"agents.left.loss.temperature=3: vLLM samples at 0.01..2"):
+        launch.start(RELAY, out, [*sets, "agents.left.loss.temperature=3.0"], fresh=False)
     assert not out.exists()
 
 

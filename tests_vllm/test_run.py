@@ -52,7 +52,7 @@ def test_a_run_samples_from_the_server_it_starts(tmp_path: Path) -> None:
     server's to bfloat16's precision, and neither a process nor a version is left."""
     config, out = tmp_path / "run.toml", tmp_path / "run"
     config.write_text(CONFIG)
-    output = train(config, out, timeout=600)
+    output = train(config, out, timeout=850)
     assert summary(out)["finished"], output
     rows = [r for r in records(out) if "main/reward/mean" in r]
     assert [r["step"] for r in rows] == [1, 2, 3]

@@ -28,6 +28,7 @@ log = logging.getLogger("mgrpo.rollout")
 WATCH_SECONDS = 2.0
 SLACK = 8  # requests that a conversation's own server may have more than the least loaded
 SETTLE_SECONDS = 20.0  # once one server is ready, how long the first update waits for the others
+TELL_SECONDS = 30.0  # between two lines about a wait
 SESSIONS = 65536  # conversations whose server is remembered
 
 Ask = Callable[[VllmServer, str], Awaitable[Completion]]
@@ -150,10 +151,11 @@ class Replicas:
         """Bring a prepared version to all servers; the oldest version that one of them serves now.
 
         Servers that cannot be reached go down and get it when they return. Waits up to `patience` seconds for a first
-        server, then raises InfrastructureError naming all. Raises ConfigError where one can never serve this policy.
+        server, then raises InfrastructureError naming all. Raises ConfigError where one can never serve this policy,
+        ValueError where it refuses what we say.
         """
         self.wanted = label
-        began = time.monotonic()
+        began = told = time.monotonic()
         some = None  # when the first was ready
         while True:
             await self._over_all(self._bring)
@@ -167,6 +169,9 @@ class Replicas:
                 raise InfrastructureError(
                     f"no server took weights {label} within {patience:g} s: {self._reasons()}"
                 )
+            if now - told > TELL_SECONDS:
+                told = now
+                self._tell(f"waiting for servers: {self._reasons()}")
             await asyncio.sleep(min(self._watch_seconds, 0.2 + (now - began) / 4))
 
     def _settle(self) -> float:
@@ -182,7 +187,7 @@ class Replicas:
             if not replica.ready:
                 await self._examine(replica)
             replica.label = await self._sync.bring(replica.server, wanted)
-        except (InfrastructureError, DeadlineError, ValueError) as error:
+        except (InfrastructureError, DeadlineError) as error:
             self._down(replica, str(error))
             return
         if replica.label < (self.wanted or wanted):  # a newer one was asked for meanwhile

@@ -22,7 +22,7 @@ from pathlib import Path
 from mgrpo.config import RunConfig
 from mgrpo.config.policy import EngineConfig
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.rollout.server import VllmServer
+from mgrpo.rollout.server import COOLEST, HOTTEST, VllmServer
 
 STOP_SECONDS = 8.0  # of the 15 that the launcher gives a child
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as --max-lora-rank
@@ -99,7 +99,11 @@ def check_startable(config: RunConfig, role: str) -> None:
 
 def check_engine(config: RunConfig, role: str) -> None:
     """What of `role`'s vllm engine can be known to fail before anything runs. Raises ConfigError in one line."""
-    engine = config.agents[role].engine
+    engine, temperature = config.agents[role].engine, config.agents[role].loss.temperature
+    if not COOLEST <= temperature <= HOTTEST:
+        raise ConfigError(
+            f"agents.{role}.loss.temperature={temperature:g}: vLLM samples at {COOLEST:g}..{HOTTEST:g}"
+        )
     if starts_servers(engine):
         check_startable(config, role)
         return

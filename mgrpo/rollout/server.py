@@ -22,6 +22,8 @@ from mgrpo.rollout.engine import SamplingParams
 
 CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 10.0  # for questions that a healthy server answers at once
+HOTTEST = 2.0  # the highest temperature the server takes
+COOLEST = 0.01  # it raises lower ones to this
 LOWEST = -9999.0  # what the server writes for a log-prob of minus infinity
 
 
@@ -163,16 +165,21 @@ class VllmServer:
         await self._call("GET", "/health", timeout=LOOK_SECONDS)
 
     async def logprobs_follow_temperature(self, model: str) -> bool:
-        """True when the log-probs it reports are those of the distribution it samples from, temperature included."""
-        highest = []
-        for temperature in (1.0, 100.0):
-            sampling = sampling_body(SamplingParams(1, temperature), 0) | {"logprobs": 1}
+        """True when the log-probs it reports are those of the distribution it samples from, temperature included.
+
+        Twice the temperature halves the distance between the likeliest token and the next ones, however sure the model
+        is; log-probs from before the temperature keep it.
+        """
+        spread = []
+        for temperature in (1.0, 2.0):
+            sampling = sampling_body(SamplingParams(1, temperature), 0) | {"logprobs": 5}
             body = {"model": model, "token_ids": [1], "sampling_params": sampling, "stream": False}
             answer = await self._call("POST", "/inference/v1/generate", json=body)
             (choice,) = msgspec.json.decode(answer, type=_Generated).choices
             (token,) = (choice.logprobs and choice.logprobs.content) or [_Token(0, 0.0)]
-            highest.append(max(top.logprob for top in (*token.top_logprobs, _Top(0, token.logprob))))
-        return highest[0] - highest[1] > 0.1  # at a temperature of 100 nothing is likely
+            top = sorted((top.logprob for top in token.top_logprobs), reverse=True)[:5]
+            spread.append(top[0] - top[-1] if top else 0.0)
+        return spread[0] > 1.5 * spread[1] or spread[0] == 0.0  # all alike: any temperature is the same
 
     async def get(self, path: str) -> Any:
         """JSON of a route that answers at once."""

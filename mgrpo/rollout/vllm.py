@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 from mgrpo.errors import InfrastructureError
 from mgrpo.rollout.engine import Engine, Generation, SamplingParams
 from mgrpo.rollout.replicas import Replicas
-from mgrpo.rollout.server import Completion, VllmServer
+from mgrpo.rollout.server import COOLEST, HOTTEST, Completion, VllmServer
 from mgrpo.rollout.sync import Label, WeightSync, parse_label
 from mgrpo.weights import Weights
 
@@ -113,10 +112,10 @@ class VllmEngine(Engine):
             raise ValueError(
                 f"token ids {min(prompt)}..{max(prompt)} of the prompt are outside 0..{self._vocab_size - 1}"
             )
-        if params.max_tokens < 1 or not 0 <= params.temperature < math.inf:
-            raise ValueError(
-                f"max_tokens {params.max_tokens} must be >= 1, temperature {params.temperature} finite, >= 0"
-            )
+        if params.max_tokens < 1:
+            raise ValueError(f"max_tokens {params.max_tokens} must be at least 1")
+        if params.temperature != 0 and not COOLEST <= params.temperature <= HOTTEST:
+            raise ValueError(f"temperature {params.temperature} must be 0 or {COOLEST:g}..{HOTTEST:g}")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed {seed} is outside 0..2**64 - 1")
         if len(prompt) + params.max_tokens > self._max_length:
