@@ -142,6 +142,8 @@ class FakeVllm:
         top = [
             {"token_id": rank, "logprob": value} for rank, value in enumerate(logprobs[: params["logprobs"]])
         ]
+        if top:  # as vLLM: the sampled token first, then the likeliest, as many as were asked for with it
+            top = [{"token_id": VOCAB - 1, "logprob": -20.0 * params["temperature"]}, *top[:-1]]
         content = [{"token_id": i, "logprob": logprobs[0], "rank": 1, "top_logprobs": top} for i in ids]
         choice = {"index": 0, "finish_reason": self.finish or reason, "token_ids": ids}
         return 200, {"choices": [choice | {"logprobs": {"content": content}, "weight_versions": spans}]}

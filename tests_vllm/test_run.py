@@ -35,6 +35,7 @@ steps = 3
 questions = 2
 group_size = 4
 minibatches = 1
+old_logprobs = "recompute"
 
 [rollout]
 workers = 2
@@ -65,5 +66,5 @@ def test_a_run_samples_from_the_server_it_starts(tmp_path: Path) -> None:
             }
         )
         assert row["main/staleness/max"] == 0
-        assert abs(row["main/policy/mismatch_kl"]) < 5e-3
+        assert 0 < row["main/policy/mismatch_kl"] < 1e-2
     assert leftovers(out) == [] and not (out / "weights").exists()

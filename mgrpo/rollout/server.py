@@ -177,7 +177,10 @@ class VllmServer:
             answer = await self._call("POST", "/inference/v1/generate", json=body)
             (choice,) = msgspec.json.decode(answer, type=_Generated).choices
             (token,) = (choice.logprobs and choice.logprobs.content) or [_Token(0, 0.0)]
-            top = sorted((top.logprob for top in token.top_logprobs), reverse=True)[:5]
+            by_id = {top.token_id: top.logprob for top in token.top_logprobs}
+            top = sorted(by_id.values(), reverse=True)[
+                :4
+            ]  # the sampled token takes the place of one of the five
             spread.append(top[0] - top[-1] if top else 0.0)
         return spread[0] > 1.5 * spread[1] or spread[0] == 0.0  # all alike: any temperature is the same
 
