@@ -2,7 +2,7 @@
 
     python -m bench.bench_linear_grpo_loss [--quick] [--strict] [--json PATH] [--device cpu|cuda]
 
-CPU: fp32, T=1024, H=576, V=49152, one thread, thread-CPU time; ours with its default chunk (128 rows here), the chunked
+CPU: fp32, T=1024, H=576, V=49152, one thread, thread-CPU time; ours with its default chunk (160 rows here), the chunked
 rivals with 256 rows. GPU: bf16, T=16384, H=4096, V=151936, chunk 2048 for all, wall time. Peak memory is above the
 inputs, and the two gradients every provider returns are taken off.
 """
@@ -130,10 +130,10 @@ def main() -> int:
             provider()
         peaks[name] = peak.bytes - returned
         report.figure(f"peak memory above base: {name}", peaks[name] / 1e6, "MB")
-    for form in (name for name in peaks if name.startswith("naive")):
-        # Quick runs have a chunk or two for a quarter of the rows: the fraction means nothing there.
-        bound = None if args.quick else 0.06
-        report.figure(f"peak memory, ours / {form}", peaks["ours"] / peaks[form], at_most=bound)
+    # The bar is the like-for-like rival's. Quick runs have two chunks: the fraction means nothing there.
+    bounds = {"naive autograd": None, "naive autograd, same outputs": None if args.quick else 0.06}
+    for form in (name for name in bounds if name in peaks):
+        report.figure(f"peak memory, ours / {form}", peaks["ours"] / peaks[form], at_most=bounds[form])
     return report.finish(args)
 
 

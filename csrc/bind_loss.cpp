@@ -6,7 +6,6 @@
 
 #include "group_advantage.hpp"
 #include "loss_rows.hpp"
-#include "pages.hpp"
 
 namespace py = pybind11;
 
@@ -80,9 +79,6 @@ void register_loss(py::module_& m) {
       },
       py::arg("rewards"), py::arg("group_id"), py::arg("weight"), py::arg("n"), py::arg("estimator"), py::arg("eps"),
       py::arg("out"), unlocked, "Group-relative advantages; weight 0 means none.");
-  m.def(
-      "use_huge_pages", [](Address begin, std::size_t bytes) { use_huge_pages(at<void>(begin), bytes); },
-      py::arg("begin"), py::arg("bytes"), "Ask for huge pages under a large fresh buffer.");
   m.def("active_isa", &active_isa, "Instruction set of the loss rows on this machine: avx512, avx2 or scalar.");
   m.def("use_isa", &use_isa, py::arg("name"), "Pin the instruction set (auto: the best there is), for tests.");
 }

@@ -50,10 +50,6 @@ def fast(backend: str) -> str:
 class Rows(Protocol):
     """What a fast backend offers; native.py (C++) and device.py (Triton) have these functions."""
 
-    def fresh(self, x: Tensor) -> Tensor: ...
-
-    def scratch(self, like: Tensor, rows: int, columns: int) -> Tensor: ...
-
     def group_advantage(
         self, rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float
     ) -> Tensor: ...

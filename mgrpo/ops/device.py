@@ -186,16 +186,6 @@ def row_gradients(
             )
 
 
-def fresh(x: Tensor) -> Tensor:
-    """As native.fresh; the caching allocator of a GPU needs no help."""
-    return x
-
-
-def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
-    """As native.scratch."""
-    return like.new_empty(rows, columns)
-
-
 def _on(x: Tensor) -> AbstractContextManager[object]:
     """Launches go to the current device: make it the tensor's."""
     if x.device.type == "cpu" and isinstance(row_kernels.partials_kernel, triton.JITFunction):

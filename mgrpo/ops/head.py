@@ -27,7 +27,7 @@ from mgrpo.ops.token_loss import Tokens, token_loss
 _COMPACT_BELOW = 7 / 8  # moving the rows of a chunk together pays when at least this part of it falls away
 CHUNK = 2048
 """Rows of logits at one time on a GPU, and at most on a CPU."""
-_CPU_CHUNK_BYTES = 25 << 20  # of logits at one time on a CPU,
+_CPU_CHUNK_BYTES = 32 << 20  # of logits at one time on a CPU,
 _CPU_CHUNK_FLOOR = 128  # but at least these rows: products of fewer are markedly slower
 _COLUMNS = 8192  # of dW converted to float32 at a time where a half-precision product cannot accumulate in it
 
@@ -123,8 +123,8 @@ def loss(
     forward."""
     t = hidden.shape[0]
     logp, entropy = (hidden.new_zeros(t, dtype=torch.float32) for _ in range(2))
-    products = _Products(hidden, weight, needs, shard.backend)
-    for piece, h, z in _chunks(hidden, weight, tokens.live(config), chunk, shard.backend):
+    products = _Products(hidden, weight, needs)
+    for piece, h, z in _chunks(hidden, weight, tokens.live(config), chunk):
         part = tokens.rows(piece)
         lp, en, moved = shard.loss_rows(z, part, config, needs.hidden or needs.weight)
         logp[piece], entropy[piece] = lp, en
@@ -147,7 +147,7 @@ def logprob(
     """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `live` is False."""
     out = [hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
     out[3].fill_(1.0)
-    for piece, _, z in _chunks(hidden, weight, live, chunk, shard.backend):
+    for piece, _, z in _chunks(hidden, weight, live, chunk):
         for whole, part in zip(out, shard.logprob(z, target_ids[piece], temperature), strict=True):
             whole[piece] = part
     logp, entropy, maximum, total = out
@@ -166,10 +166,10 @@ def logprob_backward(
 ) -> tuple[Tensor, Tensor]:
     """(d hidden, d weight) of sum c logp + e entropy; coefficients: maximum, sum, entropy, c, e, each
     (T,)."""
-    products = _Products(hidden, weight, needs, shard.backend)
+    products = _Products(hidden, weight, needs)
     *_, c, e = coefficients
     local = shard.local_ids(target_ids)
-    for piece, h, z in _chunks(hidden, weight, (c != 0) | (e != 0), chunk, shard.backend):
+    for piece, h, z in _chunks(hidden, weight, (c != 0) | (e != 0), chunk):
         m, s, entropy, cc, ee = (x[piece] for x in coefficients)
         rows(shard.backend).row_gradients(z, local[piece], (m, s, entropy, cc, ee), temperature, z)
         products.add(z, h, piece, None)
@@ -191,12 +191,12 @@ def empty_like_needed(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Ten
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, live: Tensor, chunk: int, backend: str
+    hidden: Tensor, weight: Tensor, live: Tensor, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(row indices, hidden rows, their logits) of the live rows; the logits' buffer is the same every
     time."""
     index = live.nonzero().squeeze(1)
-    buffer = rows(backend).scratch(hidden, min(chunk, index.numel()), weight.shape[0])
+    buffer = hidden.new_empty(min(chunk, index.numel()), weight.shape[0])
     for piece in torch.split(index, chunk):
         h = hidden[piece]
         z = buffer[: piece.numel()]
@@ -207,12 +207,11 @@ def _chunks(
 class _Products:
     """Products (2) and (3), chunk after chunk in a fixed order."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs, backend: str) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs) -> None:
         self.needs = needs
         self.head = weight
         self.hidden, self.weight = empty_like_needed(hidden, weight, needs)
         self.hidden.zero_()
-        rows(backend).fresh(self.weight)
         self.untouched = True  # a first product that overwrites saves writing and reading zeros
 
     def done(self) -> tuple[Tensor, Tensor]:

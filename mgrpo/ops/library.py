@@ -75,7 +75,7 @@ def row_logprob_backward(
     logits: Tensor, target_ids: Tensor, coefficients: list[Tensor], temperature: float, backend: str
 ) -> Tensor:
     """d (sum c logp + e entropy) / d logits; coefficients: maximum, sum, entropy, c, e."""
-    grad = rows(backend).fresh(torch.empty_like(logits))
+    grad = torch.empty_like(logits)
     m, s, h, c, e = coefficients
     rows(backend).row_gradients(logits, target_ids, (m, s, h, c, e), temperature, grad)
     return grad
@@ -191,7 +191,7 @@ def grpo_loss(
         seq_weight,
         num_sequences,
     )
-    grad = rows(backend).fresh(torch.empty_like(logits)) if need_grad else None
+    grad = torch.empty_like(logits) if need_grad else None
     loss, metrics = _loss_rows(logits, tokens, decode(settings), grad, backend)
     return loss, metrics, logits.new_empty(0) if grad is None else grad
 

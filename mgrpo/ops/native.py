@@ -12,7 +12,6 @@ from mgrpo.ops.token_loss import Tokens
 
 _ESTIMATORS = {"grpo": 0, "dr_grpo": 1, "rloo": 2, "batch": 3}
 _LOSS_TYPES = {"cispo": 1, "sapo": 2}  # the rest clip
-_FROM_SYSTEM = 40 << 20  # bytes; a little above the largest request that glibc serves from its heap
 _CORRECTIONS = {"token_tis": 1, "mis": 2}  # the rest are known before the rows are read
 
 
@@ -85,28 +84,6 @@ def row_gradients(
     c, e."""
     held = [_float(x) for x in coefficients]
     _C.row_gradients(_rows(logits, target_ids, temperature), [x.data_ptr() for x in held], grad.data_ptr())
-
-
-def fresh(x: Tensor) -> Tensor:
-    """x, a newly allocated tensor, on huge pages if it is large, on the CPU and not yet written: fewer page
-    faults."""
-    if x.device.type == "cpu" and x.nbytes >= 1 << 23:
-        _C.use_huge_pages(x.data_ptr(), x.nbytes)
-    return x
-
-
-def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Uninitialised (rows, columns) of like's dtype and device, to be used and dropped by one call.
-
-    The C library serves less than 32 MiB from its heap, on the small pages that are there already: the products then
-    spend a few percent looking up addresses. A larger request is new memory that can lie on huge pages, and what is
-    never touched of it is never resident.
-    """
-    size = rows * columns
-    request = (
-        max(size, _FROM_SYSTEM // like.element_size()) if size * like.element_size() >= 1 << 23 else size
-    )
-    return fresh(like.new_empty(request)[:size].view(rows, columns))
 
 
 def _settings(config: GrpoLossConfig, correct: bool) -> _C.TokenSettings:
