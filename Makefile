@@ -31,7 +31,7 @@ $(VLLM)/.ready: constraints-vllm.txt
 	@touch $@
 
 test-vllm: setup vllm
-	@$(BIN)/python -m pytest tests_vllm
+	@$(BIN)/python -m pytest -s tests_vllm
 
 demo: setup
 	@$(BIN)/mgrpo train examples/atlas/atlas.toml --out $(OUT) --fresh --set seed=$(SEED)

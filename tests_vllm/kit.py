@@ -116,6 +116,10 @@ class Served:
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         return self.do(generate(self.engine, prompts, params))
 
+    def one_by_one(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
+        """As generate(), each in a batch of its own: its last bits depend on nothing but weights and prompt."""
+        return [self.generate([prompt], params)[0] for prompt in prompts]
+
 
 async def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams

@@ -118,7 +118,7 @@ def test_an_update_shows_in_the_output_and_in_the_label_and_is_undone_exactly(
     """Other weights: other tokens, those of the model with these weights, labelled so. The first weights again: the
     same tokens and log-probs as before, bit for bit."""
     asked = prompts(policy)[:4]
-    before = live.generate(asked, GREEDY)
+    before = live.one_by_one(asked, GREEDY)
     version = live.load(state_bytes(changed.model))
     after = live.generate(asked, GREEDY)
     assert [o.token_ids.tolist() for o in after] != [o.token_ids.tolist() for o in before]
@@ -126,7 +126,7 @@ def test_an_update_shows_in_the_output_and_in_the_label_and_is_undone_exactly(
     assert str(live.do(held_label(live.server))) == f"e1.v{version}"
     assert_greedy_agrees(live, changed)
     version = live.load(start)
-    restored = live.generate(asked, GREEDY)
+    restored = live.one_by_one(asked, GREEDY)
     for a, b in zip(before, restored, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
