@@ -152,6 +152,22 @@ def test_requests_go_to_the_least_loaded_and_conversations_stay(tmp_path: Path) 
     on_servers(2, test, tmp_path)
 
 
+def test_a_failure_that_is_the_end_of_the_server_is_not_the_requests(tmp_path: Path) -> None:
+    """A front end whose engine has died answers 500, and its health 503: the other server gets the work."""
+
+    async def test(bench: Bench) -> None:
+        one, two = bench.servers
+        engine = bench.engine()
+        await engine.load(weights(0), 0)
+        one.refuse |= {"/inference/v1/generate": (500, "EngineCore died"), "/health": (503, "")}
+        two.bodies.clear()
+        out = await engine.generate(PROMPT, SAMPLED, seed=3)
+        assert out.token_ids.tolist() == expected(weights(0), 3) and len(two.bodies) == 1
+        assert len(bench.said) == 1 and one.url in bench.said[0]
+
+    on_servers(2, test, tmp_path)
+
+
 def test_a_killed_server_is_named_its_work_goes_elsewhere_and_it_returns(tmp_path: Path) -> None:
     """Requests under way at a server that dies are answered by the other one, exactly as it would have; started again
     it gets the newest weights before anybody is sent to it."""

@@ -90,7 +90,9 @@ class Replicas:
                 answer = await send(replica.server, self._sync.model(replica.facts.model, label))
                 self._check_labels(replica, answer, wanted)
                 return answer, label
-            except ServerDown as error:
+            except InfrastructureError as error:
+                if not isinstance(error, ServerDown) and await _lives(replica.server):
+                    raise
                 if replica.lost == lost:  # the first of its requests to notice
                     self._down(replica, str(error))
                 if time.monotonic() >= deadline:
@@ -285,3 +287,14 @@ class Replicas:
         for replica in self.replicas:
             replica.ready, replica.reason = False, "closed"
             await replica.server.close()
+
+
+async def _lives(server: VllmServer) -> bool:
+    """After a failure: false where it was the server's end, and not this one request's."""
+    try:
+        await server.healthy()
+    except ServerDown:
+        return False
+    except InfrastructureError:  # late, but there
+        return True
+    return True
