@@ -61,6 +61,8 @@ def variants() -> list[Variant]:
         cases = {
             "plain": plain | {"HAS_OLD": True},
             "groups": plain | {"GROUPS": True, "WEIGHTED": True, "HAS_OLD": True},
+            "groups without votes": plain | {"GROUPS": True, "HAS_OLD": False},
+            "groups, forward only": plain | {"GROUPS": True, "HAS_OLD": True, "NEED_GRAD": False},
             "everything": full | {"LOSS": 0, "HAS_OLD": True},
             "everything, batch": full | {"LOSS": 0, "HAS_OLD": True, "ESTIMATOR": 3},
             "sapo": full | {"LOSS": 2, "HAS_OLD": False},
