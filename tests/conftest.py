@@ -25,6 +25,17 @@ def no_thread_is_left_running() -> Iterator[None]:
         time.sleep(0.01)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing by threads, and lose much beside other tests."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short finished run with everything it records; tests that change something copy it first."""

@@ -18,11 +18,11 @@ from mgrpo.model.policy import Policy, state_of
 from mgrpo.trainer.crew import Crew
 from mgrpo.trainer.ranks import Ranks
 from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch
-from tests.models import VOCAB, tiny_policy
+from tests.models import tiny_policy
+from tests.rows import ROWS, rows_of
 from tests.runs import RELAY
 
 STEPS, MIDDLE = 5, 2
-ROWS, WIDTH = 10, 12
 CUTS = ([range(ROWS)], [range(3), range(3, ROWS)], [[0], [1, 9], [2, 3, 4], [5, 8], [6, 7]])
 
 # What is trained -> (kind of model, overrides of agents.main)
@@ -45,26 +45,6 @@ def start_of(folder: Path, variant: str) -> Path:
     return folder / VARIANTS[variant][0]
 
 
-def rows_of(seed: int) -> MicroBatch:
-    """Rows of different lengths, several sampled stretches, advantages of both signs and some zeros."""
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(4, WIDTH + 1, (ROWS,), generator=g)
-    mask = torch.rand(ROWS, WIDTH, generator=g) < 0.6
-    mask[:, 0] = False
-    mask[:, 2] = True
-    mask &= torch.arange(WIDTH)[None] < lengths[:, None]
-    advantages = torch.randn(ROWS, generator=g)
-    advantages[::4] = 0.0
-    return MicroBatch(
-        ids=torch.randint(0, VOCAB, (ROWS, WIDTH), generator=g),
-        loss_mask=mask,
-        rollout_logprobs=-4 - torch.rand(ROWS, WIDTH, generator=g),
-        lengths=lengths,
-        advantages=advantages,
-        weights=torch.rand(ROWS, generator=g) + 0.1,
-    )
-
-
 def cut(rows: MicroBatch, parts: Sequence[Sequence[int]], size: int) -> MiniBatch:
     """The rows in micro-batches, filled up with empty ones to a multiple of the ranks, as the batcher does."""
     micro = [rows.rows(torch.isin(torch.arange(ROWS), torch.tensor(list(part)))) for part in parts]
@@ -74,11 +54,11 @@ def cut(rows: MicroBatch, parts: Sequence[Sequence[int]], size: int) -> MiniBatc
 
 def batches_of(step: int) -> list[MiniBatch]:
     """The minibatches of a step: an uneven cut, one micro-batch for two ranks, and one in which nothing can act."""
-    idle = rows_of(100 + step)
+    idle = rows_of(100 + step, near=True)
     idle.advantages.zero_()
     return [
-        cut(rows_of(10 * step), CUTS[2], 2),
-        cut(rows_of(10 * step + 1), CUTS[0], 2),
+        cut(rows_of(10 * step, near=True), CUTS[2], 2),
+        cut(rows_of(10 * step + 1, near=True), CUTS[0], 2),
         cut(idle, CUTS[1], 2),
     ]
 
@@ -133,7 +113,7 @@ def main(folder: Path) -> None:
         for kind in ("shift", "llama"):
             for number, parts in enumerate(CUTS):
                 policy = ShardedPolicy(tiny_policy(kind), ranks)  # type: ignore[arg-type]
-                batch = cut(rows_of(1), parts, 2)
+                batch = cut(rows_of(1, near=True), parts, 2)
                 found[f"gradient/{kind}/{number}"] = gradient(policy, batch, ranks, whole_tensor)
         if ranks.leads:
             torch.save(found, folder / "found.pt")

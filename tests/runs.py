@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,14 @@ def finish(arguments: Sequence[str], timeout: float) -> str:
 
 
 @contextmanager
-def started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that does not outlive the test; SIGTERM first, so that it stops its own children."""
+def started(
+    arguments: Sequence[str], env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the test; SIGTERM first, so that it stops its own children. env: beside ours."""
     process = subprocess.Popen(
         arguments,
         cwd=ROOT,
+        env=os.environ | dict(env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

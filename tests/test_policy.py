@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,18 +29,13 @@ from mgrpo.model.policy import (
 )
 from mgrpo.trainer.step import Learner, MiniBatch
 from tests.models import VOCAB, tiny_model, tiny_policy, tiny_tokenizer
-from tests.test_step import ROWS, denominator_of, relative, rows_of
+from tests.rows import ROWS, rows_of
+from tests.test_step import denominator_of, relative
 
 IDS = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing by threads, and lose much beside other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kind", ["shift", "llama"])

@@ -11,29 +11,8 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.errors import NumericsError
 from mgrpo.model.policy import Policy
 from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch, logprobs_of
-from tests.models import VOCAB, tiny_policy
-
-ROWS, WIDTH = 10, 12
-
-
-def rows_of(seed: int) -> MicroBatch:
-    """Rows of different lengths, several sampled stretches, advantages of both signs and some zeros."""
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(4, WIDTH + 1, (ROWS,), generator=g)
-    mask = torch.rand(ROWS, WIDTH, generator=g) < 0.6
-    mask[:, 0] = False
-    mask[:, 2] = True
-    mask &= torch.arange(WIDTH)[None] < lengths[:, None]
-    advantages = torch.randn(ROWS, generator=g)
-    advantages[::4] = 0.0
-    return MicroBatch(
-        ids=torch.randint(0, VOCAB, (ROWS, WIDTH), generator=g),
-        loss_mask=mask,
-        rollout_logprobs=-5 * torch.rand(ROWS, WIDTH, generator=g),
-        lengths=lengths,
-        advantages=advantages,
-        weights=torch.rand(ROWS, generator=g) + 0.1,
-    )
+from tests.models import tiny_policy
+from tests.rows import ROWS, rows_of
 
 
 def denominator_of(rows: MicroBatch, loss: GrpoLossConfig) -> float:

@@ -92,7 +92,7 @@ class Policy:
     def base(self) -> Policy:
         """This policy with its adapters off, sharing its weights: the reference of a KL term without a second model.
         Raises ValueError where there are no adapters."""
-        return _Base(self)
+        return WithoutAdapters(self)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Trainable parameters, each once even when tied."""
@@ -186,8 +186,8 @@ class Policy:
             )
 
 
-class _Base(Policy):
-    """See Policy.base."""
+class WithoutAdapters(Policy):
+    """The policy below its adapters, which shares everything with it: see Policy.base."""
 
     def __init__(self, policy: Policy) -> None:
         if not policy.config.lora.rank:

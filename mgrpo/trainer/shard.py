@@ -21,8 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
-from mgrpo.model import lora
-from mgrpo.model.policy import Policy
+from mgrpo.model.policy import Policy, WithoutAdapters
 from mgrpo.trainer.ranks import Ranks
 
 
@@ -88,17 +87,8 @@ class ShardedPolicy(Policy):
         return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
 
 
-class _ShardedBase(ShardedPolicy):
+class _ShardedBase(WithoutAdapters, ShardedPolicy):
     """See ShardedPolicy.base."""
-
-    def __init__(self, policy: ShardedPolicy) -> None:
-        if not policy.config.lora.rank:
-            raise ValueError(f"{policy.name} has no adapters, so it is not its own reference")
-        self.__dict__.update(policy.__dict__)
-
-    def _states(self, **arguments: Any) -> Tensor:
-        with torch.no_grad(), lora.adapters_off(self.model):
-            return super()._states(**arguments)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
