@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mgrpo.cli.ranks import as_rank
 from mgrpo.config import RunConfig, load_config
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.model.policy import Policy, state_of
@@ -120,4 +121,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    as_rank(lambda: main(Path(sys.argv[1])))

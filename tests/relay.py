@@ -20,7 +20,8 @@ ROLES = ("main", "left", "right")
 
 class RelayTask(Task):
     """options: {"fail_every": n} makes every n-th rollout of a query fail for good, {"lose_every": n} all rollouts of
-    every n-th query, {"gate": false} fails the gate, {"bug": true} raises what no task may raise."""
+    every n-th query, {"outage": "waves" or "evaluations"} all of training or of the evaluations, {"gate": false} fails
+    the gate, {"bug": true} raises what no task may raise."""
 
     roles = ROLES
 
@@ -29,6 +30,7 @@ class RelayTask(Task):
             raise ValueError(f"roles {list(roles)} given, expected {list(ROLES)}")
         self._fail_every = int(str(options.get("fail_every", 0)))
         self._lose_every = int(str(options.get("lose_every", 0)))
+        self._outage = options.get("outage")
         self._gate, self._bug = bool(options.get("gate", True)), bool(options.get("bug", False))
 
     def question(self, index: int, seed: int) -> Question:
@@ -48,6 +50,8 @@ class RelayTask(Task):
             raise RuntimeError("the relay has a bug")
         if self._fail_every and episode.rollout % self._fail_every == self._fail_every - 1:
             raise InfrastructureError("the relay is down")
+        if self._outage == ("evaluations" if episode.query.startswith("eval/") else "waves"):
+            raise InfrastructureError("the relay is gone")
         if self._lose_every and int(str(question.info["index"])) % self._lose_every == 1:
             raise InfrastructureError("nobody answers this question")
         main = episode.open("main")

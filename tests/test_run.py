@@ -151,6 +151,22 @@ def test_a_bug_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
     assert leftovers(out) == []
 
 
+@pytest.mark.parametrize(
+    ("outage", "words"), [("waves", "each of 3 waves"), ("evaluations", "8 rollouts of an evaluation")]
+)
+def test_an_outage_ends_the_run_with_its_own_error(tmp_path: Path, outage: str, words: str) -> None:
+    """Where nothing is answered any more, the run does not go on for ever nor ends on a figure that nobody measured: it
+    says what failed, in the words of what failed."""
+    out = tmp_path / "run"
+    with started(
+        command("train", str(RELAY), "--out", str(out), f'--set=task.options.outage="{outage}"')
+    ) as process:
+        output, _ = process.communicate(timeout=120)
+    last = output.splitlines()[-1]
+    assert process.returncode == 1 and words in last and "failed, the last with: the relay is gone" in last
+    assert not summary(out)["finished"] and leftovers(out) == []
+
+
 def test_asynchronous_runs_keep_the_lag_and_survive_failures(tmp_path: Path) -> None:
     """max_lag = 1 with two workers and failing rollouts: no token is older than one step, failures are never scored."""
     out = tmp_path / "run"

@@ -10,19 +10,19 @@ from tests.runs import leftovers, records, summary, train
 from tests_vllm.kit import MODEL, ROOT
 
 pytestmark = pytest.mark.timeout(900)
-CONFIG = f"""
+CONFIG = """
 seed = 1
 
 [task]
 name = "tests_vllm.echo:EchoTask"
 
 [agents.main]
-model = "{MODEL}"
+model = "{model}"
 max_length = 128
 reward = {{ correct = 1.0 }}
 optimizer = {{ lr = 1e-5 }}
-policy = {{ last_layers = 2 }}
-engine = {{ kind = "vllm", sync = "fs", dtype = "bfloat16", timeout = 300.0, python = "{ROOT}/.venv-vllm/bin/python" }}
+policy = {{ {policy} }}
+engine = {{ kind = "vllm", sync = "{sync}", dtype = "bfloat16", timeout = 300.0, python = "{python}" }}
 
 [agents.sub]
 shares = "main"
@@ -48,11 +48,16 @@ gate = 1
 """
 
 
-def test_a_run_samples_from_the_server_it_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sync", "policy"),
+    [("fs", "last_layers = 2"), ("lora", 'lora = { rank = 4, alpha = 8.0, targets = ["q_proj", "v_proj"] }')],
+)
+def test_a_run_samples_from_the_server_it_starts(tmp_path: Path, sync: str, policy: str) -> None:
     """Three steps, two workers on one server: every token is of the step's own weights, the trainer's log-probs are the
     server's to bfloat16's precision, and neither a process nor a version is left."""
     config, out = tmp_path / "run.toml", tmp_path / "run"
-    config.write_text(CONFIG)
+    python = ROOT / ".venv-vllm/bin/python"
+    config.write_text(CONFIG.format(model=MODEL, python=python, sync=sync, policy=policy))
     output = train(config, out, timeout=850)
     assert summary(out)["finished"], output
     rows = [r for r in records(out) if "main/reward/mean" in r]

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from mgrpo.cli.monitor import Monitor, Outcome
 from mgrpo.cli.parts import RunFolder, load_run_task
-from mgrpo.cli.processes import Supervisor
+from mgrpo.cli.processes import HEALTHY_SECONDS, Supervisor
 from mgrpo.cli.progress import Display
 from mgrpo.config import RunConfig, dump_config, load_config
 from mgrpo.errors import ConfigError, GateError, MgrpoError
 from mgrpo.rollout.serve import check_engine, starts_servers
+from mgrpo.rollout.vllm import PATIENCE_SECONDS
 
 START_SECONDS = 60.0
 ENGINE_HEALTHY = 300.0  # a vLLM server that fails while it starts, which takes minutes, fails for good
@@ -74,12 +75,14 @@ def _run(config: RunConfig, folder: RunFolder) -> None:
     with Display() as display, Supervisor(folder.logs) as children, folder.sockets():
         path = str(folder.config)
         children.start("store", ["store", "--config", path, "--out", str(folder.root)])
+        # An error after a wait as long as this one is one in a row all the same.
+        healthy = HEALTHY_SECONDS + max(config.store.idle_timeout, PATIENCE_SECONDS)
         monitor = Monitor(config, folder, display)
         try:
             monitor.connect(lambda: children.poll(), START_SECONDS)
             for role in config.policy_roles:
                 children.start(
-                    f"trainer-{role}", ["trainer", path, "--agent", role, "--out", str(folder.root)]
+                    f"trainer-{role}", ["trainer", path, "--agent", role, "--out", str(folder.root)], healthy
                 )
             for role, replica in _engines(config):
                 which = ["--agent", role, "--replica", str(replica)]
@@ -90,7 +93,9 @@ def _run(config: RunConfig, folder: RunFolder) -> None:
                 )
             for worker in range(config.rollout.workers):
                 children.start(
-                    f"rollout-{worker}", ["rollout", path, "--worker", str(worker), "--out", str(folder.root)]
+                    f"rollout-{worker}",
+                    ["rollout", path, "--worker", str(worker), "--out", str(folder.root)],
+                    healthy,
                 )
             while (outcome := monitor.poll()) is Outcome.RUNNING:
                 for line in children.poll():

@@ -6,11 +6,13 @@ with a last line that names the rank and the reason. Whoever watches it starts t
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
 
@@ -52,18 +54,27 @@ def run_ranks(size: int, arguments: Sequence[str], threads: int) -> None:
         raise SystemExit(0) from None  # told to stop, and the ranks have
 
 
-def as_rank(work: Callable[[], None]) -> None:
-    """Do `work` as one of torchrun's processes: an error goes to the file from which torchrun takes its reason."""
+def as_rank(work: Callable[[], None]) -> NoReturn:
+    """Do `work` as one of torchrun's processes, then end this one.
+
+    An error goes to the file from which torchrun takes its reason. After work that went well the interpreter is not
+    taken down: a thread of the process group that still wants the GIL then aborts the process, and a rank that has
+    done everything would count as one that failed.
+    """
     from torch.distributed.elastic.multiprocessing.errors import record
 
     record(work)()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _reason(code: int, message: object) -> str:
-    if code < 0:
-        return f"ended by signal {signal.Signals(-code).name}"
-    if isinstance(message, dict):
+    if isinstance(message, dict):  # the rank's own word, however it ended afterwards
         message = message.get("message", "")
+    elif code < 0:
+        return f"ended by signal {signal.Signals(-code).name}"
     name, colon, text = str(message).partition(": ")
     plain = {kind.__name__ for kind in (MgrpoError, ConfigError, CorruptionError, CheckpointError)}
     return text if colon and name in plain else str(message)

@@ -372,8 +372,18 @@ def _copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], unexpecte
 
 def state_bytes(model: torch.nn.Module) -> bytes:
     """The model's weights in safetensors format."""
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state_of(model).items()}
-    return safetensors.torch.save(state)
+    return _packed(state_of(model))
+
+
+def adapter_bytes(model: torch.nn.Module) -> bytes:
+    """The adapters alone in safetensors format, A and B under the model's own names."""
+    return _packed(lora.adapter_of(model.state_dict()))
+
+
+def _packed(state: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save(
+        {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    )
 
 
 def load_state_bytes(model: torch.nn.Module, data: bytes) -> None:

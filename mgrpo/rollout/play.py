@@ -81,6 +81,7 @@ class Accuracy:
     correct: float = 0.0
     n: int = 0
     failed: int = 0
+    failure: str = ""  # why the last of the failed did
     calls: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> {d_k: number of rollouts}
 
     @property
@@ -98,7 +99,7 @@ async def evaluate(
     seen: Callable[[int, Played], None] | None = None,
 ) -> Accuracy:
     """One rollout of each question. Failed rollouts are counted beside the mean, not in it. `seen` hears of each
-    rollout as it ends, with the number of its question."""
+    rollout as it ends, with the number of its question. Raises InfrastructureError where none succeeded."""
     if greedy:
         agents = {role: replace(agent, temperature=0.0) for role, agent in agents.items()}
     result = Accuracy()
@@ -108,6 +109,7 @@ async def evaluate(
             seen(numbers[played.ask.query], played)
         if played.rollout is None:
             result.failed += 1
+            result.failure = played.failure
             return
         result.n += 1
         result.correct += played.rollout.correct
@@ -118,4 +120,11 @@ async def evaluate(
     asks = [Ask(f"eval/{'greedy' if greedy else 'sampled'}/{i}", q, 0) for i, q in enumerate(questions)]
     numbers = {ask.query: i for i, ask in enumerate(asks)}
     await play_all(task, asks, agents, lambda ask: mix(seed, numbers[ask.query]), count)
+    if result.failed and not result.n:
+        raise InfrastructureError(all_failed(result.failed, "an evaluation", result.failure))
     return result
+
+
+def all_failed(n: int, where: str, failure: str) -> str:
+    """What to say where nothing was played: something is down, and it is none of the rollouts' doing."""
+    return f"all {n} rollouts of {where} failed, the last with: {failure}"

@@ -25,10 +25,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -131,8 +131,9 @@ class WeightSync(ABC):
         target = self.path(label)
         if target.exists():
             return
-        fresh = self.folder / f".{label}.{os.getpid()}"
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh = (
+            self.folder / f".{label}.{uuid.uuid4().hex}"
+        )  # engines of one process place versions side by side
         fresh.mkdir(parents=True)
         for name, data in files.items():
             (fresh / name).write_bytes(data)
@@ -142,9 +143,15 @@ class WeightSync(ABC):
             shutil.rmtree(fresh)
             if not target.exists():
                 raise
-        there = [(found, p) for p in self.folder.iterdir() if (found := parse_label(p.name))]
-        for _, old in sorted(there)[:-KEEP]:
+        there = sorted((found, p) for p in self.folder.iterdir() if (found := parse_label(p.name)))
+        for _, old in there[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
+        for unfinished in self.folder.glob(
+            ".e*"
+        ):  # of a worker that was killed: nobody wants such a version any more
+            found = parse_label(unfinished.stem.removeprefix("."))
+            if found and found < there[-KEEP:][0][0]:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class FolderSync(WeightSync):

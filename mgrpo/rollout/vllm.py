@@ -24,6 +24,8 @@ from mgrpo.rollout.server import COOLEST, HOTTEST, Completion, VllmServer
 from mgrpo.rollout.sync import Label, WeightSync, parse_label
 from mgrpo.weights import Weights
 
+PATIENCE_SECONDS = 600.0  # a server may load a large model, or be started again meanwhile
+
 
 class VllmEngine(Engine):
     """Serves one policy from one or more servers."""
@@ -36,7 +38,7 @@ class VllmEngine(Engine):
         name: str,
         vocab_size: int,
         max_length: int,
-        patience: float = 600.0,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
         """name: how errors call the policy. max_length: tokens of a history at most. patience: seconds that load()
         waits for a first server, which may still be starting."""

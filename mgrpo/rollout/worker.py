@@ -22,12 +22,12 @@ import torch
 from mgrpo.config import RunConfig, config_digest
 from mgrpo.config.addresses import Addresses
 from mgrpo.credit import trajectory_reward
-from mgrpo.errors import DeadlineError, RetryAfterError
+from mgrpo.errors import DeadlineError, InfrastructureError, RetryAfterError
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.engines import open_engine
 from mgrpo.rollout.episode import Agent, mix
-from mgrpo.rollout.play import Accuracy, Ask, Played, evaluate, play_all
+from mgrpo.rollout.play import Accuracy, Ask, Played, all_failed, evaluate, play_all
 from mgrpo.rollout.shipper import Shipper
 from mgrpo.rollout.task import Question, Split, Task
 from mgrpo.spool import SpoolClient
@@ -40,6 +40,7 @@ from mgrpo.types import MAIN, Rollout
 from mgrpo.weights import Weights, fetch_shell, fetch_weights
 
 WAIT_SLICE = 1.0  # seconds between two looks at the run's state while waiting
+LOST_WAVES = 3  # a wave can be one question that nothing answers; that many in a row are an outage
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
 
 
@@ -89,6 +90,7 @@ class RolloutWorker:
         self._loop = asyncio.new_event_loop()
         self._cursor = number  # index of the next group this worker may open
         self._evaluated = -1  # step of the last evaluation
+        self._lost_waves = 0  # waves without a rollout since the last one that had some
 
     def __enter__(self) -> RolloutWorker:
         return self
@@ -221,12 +223,14 @@ class RolloutWorker:
         began = time.monotonic()
         groups = {group.query: group for group, _ in wave}
         tokens = drift = failed = 0
+        failure = ""
 
         async def done(played: Played) -> None:
-            nonlocal tokens, drift, failed
+            nonlocal tokens, drift, failed, failure
             group = groups[played.ask.query]
             drift += played.drift
             failed += played.rollout is None
+            failure = played.failure or failure
             tokens += _sampled_tokens(played.rollout)
             if played.ask.rollout not in group.finished:
                 self._record(group, played)
@@ -237,6 +241,11 @@ class RolloutWorker:
             play_all(self._task, asks, self._agents, lambda ask: self._seed(groups[ask.query].index), done)
         )
         self._shipper.drain()
+        self._lost_waves = self._lost_waves + 1 if failed == len(asks) else 0
+        if (
+            self._lost_waves == LOST_WAVES
+        ):  # the next would fare no better: whoever watches this process hears why
+            raise InfrastructureError(all_failed(failed, f"each of {LOST_WAVES} waves", failure))
         seconds = time.monotonic() - began
         metrics = {
             "rollout/perf/tok_per_s": tokens / seconds,

@@ -24,7 +24,7 @@ from types import FrameType, TracebackType
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.policy import LoraConfig
-from mgrpo.model.policy import Policy, load_policy, save_policy, state_bytes
+from mgrpo.model.policy import Policy, adapter_bytes, load_policy, save_policy, state_bytes
 from mgrpo.model.shell import shell_files
 from mgrpo.rollout.task import Task
 from mgrpo.trainer.batch import joined
@@ -190,7 +190,8 @@ class TrainerProcess:
 
     def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""
-        data = state_bytes(self._crew.policy().model)
+        model = self._crew.policy().model
+        data = adapter_bytes(model) if self._agent.engine.sync == "lora" else state_bytes(model)
         self._weights.publish(Weights(f"e{self._store.epoch}.v{version}", version, data))
         for lane in self._lanes:
             lane.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
