@@ -9,7 +9,7 @@ SEED ?= 1
 # The run page is tested in a real browser: on Debian, as root, the suite brings its own.
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
-.PHONY: vllm test-vllm setup browser demo test lint bench chaos clean smollm2 smollm2-model
+.PHONY: vllm test-vllm setup browser demo test lint bench soak chaos clean smollm2 smollm2-model
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@
 
-# vLLM wants an environment of its own; test-vllm drives a real server with a real model on the CPU (about four minutes).
+# vLLM wants an environment of its own; test-vllm drives real servers with a real model on the CPU (about seven minutes).
 vllm: $(VLLM)/.ready
 
 $(VLLM)/.ready: constraints-vllm.txt
@@ -30,7 +30,7 @@ $(VLLM)/.ready: constraints-vllm.txt
 	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@
 
-test-vllm: setup vllm
+test-vllm: setup vllm smollm2-model
 	@$(BIN)/python -m pytest -s tests_vllm
 
 demo: setup
@@ -57,6 +57,7 @@ smollm2: setup smollm2-model
 
 test: setup browser lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(MAKE) --no-print-directory test-vllm
 
 # Without root, apt or a mirror the tests of the page skip and say so; nothing else depends on it.
 browser:

@@ -51,6 +51,7 @@ sync = "{sync}"
 dtype = "{dtype}"
 timeout = {timeout}
 python = "{python}"
+arguments = {arguments}
 
 [agents.sub]
 max_length = 32
@@ -61,7 +62,7 @@ reward = {{ outcome = 1.0 }}
 class Served:
     """A server and an engine over it, with an event loop of their own."""
 
-    def __init__(self, folder: Path, sync: str, dtype: str, main: str) -> None:
+    def __init__(self, folder: Path, sync: str, dtype: str, main: str, arguments: Sequence[str]) -> None:
         text = CONFIG.format(
             model=MODEL,
             length=LENGTH,
@@ -70,6 +71,7 @@ class Served:
             main=main,
             timeout=START_SECONDS,
             python=ROOT / ".venv-vllm/bin/python",
+            arguments=list(arguments),
         )
         path = folder / "run.toml"
         path.write_text(text)
@@ -128,9 +130,11 @@ async def generate(
 
 
 @contextlib.contextmanager
-def served(folder: Path, sync: str, dtype: str, main: str = "") -> Iterator[Served]:
-    """Started; its processes are gone when the block ends."""
-    made = Served(folder, sync, dtype, main)
+def served(
+    folder: Path, sync: str, dtype: str, main: str = "", arguments: Sequence[str] = ()
+) -> Iterator[Served]:
+    """Started; its processes are gone when the block ends. arguments: of the server, beside those of the launcher."""
+    made = Served(folder, sync, dtype, main, arguments)
     try:
         with made.children, made.run.sockets():
             yield made
