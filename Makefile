@@ -55,9 +55,9 @@ smollm2: setup smollm2-model
 	    --set agents.$(role).engine.kind=hf --set agents.$(role).engine.sync=copy))
 	@$(BIN)/python examples/smollm2/result.py $(OUT)
 
-test: setup browser lint
+test: setup browser lint vllm smollm2-model
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
-	@$(MAKE) --no-print-directory test-vllm
+	@$(BIN)/python -m pytest -s tests_vllm
 
 # Without root, apt or a mirror the tests of the page skip and say so; nothing else depends on it.
 browser:

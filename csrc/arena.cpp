@@ -18,14 +18,12 @@ Arena::Arena(int64_t bytes) : capacity_(bytes / kBytesPerToken / kGrain * kGrain
   MGRPO_CHECK(capacity_ >= kGrain, "arena_bytes=", bytes, " is below one block of ", kGrain * kBytesPerToken, " bytes");
   mapped_ = size_t(capacity_) * kBytesPerToken;
   // Anonymous pages cost nothing until they are written, so a generous bound is only a bound.
-  memory_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory_ == MAP_FAILED) throw std::bad_alloc();
+  void* mapped = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  memory_ = static_cast<uint8_t*>(mapped);
 #ifdef MADV_HUGEPAGE
   madvise(memory_, mapped_, MADV_HUGEPAGE);  // a wish: fewer page faults while filling, fewer TLB misses while copying
 #endif
-  ids_ = static_cast<int32_t*>(memory_);
-  logprobs_ = reinterpret_cast<float*>(ids_ + capacity_);
-  masks_ = reinterpret_cast<uint8_t*>(logprobs_ + capacity_);
   give(0, capacity_);
 }
 
@@ -99,9 +97,8 @@ void Arena::compact() {
   for (const int32_t handle : live) {
     Block& block = blocks_[handle];
     if (block.offset != top) {
-      std::memmove(ids_ + top, ids_ + block.offset, size_t(block.size) * sizeof(int32_t));
-      std::memmove(logprobs_ + top, logprobs_ + block.offset, size_t(block.size) * sizeof(float));
-      std::memmove(masks_ + top, masks_ + block.offset, size_t(block.size));
+      std::memmove(memory_ + top * kBytesPerToken, memory_ + block.offset * kBytesPerToken,
+                   size_t(block.size * kBytesPerToken));
       block.offset = top;
     }
     top += block.size;

@@ -83,8 +83,8 @@ void write_micro_batch(const Batcher& batcher, const Plan& plan, int64_t bin, in
     const Source& from = sources[segment];
     const int64_t place = row0 + used, index = seg0 + int64_t(segment);
     copy(at(out.ids, place), from.ids, from.length);
-    copy(at(out.loss_mask, place), from.masks, from.length);
     copy(at(out.logprobs, place), from.logprobs, from.length);
+    copy(at(out.loss_mask, place), from.masks, from.length);
     fill_tokens(at(out.advantages, place), from.length, from.advantage);
     count_up(at(out.position_ids, place), from.length);
     if (out.seg_advantage) out.seg_advantage[index] = from.advantage;
@@ -156,8 +156,8 @@ void write_padded(const Batcher& batcher, const Plan& plan, const PaddedLayout& 
     const int64_t place = r * out.width, rest = out.width - row.length;
     if (real) {
       copy(at(out.ids, place), batcher.arena().ids(row.handle), row.length);
-      copy(at(out.loss_mask, place), batcher.arena().masks(row.handle), row.length);
       copy(at(out.logprobs, place), batcher.arena().logprobs(row.handle), row.length);
+      copy(at(out.loss_mask, place), batcher.arena().masks(row.handle), row.length);
     }
     fill(at(out.ids, place + row.length), rest, plan.pad_id);
     fill(at(out.loss_mask, place + row.length), rest, uint8_t{0});

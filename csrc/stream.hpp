@@ -7,7 +7,7 @@
 #include <cstring>
 
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace mgrpo {
@@ -18,35 +18,54 @@ inline constexpr size_t kStreamFrom = 512;  // bytes; below, the unaligned ends 
 
 inline size_t bytes_to_line(const void* p) { return (64 - (reinterpret_cast<uintptr_t>(p) & 63)) & 63; }
 
-// AMD's string moves, which libc takes for such sizes, do not read their destination either and are faster than 16-byte
-// streaming stores (15 against 11 GB/s on an EPYC where one large memcpy makes 20); on Intel it is the other way round.
-inline bool libc_streams() {
-  __builtin_cpu_init();
-  return __builtin_cpu_is("amd") != 0;
+// Half a line a store: on an AMD EPYC rows of a few kilobytes, copied in any order, go at 0.94 of one large memcpy, against
+// 0.75 with quarter lines and 0.62 with libc's string moves. `to` is on a line; what is left in the end, under 128 bytes,
+// is the caller's.
+__attribute__((target("avx2"))) inline void stream_halves(char*& to, const char*& from, size_t& n) {
+  for (; n >= 128; n -= 128, to += 128, from += 128) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32));
+    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 64));
+    const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 96));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), a);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 32), b);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 64), c);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 96), d);
+  }
 }
-inline const bool kLibcStreams = libc_streams();
+
+inline void stream_quarters(char*& to, const char*& from, size_t& n) {
+  for (; n >= 64; n -= 64, to += 64, from += 64) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16));
+    const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 32));
+    const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 48));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), a);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + 16), b);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + 32), c);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + 48), d);
+  }
+}
+
+inline bool can_halves() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2");
+}
+inline const bool kHalves = can_halves();
 
 inline void stream_copy(void* to, const void* from, size_t n) {
-  if (n < kStreamFrom || kLibcStreams) {
-    std::memcpy(to, from, n);
-    return;
-  }
   auto* d = static_cast<char*>(to);
   auto* s = static_cast<const char*>(from);
-  const size_t head = bytes_to_line(d);
-  std::memcpy(d, s, head);
-  d += head;
-  s += head;
-  n -= head;
-  for (; n >= 64; n -= 64, d += 64, s += 64) {
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + 16));
-    const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + 32));
-    const __m128i e = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + 48));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(d), a);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(d + 16), b);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(d + 32), c);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(d + 48), e);
+  if (n >= kStreamFrom) {
+    const size_t head = bytes_to_line(d);
+    std::memcpy(d, s, head);
+    d += head;
+    s += head;
+    n -= head;
+    if (kHalves)
+      stream_halves(d, s, n);
+    else
+      stream_quarters(d, s, n);
   }
   std::memcpy(d, s, n);
 }

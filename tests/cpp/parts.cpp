@@ -73,7 +73,7 @@ CASE(arena_keeps_what_it_holds) {
       std::fill_n(arena.ids(handle), length, int32_t(mark));
       std::fill_n(arena.logprobs(handle), length, float(mark));
       std::fill_n(arena.masks(handle), length, mark);
-      REQUIRE(reinterpret_cast<uintptr_t>(arena.ids(handle)) % 64 == 0);
+      REQUIRE(reinterpret_cast<uintptr_t>(arena.ids(handle)) % 16 == 0);
       held.push_back({handle, length, mark});
     } else {
       std::swap(held[size_t(random(0, int64_t(held.size()) - 1))], held.back());
