@@ -37,6 +37,7 @@ class Variant:
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    registers: int | None = None  # bound of a thread
     aligned: bool = True  # sizes and row strides divisible by 16, as every padded vocabulary has them
 
 
@@ -79,6 +80,14 @@ def variants() -> list[Variant]:
             loss | full | {"LOSS": 0, "HAS_OLD": True},
         )
         out.append(replace(odd, aligned=False))
+        thin = {"LOSS": 2, "KL": 2, "GROUPS": True, "HAS_OLD": False, "NEED_GRAD": False, "ESTIMATOR": 3}
+        tight = _variant(
+            f"grpo_loss {dtype} sapo, batch, forward",
+            grpo_loss.grpo_loss_kernel,
+            dtype,
+            loss | plain | thin,
+        )
+        out.append(replace(tight, aligned=False))  # what ptxas, left alone, spills for
         rows = {"BLOCK": device.BLOCK}
         out.append(_variant(f"gradient {dtype}", logprob.gradient_kernel, dtype, rows))
         partials = logprob.partials_kernel
@@ -120,11 +129,13 @@ def _variant(
         else:
             pointers = {"*i64": _INT64, "*i32": _INT32, "*u8": _BYTES, "*fp64": _FLOAT64}
             types[argument] = next((t for t, names in pointers.items() if argument in names), "*fp32")
-    return Variant(name, kernel, types, constants, warps)
+    batch = constants.get("GROUPS", False) and constants["ESTIMATOR"] == group_advantage.BATCH.value
+    bound = device.loss_registers(batch, "batch") if kernel is grpo_loss.grpo_loss_kernel else None
+    return Variant(name, kernel, types, constants, warps, bound)
 
 
 def build(variant: Variant, arch: int, max_registers: int | None = None) -> Report:
-    """Compile to PTX and let ptxas say what it costs, within max_registers a thread if given."""
+    """Compile to PTX and let ptxas say what it costs, within the variant's bound or max_registers a thread."""
     names = variant.kernel.arg_names
     hints = {
         (names.index(a),): [["tt.divisibility", 16]]
@@ -134,7 +145,7 @@ def build(variant: Variant, arch: int, max_registers: int | None = None) -> Repo
     constants = {(names.index(a),): v for a, v in variant.constants.items()}
     source = ASTSource(fn=variant.kernel, signature=variant.types, constexprs=constants, attrs=hints)
     target = GPUTarget("cuda", arch, 32)
-    options = {"num_warps": variant.warps, "maxnreg": max_registers}
+    options = {"num_warps": variant.warps, "maxnreg": max_registers or variant.registers}
     compiled = triton.compile(source, target=target, options=options)
     registers, spills = _assemble(compiled.asm["ptx"])
     return Report(variant.name, arch, registers, compiled.metadata.shared, spills)
