@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.config.run import OptimizerConfig
 from mgrpo.errors import NumericsError
 from mgrpo.model.policy import Policy
+from mgrpo.trainer.schedule import learning_rate
 from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch, logprobs_of
 from tests.models import tiny_policy
 from tests.rows import ROWS, rows_of
@@ -100,6 +103,37 @@ def test_recomputed_old_logprobs_start_at_ratio_one() -> None:
     out = learner.train([MiniBatch([rows], 10.0), MiniBatch([rows_of(4)], 10.0)], recompute_old=True)
     assert out["policy/logprob_diff_max"] < 1e-5
     assert out["policy/is_ratio_max"] > 1.0 + 1e-4  # the second minibatch meets an updated policy
+
+
+def test_the_rate_rises_holds_and_falls() -> None:
+    """Warm-up, plateau, fall over the last part; constant by default; a cosine meets the line in its middle."""
+    rise = OptimizerConfig(lr=1.0, warmup_steps=4, decay=0.5)
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
+    assert [learning_rate(rise, step, 10) for step in range(10)] == pytest.approx(expected)
+    assert {learning_rate(OptimizerConfig(lr=0.3), step, 10) for step in range(10)} == {0.3}
+    cosine = OptimizerConfig(lr=2.0, decay=1.0, decay_shape="cosine")
+    assert [learning_rate(cosine, step, 4) for step in range(4)] == pytest.approx(
+        [1 - math.cos(math.pi * part) for part in (1, 0.75, 0.5, 0.25)]
+    )
+    with pytest.raises(ValueError, match=r"decay\n.* less than or equal to 1 .*1\.5"):
+        OptimizerConfig(decay=1.5)
+
+
+def test_a_step_takes_its_rate() -> None:
+    """The rate of the step replaces the optimizer's: at 0 nothing moves, at 0.1 SGD moves twice as far as at 0.05."""
+    moves = []
+    for lr in (0.0, 0.05, 0.1):
+        policy, rows = tiny_policy("shift"), rows_of(3)
+        before = [p.detach().clone() for p in policy.parameters()]
+        optimizer = torch.optim.SGD(policy.parameters(), lr=7.0)
+        learner = Learner(policy, optimizer, GrpoLossConfig(), grad_clip=1.0)
+        out = learner.train([MiniBatch([rows], 10.0)], recompute_old=False, lr=lr)
+        assert out["policy/lr"] == lr
+        moves.append(
+            sum(float((a - b).detach().norm() ** 2) for a, b in zip(before, policy.parameters(), strict=True))
+            ** 0.5
+        )
+    assert moves[0] == 0 and moves[1] > 0 and moves[2] == pytest.approx(2 * moves[1], rel=1e-4)
 
 
 def test_numbers_that_no_step_may_be_taken_with() -> None:

@@ -104,7 +104,7 @@ def test_interpreted_group_advantage(small_blocks: None) -> None:
 
 @numpy_warns
 def test_interpreted_head(small_blocks: None) -> None:
-    """The head on the Triton rows for every config, of one phase and of two; log-probs, and rows that are not finite."""
+    """The head on the Triton rows for every config, of one phase or two; log-probs, and rows that are not finite."""
     from mgrpo import selective_logprob
     from tests.loss_grid import configs, error, head_batch, run_head
 

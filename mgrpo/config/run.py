@@ -29,7 +29,13 @@ class OptimizerConfig(Settings):
     """AdamW of one agent's trainer."""
 
     lr: float = Field(1e-3, ge=0)
-    """Learning rate; 0 is allowed as a control."""
+    """Highest learning rate; 0 is allowed as a control."""
+    warmup_steps: int = Field(0, ge=0)
+    """RL steps of the linear rise to lr."""
+    decay: float = Field(0.0, ge=0, le=1)
+    """Fraction of trainer.steps, at the end, over which lr falls to 0."""
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    """How it falls."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the two moments, each in [0, 1)."""
     weight_decay: float = Field(0.0, ge=0)
@@ -63,7 +69,9 @@ class WarmStartConfig(Settings):
     warmup_steps: int = Field(30, ge=0)
     """Steps of the linear rise to lr."""
     decay: float = Field(0.4, ge=0, le=1)
-    """Fraction of the steps, at the end, over which lr falls linearly to 0."""
+    """Fraction of the steps, at the end, over which lr falls to 0."""
+    decay_shape: Literal["linear", "cosine"] = "linear"
+    """How it falls."""
 
     _pair = field_validator("betas", mode="before")(lambda v: tuple(v) if isinstance(v, list) else v)
 

@@ -54,10 +54,12 @@ class Crew:
         self._begin(start, checkpoint)
         return checkpoint.step if checkpoint else 0
 
-    def train(self, batches: Sequence[MiniBatch], recompute_old: bool) -> dict[str, float]:
+    def train(
+        self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
+    ) -> dict[str, float]:
         """One RL step, as Learner.train; `batches` hold the micro-batches of all ranks."""
         size = self._ranks.size
-        shares = [([batch.share(rank, size) for batch in batches], recompute_old) for rank in range(size)]
+        shares = [([batch.share(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
         self._ranks.tell("train", shares)
         return self._train(*shares[0])
 
@@ -133,8 +135,8 @@ class Crew:
 
         return ShardedPolicy(policy, self._ranks)
 
-    def _train(self, batches: Sequence[MiniBatch], recompute_old: bool) -> dict[str, float]:
-        return self._own.train(batches, recompute_old)
+    def _train(self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None) -> dict[str, float]:
+        return self._own.train(batches, recompute_old, lr)
 
     def _gather(self) -> None:
         if self._ranks.size > 1:

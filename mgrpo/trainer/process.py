@@ -31,6 +31,7 @@ from mgrpo.trainer.batch import joined
 from mgrpo.trainer.crew import Crew
 from mgrpo.trainer.lane import Lane
 from mgrpo.trainer.ranks import Ranks
+from mgrpo.trainer.schedule import learning_rate
 from mgrpo.trainer.warmstart import Demos, warm_start
 from mgrpo.weights import Weights, WeightsServer
 
@@ -146,7 +147,8 @@ class TrainerProcess:
                 lane.builder.build(step, groups)
                 for lane, groups in zip(self._lanes, claimed_groups, strict=True)
             ]
-            learned = self._crew.train(joined(batches), trainer.old_logprobs == "recompute")
+            lr = learning_rate(self._agent.optimizer, step, trainer.steps)
+            learned = self._crew.train(joined(batches), trainer.old_logprobs == "recompute", lr)
             for lane, groups in zip(self._lanes, claimed_groups, strict=True):
                 lane.store.apply(step=step, groups=groups)
             step += 1

@@ -27,6 +27,7 @@ from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trainer.batch import BatchBuilder, StepBatch, joined
 from mgrpo.trainer.checkpoint import Checkpoint, checkpoints_below, restore_checkpoint
 from mgrpo.trainer.record import step_body
+from mgrpo.trainer.schedule import learning_rate
 from mgrpo.trainer.step import Learner, new_learner
 from mgrpo.types import MAIN, Trajectory
 
@@ -157,7 +158,9 @@ class Replayer:
             if len(whole) < len(batches):
                 self._learners.pop(role, None)
                 return f"tokens of step {number}, which follows the last kept checkpoint"
-            metrics = learner.train(joined(whole), self._config.trainer.old_logprobs == "recompute")
+            trainer = self._config.trainer
+            lr = learning_rate(self._config.agents[role].optimizer, number, trainer.steps)
+            metrics = learner.train(joined(whole), trainer.old_logprobs == "recompute", lr)
             self._learners[role] = (learner, number + 1, metrics)
         return metrics
 

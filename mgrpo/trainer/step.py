@@ -132,13 +132,18 @@ class Learner:
         self.policy, self.optimizer, self.loss, self.grad_clip = policy, optimizer, loss, grad_clip
         self.reference, self.ranks = reference, ranks or Ranks()
 
-    def train(self, batches: Sequence[MiniBatch], recompute_old: bool) -> dict[str, float]:
+    def train(
+        self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
+    ) -> dict[str, float]:
         """One RL step: an optimizer step on each minibatch in turn; the means of their metrics.
 
+        lr: learning rate of this step; None leaves the optimizer's.
         recompute_old: take the ratio's denominator from this policy before the first update instead of the sampler's
         report. `policy/logprob_diff_max` compares the two on the first minibatch, where nothing has been updated yet:
         in synchronous mode it is the numerical difference of sampler and trainer.
         """
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
         if recompute_old:
             for micro in (m for batch in batches for m in batch.micro):
                 micro.old_logprobs = torch.zeros_like(micro.rollout_logprobs)
@@ -152,6 +157,7 @@ class Learner:
         out = {ours: sum(r[theirs] for r in results) / len(results) for theirs, ours in _NAMES.items()}
         out["policy/is_ratio_max"] = max(r["ratio_max"] for r in results)
         out["policy/is_ratio_min"] = min(r["ratio_min"] for r in results)
+        out["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
         first = results[0]
         out["policy/logprob_diff_max"] = max(abs(math.log(first[f"ratio_{end}"])) for end in ("min", "max"))
         return out

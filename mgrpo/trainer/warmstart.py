@@ -1,7 +1,7 @@
 """The warm start: a few hundred supervised steps on the task's demonstrations, before RL.
 
-Loss: mean cross-entropy of the action tokens of a batch (loss_mask 1). AdamW, linear warm-up, constant, then linear
-decay to 0 over the last part. RL selects among strategies that have some probability; this is where they come from.
+Loss: mean cross-entropy of the action tokens of a batch (loss_mask 1). AdamW; its rate is that of schedule.py. RL
+selects among strategies that have some probability; this is where they come from.
 """
 
 from __future__ import annotations
@@ -14,17 +14,10 @@ import torch.nn.functional as F
 
 from mgrpo.config.run import WarmStartConfig
 from mgrpo.model.policy import Policy
+from mgrpo.trainer.schedule import learning_rate
 from mgrpo.types import Int32, UInt8
 
 Demos = Sequence[tuple[Int32, UInt8]]
-
-
-def learning_rate(step: int, config: WarmStartConfig) -> float:
-    """lr of step 0 .. steps-1."""
-    rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    tail = config.decay * config.steps
-    fall = min(1.0, (config.steps - step) / tail) if tail else 1.0
-    return config.lr * min(rise, fall)
 
 
 def warm_start(
@@ -37,7 +30,7 @@ def warm_start(
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=config.betas, foreach=True)
     for step in range(config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = learning_rate(config, step, config.steps)
         loss = demo_loss(policy, demos(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
