@@ -131,9 +131,8 @@ class WeightSync(ABC):
         target = self.path(label)
         if target.exists():
             return
-        fresh = (
-            self.folder / f".{label}.{uuid.uuid4().hex}"
-        )  # engines of one process place versions side by side
+        # Engines of one process place versions side by side, so its number would not tell them apart.
+        fresh = self.folder / f".{label}.{uuid.uuid4().hex}"
         fresh.mkdir(parents=True)
         for name, data in files.items():
             (fresh / name).write_bytes(data)
@@ -143,14 +142,16 @@ class WeightSync(ABC):
             shutil.rmtree(fresh)
             if not target.exists():
                 raise
-        there = sorted((found, p) for p in self.folder.iterdir() if (found := parse_label(p.name)))
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove all but the newest versions, and what a killed worker left unfinished of older ones."""
+        there = sorted((label, p) for p in self.folder.iterdir() if (label := parse_label(p.name)))
         for _, old in there[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
-        for unfinished in self.folder.glob(
-            ".e*"
-        ):  # of a worker that was killed: nobody wants such a version any more
-            found = parse_label(unfinished.stem.removeprefix("."))
-            if found and found < there[-KEEP:][0][0]:
+        for unfinished in self.folder.glob(".e*"):
+            label = parse_label(unfinished.stem.removeprefix("."))
+            if label is not None and there and label < there[-KEEP:][0][0]:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
 

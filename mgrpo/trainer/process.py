@@ -147,6 +147,7 @@ class TrainerProcess:
                 lane.builder.build(step, groups)
                 for lane, groups in zip(self._lanes, claimed_groups, strict=True)
             ]
+            built = time.monotonic()
             lr = learning_rate(self._agent.optimizer, step, trainer.steps)
             learned = self._crew.train(joined(batches), trainer.old_logprobs == "recompute", lr)
             for lane, groups in zip(self._lanes, claimed_groups, strict=True):
@@ -163,7 +164,8 @@ class TrainerProcess:
                 self._settle(wait=False)
             times = {
                 "time/wait_batch": claimed - began,
-                "time/train": trained - claimed,
+                "time/build": built - claimed,
+                "time/train": trained - built,
                 "time/sync": time.monotonic() - trained,
                 "time/step": time.monotonic() - began,
             }
