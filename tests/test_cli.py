@@ -92,6 +92,17 @@ def test_a_missing_model_is_named_before_anything_runs(tmp_path: Path) -> None:
     assert "/no/such/model" in line
 
 
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="there is a GPU")
+@pytest.mark.parametrize("place", ["policy", "engine"])
+def test_a_missing_gpu_is_named_before_anything_runs(tmp_path: Path, place: str) -> None:
+    """Device "cuda" where no driver is: the setting and what was looked for."""
+    line = refused(
+        mgrpo("train", ATLAS, "--out", str(tmp_path / "run"), "--set", f"agents.sub.{place}.device=cuda")
+    )
+    assert f'agents.sub.{place}.device is "cuda", but this machine has no GPU' in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_occupied_port_is_named(tmp_path: Path) -> None:
     """The store's address is taken: one line with the address, and no process stays behind."""
     socket = zmq.Context.instance().socket(zmq.ROUTER)

@@ -122,6 +122,17 @@ def test_broken_folders_are_named(tmp_path: Path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"cut: no causal language model loads from it"):
         load_policy(tmp_path / "cut")
+    save_policy(tiny_policy(), tmp_path / "short")
+    weights = tmp_path / "short" / "model.safetensors"
+    state = safetensors.torch.load(weights.read_bytes())
+    name = min(n for n in state if n.endswith("norm.weight"))
+    safetensors.torch.save_file(state | {name: torch.ones(7)}, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"short: {name} has shape \(7,\), config.json says \(32,\)"):
+        load_policy(tmp_path / "short")
+    del state[name]
+    safetensors.torch.save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"short: its weights lack {name} \(1 tensors are missing\)"):
+        load_policy(tmp_path / "short")
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
     with pytest.raises(ConfigError, match=r"bare: no causal language model"):

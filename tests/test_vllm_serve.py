@@ -14,7 +14,9 @@ import pytest
 from mgrpo.cli import launch
 from mgrpo.config.load import load_config
 from mgrpo.errors import ConfigError
+from mgrpo.model.policy import save_policy
 from mgrpo.rollout.serve import server_command
+from tests.models import tiny_policy
 from tests.runs import RELAY, wait_for
 
 
@@ -28,7 +30,11 @@ def test_a_server_that_does_not_answer_ends_the_start_in_one_line(tmp_path: Path
     sets = ['agents.left.engine={kind="vllm", sync="fs"}']
     with pytest.raises(ConfigError, match=r"agents.left.model is missing"):
         launch.start(RELAY, out, sets, fresh=False)
-    sets = [f"agents.left.model={tmp_path}", 'agents.left.engine={kind="vllm", sync="fs", python="nowhere"}']
+    save_policy(tiny_policy("shift"), tmp_path / "model")
+    sets = [
+        f"agents.left.model={tmp_path}/model",
+        'agents.left.engine={kind="vllm", sync="fs", python="nowhere"}',
+    ]
     with pytest.raises(ConfigError, match=r"agents.left.engine.python: no interpreter nowhere"):
         launch.start(RELAY, out, sets, fresh=False)
     with pytest.raises(ConfigError, match=r"agents.left.loss.temperature=3: vLLM samples at 0.01..2"):

@@ -21,10 +21,12 @@ from mgrpo.cli.processes import HEALTHY_SECONDS, Supervisor
 from mgrpo.cli.progress import Display
 from mgrpo.config import RunConfig, dump_config, load_config
 from mgrpo.errors import ConfigError, GateError, MgrpoError
+from mgrpo.model.folder import check_folder
 from mgrpo.rollout.serve import check_engine, starts_servers
-from mgrpo.rollout.vllm import PATIENCE_SECONDS
+from mgrpo.rollout.server import PATIENCE_SECONDS
 
 START_SECONDS = 60.0
+GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' subsystem
 ENGINE_HEALTHY = 300.0  # a vLLM server that fails while it starts, which takes minutes, fails for good
 
 
@@ -59,12 +61,25 @@ def resume(out: Path, overrides: Sequence[str]) -> None:
 
 def _check(config: RunConfig) -> None:
     """What can be known to fail fails here, before a folder or a process exists."""
-    load_run_task(config)
-    for role, agent in config.agents.items():
-        if agent.model is not None and not Path(agent.model).is_dir():
-            raise ConfigError(f"agents.{role}.model: no folder {agent.model}")
-        if agent.engine.kind == "vllm" and agent.shares is None:
+    task = load_run_task(config)
+    for role in config.policy_roles:
+        agent, where = config.agents[role], f"agents.{role}"
+        if agent.model is not None:
+            length = max(config.agents[r].max_length for r in config.served_by(role))
+            check_folder(Path(agent.model), f"{where}.model", length, task.chat)
+        _check_gpu(agent.policy.device, f"{where}.policy.device")
+        if not agent.engine.urls:
+            _check_gpu(agent.engine.device, f"{where}.engine.device")
+        if agent.engine.kind == "vllm":
             check_engine(config, role)
+
+
+def _check_gpu(device: str, name: str) -> None:
+    """Whether the driver's devices are there; whether torch can use them is found out by the process that will."""
+    if device == "cuda" and not any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):
+        raise ConfigError(
+            f'{name} is "cuda", but this machine has no GPU (none of /dev/{", /dev/".join(GPU_DEVICES)})'
+        )
 
 
 def _run(config: RunConfig, folder: RunFolder) -> None:

@@ -218,16 +218,35 @@ def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
 
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+            )
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             raise ConfigError(
                 f"policy folder {folder}: no causal language model loads from it: {error}"
             ) from error
+        _check_complete(found, folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"policy folder {folder}: no tokenizer loads from it: {error}") from error
     return Policy(model.to(config.device), tokenizer, str(folder), config)
+
+
+def _check_complete(found: Mapping[str, Any], folder: Path) -> None:
+    """transformers fills what the files do not give with noise, and says so in a warning."""
+    for name, there, expected in sorted(found["mismatched_keys"]):
+        raise ConfigError(
+            f"policy folder {folder}: {name} has shape {tuple(there)}, config.json says {tuple(expected)}"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"policy folder {folder}: its weights lack {missing[0]} ({len(missing)} tensors are missing)"
+        )
 
 
 def check_device(device: str) -> None:

@@ -44,6 +44,8 @@ class Task(ABC):
 
     roles: tuple[str, ...]
     """All roles, "main" first."""
+    chat = False
+    """Whether its agents are spoken to through their models' chat templates; a model without one is then refused."""
 
     @abstractmethod
     def question(self, index: int, seed: int) -> Question:

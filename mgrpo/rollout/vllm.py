@@ -20,11 +20,9 @@ import numpy as np
 from mgrpo.errors import InfrastructureError
 from mgrpo.rollout.engine import Engine, Generation, SamplingParams
 from mgrpo.rollout.replicas import Replicas
-from mgrpo.rollout.server import COOLEST, HOTTEST, Completion, VllmServer
+from mgrpo.rollout.server import COOLEST, HOTTEST, PATIENCE_SECONDS, Completion, VllmServer
 from mgrpo.rollout.sync import Label, WeightSync, parse_label
 from mgrpo.weights import Weights
-
-PATIENCE_SECONDS = 600.0  # a server may load a large model, or be started again meanwhile
 
 
 class VllmEngine(Engine):

@@ -90,6 +90,7 @@ class AtlasChatTask(Task):
     """See the module's docstring. Scores: main and sub `format`, sub `expert`; correct is exact match."""
 
     roles = ("main", "sub")
+    chat = True
 
     def __init__(self, options: Mapping[str, object], roles: Sequence[str] = roles) -> None:
         if set(roles) != set(self.roles):

@@ -1,0 +1,77 @@
+"""What a model folder says of itself without being loaded: mistakes that a run would meet minutes later, in some other
+process and in other words. Reads JSON alone; neither torch nor transformers is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mgrpo.errors import ConfigError
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
+
+def check_folder(folder: Path, name: str, length: int, chat: bool) -> None:
+    """name: of the setting that gave the folder. length: tokens of the longest history. chat: its agent is spoken to
+    through a chat template. Raises ConfigError with the setting, the value and the bound."""
+    if not folder.is_dir():
+        raise ConfigError(f"{name}: no folder {folder}")
+    config = _read(folder / "config.json", name)
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        raise ConfigError(f"{name}: {folder} has no weights ({', '.join(_WEIGHTS)})")
+    if not any((folder / file).exists() for file in _TOKENIZERS):
+        raise ConfigError(f"{name}: {folder} has no tokenizer ({', '.join(_TOKENIZERS)})")
+    text = config.get("text_config", config)  # of a model that also sees
+    positions = text.get("max_position_embeddings")
+    if isinstance(positions, int) and length > positions:
+        raise ConfigError(
+            f"{name}: {folder} has {positions} positions, max_length is {length}; lower max_length or take a model "
+            "with a longer context"
+        )
+    vocabulary = text.get("vocab_size")
+    if isinstance(vocabulary, int) and (token := _last_token(folder, name)) >= vocabulary:
+        raise ConfigError(
+            f"{name}: the tokenizer of {folder} has a token {token}, the model's vocabulary ends at {vocabulary - 1}; "
+            "they belong to different models"
+        )
+    if chat and not _has_template(folder, name):
+        raise ConfigError(
+            f"{name}: the tokenizer of {folder} has no chat template; take an instruction-tuned model or put its "
+            "chat_template.jinja into the folder"
+        )
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{name}: {path.parent} has no {path.name}; expected a Hugging Face model folder"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name}: {path} holds no JSON object")
+    return found
+
+
+def _last_token(folder: Path, name: str) -> int:
+    """The highest token id; -1 where only the tokenizer itself could say."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return -1
+    tokenizer = _read(path, name)
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    ids += [token.get("id") for token in tokenizer.get("added_tokens", [])]
+    return max((i for i in ids if isinstance(i, int)), default=-1)
+
+
+def _has_template(folder: Path, name: str) -> bool:
+    if any((folder / file).exists() for file in _TEMPLATES):
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.exists() and bool(_read(path, name).get("chat_template"))
