@@ -118,12 +118,18 @@ def test_interrupt_and_resume_change_nothing(undisturbed: Path, tmp_path: Path) 
 
 
 def test_a_killed_launcher_takes_its_children_along(tmp_path: Path) -> None:
-    """kill -9 of the launcher: no process of the run outlives it, and the run can be resumed."""
+    """kill -9 of the launcher: no process of the run outlives it, and the run can be resumed. The kernel tells them of
+    its death, here many times in a row, as it does for a launcher of several threads."""
     out = tmp_path / "run"
     with started(command("train", str(RELAY), "--out", str(out), "--set=trainer.steps=100")) as process:
         wait_for(lambda: steps_of(out) >= 1 or process.poll() is not None, "step 1")
+        children = list(processes_of(out).values())
         process.kill()
         process.wait(10)
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                for _ in range(2000):
+                    os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not processes_of(out), "the end of the children", 30)
     resume(out, "trainer.steps=5")
     assert summary(out)["finished"]

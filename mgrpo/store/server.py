@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import signal
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -242,9 +241,9 @@ def run_store(
     **options: Any,
 ) -> None:
     """Serve until SIGTERM or SIGINT; for a process of its own. Call from the main thread."""
-    stop = threading.Event()
+    received: list[int] = []  # no Event: a handler that meets its lock held would wait for ever
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: received.append(number))
     with StoreServer(url, db_path, params, **options) as server, ExitStack() as stack:
         announce(f"store {db_path} serves at {server.url}")
         if metrics_port is not None:
@@ -253,6 +252,7 @@ def run_store(
             endpoint = MetricsEndpoint(server.metrics, metrics_port)
             stack.callback(endpoint.close)
             announce(f"metrics at http://127.0.0.1:{endpoint.port}/metrics")
-        while not stop.wait(0.2):
+        while not received:
             if server.failure is not None:
                 raise server.failure
+            time.sleep(0.2)

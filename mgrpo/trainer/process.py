@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -59,7 +58,7 @@ class TrainerProcess:
         self._config, self._agent, self._role, self._task = config, config.agents[role], role, task
         self._folder = agents / role
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._told_to_stop = threading.Event()
+        self._told_to_stop = False
         self._lanes: list[Lane] = []
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._weights = WeightsServer()
@@ -173,7 +172,7 @@ class TrainerProcess:
                 metrics = batch.metrics | learned | times
                 named = {f"{lane.role}/{name}": float(value) for name, value in metrics.items()}
                 self._report("step", {"role": lane.role, "step": step, "metrics": named})
-            if self._told_to_stop.is_set() and not due:
+            if self._told_to_stop and not due:
                 self._checkpoint(step)
             self._check_stop()
 
@@ -213,12 +212,13 @@ class TrainerProcess:
 
     def _check_stop(self) -> None:
         self._crew.alive()
-        if self._told_to_stop.is_set() or self._store.world().control.state != "running":
+        if self._told_to_stop or self._store.world().control.state != "running":
             raise Stopped
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         # Only a mark: an optimizer step is never torn apart; the loop looks at the mark between steps. Where the store
-        # has ended too (the launcher was killed), its answer is not waited for as long as usual.
-        self._told_to_stop.set()
+        # has ended too (the launcher was killed), its answer is not waited for as long as usual. No Event: its lock is
+        # not reentrant, and the kernel sends the death of a launcher several times, also into this handler.
+        self._told_to_stop = True
         for lane in self._lanes:
             lane.store.hurry(STOP_SECONDS)

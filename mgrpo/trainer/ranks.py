@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -48,7 +47,7 @@ class Ranks:
         self.rank, self.size, self._silence = 0, size, silence
         self.files: dist.ProcessGroup | None = None  # for checkpoints, which are written beside the steps
         self._told = 0
-        self._terminated = threading.Event()
+        self._terminated = False  # no Event: a signal that comes twice would wait for its own lock
         if size == 1:
             return
         found = os.environ.get("WORLD_SIZE", "1") if under_torchrun() else "1"
@@ -104,7 +103,7 @@ class Ranks:
         """SIGTERM does not end a rank that the leader may still need for its last checkpoint; it shortens the wait."""
 
         def on_sigterm(number: int, frame: FrameType | None) -> None:
-            self._terminated.set()
+            self._terminated = True
 
         signal.signal(signal.SIGTERM, on_sigterm)
 
@@ -131,7 +130,7 @@ class Ranks:
             now = time.monotonic()
             if (seen := self._store.add("beat", 0)) != beat:
                 beat, heard = seen, now
-            if self._terminated.is_set():
+            if self._terminated:
                 ended = ended or now
                 if now - ended > LAST_SECONDS:
                     raise DeadlineError(
