@@ -57,7 +57,7 @@ smollm2: setup smollm2-model
 
 test: setup browser lint vllm smollm2-model
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -s tests_vllm
+	@$(MAKE) --no-print-directory test-vllm
 
 # Without root, apt or a mirror the tests of the page skip and say so; nothing else depends on it.
 browser:

@@ -129,8 +129,9 @@ def _variant(
         else:
             pointers = {"*i64": _INT64, "*i32": _INT32, "*u8": _BYTES, "*fp64": _FLOAT64}
             types[argument] = next((t for t, names in pointers.items() if argument in names), "*fp32")
-    batch = constants.get("GROUPS", False) and constants["ESTIMATOR"] == group_advantage.BATCH.value
-    bound = device.loss_registers(batch, "batch") if kernel is grpo_loss.grpo_loss_kernel else None
+    bound = None
+    if kernel is grpo_loss.grpo_loss_kernel:
+        bound = device.loss_registers(constants["GROUPS"], constants["ESTIMATOR"])
     return Variant(name, kernel, types, constants, warps, bound)
 
 

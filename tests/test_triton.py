@@ -106,11 +106,11 @@ def test_interpreted_group_advantage(small_blocks: None) -> None:
 def test_interpreted_head(small_blocks: None) -> None:
     """The head on the Triton rows for every config, of one phase or two; log-probs, and rows that are not finite."""
     from mgrpo import selective_logprob
-    from tests.loss_grid import configs, error, head_batch, run_head
+    from tests.loss_grid import configs, error, head_batch, run_head, settings
 
     data = head_batch(37, 8, torch.float32)
     data["hidden"][4, 0] = float("nan")
-    for config in configs():
+    for config in [*configs(), settings("dapo", entropy_coef=0.02)]:
         exact = run_head(data, config, torch.float64, "reference")
         got = run_head(data, config, torch.float32, "triton", chunk=6)
         assert int(got[1]["nonfinite_rows"]) == 1

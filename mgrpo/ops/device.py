@@ -129,20 +129,20 @@ def loss_rows(
                 BLOCK=BLOCK,
                 BLOCK_N=GROUP_BLOCK,
                 num_warps=WARPS,
-                maxnreg=loss_registers(groups is not None, config.estimator),
+                maxnreg=loss_registers(groups is not None, _ESTIMATORS[config.estimator]),
             )
     if groups:
         tokens = tokens.with_advantages(advantages)
     return logp, entropy, moved.bool(), tokens
 
 
-def loss_registers(groups: bool, estimator: str) -> int | None:
-    """Bound on the registers of a thread; None leaves it to ptxas.
+def loss_registers(groups: bool, estimator: int) -> int | None:
+    """Bound on the registers of a thread, by the kernel's constants; None leaves it to ptxas.
 
     Left alone it squeezes some kernels that reduce batch and group into 48 registers, for a fifth block a
     multiprocessor, and spills; given 64 it does not.
     """
-    return 64 if groups and estimator == "batch" else None
+    return 64 if groups and estimator == _ESTIMATORS["batch"] else None
 
 
 def row_partials(

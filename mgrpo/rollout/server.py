@@ -22,8 +22,8 @@ from mgrpo.rollout.engine import SamplingParams
 
 CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 10.0  # for questions that a healthy server answers at once
-HOTTEST = 2.0  # the highest temperature the server takes
 PATIENCE_SECONDS = 600.0  # a server may load a large model, or be started again meanwhile
+HOTTEST = 2.0  # the highest temperature the server takes
 COOLEST = 0.01  # it raises lower ones to this
 LOWEST = -9999.0  # what the server writes for a log-prob of minus infinity
 
