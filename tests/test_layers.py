@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORDER = [
     *("_C", "kernels"),
-    *("errors", "types", "metrics", "config"),
+    *("errors", "files", "types", "metrics", "config"),
     *("ops", "alignment", "credit"),
     *("batcher", "transport"),
     *("model", "weights", "spool", "store", "record", "rollout"),
