@@ -32,6 +32,11 @@ class Arena {
   uint8_t* masks(int32_t handle) const { return column(handle, sizeof(int32_t) + sizeof(float)); }
   // Tells a reused handle from the one that was given out.
   uint32_t generation(int32_t handle) const { return blocks_[handle].generation; }
+  // Whether `handle` still names the block that it named when its generation was read; false for any other number.
+  bool holds(int32_t handle, uint32_t generation) const {
+    return handle >= 0 && size_t(handle) < blocks_.size() && blocks_[handle].size > 0 &&
+           blocks_[handle].generation == generation;
+  }
 
   int64_t used_tokens() const { return used_; }
   int64_t capacity_tokens() const { return capacity_; }

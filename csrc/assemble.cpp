@@ -15,12 +15,15 @@ namespace {
 // Starting a thread costs about as much as copying this many tokens.
 constexpr int64_t kTokensPerThread = 1 << 17;
 
-void check_rank(const Plan& plan, int rank) {
+// A plan is good for the batcher that made it and for a rank that it divides its rows among.
+void check_plan(const Batcher& batcher, const Plan& plan, int rank) {
+  MGRPO_CHECK(plan.owner == batcher.id(), "the plan of step ", plan.step, " was made by batcher ", plan.owner,
+              ", this is batcher ", batcher.id(), ": write a plan with the batcher that made it");
   MGRPO_CHECK(rank >= 0 && rank < plan.dp, "rank=", rank, " is outside [0, dp=", plan.dp, ")");
 }
 
 void check_alive(const Batcher& batcher, const Plan& plan, const PlanRow& row) {
-  if (batcher.arena().generation(row.handle) != row.generation)
+  if (!batcher.arena().holds(row.handle, row.generation))
     throw BatcherError("dropped", plan.queries[plan.group_query[row.group]], row.rollout, row.id,
                        "the query was dropped after it was planned");
 }
@@ -114,7 +117,7 @@ void write_micro_batch(const Batcher& batcher, const Plan& plan, int64_t bin, in
 }  // namespace
 
 void write_packed(const Batcher& batcher, const Plan& plan, int rank, const PackedBuffers& out) {
-  check_rank(plan, rank);
+  check_plan(batcher, plan, rank);
   MGRPO_CHECK(out.n_mb >= plan.packing.n_mb, "buffers hold ", out.n_mb, " micro-batches, the plan has ",
               plan.packing.n_mb, " a rank");
   MGRPO_CHECK(out.capacity >= plan.capacity, "buffer rows hold ", out.capacity, " tokens, the capacity is ",
@@ -139,7 +142,7 @@ void write_packed(const Batcher& batcher, const Plan& plan, int rank, const Pack
 
 void write_padded(const Batcher& batcher, const Plan& plan, const PaddedLayout& layout, int rank, int micro_batch,
                   const PaddedBuffers& out) {
-  check_rank(plan, rank);
+  check_plan(batcher, plan, rank);
   MGRPO_CHECK(micro_batch >= 0 && micro_batch < layout.n_mb, "micro_batch=", micro_batch, " is outside [0, ",
               layout.n_mb, ")");
   const int64_t bin = int64_t{rank} * layout.n_mb + micro_batch;

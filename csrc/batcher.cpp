@@ -1,6 +1,7 @@
 #include "batcher.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <chrono>
 #include <cmath>
@@ -88,7 +89,11 @@ void validate(const BatcherOptions& o) {
               " is outside [1, 2^31]");
 }
 
-Batcher::Batcher(BatcherOptions options) : options_(std::move(options)) {
+namespace {
+std::atomic<uint64_t> last_id{0};
+}
+
+Batcher::Batcher(BatcherOptions options) : options_(std::move(options)), id_(++last_id) {
   validate(options_);
   arena_ = std::make_unique<Arena>(options_.arena_bytes);
 }

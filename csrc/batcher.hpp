@@ -120,6 +120,8 @@ class Batcher {
   explicit Batcher(BatcherOptions options);
 
   const BatcherOptions& options() const { return options_; }
+  // Unique in this process, also among batchers that are gone: says whose handles a plan holds.
+  uint64_t id() const { return id_; }
   int role_index(std::string_view role) const;
 
   // False when the same trajectory with the same content was already here.
@@ -166,6 +168,7 @@ class Batcher {
   bool same_content(const Entry& entry, const TrajectoryView& t, int64_t length) const;
 
   BatcherOptions options_;
+  uint64_t id_;
   mutable std::shared_mutex mutex_;
   mutable std::condition_variable_any changed_;
   int64_t n_ready_ = 0;

@@ -52,23 +52,39 @@ std::string complaint(const char* name, const py::object& object) {
   return mgrpo::concat(name, " is ", describe<T>(py::reinterpret_borrow<py::array>(object)));
 }
 
+template <typename T>
+bool is_aligned(const py::array& a) {
+  return reinterpret_cast<uintptr_t>(a.data()) % alignof(T) == 0;
+}
+
+// Inputs may be slices of a file or of a message, which begin at any byte; those are copied once. `Inputs` keeps what the
+// pointers point into alive.
+using Inputs = std::vector<py::array>;
+
+template <typename T>
+const T* data_of(const py::array& a, Inputs& inputs) {
+  inputs.push_back(is_aligned<T>(a) ? a : py::array(a.attr("copy")()));
+  return static_cast<const T*>(inputs.back().data());
+}
+
 // The data of a 1-d input column of one trajectory, whose names go into the error.
 template <typename T>
-const T* column(const py::object& object, const char* name, const mgrpo::TrajectoryView& t, int64_t& n) {
+const T* column(const py::object& object, const char* name, const mgrpo::TrajectoryView& t, int64_t& n,
+                Inputs& inputs) {
   if (!fits<T>(object, 1))
     throw mgrpo::BatcherError("dtype", std::string(t.query), t.rollout, t.id, complaint<T>(name, object));
   const auto a = py::reinterpret_borrow<py::array>(object);
   n = a.shape(0);
-  return static_cast<const T*>(a.data());
+  return data_of<T>(a, inputs);
 }
 
 template <typename T>
-const T* batch_column(const py::object& object, const char* name, int64_t n) {
+const T* batch_column(const py::object& object, const char* name, int64_t n, Inputs& inputs) {
   if (!fits<T>(object, 1)) throw py::type_error(complaint<T>(name, object));
   const auto a = py::reinterpret_borrow<py::array>(object);
   if (n >= 0 && a.shape(0) != n)
     throw py::value_error(mgrpo::concat(name, " has ", a.shape(0), " values, expected ", n));
-  return static_cast<const T*>(a.data());
+  return data_of<T>(a, inputs);
 }
 
 // One named output buffer. Absent and optional: null. `shape` entries < 0 are set from the buffer, others must match.
@@ -82,6 +98,9 @@ T* output(const py::dict& out, const char* name, bool required, std::vector<int6
   if (!fits<T>(object, int(shape.size()))) throw py::type_error(complaint<T>(name, object));
   auto a = py::reinterpret_borrow<py::array>(object);
   if (!a.writeable()) throw py::value_error(mgrpo::concat("output buffer '", name, "' is read-only"));
+  if (!is_aligned<T>(a))
+    throw py::value_error(mgrpo::concat("output buffer '", name, "' begins at an address that is not a multiple of ",
+                                        alignof(T), " bytes (Plan.buffers() makes aligned ones)"));
   for (size_t i = 0; i < shape.size(); ++i) {
     if (*shape[i] < 0) *shape[i] = a.shape(py::ssize_t(i));
     if (*shape[i] != a.shape(py::ssize_t(i)))
@@ -171,7 +190,8 @@ void register_pack(py::module_& m) {
   m.def(
       "pack",
       [](const py::object& lengths, int64_t capacity, int dp, double cost_a, double cost_b, int max_segments) {
-        const int32_t* data = batch_column<int32_t>(lengths, "lengths", -1);
+        Inputs inputs;
+        const int32_t* data = batch_column<int32_t>(lengths, "lengths", -1, inputs);
         const std::span<const int32_t> view(data, size_t(py::len(lengths)));
         mgrpo::Packing packing;
         {
@@ -229,9 +249,10 @@ bool add(mgrpo::Batcher& batcher, const std::string& query, const std::string& r
          int64_t invocation, int64_t traj_id, const py::object& tokens, const py::object& loss_mask,
          const py::object& logprobs, double reward, int32_t policy_version, double now) {
   auto t = place(query, batcher.role_index(role), rollout, invocation, traj_id);
-  t.tokens = column<int32_t>(tokens, "tokens", t, t.n_tokens);
-  t.mask = column<uint8_t>(loss_mask, "loss_mask", t, t.n_mask);
-  t.logprobs = column<float>(logprobs, "logprobs", t, t.n_logprobs);
+  Inputs inputs;
+  t.tokens = column<int32_t>(tokens, "tokens", t, t.n_tokens, inputs);
+  t.mask = column<uint8_t>(loss_mask, "loss_mask", t, t.n_mask, inputs);
+  t.logprobs = column<float>(logprobs, "logprobs", t, t.n_logprobs, inputs);
   t.reward = reward;
   t.policy_version = policy_version;
   const py::gil_scoped_release released;
@@ -241,16 +262,17 @@ bool add(mgrpo::Batcher& batcher, const std::string& query, const std::string& r
 int64_t add_many(mgrpo::Batcher& batcher, const std::vector<std::string>& queries, const std::string& role,
                  const py::dict& c, double now) {
   const int64_t n = int64_t(queries.size());
-  const auto* rollout = batch_column<int32_t>(c["rollouts"], "rollouts", n);
-  const auto* invocation = batch_column<int32_t>(c["invocations"], "invocations", n);
-  const auto* id = batch_column<int64_t>(c["traj_ids"], "traj_ids", n);
-  const auto* offset = batch_column<int64_t>(c["offsets"], "offsets", n + 1);
-  const auto* tokens = batch_column<int32_t>(c["tokens"], "tokens", -1);
+  Inputs inputs;
+  const auto* rollout = batch_column<int32_t>(c["rollouts"], "rollouts", n, inputs);
+  const auto* invocation = batch_column<int32_t>(c["invocations"], "invocations", n, inputs);
+  const auto* id = batch_column<int64_t>(c["traj_ids"], "traj_ids", n, inputs);
+  const auto* offset = batch_column<int64_t>(c["offsets"], "offsets", n + 1, inputs);
+  const auto* tokens = batch_column<int32_t>(c["tokens"], "tokens", -1, inputs);
   const int64_t total = int64_t(py::len(c["tokens"]));
-  const auto* mask = batch_column<uint8_t>(c["loss_mask"], "loss_mask", total);
-  const auto* logprobs = batch_column<float>(c["logprobs"], "logprobs", total);
-  const auto* reward = batch_column<double>(c["rewards"], "rewards", n);
-  const auto* version = batch_column<int32_t>(c["policy_versions"], "policy_versions", n);
+  const auto* mask = batch_column<uint8_t>(c["loss_mask"], "loss_mask", total, inputs);
+  const auto* logprobs = batch_column<float>(c["logprobs"], "logprobs", total, inputs);
+  const auto* reward = batch_column<double>(c["rewards"], "rewards", n, inputs);
+  const auto* version = batch_column<int32_t>(c["policy_versions"], "policy_versions", n, inputs);
   const int role_index = batcher.role_index(role);
   const py::gil_scoped_release released;
   int64_t fresh = 0;
@@ -286,7 +308,8 @@ py::dict save_state(const mgrpo::Batcher& batcher, double now) {
 template <typename T>
 std::vector<T> from_numpy(const py::dict& state, const char* name) {
   if (!state.contains(name)) throw py::value_error(mgrpo::concat("state has no column '", name, "'"));
-  const T* data = batch_column<T>(state[name], name, -1);
+  Inputs inputs;
+  const T* data = batch_column<T>(state[name], name, -1, inputs);
   return std::vector<T>(data, data + py::len(state[name]));
 }
 

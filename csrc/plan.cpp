@@ -77,6 +77,7 @@ Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> n
   const auto lock = batcher.read_lock();
   const BatcherOptions& o = batcher.options();
   Plan plan;
+  plan.owner = batcher.id();
   plan.step = step;
   plan.dp = o.dp;
   plan.k = o.k;

@@ -32,6 +32,7 @@ struct PaddedLayout {
 };
 
 struct Plan {
+  uint64_t owner = 0;  // Batcher::id() of the batcher whose arena the rows point into
   uint64_t step = 0;
   int dp = 1, k = 0, depth = 0;  // depth: slots a rollout
   int64_t capacity = 0;

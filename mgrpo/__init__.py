@@ -1,11 +1,24 @@
 """mgrpo: train teams of language models with M-GRPO.
 
-Nothing heavy is imported here: public names are resolved on first use.
+Nothing heavy is imported here: public names are resolved on first use. Type checkers see the imports below.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mgrpo.alignment import Alignment, align
+    from mgrpo.batcher import Batcher, Plan
+    from mgrpo.config.loss import GrpoLossConfig
+    from mgrpo.ops.group_advantage import group_advantage
+    from mgrpo.ops.grpo_loss import grpo_loss
+    from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
+    from mgrpo.ops.selective_logprob import selective_logprob
+    from mgrpo.ops.token_loss import loss_denominator
+    from mgrpo.store.client import connect
+    from mgrpo.types import Rollout, Trajectory
 
 __version__ = "0.1.0"
 
@@ -25,13 +38,30 @@ _PUBLIC = {  # name -> module that defines it
     "connect": "mgrpo.store.client",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Alignment",
+    "Batcher",
+    "GrpoLossConfig",
+    "Plan",
+    "Rollout",
+    "Trajectory",
+    "__version__",
+    "align",
+    "connect",
+    "group_advantage",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "loss_denominator",
+    "selective_logprob",
+]
 
 
-def __getattr__(name: str) -> object:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'mgrpo' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker that saw this would take any name for an object
+
+    def __getattr__(name: str) -> object:
+        if name in _PUBLIC:
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
+        raise AttributeError(f"module 'mgrpo' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

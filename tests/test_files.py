@@ -17,7 +17,9 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_left(tmp_path: Path) 
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.json", b"new")]
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A disk that is full when the bytes are synced: the old content stays, no unfinished file does."""
     write_atomic(tmp_path / "a.json", "old")
 
@@ -36,6 +38,6 @@ def test_sync_tree_reaches_every_file_and_folder(tmp_path: Path, monkeypatch: py
     (tmp_path / "a" / "b" / "x").write_text("x")
     (tmp_path / "y").write_text("y")
     synced: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name))
     sync_tree(tmp_path)
     assert sorted(synced) == sorted(["x", "b", "a", "y", tmp_path.name])
