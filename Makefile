@@ -9,7 +9,7 @@ SEED ?= 1
 # The run page is tested in a real browser: on Debian, as root, the suite brings its own.
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
-.PHONY: vllm test-vllm setup browser demo test lint bench soak chaos clean smollm2 smollm2-model
+.PHONY: vllm test-vllm setup browser demo test lint bench soak sanitize chaos clean smollm2 smollm2-model
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -72,6 +72,7 @@ browser:
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.?pp tests/cpp/*.?pp kernels/*.cu kernels/*.h)
 	@$(BIN)/mypy
 
 # Every bench, one after the other (about fifteen minutes); a missed target does not stop the rest.
@@ -82,6 +83,11 @@ bench: setup
 soak: setup
 	@PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset asan && PATH=$(CURDIR)/$(BIN):$$PATH cmake --build --preset asan
 	@ASAN_OPTIONS=quarantine_size_mb=1 build/asan/tests/cpp/core_tests soak 10000000
+
+# The core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: its C++ tests, and the batcher's and
+# the spool's Python tests on a sanitized module. Part of `make test` too.
+sanitize: setup
+	@$(BIN)/python -m pytest tests/test_core_sanitizers.py
 
 # The long forms of the store's tests: kills, power cuts, schedules, proxy and network faults (about twenty minutes).
 chaos: setup

@@ -18,7 +18,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     partial = Path(name)
     try:
-        with open(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o644)
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
