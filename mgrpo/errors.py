@@ -41,6 +41,20 @@ class InfrastructureError(MgrpoError):
     """An engine, tool or judge failed: the trajectory leaves its group, it is never scored 0."""
 
 
+class RolloutError(MgrpoError, ValueError):
+    """A rollout that cannot be trained on: a score that is no number, a conversation without a sampled token. This
+    rollout fails and is counted, it is never scored 0; the run goes on."""
+
+
+class ContextOverflowError(RolloutError):
+    """A trajectory has no room left for what is to be appended or sampled. The message names role, length and
+    max_length."""
+
+
+class GroupClosedError(MgrpoError):
+    """The store has dropped this group (too old, or lost to every role): nothing more of it is accepted."""
+
+
 class NumericsError(MgrpoError):
     """Numbers that no training step may be taken with: NaN or infinite logits, log-probs or gradients."""
 

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from tokenizers import Tokenizer as Backend
-
 from mgrpo.errors import ConfigError
 
 
@@ -81,15 +79,16 @@ def check_text(text: object) -> None:
 
 # -- the copy with the steps of a text's start switched off --
 
-_pieces: WeakKeyDictionary[Any, tuple[int, Backend | None]] = WeakKeyDictionary()
+_pieces: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
 
 
 def _backend(tokenizer: Any) -> Any:
+    """The fast tokenizer (tokenizers.Tokenizer) behind one of transformers; None where it is written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend if isinstance(backend, Backend) else None
+    return backend if hasattr(backend, "to_str") else None
 
 
-def _piece_tokenizer(tokenizer: Any) -> Backend | None:
+def _piece_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer for pieces; None where the tokenizer itself is the one."""
     try:
         size, piece = _pieces.get(tokenizer, (-1, None))
@@ -105,7 +104,7 @@ def _size(tokenizer: Any) -> int:
     return len(tokenizer) if hasattr(tokenizer, "__len__") else 0
 
 
-def _without_start(tokenizer: Any) -> Backend | None:
+def _without_start(tokenizer: Any) -> Any:
     backend = _backend(tokenizer)
     if backend is None:
         _refuse_added_space(tokenizer)
@@ -118,7 +117,7 @@ def _without_start(tokenizer: Any) -> Backend | None:
     }
     if edited == parts:
         return None
-    piece = Backend.from_str(json.dumps(json.loads(backend.to_str()) | edited))
+    piece = type(backend).from_str(json.dumps(json.loads(backend.to_str()) | edited))
     piece.no_truncation()
     piece.no_padding()
     return piece
