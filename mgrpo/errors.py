@@ -56,10 +56,6 @@ class ContextOverflowError(RolloutError):
     max_length."""
 
 
-class GroupClosedError(MgrpoError):
-    """The store has dropped this group (too old, or lost to every role): nothing more of it is accepted."""
-
-
 class NumericsError(MgrpoError):
     """Numbers that no training step may be taken with: NaN or infinite logits, log-probs or gradients."""
 

@@ -36,7 +36,7 @@ def failure_of(error: BaseException, task: object) -> Failure:
     program's."""
     leaves = list(_leaves(error))
     for leaf in leaves:
-        if not isinstance(leaf, Exception) or isinstance(leaf, ConfigError | MemoryError) or _is_ours(leaf):
+        if isinstance(leaf, ConfigError | MemoryError) or _is_ours(leaf):
             raise leaf
     for leaf in leaves:  # the others may be its consequence
         if isinstance(leaf, InfrastructureError | ConnectionError | TimeoutError):

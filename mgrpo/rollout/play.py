@@ -63,7 +63,7 @@ async def play(
                 raise
             text = f"play() of {ask.query}/{ask.rollout} was cancelled by something it awaited"
             failure = Failure("task", text)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a tool that exits ends its rollout, not the worker
             failure = failure_of(error, task)
         else:
             return Played(ask, attempt, rollout, drift=episode.drift())

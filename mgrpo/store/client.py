@@ -45,7 +45,7 @@ class StoreClient:
         self, url: str, role: str, *, key: Any = None, timeout: float = 30.0, name: str | None = None,
         run: str | None = None, window: int = 1024,
     ) -> None:  # fmt: skip
-        self.role = role
+        self.url, self.role = url, role
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.session = secrets.token_hex(8)
         self.timeout = timeout
