@@ -35,7 +35,7 @@ class Attempt:
     the rollout is created with a context of its own: create_task(..., context=contextvars.Context())."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], asyncio.Task[Any] | None] = {}  # running, with who created them
         self._cancelled: set[asyncio.Task[Any]] = set()
         self._over = False
         self._token: Token[Attempt | None] | None = None
@@ -54,32 +54,38 @@ class Attempt:
 
     def adopt(self, task: asyncio.Task[Any]) -> None:
         """`task` was created by this attempt's code."""
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = asyncio.current_task()
+        task.add_done_callback(self._forget)
         if self._over:
             self._cancel(task)
 
     async def end(self) -> None:
-        """Cancel every task and wait for it. Raises InfrastructureError when one has not ended within PATIENCE seconds
-        of the last that did."""
+        """Cancel every task and wait for it. Raises InfrastructureError when none has ended within PATIENCE seconds."""
         self._over = True
         while running := list(self._tasks):
-            for task in running:
+            # Those first that no other of them created: a gather or TaskGroup cancels its own, and a second time
+            # would interrupt their tidying up.
+            for task in [task for task, by in self._tasks.items() if by not in self._tasks]:
                 self._cancel(task)
             ended, left = await asyncio.wait(running, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
             for task in ended:
-                self._tasks.discard(task)
-                if not task.cancelled():
-                    task.exception()  # seen: the attempt's own error is the one that is reported
+                self._forget(task)
             if not ended:
+                for task in left:
+                    self._cancel(task)
                 names = ", ".join(sorted(str(task.get_coro()) for task in left))
                 raise InfrastructureError(
                     f"{len(left)} tasks of an attempt did not end within {PATIENCE:g} s of their cancellation: "
                     f"{names:.300}"
                 )
 
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(task, None)
+        if self._over and not task.cancelled():
+            task.exception()  # seen: the attempt's own error is the one that is reported
+
     def _cancel(self, task: asyncio.Task[Any]) -> None:
-        if task not in self._cancelled:  # once: a second time would interrupt its own tidying up
+        if task not in self._cancelled:
             self._cancelled.add(task)
             task.cancel("the attempt at this rollout has ended")
 

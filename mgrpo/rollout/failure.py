@@ -11,11 +11,13 @@ worker.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mgrpo.errors import ConfigError, ContextOverflowError, InfrastructureError, MgrpoError
+from mgrpo.rollout.task import Task
 
 Kind = Literal["infrastructure", "room", "task"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -31,7 +33,7 @@ class Failure:
     text: str
 
 
-def failure_of(error: BaseException, task: object) -> Failure:
+def failure_of(error: BaseException, task: Task) -> Failure:
     """What `error`, raised by an attempt of `task`, means for its rollout. Raises the error itself where it is the
     program's."""
     leaves = list(_leaves(error))
@@ -77,14 +79,19 @@ def _is_ours(error: BaseException) -> bool:
     return module.startswith("mgrpo.") and not module.startswith("mgrpo.tasks.")
 
 
-def _text(error: BaseException, task: object) -> str:
+def _text(error: BaseException, task: Task) -> str:
     said = str(error) if isinstance(error, MgrpoError) else f"{type(error).__name__}: {error}"
     frames = _frames(error)
     module = type(task).__module__
     package = module.rpartition(".")[0] or module
     own = [place for name, place in frames if f"{name}.".startswith(f"{package}.")]
-    place = (own or [place for _, place in frames] or ["nowhere"])[-1]
+    place = own[-1] if own else _place_of_play(task)  # it returned something that cannot be used
     return encodable(f"{said[:LONGEST]} ({place})")
+
+
+def _place_of_play(task: Task) -> str:
+    code = inspect.unwrap(type(task).play).__code__
+    return f"{code.co_filename}:{code.co_firstlineno}, in play"
 
 
 def _frames(error: BaseException) -> list[tuple[str, str]]:
