@@ -13,7 +13,6 @@ import contextlib
 import signal
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -44,12 +43,7 @@ EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at ev
 STOP_SECONDS = 10.0  # for one answer of a peer, once the process is told to leave
 
 
-@dataclass(slots=True)
-class _Wave:
-    """Groups to be played together, with their questions; how many more the store had closed incomplete."""
-
-    groups: list[tuple[WorkerGroup, Question]] = field(default_factory=list)
-    closed: int = 0
+Wave = list[tuple[WorkerGroup, Question]]
 
 
 class RolloutWorker:
@@ -84,6 +78,7 @@ class RolloutWorker:
         self._team = Team(config, addresses, self._clients, self._loop)
         self._cursor = number  # index of the next group this worker may open
         self._evaluated = -1  # step of the last evaluation
+        self._skipped = 0  # groups that the store had closed incomplete, since the last report
         self._lost_waves = 0  # waves without a rollout since the last one that had some
 
     def __enter__(self) -> RolloutWorker:
@@ -113,8 +108,7 @@ class RolloutWorker:
             idle_since = time.monotonic()
             while (version := self._published()) < self._config.trainer.steps:
                 self._loop.check_stop()
-                wave = self._open_wave()
-                if wave.groups:
+                if wave := self._open_wave():
                     self._play(wave)
                     idle_since = time.monotonic()
                 else:
@@ -147,15 +141,15 @@ class RolloutWorker:
             self._store.set_control("stopping", f"not a valid start, RL was not begun: {report}")
         return report.valid
 
-    def _open_wave(self) -> _Wave:
-        """The groups that the store admits now, at most one step's share; an empty one when there is no work yet.
+    def _open_wave(self) -> Wave:
+        """The groups that the store admits now, at most one step's share; [] when there is no work yet.
 
         Groups that are complete already (after a restart) stay in the wave as long as one of it is not, so that the
         engines see the batches they saw before. What the store has closed incomplete is left out.
         """
         share = max(1, self._config.trainer.questions // self._workers)
         while True:
-            wave = _Wave()
+            wave: Wave = []
             opened = 0
             while opened < share and not self._is_beyond_the_run(self._cursor + opened * self._workers):
                 index = self._cursor + opened * self._workers
@@ -166,11 +160,11 @@ class RolloutWorker:
                     break
                 opened += 1
                 if group is None or (_is_closed(group) and len(group.finished) < group.k):
-                    wave.closed += 1
+                    self._skipped += 1
                 else:
-                    wave.groups.append((group, question))
+                    wave.append((group, question))
             self._cursor += opened * self._workers
-            if any(len(group.finished) < group.k for group, _ in wave.groups) or not opened:
+            if any(len(group.finished) < group.k for group, _ in wave) or not opened:
                 return wave
 
     def _open_group(self, index: int, question: Question) -> WorkerGroup | None:
@@ -196,16 +190,15 @@ class RolloutWorker:
             return False
         return index >= planned + max(int(role["lost"]) for role in self._store.stats()["roles"].values())
 
-    def _play(self, wave: _Wave) -> None:
+    def _play(self, wave: Wave) -> None:
         oldest = {
-            role: max(group.oldest.get(role, 0) for group, _ in wave.groups)
-            for role in self._config.training_roles
+            role: max(group.oldest.get(role, 0) for group, _ in wave) for role in self._config.training_roles
         }
         version = self._team.sync(oldest)
         if self._number == 0:
             self._evaluate_if_due(version)
         began = time.monotonic()
-        groups = {group.query: group for group, _ in wave.groups}
+        groups = {group.query: group for group, _ in wave}
         tokens = drift = 0
         failed: Counter[str] = Counter()
         failure = ""
@@ -222,7 +215,7 @@ class RolloutWorker:
                 self._record(group, played)
                 self._shipper.ship(group, played)
 
-        asks = [Ask(group.query, question, k) for group, question in wave.groups for k in range(group.k)]
+        asks = [Ask(group.query, question, k) for group, question in wave for k in range(group.k)]
         self._loop.run(
             play_all(
                 self._task,
@@ -245,8 +238,9 @@ class RolloutWorker:
             "rollout/retoken_drift": drift,
             "rollout/failed": failed.total(),
             **{f"rollout/failed_by_{kind}": failed[kind] for kind in KINDS},
-            "rollout/closed_groups": wave.closed + self._shipper.closed_groups(),
+            "rollout/closed_groups": self._skipped + self._shipper.closed_groups(),
         }
+        self._skipped = 0
         self._store.report("rollouts", {"step": version, "metrics": metrics})
 
     def _finish(self, version: int) -> None:
