@@ -78,10 +78,14 @@ class FakeStore:
         self.reports.append(payload)
 
     def world(self) -> Any:
-        return SimpleNamespace(control=SimpleNamespace(state=self.state))
+        roles = [SimpleNamespace(version=0)]
+        return SimpleNamespace(control=SimpleNamespace(state=self.state), roles=roles)
 
     def stats(self) -> dict[str, Any]:
         return {"roles": {"main": {"lost": 0}}}
+
+    def hurry(self, seconds: float) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ import pytest
 from mgrpo.config import load_config
 from mgrpo.config.addresses import Addresses
 from mgrpo.errors import GroupClosedError, InfrastructureError, RetryAfterError
+from mgrpo.rollout import worker as worker_module
 from mgrpo.rollout.episode import Agent, Episode
 from mgrpo.rollout.loop import Over
 from mgrpo.rollout.shipper import Shipper
 from mgrpo.rollout.task import Question
-from mgrpo.rollout.worker import LOST_WAVES, RolloutWorker
+from mgrpo.rollout.worker import LOST_WAVES, RolloutWorker, run_worker
 from mgrpo.types import Rollout
 from tests.play_kit import GivenTask, Letters, SlowEngine
-from tests.runs import RELAY
+from tests.runs import RELAY, started
 from tests.ship_kit import FakeSpool, FakeStore, group
 
 ROLES = ("main", "left", "right")
@@ -29,6 +32,9 @@ class FakeTeam:
 
     def __init__(self) -> None:
         self.agents = {role: Agent(role, SlowEngine(), Letters(), 1.0, 64) for role in ROLES}
+
+    def connect(self, *_: object) -> None:
+        pass
 
     def sync(self, at_least: Mapping[str, int]) -> int:
         return 0
@@ -174,3 +180,36 @@ def test_a_worker_that_is_told_to_leave_plays_nothing_more(worker: Worker) -> No
     with pytest.raises(Over):
         worker.play()
     assert not worker.store.records
+
+
+def _play_for_ever(folder: str) -> None:
+    """A worker process whose rollouts never end; it says when it plays and when it has left."""
+
+    async def script(episode: Episode) -> None:
+        print("playing", flush=True)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            print("cancelled", flush=True)
+
+    store = FakeStore()
+    store.opened = {1: group("0/1", 1), 3: RetryAfterError("too far ahead")}
+    module: Any = worker_module
+    module.WorkerClient = lambda *_, **__: store
+    module.Team = lambda *_, **__: FakeTeam()
+    config = load_config(RELAY, ["rollout.workers=2", "trainer.group_size=2"])
+    agents = {role: f"ipc://{folder}/{role}" for role in ROLES}
+    addresses = Addresses(f"ipc://{folder}/store", agents)
+    run_worker(config, 1, GivenTask(script), addresses, Path(folder))
+    print("left", flush=True)
+
+
+def test_sigterm_while_rollouts_are_played(tmp_path: Path) -> None:
+    """The rollouts are cancelled, the process ends well, and its log has no traceback."""
+    code = "import sys; from tests.test_worker import _play_for_ever; _play_for_ever(sys.argv[1])"
+    with started([sys.executable, "-c", code, str(tmp_path)]) as process:
+        assert process.stdout is not None and process.stdout.readline() == "playing\n"
+        process.terminate()
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.splitlines() == ["playing", "cancelled", "cancelled", "left"]
