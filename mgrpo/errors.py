@@ -28,6 +28,11 @@ class ConflictError(MgrpoError):
     """A record arrived under a known key with other content. The first write stays."""
 
 
+class GroupClosedError(MgrpoError):
+    """The store has sealed or dropped a group before all its rollouts had ended, so it takes no more records of it. The
+    rollout worker skips what is left of the group; the message names group and reason."""
+
+
 class CorruptionError(MgrpoError):
     """Stored bytes do not match their checksum or layout; the message names the file."""
 
@@ -39,6 +44,16 @@ class CheckpointError(MgrpoError):
 
 class InfrastructureError(MgrpoError):
     """An engine, tool or judge failed: the trajectory leaves its group, it is never scored 0."""
+
+
+class RolloutError(MgrpoError, ValueError):
+    """A rollout that cannot be trained on: a score that is no number, a conversation without a sampled token. This
+    rollout fails and is counted, it is never scored 0; the run goes on."""
+
+
+class ContextOverflowError(RolloutError):
+    """A trajectory has no room left for what is to be appended or sampled. The message names role, length and
+    max_length."""
 
 
 class NumericsError(MgrpoError):

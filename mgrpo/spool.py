@@ -321,6 +321,7 @@ class SpoolClient:
 
     def __init__(self, url: str, *, digest: str, role: str, name: str = "worker", **options: Any) -> None:
         sender = Sender(digest, "worker", name, "")
+        self.url = url
         self._link = Client(url, peer=f"spool of {role}", sender=sender, **{"window": 64, **options})
 
     def append(self, trajectory: Trajectory, *, attempt: int = 0, index: int = 0) -> Future[SpoolRef]:

@@ -21,7 +21,7 @@ ROLES = ("main", "left", "right")
 class RelayTask(Task):
     """options: {"fail_every": n} makes every n-th rollout of a query fail for good, {"lose_every": n} all rollouts of
     every n-th query, {"outage": "waves" or "evaluations"} all of training or of the evaluations, {"gate": false} fails
-    the gate, {"bug": true} raises what no task may raise."""
+    the gate, {"bug": true} makes every rollout raise an error of the task's own code."""
 
     roles = ROLES
 

@@ -413,7 +413,7 @@ def test_every_conversation_is_released() -> None:
         agents = team(main, gold_sub)
         asyncio.run(TASK.play(FIJI, Episode("q", 3, agents, 1)))
         released = [s for a in agents.values() for s in a.engine.released]  # type: ignore[attr-defined]
-        assert sorted(released) == ["q/3/main/0", "q/3/sub/0"]
+        assert sorted(released) == ["q/3/0/main/0", "q/3/0/sub/0"]
 
 
 def test_hops_weigh_questions() -> None:

@@ -193,7 +193,7 @@ def test_every_conversation_is_released() -> None:
         asyncio.run(TASK.play(SUVA, Episode("q", 3, agents, 1)))
         engines = [a.engine for a in agents.values()]
         released = [s for e in engines if isinstance(e, ScriptedEngine) for s in e.released]
-        assert sorted(released) == ["q/3/main/0", "q/3/sub/0"]
+        assert sorted(released) == ["q/3/0/main/0", "q/3/0/sub/0"]
 
 
 @settings(max_examples=300, deadline=None)

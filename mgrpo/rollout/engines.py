@@ -14,8 +14,8 @@ from mgrpo.config.policy import EngineConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy, quiet
 from mgrpo.model.shell import policy_from_shell
+from mgrpo.model.tokens import Tokenizer
 from mgrpo.rollout.engine import Engine
-from mgrpo.rollout.episode import Tokenizer
 from mgrpo.rollout.hf import HfEngine
 from mgrpo.rollout.nccl import NcclSync
 from mgrpo.rollout.replicas import Replicas

@@ -22,23 +22,20 @@ History is append-only: the ids that were sampled are the ids that are trained o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from mgrpo._C import philox4x32_10
+from mgrpo.errors import ContextOverflowError, RolloutError
 from mgrpo.model.chat import ChatFormat, Message
+from mgrpo.model.tokens import Tokenizer, decode_piece, encode_piece, encode_start
+from mgrpo.rollout.attempt import AttemptOverError
 from mgrpo.rollout.engine import Engine, SamplingParams
 from mgrpo.types import MAIN, Rollout, Trajectory
-
-
-class Tokenizer(Protocol):
-    """What an episode needs of a tokenizer; every Hugging Face tokenizer has it."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +52,15 @@ class Agent:
 class Conversation:
     """One trajectory in the making."""
 
-    def __init__(self, agent: Agent, query: str, rollout: int, invocation: int, seed: int) -> None:
+    def __init__(
+        self, agent: Agent, query: str, rollout: int, invocation: int, seed: int, attempt: int = 0
+    ) -> None:
         self.agent = agent
         self.query, self.rollout, self.invocation = query, rollout, invocation
         self.scores: dict[str, float] = {}
         self.drift = 0  # turns that training would see with other ids than were sampled
+        self.closed = False
+        self._over = False
         self._seed = seed
         self._turn = 0
         self._ids: list[int] = []
@@ -67,7 +68,8 @@ class Conversation:
         self._logprobs: list[float] = []
         self._versions: list[int] = []
         self._said: list[int] = []  # the history at the end of the last turn
-        self._session = f"{query}/{rollout}/{agent.role}/{invocation}"
+        # The attempt is part of the name: what an engine still holds of a failed one is no history of the next.
+        self._session = f"{query}/{rollout}/{attempt}/{agent.role}/{invocation}"
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -84,30 +86,53 @@ class Conversation:
                 return token
         raise ValueError(f"nothing was sampled yet in {self._session}")
 
+    def encode(self, text: str) -> list[int]:
+        """The ids that append(text) would append, to see whether the conversation has room for them. Raises as
+        mgrpo.model.tokens.encode_piece."""
+        encode = encode_piece if self._ids else encode_start
+        return encode(self.agent.tokenizer, text)
+
     def append(self, text: str) -> None:
-        """Add context (prompt, tool output, another agent's words): seen by the policy, never trained on."""
-        self.append_ids(self.agent.tokenizer.encode(text, add_special_tokens=False))
+        """Add context (prompt, tool output, another agent's words): seen by the policy, never trained on. Raises as
+        encode() and append_ids()."""
+        self.append_ids(self.encode(text))
 
     def append_ids(self, ids: Sequence[int]) -> None:
+        """append() of token ids. Raises ContextOverflowError where there is no room for all of them, ValueError for
+        what is no token id."""
+        ids = [int(i) for i in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
+            raise ValueError(
+                f"token ids {min(ids)}..{max(ids)} appended to {self._session} are outside 0..2**31 - 1"
+            )
+        if len(ids) > self.room:
+            raise self._overflow(f"{len(ids)} more tokens of context")
         self._ids.extend(ids)
         self._mask.extend([0] * len(ids))
         self._logprobs.extend([0.0] * len(ids))
         self._versions.extend([-1] * len(ids))
 
     async def sample(self, max_tokens: int, stop: str) -> str:
-        """Let the policy speak until the single token `stop`, or max_tokens; returns the decoded text."""
-        stop_ids = tuple(self.agent.tokenizer.encode(stop, add_special_tokens=False))
+        """Let the policy speak until the single token `stop`, or max_tokens; returns the decoded text. Raises as
+        sample_ids()."""
+        tokenizer = self.agent.tokenizer
+        stop_ids = tuple(encode_piece(tokenizer, stop))
         if len(stop_ids) != 1:
             raise ValueError(
                 f"stop {stop!r} is {len(stop_ids)} tokens for role {self.agent.role}, expected 1"
             )
         ids = await self.sample_ids(SamplingParams(max_tokens, self.agent.temperature, stop_ids))
-        text = self.agent.tokenizer.decode(ids)
-        self.drift += self.agent.tokenizer.encode(text, add_special_tokens=False) != ids
+        text = decode_piece(tokenizer, ids)
+        self.drift += encode_piece(tokenizer, text) != ids
         return text
 
     async def sample_ids(self, params: SamplingParams) -> list[int]:
-        """As sample(), in token ids. The noise is a function of (seed, rollout, role, invocation, turn)."""
+        """As sample(), in token ids. The noise is a function of (seed, rollout, role, invocation, turn). Raises
+        ContextOverflowError where there is no room for max_tokens, AttemptOverError once the episode has ended."""
+        if self._over:
+            raise AttemptOverError(f"{self._session} is not continued: its attempt has ended")
+        if params.max_tokens > self.room:
+            raise self._overflow(f"a turn of {params.max_tokens} tokens")
         self.drift += self._ids[: len(self._said)] != self._said
         out = await self.agent.engine.generate(
             self._ids, params, seed=mix(self._seed, self._turn), session=self._session
@@ -121,15 +146,40 @@ class Conversation:
         self._said = list(self._ids)
         return ids
 
+    def _overflow(self, what: str) -> ContextOverflowError:
+        role, limit = self.agent.role, self.agent.max_length
+        return ContextOverflowError(
+            f"{self._session}: {what} do not fit behind {len(self)} tokens of role {role!r}, max_length is {limit}; "
+            f"set agents.{role}.max_length higher, or let the task cut what it appends to Conversation.room"
+        )
+
     def close(self, **scores: float) -> None:
-        """End the trajectory with its own reward parts, each in [0, 1]."""
-        for name, value in scores.items():
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"score {name}={value} of {self._session} is outside [0, 1]")
-        self.scores = scores
+        """End the trajectory with its own reward parts, each in [0, 1]. Raises RolloutError for any other score."""
+        self.scores = {
+            name: unit_score(value, f"score {name!r} of {self._session}") for name, value in scores.items()
+        }
+        self.closed = True
+        self.release()
+
+    def end(self) -> None:
+        """Nothing more is sampled here: whoever tries is cancelled."""
+        self._over = True
+
+    def release(self) -> None:
+        """Free what the engine holds of this conversation. Idempotent."""
         self.agent.engine.release(self._session)
 
     def trajectory(self) -> Trajectory:
+        """What was said, as arrays. Raises RolloutError where it cannot be trained on."""
+        if not self.closed:
+            raise RolloutError(f"{self._session} was opened and never closed; close() it with its scores")
+        if not any(self._mask):
+            raise RolloutError(
+                f"{self._session} has no sampled token among {len(self)}: nothing of it can be trained"
+            )
+        if not all(map(math.isfinite, self._logprobs)):
+            at = next(i for i, x in enumerate(self._logprobs) if not math.isfinite(x))
+            raise RolloutError(f"{self._session}: the log-prob of token {at} is {self._logprobs[at]}")
         return Trajectory(
             query=self.query,
             rollout=self.rollout,
@@ -141,6 +191,17 @@ class Conversation:
             versions=np.asarray(self._versions, np.int32),
             scores=dict(self.scores),
         )
+
+
+def unit_score(value: object, what: str) -> float:
+    """`value` as a float in [0, 1]; RolloutError naming `what` for NaN, None, text or any other number."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 <= number <= 1.0:
+        raise RolloutError(f"{what} is {value!r:.100}, expected a number in [0, 1]")
+    return number
 
 
 class Chat:
@@ -170,16 +231,24 @@ class Chat:
 
 
 class Episode:
-    """The conversations of one rollout: one of the main agent, any number of each sub-agent role."""
+    """The conversations of one attempt at a rollout: one of the main agent, any number of each sub-agent role."""
 
-    def __init__(self, query: str, rollout: int, agents: Mapping[str, Agent], seed: int) -> None:
-        self.query, self.rollout, self.agents = query, rollout, agents
+    def __init__(
+        self, query: str, rollout: int, agents: Mapping[str, Agent], seed: int, attempt: int = 0
+    ) -> None:
+        self.query, self.rollout, self.agents, self.attempt = query, rollout, agents, attempt
         self._seed = mix(seed, rollout)
         self._open: dict[str, list[Conversation]] = {role: [] for role in agents}
         self._opened_at: dict[str, list[int]] = {role: [] for role in agents if role != MAIN}
+        self._over = False
+        self._finished: Rollout | None = None
 
     def open(self, role: str) -> Conversation:
-        """Start the next conversation of `role`."""
+        """Start the next conversation of `role`. Raises AttemptOverError once the episode has ended."""
+        if self._over:
+            raise AttemptOverError(
+                f"{self.query}/{self.rollout} opens no conversation: its attempt has ended"
+            )
         if role not in self._open:
             raise ValueError(f"unknown role {role!r}; this run has {sorted(self._open)}")
         mine = self._open[role]
@@ -193,28 +262,63 @@ class Episode:
 
     def conversation(self, agent: Agent, invocation: int, seed: int) -> Conversation:
         """Make a conversation for open(); a subclass may make one that is watched."""
-        return Conversation(agent, self.query, self.rollout, invocation, seed)
+        return Conversation(agent, self.query, self.rollout, invocation, seed, self.attempt)
 
-    def abandon(self) -> None:
-        """Free what the engines hold for this rollout; nothing of it will be used."""
-        for conversations in self._open.values():
-            for conversation in conversations:
-                conversation.close()
+    def end(self) -> None:
+        """Nothing more is opened or sampled: a task that still tries is cancelled."""
+        self._over = True
+        for conversation in self._conversations():
+            conversation.end()
+
+    def release(self) -> None:
+        """Free what the engines hold for this rollout, once no call of it is under way any more. Idempotent."""
+        for conversation in self._conversations():
+            conversation.release()
 
     def drift(self) -> int:
         """Turns whose text does not encode back to the ids that were sampled (must stay 0)."""
-        return sum(c.drift for conversations in self._open.values() for c in conversations)
+        return sum(conversation.drift for conversation in self._conversations())
 
     def finish(self, correct: float, **info: object) -> Rollout:
         """Close the rollout with the main agent's outcome in [0, 1]. info gets `opened_at`: for each sub-agent role
-        the main agent's length in tokens when each invocation began."""
-        if not 0.0 <= correct <= 1.0:
-            raise ValueError(f"correct={correct} of {self.query}/{self.rollout} is outside [0, 1]")
+        the main agent's length in tokens when each invocation began.
+
+        Raises RolloutError for an outcome that is no such number, for a conversation that was not closed or in which
+        nothing was sampled, and for an info that cannot be recorded.
+        """
+        outcome = unit_score(correct, f"correct of {self.query}/{self.rollout}")
+        if not self._open[MAIN]:
+            raise RolloutError(
+                f"{self.query}/{self.rollout} has no main trajectory: open({MAIN!r}) was not called"
+            )
         (main,) = self._open[MAIN]
         subs = {r: [c.trajectory() for c in cs] for r, cs in self._open.items() if r != MAIN}
-        return Rollout(
-            self.query, self.rollout, main.trajectory(), subs, correct, info | {"opened_at": self._opened_at}
+        try:  # as the record will
+            msgspec.msgpack.encode(info, enc_hook=str)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise RolloutError(f"info of {self.query}/{self.rollout} cannot be recorded: {error}") from None
+        self._finished = Rollout(
+            self.query, self.rollout, main.trajectory(), subs, outcome, info | {"opened_at": self._opened_at}
         )
+        return self._finished
+
+    def check(self, rollout: object) -> Rollout:
+        """`rollout` if it is the one that finish() returned last; RolloutError for anything else."""
+        if self._finished is None or rollout is not self._finished:
+            raise RolloutError(
+                f"play() of {self.query}/{self.rollout} returned {_kind(rollout)}, expected what episode.finish() "
+                "returned"
+            )
+        return self._finished
+
+    def _conversations(self) -> list[Conversation]:
+        return [conversation for conversations in self._open.values() for conversation in conversations]
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Rollout):
+        return f"another Rollout ({value.query}/{value.rollout})"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
 
 
 def mix(seed: int, salt: int) -> int:

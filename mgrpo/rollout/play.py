@@ -1,8 +1,8 @@
 """Rollouts as coroutines: many at once on one event loop, batched by the engines.
 
-A failure of an engine, tool or judge (InfrastructureError) is tried again with another attempt number and, if it stays,
-makes the rollout a failed one: it leaves its group and is never scored. Any other exception is a bug and ends the
-worker.
+A failure of an engine, tool or judge (InfrastructureError) is tried again with another attempt number. If it stays, or
+if anything else is raised (see failure.py), the rollout is a failed one: it leaves its group, is counted and is never
+scored. What play() starts ends with its attempt: asyncio tasks that still run are cancelled and awaited.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mgrpo.errors import InfrastructureError
+from mgrpo.rollout.attempt import Attempt
 from mgrpo.rollout.episode import Agent, Episode, mix
+from mgrpo.rollout.failure import Failure, Kind, failure_of
 from mgrpo.rollout.task import Question, Task
 from mgrpo.types import Rollout
 
@@ -36,22 +38,53 @@ class Played:
     attempt: int
     rollout: Rollout | None
     failure: str = ""
+    kind: Kind | None = None  # of the failure
     drift: int = 0
 
 
-async def play(task: Task, ask: Ask, agents: Mapping[str, Agent], seed: int) -> Played:
-    """Play one rollout, with up to ATTEMPTS attempts. The seed names the noise: same seed and weights, same rollout."""
-    failure = ""
+async def play(
+    task: Task,
+    ask: Ask,
+    agents: Mapping[str, Agent],
+    seed: int,
+    accept: Callable[[Rollout], object] | None = None,
+) -> Played:
+    """Play one rollout, with up to ATTEMPTS attempts. The seed names the noise: same seed and weights, same rollout.
+    accept: raises for a rollout that cannot be used, which is then a failed one."""
+    failure: Failure | None = None
     for attempt in range(ATTEMPTS):
-        episode = Episode(ask.query, ask.rollout, agents, mix(seed, attempt))
+        episode = Episode(ask.query, ask.rollout, agents, mix(seed, attempt), attempt)
         try:
-            rollout = await task.play(ask.question, episode)
-        except InfrastructureError as error:
-            episode.abandon()
-            failure = str(error)
-            continue
-        return Played(ask, attempt, rollout, drift=episode.drift())
-    return Played(ask, ATTEMPTS - 1, None, failure)
+            rollout = await _attempt(task, ask.question, episode)
+            if accept is not None:
+                accept(rollout)
+        except asyncio.CancelledError:
+            if (running := asyncio.current_task()) is None or running.cancelling():
+                raise
+            text = f"play() of {ask.query}/{ask.rollout} was cancelled by something it awaited"
+            failure = Failure("task", text)
+        except (Exception, SystemExit) as error:  # a tool that exits ends its rollout, not the worker
+            failure = failure_of(error, task)
+        else:
+            return Played(ask, attempt, rollout, drift=episode.drift())
+        if failure.kind != "infrastructure":
+            break
+    assert failure is not None
+    return Played(ask, attempt, None, failure.text, failure.kind)
+
+
+async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:
+    """Play one attempt. Whatever its end, no task of it runs afterwards and the engines hold nothing of it."""
+    attempt = Attempt()
+    try:
+        with attempt:
+            return episode.check(await task.play(question, episode))
+    finally:
+        episode.end()
+        try:
+            await attempt.end()
+        finally:
+            episode.release()
 
 
 async def play_all(
@@ -60,11 +93,13 @@ async def play_all(
     agents: Mapping[str, Agent],
     seed: Callable[[Ask], int],
     done: Callable[[Played], Awaitable[None]],
+    accept: Callable[[Rollout], object] | None = None,
 ) -> None:
-    """Play all rollouts concurrently; `done` is awaited for each as it ends. The first bug cancels the rest."""
+    """Play all rollouts concurrently; `done` is awaited for each as it ends. accept: as in play. The first error that
+    is the program's cancels the rest."""
 
     async def one(ask: Ask) -> None:
-        await done(await play(task, ask, agents, seed(ask)))
+        await done(await play(task, ask, agents, seed(ask), accept))
 
     try:
         async with asyncio.TaskGroup() as group:

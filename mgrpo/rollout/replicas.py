@@ -17,6 +17,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 
 from mgrpo.errors import ConfigError, DeadlineError, InfrastructureError
@@ -225,7 +226,8 @@ class Replicas:
             watcher, self._watcher = self._watcher, None
             watcher.result()
         if self._watcher is None:
-            self._watcher = asyncio.get_running_loop().create_task(self._keep_watching())
+            # A context of its own: it watches for all rollouts and must not end with the one that asked first.
+            self._watcher = asyncio.get_running_loop().create_task(self._keep_watching(), context=Context())
 
     async def _keep_watching(self) -> None:
         while True:

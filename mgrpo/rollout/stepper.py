@@ -10,6 +10,7 @@ bits.
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from typing import ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
@@ -50,7 +51,8 @@ class Stepper:
         if engine not in self._engines:
             self._engines.append(engine)
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            # A context of its own: it steps for all rollouts and must not end with the one that asked first.
+            self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
     async def _run(self) -> None:
         answered = True

@@ -57,7 +57,13 @@ class Task(ABC):
 
     @abstractmethod
     async def play(self, question: Question, episode: Episode) -> Rollout:
-        """Run one rollout to its end: the agents talk, tools answer, conversations are closed with their scores."""
+        """Run one rollout to its end: the agents talk, tools answer, conversations are closed with their scores.
+        Returns what episode.finish() returned.
+
+        Raises InfrastructureError where an engine, tool or judge does not answer: the rollout is played again. Any
+        other exception fails this rollout, which is counted and never scored 0. asyncio tasks that it starts end with
+        it: what still runs when it returns or raises is cancelled and awaited.
+        """
 
     # -- policies that start from scratch (a task over pretrained models need not override the rest) --
 

@@ -9,52 +9,41 @@ Worker 0 also checks the gate before RL and evaluates: with the weights of a ste
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import signal
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch
 
 from mgrpo.config import RunConfig, config_digest
 from mgrpo.config.addresses import Addresses
 from mgrpo.credit import trajectory_reward
-from mgrpo.errors import DeadlineError, InfrastructureError, RetryAfterError
+from mgrpo.errors import DeadlineError, GroupClosedError, InfrastructureError, MgrpoError, RetryAfterError
 from mgrpo.record.rollouts import RolloutRecorder
-from mgrpo.rollout.engine import Engine
-from mgrpo.rollout.engines import open_engine
-from mgrpo.rollout.episode import Agent, mix
+from mgrpo.rollout.episode import mix
+from mgrpo.rollout.failure import KINDS, encodable, shortened
+from mgrpo.rollout.loop import Over, WorkerLoop
 from mgrpo.rollout.play import Accuracy, Ask, Played, all_failed, evaluate, play_all
 from mgrpo.rollout.shipper import Shipper
 from mgrpo.rollout.task import Question, Split, Task
+from mgrpo.rollout.team import WAIT_SLICE, Team
 from mgrpo.spool import SpoolClient
 from mgrpo.store.client import WorkerClient, WorkerGroup
 from mgrpo.store.records import World
 from mgrpo.transport.client import Client
 from mgrpo.transport.codec import Sender
 from mgrpo.transport.keys import client_keys
-from mgrpo.types import MAIN, Rollout
-from mgrpo.weights import Weights, fetch_shell, fetch_weights
+from mgrpo.types import Rollout, Trajectory
 
-WAIT_SLICE = 1.0  # seconds between two looks at the run's state while waiting
 LOST_WAVES = 3  # a wave can be one question that nothing answers; that many in a row are an outage
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
+STOP_SECONDS = 10.0  # for one answer of a peer, once the process is told to leave
 
 
-class Over(Exception):
-    """The run is not running any more."""
-
-
-@dataclass(slots=True)
-class _Source:
-    """Where one role's weights come from, and which the engine holds."""
-
-    client: Client
-    engine: Engine
-    label: str = ""
+Wave = list[tuple[WorkerGroup, Question]]
 
 
 class RolloutWorker:
@@ -65,7 +54,7 @@ class RolloutWorker:
     ) -> None:
         """folder: this worker's own, for its record."""
         torch.set_num_threads(config.rollout.threads)
-        self._config, self._number, self._task, self._addresses = config, number, task, addresses
+        self._config, self._number, self._task = config, number, task
         self._timeout = config.store.timeout
         digest = config_digest(config)
         key = client_keys(addresses, "worker")
@@ -85,11 +74,11 @@ class RolloutWorker:
         }
         self._shipper = Shipper(self._store, self._spools, self._main_reward, self._timeout)
         self._recorder = RolloutRecorder(config.record, folder)
-        self._sources: dict[str, _Source] = {}
-        self._agents: dict[str, Agent] = {}
-        self._loop = asyncio.new_event_loop()
+        self._loop = WorkerLoop(lambda: self._store.world().control.state == "running")
+        self._team = Team(config, addresses, self._clients, self._loop)
         self._cursor = number  # index of the next group this worker may open
         self._evaluated = -1  # step of the last evaluation
+        self._skipped = 0  # groups that the store had closed incomplete, since the last report
         self._lost_waves = 0  # waves without a rollout since the last one that had some
 
     def __enter__(self) -> RolloutWorker:
@@ -98,27 +87,27 @@ class RolloutWorker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._shipper.close()
+        self._shipper.stop()
         for spool in self._spools.values():
             spool.close()
         for client in self._clients.values():
             client.close()
         self._store.close()
+        self._shipper.close()
         self._recorder.close()
-        for source in self._sources.values():
-            self._loop.run_until_complete(source.engine.close())
-        self._loop.close()
+        self._loop.close(self._team.close())
 
     def run(self) -> None:
-        """Roll out until every trainer has made its last step, or the run is stopped."""
+        """Roll out until every trainer has made its last step, the run is stopped, or leave() was called."""
         try:
-            self._connect_policies()
+            self._team.connect(self._say, self._recorder.tokenizer)
             version = self._wait_for_version(0)
             if self._number == 0 and version == 0 and not self._gate():
                 return
             self._cursor += version * self._config.trainer.questions // self._workers * self._workers
             idle_since = time.monotonic()
             while (version := self._published()) < self._config.trainer.steps:
+                self._loop.check_stop()
                 if wave := self._open_wave():
                     self._play(wave)
                     idle_since = time.monotonic()
@@ -128,38 +117,16 @@ class RolloutWorker:
                 self._finish(version)
         except Over:
             return
+        except MgrpoError:
+            if not self._loop.stopped:  # otherwise it was cut short because we leave
+                raise
 
     # -- stations ------------------------------------------------------------------------------------------------
-
-    def _connect_policies(self) -> None:
-        """Build each role's engine from what its trainer says of the policy; trainers may still be warming up."""
-        for role in self._config.roles:
-            client = self._clients[role]
-            files = self._shell(client)
-            self._recorder.tokenizer(role, files)
-            agent = self._config.agents[role]
-            engine, tokenizer = open_engine(self._config, role, files, self._addresses, self._say)
-            self._sources[role] = _Source(client, engine)
-            self._agents[role] = Agent(role, engine, tokenizer, agent.loss.temperature, agent.max_length)
-
-    def _shell(self, client: Client) -> dict[str, bytes]:
-        """The policy's files without weights. Its trainer may be warming up, for any time, or be between two lives, for
-        idle_timeout seconds."""
-        heard = time.monotonic()
-        while True:
-            try:
-                if files := fetch_shell(client, WAIT_SLICE):
-                    return files
-                heard = time.monotonic()
-            except DeadlineError:
-                if time.monotonic() - heard > self._config.store.idle_timeout:
-                    raise
-            self._check_running()
 
     def _gate(self) -> bool:
         """Check the policies RL starts from; False ends the run. A run without the gate goes on, and is not valid."""
         n = self._config.eval.gate
-        self._sync({})
+        self._team.sync({})
         self._evaluate("heldout", 0)
         self._evaluate("validation", 0)
         if not n:
@@ -167,43 +134,53 @@ class RolloutWorker:
                 "gate", {"valid": False, "figures": {}, "text": "skipped (eval.gate = 0): not valid"}
             )
             return True
-        report = self._loop.run_until_complete(self._task.gate(self._agents, n, self._config.seed))
+        report = self._loop.run(self._task.gate(self._team.agents, n, self._config.seed))
         figures = {name: list(values) for name, values in report.figures.items()}
         self._store.report("gate", {"valid": report.valid, "figures": figures, "text": str(report)})
         if not report.valid:
             self._store.set_control("stopping", f"not a valid start, RL was not begun: {report}")
         return report.valid
 
-    def _open_wave(self) -> list[tuple[WorkerGroup, Question]]:
+    def _open_wave(self) -> Wave:
         """The groups that the store admits now, at most one step's share; [] when there is no work yet.
 
         Groups that are complete already (after a restart) stay in the wave as long as one of it is not, so that the
-        engines see the batches they saw before.
+        engines see the batches they saw before. What the store has closed incomplete is left out.
         """
         share = max(1, self._config.trainer.questions // self._workers)
-        wave: list[tuple[WorkerGroup, Question]] = []
-        while len(wave) < share:
-            index = self._cursor + len(wave) * self._workers
-            if self._is_beyond_the_run(index):
-                break
-            question = self._task.question(index, self._config.seed)
-            try:
-                group = self._store.open_group(
-                    query=f"{index // self._config.trainer.questions}/{index}",
-                    k=self._config.trainer.group_size,
-                    d_max={role: self._config.agents[role].d_max for role in self._config.roles},
-                    index=index,
-                    meta={"question": question.text[:200]},
-                    seed=self._config.seed,
-                    timeout=0.0,
-                )
-            except RetryAfterError:
-                break
-            wave.append((group, question))
-        self._cursor += len(wave) * self._workers
-        if all(len(group.finished) == group.k for group, _ in wave) and wave:
-            return self._open_wave()
-        return wave
+        while True:
+            wave: Wave = []
+            opened = 0
+            while opened < share and not self._is_beyond_the_run(self._cursor + opened * self._workers):
+                index = self._cursor + opened * self._workers
+                question = self._task.question(index, self._config.seed)
+                try:
+                    group = self._open_group(index, question)
+                except RetryAfterError:
+                    break
+                opened += 1
+                if group is None or (_is_closed(group) and len(group.finished) < group.k):
+                    self._skipped += 1
+                else:
+                    wave.append((group, question))
+            self._cursor += opened * self._workers
+            if any(len(group.finished) < group.k for group, _ in wave) or not opened:
+                return wave
+
+    def _open_group(self, index: int, question: Question) -> WorkerGroup | None:
+        """Group number `index`, opened again after a restart; None where the store has closed it."""
+        try:
+            return self._store.open_group(
+                query=f"{index // self._config.trainer.questions}/{index}",
+                k=self._config.trainer.group_size,
+                d_max={role: self._config.agents[role].d_max for role in self._config.roles},
+                index=index,
+                meta={"question": shortened(question.text[:200])},
+                seed=self._config.seed,
+                timeout=0.0,
+            )
+        except GroupClosedError:
+            return None
 
     def _is_beyond_the_run(self, index: int) -> bool:
         """No step will claim this group: it comes after those of the last step, and no group that was lost to some role
@@ -213,51 +190,62 @@ class RolloutWorker:
             return False
         return index >= planned + max(int(role["lost"]) for role in self._store.stats()["roles"].values())
 
-    def _play(self, wave: list[tuple[WorkerGroup, Question]]) -> None:
+    def _play(self, wave: Wave) -> None:
         oldest = {
             role: max(group.oldest.get(role, 0) for group, _ in wave) for role in self._config.training_roles
         }
-        version = self._sync(oldest)
+        version = self._team.sync(oldest)
         if self._number == 0:
             self._evaluate_if_due(version)
         began = time.monotonic()
         groups = {group.query: group for group, _ in wave}
-        tokens = drift = failed = 0
+        tokens = drift = 0
+        failed: Counter[str] = Counter()
         failure = ""
 
         async def done(played: Played) -> None:
-            nonlocal tokens, drift, failed, failure
+            nonlocal tokens, drift, failure
             group = groups[played.ask.query]
             drift += played.drift
-            failed += played.rollout is None
-            failure = played.failure or failure
+            if played.kind is not None:
+                failed[played.kind] += 1
+                failure = played.failure
             tokens += _sampled_tokens(played.rollout)
             if played.ask.rollout not in group.finished:
                 self._record(group, played)
                 self._shipper.ship(group, played)
 
         asks = [Ask(group.query, question, k) for group, question in wave for k in range(group.k)]
-        self._loop.run_until_complete(
-            play_all(self._task, asks, self._agents, lambda ask: self._seed(groups[ask.query].index), done)
+        self._loop.run(
+            play_all(
+                self._task,
+                asks,
+                self._team.agents,
+                lambda ask: self._seed(groups[ask.query].index),
+                done,
+                self._check_rewards,
+            )
         )
-        self._shipper.drain()
-        self._lost_waves = self._lost_waves + 1 if failed == len(asks) else 0
-        if (
-            self._lost_waves == LOST_WAVES
-        ):  # the next would fare no better: whoever watches this process hears why
-            raise InfrastructureError(all_failed(failed, f"each of {LOST_WAVES} waves", failure))
+        self._shipper.drain(self._loop.check_stop)
+        lost = failed.total() == len(asks)
+        self._lost_waves = self._lost_waves + 1 if lost else 0
+        if self._lost_waves == LOST_WAVES:  # the next would fare no better: the process ends with the reason
+            raise InfrastructureError(all_failed(len(asks), f"each of {LOST_WAVES} waves", failure))
         seconds = time.monotonic() - began
         metrics = {
             "rollout/perf/tok_per_s": tokens / seconds,
             "rollout/time/wave": seconds,
             "rollout/retoken_drift": drift,
-            "rollout/failed": failed,
+            "rollout/failed": failed.total(),
+            **{f"rollout/failed_by_{kind}": failed[kind] for kind in KINDS},
+            "rollout/closed_groups": self._skipped + self._shipper.closed_groups(),
         }
+        self._skipped = 0
         self._store.report("rollouts", {"step": version, "metrics": metrics})
 
     def _finish(self, version: int) -> None:
         """The last evaluation, with the weights of the last step; then the run is over."""
-        self._sync(dict.fromkeys(self._config.training_roles, version))
+        self._team.sync(dict.fromkeys(self._config.training_roles, version))
         self._evaluate("validation", version)
         self._evaluate("heldout", version)
         self._store.set_control("finished", "all steps done")
@@ -277,11 +265,11 @@ class RolloutWorker:
             mode = "greedy" if greedy else "sampled"
 
             def seen(number: int, played: Played) -> None:
-                asked = (played.ask.question.text, played.ask.question.answer)
+                asked = _asked(played.ask.question)
                 self._recorder.evaluation(step, split, mode, number, asked, played.rollout)
 
-            return self._loop.run_until_complete(
-                evaluate(self._task, questions, self._agents, greedy=greedy, seed=EVAL_SEED, seen=seen)
+            return self._loop.run(
+                evaluate(self._task, questions, self._team.agents, greedy=greedy, seed=EVAL_SEED, seen=seen)
             )
 
         greedy, sampled = accuracy(True), accuracy(False)
@@ -302,9 +290,14 @@ class RolloutWorker:
     def _record(self, group: WorkerGroup, played: Played) -> None:
         step = group.index // self._config.trainer.questions
         ask = played.ask
-        asked = (ask.question.text, ask.question.answer)
         self._recorder.train(
-            step, group.index, group.query, ask.rollout, asked, played.rollout, played.failure
+            step,
+            group.index,
+            group.query,
+            ask.rollout,
+            _asked(ask.question),
+            played.rollout,
+            played.failure,
         )
 
     # -- helpers -------------------------------------------------------------------------------------------------
@@ -319,32 +312,18 @@ class RolloutWorker:
     def _say(self, line: str) -> None:
         self._store.report("phase", {"text": line})
 
+    def _reward(self, trajectory: Trajectory, correct: float) -> float:
+        role = trajectory.role
+        return trajectory_reward(role, self._config.agents[role].reward, trajectory.scores, correct)
+
     def _main_reward(self, rollout: Rollout) -> float:
-        weights = self._config.agents[MAIN].reward
-        return trajectory_reward(MAIN, weights, rollout.main.scores, rollout.correct)
+        return self._reward(rollout.main, rollout.correct)
 
-    def _sync(self, at_least: Mapping[str, int]) -> int:
-        """Bring every engine to its trainer's newest weights, those of a role in `at_least` to this version or a later
-        one; returns the oldest version of the training roles."""
-        versions = []
-        for role, source in self._sources.items():
-            weights = self._fetch(source, at_least.get(role, 0))
-            if weights is not None:
-                self._loop.run_until_complete(source.engine.load(weights, weights.version))
-                source.label = weights.label
-            if role in self._config.training_roles:
-                versions.append(source.engine.version)
-        return min(versions)
-
-    def _fetch(self, source: _Source, at_least: int) -> Weights | None:
-        deadline = time.monotonic() + self._config.store.idle_timeout
-        while True:
-            try:
-                return fetch_weights(source.client, source.label, at_least, WAIT_SLICE)
-            except DeadlineError:
-                if time.monotonic() > deadline:
-                    raise
-            self._check_running()
+    def _check_rewards(self, rollout: Rollout) -> None:
+        """Raise for a rollout that some role's trainer could not pay: a score that its reward needs is missing."""
+        for trajectory in (rollout.main, *(t for ts in rollout.invocations.values() for t in ts)):
+            if trajectory.role in self._config.training_roles:
+                self._reward(trajectory, rollout.correct)
 
     def _published(self) -> int:
         """The oldest version that the training roles have published (-1 before the first)."""
@@ -368,17 +347,37 @@ class RolloutWorker:
         with contextlib.suppress(DeadlineError):
             wanted = dict.fromkeys(self._config.training_roles, version)
             self._store.wait(versions=wanted, timeout=WAIT_SLICE)
-        self._check_running()
+        self._loop.check()
 
-    def _check_running(self) -> None:
-        if self._store.world().control.state != "running":
-            raise Over
+    def leave(self) -> None:
+        """End as soon as possible: what is being played is cancelled. A signal handler may call it."""
+        # Where the store has ended too (the launcher was killed), its answer is not waited for as long as usual.
+        self._loop.stop()
+        self._store.hurry(STOP_SECONDS)
+        for client in self._clients.values():
+            client.hurry(STOP_SECONDS)
 
 
 def run_worker(config: RunConfig, number: int, task: Task, addresses: Addresses, folder: Path) -> None:
     """Run rollout worker `number` until the run is over; its record goes to `folder`."""
-    with RolloutWorker(config, number, task, addresses, folder) as worker:
+    worker = RolloutWorker(config, number, task, addresses, folder)
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        worker.leave()
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    with worker:
         worker.run()
+
+
+def _is_closed(group: WorkerGroup) -> bool:
+    """Whether the store takes nothing more for this group."""
+    return group.state != "open"
+
+
+def _asked(question: Question) -> tuple[str, str]:
+    """A question and its gold answer, as the record can write them."""
+    return encodable(str(question.text)), encodable(str(question.answer))
 
 
 def _oldest(world: World) -> int:
