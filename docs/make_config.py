@@ -7,13 +7,22 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from mgrpo.config.load import MAY_CHANGE
 from mgrpo.config.run import RunConfig
 
 HEAD = """# Configuration
 
-One TOML file describes a run; the same file starts every part of it. Any field can be overridden on the command line:
-`--set trainer.steps=40`. Unknown keys are errors. Made from the docstrings in `mgrpo/config/` by `docs/make_config.py`.
+One TOML file (UTF-8) describes a run; the same file starts every part of it. Any field can be overridden on the command
+line: `--set trainer.steps=40`. Unknown keys are errors, and so are numbers that are infinite or NaN. Made from the
+docstrings in `mgrpo/config/` by `docs/make_config.py`.
+
+`mgrpo train --resume FOLDER --set KEY=VALUE` may change these settings and sections; any other change is refused by the
+name of the field, and the folder stays as it was:
 """
+
+
+def may_change() -> str:
+    return ", ".join(f"`{name}`" for name in MAY_CHANGE) + ".\n"
 
 
 def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseModel]]]:
@@ -42,7 +51,7 @@ def default_of(field: object) -> str:
 
 def render() -> str:
     """The whole page."""
-    lines = [HEAD]
+    lines = [HEAD, may_change()]
     for path, model in sections(RunConfig, ""):
         doc = " ".join((model.__doc__ or "").split())
         lines += [

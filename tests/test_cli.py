@@ -104,15 +104,28 @@ def test_a_missing_gpu_is_named_before_anything_runs(tmp_path: Path, place: str)
 
 
 def test_an_occupied_port_is_named(tmp_path: Path) -> None:
-    """The store's address is taken: one line with the address, and no process stays behind."""
+    """The store's address is taken: one line with the address, and no process stays behind. The folder does not count
+    as a run's, since nothing was trained: the next start gets as far."""
     socket = zmq.Context.instance().socket(zmq.ROUTER)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
+    agents = [f"--set=agents.{r}.url=ipc://{tmp_path}/{r}" for r in ("main", "sub")]
+    start = [
+        "train",
+        ATLAS,
+        "--out",
+        str(tmp_path / "run"),
+        f"--set=store.url=tcp://127.0.0.1:{port}",
+        *agents,
+    ]
     try:
-        agents = [f"--set=agents.{r}.url=ipc://{tmp_path}/{r}" for r in ("main", "sub")]
-        done = mgrpo(
-            "train", ATLAS, "--out", str(tmp_path / "run"), f"--set=store.url=tcp://127.0.0.1:{port}", *agents
-        )
-        assert f"127.0.0.1:{port}" in refused_last(done)
+        for _ in range(2):
+            assert f"127.0.0.1:{port}" in refused_last(mgrpo(*start))
+        config, summary = (tmp_path / "run" / "config.json", tmp_path / "run" / "summary.json")
+        summary.write_text('{"outcome": "finished", "heldout": {"final": 0.9}}')
+        before = config.read_bytes(), summary.read_bytes()
+        line = refused_last(mgrpo("train", "--resume", str(tmp_path / "run"), "--set", "eval.every=7"))
+        assert f"127.0.0.1:{port}" in line
+        assert (config.read_bytes(), summary.read_bytes()) == before  # the store has accepted nothing
     finally:
         socket.close(0)
 

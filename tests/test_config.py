@@ -54,7 +54,25 @@ def test_overrides_are_toml_values() -> None:
         ("agents.main.model=/x", "agents.main has both model and warm_start.steps"),
         ("agents.main.max_length=99999", "exceeds trainer.micro_batch"),
         ("agents.main.optimizer.betas=[0.9, 1.0]", "betas must lie in [0, 1)"),
-        ("agents.main.optimizer.lr=nan", "agents.main.optimizer.lr"),
+        (
+            "agents.main.optimizer.lr=nan",
+            "agents.main.optimizer.lr: Input should be a finite number, got nan",
+        ),
+        (
+            "agents.main.optimizer.lr=inf",
+            "agents.main.optimizer.lr: Input should be a finite number, got inf",
+        ),
+        (
+            "agents.sub.optimizer.grad_clip=inf",
+            "agents.sub.optimizer.grad_clip: Input should be a finite number",
+        ),
+        ("agents.main.optimizer.betas=[0.9, nan]", "agents.main.optimizer.betas.1: Input should be a finite"),
+        ("agents.main.reward.format=-inf", "agents.main.reward.format: Input should be a finite number"),
+        ("store.timeout=inf", "store.timeout: Input should be a finite number, got inf"),
+        ("store.timeout=1e300", "store.timeout: Input should be less than or equal to 10000000, got 1e+300"),
+        ("trainer.stop_timeout=nan", "trainer.stop_timeout: Input should be a finite number, got nan"),
+        ("record.max_mb=inf", "record.max_mb: Input should be a finite number, got inf"),
+        ("task.options.noise={a=[1.0, inf]}", "task.options: noise.a.1 should be a finite number, got inf"),
         ("agents.other.frozen=true", "agents.other.reward: required, but missing"),
         ("store.url=tcp://1.2.3.4:5", None),
         ("nonsense", "override 'nonsense': expected section.field=value"),
@@ -80,12 +98,41 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"binary\.toml: not a text file"):
         load_config(tmp_path / "binary.toml")
+    (tmp_path / "latin.toml").write_bytes("# für mich\n".encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"latin\.toml: not a text file in UTF-8 .* at byte 3\); save it as"
+    ):
+        load_config(tmp_path / "latin.toml")
     (tmp_path / "broken.toml").write_text("seed = = 1")
     with pytest.raises(ConfigError, match=r"broken\.toml: not valid toml"):
         load_config(tmp_path / "broken.toml")
     (tmp_path / "empty.toml").write_text("")
     with pytest.raises(ConfigError, match="agents: required, but missing"):
         load_config(tmp_path / "empty.toml")
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    """Editors put one before UTF-8: the config is the same, as TOML and as JSON, with the line ends of Windows too."""
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf" + ATLAS.read_bytes().replace(b"\n", b"\r\n"))
+    config = load_config(tmp_path / "run.toml")
+    assert config == load_config(ATLAS)
+    (tmp_path / "run.json").write_text(config.model_dump_json(), encoding="utf-8-sig")
+    assert load_config(tmp_path / "run.json") == config
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ("utf-16", "byte order mark of UTF-16"),
+        ("utf-32", "byte order mark of UTF-32"),
+        ("utf-16-le", "byte 1 is zero, as in UTF-16"),
+    ],
+)
+def test_another_encoding_is_named(tmp_path: Path, encoding: str, words: str) -> None:
+    """What PowerShell's redirection writes: the encoding and what to save it as."""
+    (tmp_path / "run.toml").write_bytes(ATLAS.read_text().encode(encoding))
+    with pytest.raises(ConfigError, match=rf"run\.toml: not a text file in UTF-8.*{words}; save it as UTF-8"):
+        load_config(tmp_path / "run.toml")
 
 
 def test_all_frozen_or_one_agent_is_no_run() -> None:

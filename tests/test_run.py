@@ -101,20 +101,37 @@ def test_killed_processes_change_nothing(undisturbed: Path, tmp_path: Path) -> N
 
 
 def test_interrupt_and_resume_change_nothing(undisturbed: Path, tmp_path: Path) -> None:
-    """Ctrl-C stops everything at once and in order; --resume goes on to the same bits and one set of metrics."""
+    """Ctrl-C while the trainers wait for rollouts, as they do most of the time: each leaves a checkpoint of its last
+    step, and its log no trace; --resume goes on to the same bits and one set of metrics."""
     out = tmp_path / "run"
-    with started(command("train", str(RELAY), "--out", str(out))) as process:
+    sets = ["--set=trainer.checkpoint_every=1000"]
+    with started(command("train", str(RELAY), "--out", str(out), *sets)) as process:
         wait_for(lambda: steps_of(out) >= 3 or process.poll() is not None, "step 3")
+        worker = processes_of(out)["rollout"]
+        os.kill(worker, signal.SIGSTOP)  # in the middle of a wave, or before one
         process.send_signal(signal.SIGINT)
+        try:
+            wait_for(lambda: all(checkpoints(out, role) for role in ROLES), "the checkpoints")
+        finally:
+            os.kill(worker, signal.SIGCONT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in output
     assert leftovers(out) == [] and not summary(out)["finished"]
+    for role in ROLES:
+        assert checkpoints(out, role)[-1] >= steps_of(out, role) >= 3
+        assert (out / "logs" / f"trainer-{role}.log").read_text() == ""
     resume(out)
     assert final_weights(out) == final_weights(undisturbed)
     assert summary(out)["finished"] and summary(out)["valid"]
     sequence = [r["seq"] for r in records(out)]
     assert sequence == sorted(set(sequence))  # nothing written twice
     assert leftovers(out) == []
+
+
+def checkpoints(out: Path, role: str) -> list[int]:
+    """The steps of a role's complete checkpoints."""
+    folders = (out / "agents" / role / "checkpoints").glob("step-*")
+    return sorted(int(path.name.removeprefix("step-")) for path in folders)
 
 
 def test_a_killed_launcher_takes_its_children_along(tmp_path: Path) -> None:

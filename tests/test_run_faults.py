@@ -56,6 +56,22 @@ def test_a_stopped_store_is_named_and_the_run_goes_on(undisturbed: Path, tmp_pat
     assert leftovers(out) == []
 
 
+def test_a_part_that_is_stopped_by_hand_comes_back(undisturbed: Path, tmp_path: Path) -> None:
+    """SIGTERM to the store, a trainer and the worker, which each end with status 0 although the run goes on: they are
+    started again, once each, and the weights are those of the undisturbed run."""
+    out = tmp_path / "run"
+    with started(command("train", str(RELAY), "--out", str(out), f"--set=trainer.steps={STEPS}")) as process:
+        wait_for(lambda: steps_of(out) >= 1 or process.poll() is not None, "step 1")
+        found = processes_of(out)
+        for name in ("store", "trainer-left", "rollout"):
+            os.kill(found[name], signal.SIGTERM)
+        output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert output.count("ended with status 0 before the run was over; started again (restart 1)") == 3, output
+    assert final_weights(out) == final_weights(undisturbed)
+    assert leftovers(out) == []
+
+
 def last_words(out: Path) -> list[str]:
     """What the processes of a run have written so far."""
     return [path.read_text() for path in (out / "logs").glob("*.log")]

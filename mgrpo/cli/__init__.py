@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,9 @@ from mgrpo.cli.cluster.command import monitor as follow_run
 from mgrpo.cli.keys import app as keys_app
 from mgrpo.cli.store import app as store_app
 from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
+
+# What a file system says of itself, and what starting again does not mend.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 app = typer.Typer(
     help="Train teams of language models with M-GRPO.",
@@ -222,6 +226,12 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         # click's own usage errors carry their message and status; everything else is a bug and shows its trace
         if not hasattr(error, "format_message"):

@@ -7,60 +7,71 @@ processes go by the same config and the same store when they are started one by 
 
 from __future__ import annotations
 
-import fcntl
+import json
+import os
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mgrpo.cli.interrupts import Interrupts
+from mgrpo.cli.lock import take_lock
 from mgrpo.cli.monitor import Monitor, Outcome
-from mgrpo.cli.parts import RunFolder, load_run_task
+from mgrpo.cli.parts import RunFolder, load_run_task, recorded_run, started_engines
 from mgrpo.cli.processes import HEALTHY_SECONDS, Supervisor
 from mgrpo.cli.progress import Display
-from mgrpo.config import RunConfig, dump_config, load_config
+from mgrpo.config import RunConfig, check_same_run, dump_config, load_config
 from mgrpo.errors import ConfigError, GateError, MgrpoError
 from mgrpo.model.folder import check_folder
-from mgrpo.rollout.serve import check_engine, starts_servers
+from mgrpo.rollout.serve import check_engine
 from mgrpo.rollout.server import PATIENCE_SECONDS
 
-START_SECONDS = 60.0
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' subsystem
 ENGINE_HEALTHY = 300.0  # a vLLM server that fails while it starts, which takes minutes, fails for good
+LOOK_SECONDS = 0.1
+END_SECONDS = 30.0  # for the parts to end by themselves once the run is over; then they are told to
 
 
 def start(config_path: Path, out: Path, overrides: Sequence[str], *, fresh: bool) -> None:
     """Begin a new run in `out`."""
     config = load_config(config_path, overrides)
-    _check(config)
     folder = RunFolder(out)
-    if folder.config.exists() and not fresh:
-        raise ConfigError(f"{out} already holds a run: --resume {out} goes on with it, --fresh deletes it")
-    if out.exists() and any(out.iterdir()) and not folder.config.exists():
-        raise ConfigError(f"{out} is neither empty nor a run's folder; choose another --out")
-    with _locked(folder):
+    _check(config, folder)
+    _check_free(folder, fresh)
+    with _locked(folder) as lock:
+        _check_free(folder, fresh)  # another launcher may have begun and ended a run meanwhile
         for entry in list(out.iterdir()):
             if entry != folder.lock:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         dump_config(config, folder.config)
-        _run(config, folder)
+        _Launch(config, folder, lock).run()
 
 
 def resume(out: Path, overrides: Sequence[str]) -> None:
-    """Go on with the run in `out` from its last checkpoints."""
+    """Go on with the run in `out` from its last checkpoints. A setting that may change is written down once the store
+    has accepted the run; until then, and where one may not change, the folder stays as it was."""
     folder = RunFolder(out)
     if not folder.config.exists():
         raise ConfigError(f"{out}: no run to resume (no {folder.config.name})")
-    config = load_config(folder.config, overrides)
-    _check(config)
-    with _locked(folder):
-        dump_config(config, folder.config)
-        _run(config, folder)
+    recorded, config = recorded_run(out), load_config(folder.config, overrides)
+    try:
+        check_same_run(recorded, config)
+    except ConfigError as error:
+        raise ConfigError(f"{out}: {error}") from None
+    _check(config, folder)
+
+    def accepted() -> None:
+        if config != recorded:
+            dump_config(config, folder.config)
+
+    with _locked(folder) as lock:
+        _Launch(config, folder, lock, overrides, accepted).run()
 
 
-def _check(config: RunConfig) -> None:
+def _check(config: RunConfig, folder: RunFolder) -> None:
     """What can be known to fail fails here, before a folder or a process exists."""
+    folder.check_sockets(config)
     task = load_run_task(config)
     for role in config.policy_roles:
         agent, where = config.agents[role], f"agents.{role}"
@@ -82,81 +93,144 @@ def _check_gpu(device: str, name: str) -> None:
         )
 
 
-def _run(config: RunConfig, folder: RunFolder) -> None:
-    # Both end a run as Ctrl-C does, also where a shell started it in the background with SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    outcome = Outcome.INTERRUPTED
-    with Display() as display, Supervisor(folder.logs) as children, folder.sockets():
-        path = str(folder.config)
-        children.start("store", ["store", "--config", path, "--out", str(folder.root)])
-        # An error after a wait as long as this one is one in a row all the same.
-        healthy = HEALTHY_SECONDS + max(config.store.idle_timeout, PATIENCE_SECONDS)
-        monitor = Monitor(config, folder, display)
-        try:
-            monitor.connect(lambda: children.poll(), START_SECONDS)
-            for role in config.policy_roles:
-                children.start(
-                    f"trainer-{role}", ["trainer", path, "--agent", role, "--out", str(folder.root)], healthy
-                )
-            for role, replica in _engines(config):
-                which = ["--agent", role, "--replica", str(replica)]
-                children.start(
-                    f"engine-{role}-{replica}",
-                    ["engine", path, *which, "--out", str(folder.root)],
-                    ENGINE_HEALTHY,
-                )
-            for worker in range(config.rollout.workers):
-                children.start(
-                    f"rollout-{worker}",
-                    ["rollout", path, "--worker", str(worker), "--out", str(folder.root)],
-                    healthy,
-                )
-            while (outcome := monitor.poll()) is Outcome.RUNNING:
-                for line in children.poll():
-                    display.line(line, "yellow")
-                time.sleep(0.1)
-            others = [name for name in children.pids() if name != "store" and not name.startswith("engine-")]
-            if left := children.wait(others, 30.0):
-                display.line(f"stopping {', '.join(left)}", "yellow")
-            monitor.poll()  # what they said last
-        except KeyboardInterrupt:
-            display.line(f"interrupted; go on with: mgrpo train --resume {folder.root}", "yellow")
-            outcome = Outcome.INTERRUPTED
-        finally:
-            # Trainers write a last checkpoint when they are told to stop, and the store must still be there for it.
-            children.stop([name for name in children.pids() if name != "store"])
-            monitor.close(outcome)
-            shutil.rmtree(folder.weights, ignore_errors=True)
-    if outcome is Outcome.INVALID:
-        raise GateError(monitor.reason)
-    if outcome is Outcome.FAILED:
-        raise MgrpoError(monitor.reason)
-    if outcome is Outcome.INTERRUPTED:
-        raise KeyboardInterrupt
+def _check_free(folder: RunFolder, fresh: bool) -> None:
+    """Raise ConfigError where the folder holds something that a new run would destroy."""
+    out = folder.root
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{out} is a file; choose another --out")
+    if folder.config.exists():
+        if not fresh and not _failed_untrained(folder):
+            raise ConfigError(
+                f"{out} already holds a run: --resume {out} goes on with it, --fresh deletes it"
+            )
+    elif any(entry != folder.lock for entry in out.iterdir()):
+        raise ConfigError(f"{out} is neither empty nor a run's folder; choose another --out")
 
 
-def _engines(config: RunConfig) -> list[tuple[str, int]]:
-    """Role and number of each vLLM server that is ours to start."""
-    return [
-        (role, replica)
-        for role in config.policy_roles
-        if starts_servers(config.agents[role].engine)
-        for replica in range(config.agents[role].engine.replicas)
-    ]
+def _failed_untrained(folder: RunFolder) -> bool:
+    """Whether the folder holds nothing but a run that failed before anything was trained; it may be replaced."""
+    try:
+        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(summary, dict)
+        and summary.get("outcome") == Outcome.FAILED.value
+        and summary.get("trained") is False
+    )
 
 
 @contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
-    """One launcher a folder. The lock file goes with the run; the kernel drops the lock with the process."""
-    folder.root.mkdir(parents=True, exist_ok=True)
-    with folder.lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder.root}: another mgrpo train is running in this folder") from None
-        try:
-            yield
-        finally:
-            for lock in (folder.lock, folder.database_lock):  # nobody serves the folder any more
-                lock.unlink(missing_ok=True)
+def _locked(folder: RunFolder) -> Iterator[int]:
+    """One launcher a folder. The lock file goes with the run; the kernel drops the lock with its last process."""
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder.root}: cannot make the run's folder ({error.strerror})") from None
+    lock = take_lock(folder.lock)
+    try:
+        yield lock
+    finally:
+        for path in (folder.lock, folder.database_lock):  # nobody serves the folder any more
+            path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+class _Launch:
+    """One life of a run under this launcher: start, watch, end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        lock: int,
+        overrides: Sequence[str] = (),
+        accepted: Callable[[], None] = lambda: None,
+    ) -> None:
+        """overrides: those that the recorded config does not hold yet. accepted: what to do once the store has accepted
+        the run."""
+        self._config, self._folder, self._lock = config, folder, lock
+        self._sets = [f"--set={override}" for override in overrides]
+        self._accepted = accepted
+
+    def run(self) -> None:
+        """Raises GateError, MgrpoError or KeyboardInterrupt when the run does not finish."""
+        folder, outcome = self._folder, Outcome.INTERRUPTED
+        with (
+            Interrupts() as interrupts,
+            Display() as display,
+            folder.sockets(self._config),
+            Supervisor(
+                folder.logs, lambda line: display.line(line, "yellow"), interrupts, [self._lock]
+            ) as children,
+        ):
+            monitor = Monitor(self._config, folder, display)
+            try:
+                outcome = self._train(monitor, children, interrupts, display)
+            except KeyboardInterrupt:
+                display.line(f"interrupted; go on with: mgrpo train --resume {folder.root}", "yellow")
+            except MgrpoError as error:
+                outcome, monitor.reason = Outcome.FAILED, str(error)
+                display.line(f"the run ends: {error}", "red")
+                raise
+            finally:
+                # Trainers write a last checkpoint when they are told to stop; the store must still be there for it.
+                children.stop([name for name in children.pids() if name != "store"])
+                monitor.close(outcome)
+                shutil.rmtree(folder.weights, ignore_errors=True)
+        if outcome is Outcome.INVALID:
+            raise GateError(monitor.reason)
+        if outcome is Outcome.FAILED:
+            raise MgrpoError(monitor.reason)
+        if outcome is Outcome.INTERRUPTED:
+            raise KeyboardInterrupt
+
+    def _train(
+        self, monitor: Monitor, children: Supervisor, interrupts: Interrupts, display: Display
+    ) -> Outcome:
+        """Start all parts and watch them until the run is over. Raises KeyboardInterrupt, ChildFailed, ConfigError."""
+
+        def watch() -> None:
+            interrupts.check()
+            for line in children.poll():
+                display.line(line, "yellow")
+
+        files = ["--config", str(self._folder.config), "--out", str(self._folder.root)]
+        children.start("store", ["store", *files, *self._sets])
+        monitor.connect(watch, self._config.store.idle_timeout)
+        self._accepted()
+        self._start_others(children)
+        # What serves all has got somewhere when anybody has.
+        serving = ["store", *(name for name in children.pids() if name.startswith("engine-"))]
+        while (outcome := monitor.poll()) is Outcome.RUNNING:
+            if monitor.advanced:
+                children.advanced([*monitor.advanced, *serving])
+                monitor.advanced.clear()
+            watch()
+            time.sleep(LOOK_SECONDS)
+        others = [name for name in children.pids() if name not in serving]
+        if left := children.wait(others, END_SECONDS):
+            display.line(f"stopping {', '.join(left)}", "yellow")
+        monitor.poll()  # what they said last
+        return outcome
+
+    def _start_others(self, children: Supervisor) -> None:
+        config = self._config
+        files = [str(self._folder.config), "--out", str(self._folder.root)]
+        # An error after a wait as long as this one is one in a row all the same.
+        healthy = HEALTHY_SECONDS + max(config.store.idle_timeout, PATIENCE_SECONDS)
+        for role in config.policy_roles:
+            children.start(
+                f"trainer-{role}",
+                ["trainer", *files, "--agent", role],
+                healthy,
+                stop_seconds=config.trainer.stop_timeout,
+                saves="" if config.agents[role].frozen else "write its checkpoint",
+            )
+        for role, replica in started_engines(config):
+            which = ["--agent", role, "--replica", str(replica)]
+            children.start(f"engine-{role}-{replica}", ["engine", *files, *which], ENGINE_HEALTHY)
+        for worker in range(config.rollout.workers):
+            children.start(f"rollout-{worker}", ["rollout", *files, "--worker", str(worker)], healthy)

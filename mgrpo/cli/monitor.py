@@ -21,6 +21,9 @@ from mgrpo.metrics import MetricsWriter, read_metrics
 from mgrpo.store.client import LauncherClient
 from mgrpo.transport.keys import client_keys
 
+ASK_SECONDS = 1.0  # for one answer of the store: whoever waits for it does not restart what has died
+SILENT_SECONDS = 10.0  # between two lines about a store that does not answer
+
 
 class Outcome(enum.Enum):
     """How a run stands."""
@@ -37,29 +40,35 @@ class Monitor:
 
     def __init__(self, config: RunConfig, folder: RunFolder, display: Display) -> None:
         self._config, self._folder, self._display = config, folder, display
-        self._metrics = MetricsWriter(folder.root)
+        self._metrics: MetricsWriter | None = None
         self._seen, before = _written_so_far(folder.root)
         self._began = time.monotonic() - before
         self._client: LauncherClient | None = None
-        self.answered = time.monotonic()  # when the store last did
+        self.answered = self._complained = time.monotonic()  # when the store last did, when we last missed it
+        self._progress = Progress()
+        self.advanced: set[str] = set()  # names of parts, until whoever restarts them takes them from here
         self._summary = _Summary(config)
         self.reason = ""
 
     def connect(self, check: Callable[[], object], seconds: float) -> None:
-        """Wait for the store; `check` is called meanwhile and raises when there is no hope."""
-        deadline = time.monotonic() + seconds
+        """Wait for the store; `check` is called meanwhile and raises when there is no hope. Nothing is written before
+        the store has accepted the run."""
+        began = time.monotonic()
         addresses = self._folder.addresses(self._config)
         self._client = LauncherClient(
-            addresses.store, "launcher", timeout=5.0, key=client_keys(addresses, "launcher")
+            addresses.store, "launcher", timeout=ASK_SECONDS, key=client_keys(addresses, "launcher")
         )
         while True:
             try:
                 self._client.create(run_params(self._config))
                 break
-            except (DeadlineError, PeerError):
+            except (DeadlineError, PeerError) as error:
                 check()
-                if time.monotonic() > deadline:
+                if time.monotonic() - began > seconds:
                     raise
+                self._complain(error, began)
+        self.answered = time.monotonic()
+        self._metrics = MetricsWriter(self._folder.root)
         self._client.set_control("running", "")
         for report in self._client.reports(
             after=-1
@@ -75,12 +84,14 @@ class Monitor:
             control = self._client.world().control
             fresh = self._client.reports(after=self._seen)
         except (DeadlineError, PeerError) as error:
-            self._display.line(f"the store does not answer: {error}", "yellow")
+            self._complain(error, self.answered)
             return Outcome.RUNNING
         self.answered = time.monotonic()
         for report in fresh:
             self._seen = report.seq
             self._summary.take(report.kind, report.payload)
+            if self._progress.take(report.source, report.kind, report.payload):
+                self.advanced.add(part_of(report.source))
             self._take(report.seq, report.source, report.kind, report.payload)
         if control.state == "running":
             return Outcome.RUNNING
@@ -89,11 +100,22 @@ class Monitor:
             return Outcome.FINISHED
         return Outcome.INVALID if self._summary.gate_failed else Outcome.FAILED
 
+    def _complain(self, error: Exception, since: float) -> None:
+        """The store is silent: say so now and then, not of every restart."""
+        now = time.monotonic()
+        if now - max(since, self._complained) > SILENT_SECONDS:
+            self._complained = now
+            self._display.line(f"no answer from the store for {now - since:.0f} s: {error}", "yellow")
+
     def close(self, outcome: Outcome) -> None:
-        """Write what people will look at, and say where it is."""
-        self._metrics.close()
+        """Write what people will look at, and say where it is. A resumed run that the store never accepted keeps the
+        summary that it has."""
         if self._client is not None:
             self._client.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        elif self._folder.summary.exists():
+            return
         seconds = time.monotonic() - self._began
         summary = self._summary.result(seconds, outcome is Outcome.FINISHED)
         write_summary(self._folder.root, summary | {"outcome": outcome.value, "reason": self.reason})
@@ -106,7 +128,7 @@ class Monitor:
         picture = draw_curves(self._folder.root, f"{self._folder.root}  (seed {self._config.seed})")
         if picture is not None:
             self._display.line(f"curves: {picture}")
-        self._display.line(f"summary: {self._folder.root / 'summary.json'}  ({seconds:.0f} s)")
+        self._display.line(f"summary: {self._folder.summary}  ({seconds:.0f} s)")
 
     def _take(self, seq: int, source: str, kind: str, payload: Mapping[str, Any]) -> None:
         """One report: a line for people, a record for machines."""
@@ -133,7 +155,7 @@ class Monitor:
         elif kind != "rollouts":
             self._display.line(str(payload.get("text", f"{source}: {kind}")), "dim")
         step, values = values_of(kind, payload)
-        if values:
+        if values and self._metrics is not None:
             self._metrics.write(step, time.monotonic() - self._began, {"seq": seq, **values})
 
 
@@ -151,6 +173,33 @@ def values_of(kind: str, payload: Mapping[str, Any]) -> tuple[int, dict[str, flo
     return step, {}
 
 
+def part_of(source: str) -> str:
+    """The name of the process that a report is from: `trainer:main/trainer-main#session` -> `trainer-main`."""
+    return source.rpartition("/")[2].partition("#")[0]
+
+
+class Progress:
+    """Tells what was never done before from what a part repeats after each restart."""
+
+    def __init__(self) -> None:
+        self._furthest: dict[tuple[str, ...], int] = {}
+
+    def take(self, source: str, kind: str, payload: Mapping[str, Any]) -> bool:
+        """Whether this report says that its part got further than any earlier life of it."""
+        if (
+            kind == "rollouts"
+        ):  # of groups that are played once; a wave in which everything failed is no progress
+            return float(payload["metrics"].get("rollout/perf/tok_per_s", 0.0)) > 0
+        if kind not in ("warm", "step", "eval", "gate"):
+            return False
+        key = (part_of(source), kind, str(payload.get("role", "")), str(payload.get("split", "")))
+        step = int(payload.get("step", 0))
+        if step <= self._furthest.get(key, -1):
+            return False
+        self._furthest[key] = step
+        return True
+
+
 class _Summary:
     """Collects summary.json from the reports."""
 
@@ -161,6 +210,7 @@ class _Summary:
         self._gate: dict[str, Any] | None = None
         self._d_k: dict[str, Any] = {}
         self._steps = dict.fromkeys(config.training_roles, 0)
+        self._trained = False
         self._drift = 0
 
     @property
@@ -168,6 +218,7 @@ class _Summary:
         return self._gate is not None and not self._gate["valid"]
 
     def take(self, kind: str, payload: Mapping[str, Any]) -> None:
+        self._trained = self._trained or kind in ("warm", "step")
         if kind == "gate":
             self._gate = dict(payload)
         elif kind == "step":
@@ -189,6 +240,7 @@ class _Summary:
             "valid": self._gate is not None and bool(self._gate["valid"]),
             "gate": self._gate,
             "finished": finished,
+            "trained": self._trained,
             "d_k": self._d_k,
             "steps": min(self._steps.values(), default=0),
             "retoken_drift": self._drift,

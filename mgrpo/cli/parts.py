@@ -6,19 +6,18 @@ that follows from --out, so parts that are started by hand find each other as th
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import signal
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from mgrpo.cli.lock import is_locked
 from mgrpo.cli.processes import die_with_parent
+from mgrpo.cli.sockets import check_sockets, make_sockets, socket_folder
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.config.addresses import Addresses
 from mgrpo.errors import ConfigError, MgrpoError
@@ -38,8 +37,17 @@ class RunFolder:
         return self.root / "config.json"
 
     @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
     def lock(self) -> Path:
         return self.root / ".lock"
+
+    @property
+    def live(self) -> bool:
+        """Whether a launcher, or a process that a killed one left behind, is at work here."""
+        return is_locked(self.lock)
 
     @property
     def logs(self) -> Path:
@@ -72,28 +80,34 @@ class RunFolder:
 
     def engine_socket(self, role: str, replica: int) -> Path:
         """Where a vLLM server that the launcher starts listens."""
-        return self.socket_folder / f"engine-{role}-{replica}"
+        return self.socket_folder / _engine_name(role, replica)
 
     @property
     def socket_folder(self) -> Path:
-        # Socket paths are limited to about 100 bytes, so they cannot live below an arbitrarily deep --out.
-        name = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:12]
-        return Path(tempfile.gettempdir()) / f"mgrpo-{os.getuid()}-{name}"
+        """Of the local sockets; see sockets.py."""
+        return socket_folder(self.root)
+
+    def check_sockets(self, config: RunConfig) -> None:
+        """Raise ConfigError where the run's local sockets could not be made; nothing is written."""
+        if names := _local_sockets(config):
+            check_sockets(self.socket_folder, names)
+
+    def make_room_for_sockets(self, config: RunConfig) -> None:
+        """The folder of the local sockets, where the run has any. Raises ConfigError where it is not safe to use."""
+        self.check_sockets(config)
+        if _local_sockets(config):
+            make_sockets(self.socket_folder)
 
     @contextmanager
-    def sockets(self) -> Iterator[None]:
+    def sockets(self, config: RunConfig) -> Iterator[None]:
         """The folder of the local sockets, removed with everything in it at the end."""
-        self.socket_folder.mkdir(mode=0o700, exist_ok=True)
+        self.make_room_for_sockets(config)
+        folder = self.socket_folder
         try:
             yield
         finally:
-            shutil.rmtree(self.socket_folder, ignore_errors=True)
-
-    def make_room_for_sockets(self, config: RunConfig) -> None:
-        """For a part that is started by itself: the folder exists where some address of the run is a local socket."""
-        urls = [config.store.url, *(agent.url for agent in config.agents.values())]
-        if None in urls:
-            self.socket_folder.mkdir(mode=0o700, exist_ok=True)
+            if _local_sockets(config):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def addresses(self, config: RunConfig) -> Addresses:
         local = self.socket_folder
@@ -111,6 +125,29 @@ class RunFolder:
             },
             weights=self.weights,
         )
+
+
+def _local_sockets(config: RunConfig) -> list[str]:
+    """The names of the sockets that a run has on this machine."""
+    urls = {"store": config.store.url} | {role: agent.url for role, agent in config.agents.items()}
+    return [
+        *(name for name, url in urls.items() if url is None),
+        *(_engine_name(role, replica) for role, replica in started_engines(config)),
+    ]
+
+
+def _engine_name(role: str, replica: int) -> str:
+    return f"engine-{role}-{replica}"
+
+
+def started_engines(config: RunConfig) -> list[tuple[str, int]]:
+    """Role and number of each vLLM server that the launcher starts."""
+    return [
+        (role, replica)
+        for role in config.policy_roles
+        if starts_servers(config.agents[role].engine)
+        for replica in range(config.agents[role].engine.replicas)
+    ]
 
 
 def recorded_run(root: Path) -> RunConfig:
@@ -143,33 +180,29 @@ def run_params(config: RunConfig) -> RunParams:
 
 
 def run_store_process(config_path: Path, out: Path, overrides: Sequence[str], parent: int | None) -> None:
-    """The run's store, until SIGTERM."""
-    from mgrpo.store.server import StoreServer
+    """The run's store, until SIGTERM. Raises MgrpoError when its serving thread ends by itself."""
+    from mgrpo.store.server import run_store
     from mgrpo.transport.keys import server_keys
 
-    config = _begin(config_path, overrides, parent)
+    config = _begin(config_path, overrides, parent, _leave_at_once)
     folder = RunFolder(out)
-    out.mkdir(parents=True, exist_ok=True)
     folder.make_room_for_sockets(config)
+    out.mkdir(parents=True, exist_ok=True)
     addresses = folder.addresses(config)
-    server = StoreServer(
+    run_store(
         addresses.store,
         folder.database,
         run_params(config),
         security=server_keys(addresses),
         insecure=addresses.insecure,
     )
-    try:
-        threading.Event().wait()
-    finally:
-        server.close()
 
 
 def run_trainer_process(
     config_path: Path, role: str, out: Path, overrides: Sequence[str], parent: int | None
 ) -> None:
     """One agent's trainer, until the run is over."""
-    config = _begin(config_path, overrides, parent)
+    config = _begin(config_path, overrides, parent, _leave_at_once)
     if role not in config.agents:
         raise ConfigError(f"--agent {role}: unknown role; the config has {', '.join(config.roles)}")
     if config.owner(role) != role:
@@ -187,7 +220,7 @@ def run_trainer_process(
     else:
         sets = [f"--set={o}" for o in overrides]
         arguments = ["trainer", str(config_path), "--agent", role, "--out", str(out), *sets]
-        run_ranks(config.ranks(role), arguments, config.trainer.threads)
+        run_ranks(config.ranks(role), arguments, config.trainer.threads, config.trainer.stop_timeout)
 
 
 def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
@@ -197,7 +230,8 @@ def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
     from mgrpo.trainer.ranks import Ranks
 
     device = config.agents[role].policy.device
-    with Ranks(config.ranks(role), device, config.store.idle_timeout) as ranks:
+    limits = (config.store.idle_timeout, config.trainer.stop_timeout)
+    with Ranks(config.ranks(role), device, *limits) as ranks:
         if not ranks.leads:
             Crew(config, role, folder.agent(role), ranks).follow()
             return
@@ -212,7 +246,7 @@ def run_worker_process(
     """One rollout worker, until the run is over."""
     from mgrpo.rollout.worker import run_worker
 
-    config = _begin(config_path, overrides, parent)
+    config = _begin(config_path, overrides, parent, _unwind)
     if not 0 <= worker < config.rollout.workers:
         raise ConfigError(f"--worker {worker}: expected 0 to {config.rollout.workers - 1} (rollout.workers)")
     folder = RunFolder(out)
@@ -223,7 +257,7 @@ def run_engine_process(
     config_path: Path, role: str, replica: int, out: Path, overrides: Sequence[str], parent: int | None
 ) -> None:
     """One vLLM server of `role`'s policy, until it ends or SIGTERM."""
-    config = _begin(config_path, overrides, parent)
+    config = _begin(config_path, overrides, parent, _unwind)
     if role not in config.policy_roles:
         raise ConfigError(f"--agent {role}: expected one with a policy: {', '.join(config.policy_roles)}")
     engine = config.agents[role].engine
@@ -231,7 +265,7 @@ def run_engine_process(
         raise ConfigError(f"--replica {replica}: the config starts no such server for {role!r}")
     check_startable(config, role)
     folder = RunFolder(out)
-    folder.socket_folder.mkdir(mode=0o700, exist_ok=True)
+    folder.make_room_for_sockets(config)
     socket = folder.engine_socket(role, replica)
     code = keep(server_command(config, role, ("--uds", str(socket))), socket)
     if code == 0:  # its engine has died, for instance; nobody told it to end
@@ -243,13 +277,25 @@ def run_engine_process(
     raise SystemExit(code)
 
 
-def _begin(config_path: Path, overrides: Sequence[str], parent: int | None) -> RunConfig:
+def _begin(
+    config_path: Path,
+    overrides: Sequence[str],
+    parent: int | None,
+    on_sigterm: Callable[[int, FrameType | None], None],
+) -> RunConfig:
     if parent is not None:  # a rank has no use for a last word: those who would hear it end as well
         die_with_parent(parent, signal.SIGKILL if "RANK" in os.environ else signal.SIGTERM)
-    # SIGTERM unwinds the stack, so that context managers save, flush and close.
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, on_sigterm)
     return load_config(config_path, overrides)
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    """For as long as a part has nothing to save: an exception could come up in any line, even of a library's callback
+    that swallows it. A part with something to save replaces this by a mark that its loop looks at."""
+    os._exit(0)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """For parts whose context managers end other processes. Once: the kernel may send the launcher's death twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise SystemExit(0)

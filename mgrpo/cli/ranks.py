@@ -7,6 +7,7 @@ with a last line that names the rank and the reason. Whoever watches it starts t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,11 +17,10 @@ from typing import NoReturn
 
 from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
 
-SHUTDOWN_SECONDS = 12  # for a last checkpoint, once the ranks are told to stop
 
-
-def run_ranks(size: int, arguments: Sequence[str], threads: int) -> None:
-    """Run `python -m mgrpo *arguments` as `size` ranks until they end.
+def run_ranks(size: int, arguments: Sequence[str], threads: int, stop_seconds: float) -> None:
+    """Run `python -m mgrpo *arguments` as `size` ranks until they end. stop_seconds: for a last checkpoint, once the
+    ranks have got SIGTERM.
 
     Raises MgrpoError, or ConfigError for a rank that ended with status 2, naming the first that failed.
     """
@@ -40,7 +40,7 @@ def run_ranks(size: int, arguments: Sequence[str], threads: int) -> None:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
-        shutdown_timeout=SHUTDOWN_SECONDS,
+        shutdown_timeout=math.ceil(stop_seconds),
     )
     command = ["-m", "mgrpo", *arguments, "--parent", str(os.getpid())]
     try:

@@ -46,7 +46,7 @@ class RunView:
                 "title": str(self.run),
                 "settings": self._settings(),
                 "summary": self._summary(),
-                "live": self._folder.lock.exists(),
+                "live": self._folder.live,
                 "series": self._series(),
                 "steps": {
                     role: sorted(step for r, step in self._recording.steps if r == role)

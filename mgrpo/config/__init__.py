@@ -1,7 +1,15 @@
 """Settings: one pydantic tree read from TOML."""
 
-from mgrpo.config.load import config_digest, dump_config, load_config
+from mgrpo.config.load import check_same_run, config_digest, dump_config, load_config
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.run import AgentConfig, RunConfig
 
-__all__ = ["AgentConfig", "GrpoLossConfig", "RunConfig", "config_digest", "dump_config", "load_config"]
+__all__ = [
+    "AgentConfig",
+    "GrpoLossConfig",
+    "RunConfig",
+    "check_same_run",
+    "config_digest",
+    "dump_config",
+    "load_config",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import tomllib
@@ -13,6 +14,24 @@ from pydantic import ValidationError
 
 from mgrpo.config.run import RunConfig
 from mgrpo.errors import ConfigError
+from mgrpo.files import write_atomic
+
+MAY_CHANGE = (
+    *("store", "link", "rollout", "eval", "record"),
+    *("trainer.steps", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
+    *("trainer.stop_timeout", "trainer.threads"),
+    *("agents.<role>.url", "agents.<role>.policy.ranks"),
+    *(f"agents.<role>.engine.{key}" for key in ("urls", "replicas", "python", "folder", "timeout")),
+)
+"""Settings and sections that a resumed run may change: how long, where and by how many processes it is computed, how
+often it is measured and what is kept of it. Everything else belongs to the run's digest."""
+
+WIDE_MARKS = {  # the longer first: those of UTF-32 begin like those of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -20,12 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     An override's value is read as TOML and, failing that, as a string. Raises ConfigError.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+    text = _text(path)
     try:
         tree: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
@@ -42,30 +56,87 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def dump_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config beside the run, so that --resume needs no other file."""
-    path.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Write the resolved config beside the run, so that --resume needs no other file: as a whole or not at all. Raises
+    ConfigError naming the file when it cannot be written."""
+    try:
+        write_atomic(path, config.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write the run's config ({error.strerror})") from None
 
 
 def config_digest(config: RunConfig) -> str:
-    """Sixteen hex digits that are equal exactly for runs that compute the same: addresses and length do not count."""
+    """Sixteen hex digits, equal exactly for runs that compute the same: what MAY_CHANGE names does not count."""
+    return hashlib.sha256(json.dumps(_computed(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_same_run(recorded: RunConfig, wanted: RunConfig) -> None:
+    """Raise ConfigError naming every setting of a begun run that `wanted` changes although it may not."""
+    old, new = _leaves(_computed(recorded)), _leaves(_computed(wanted))
+    changed = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    if changed:
+        texts = [f"{name} = {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in changed]
+        raise ConfigError(
+            f"{'; '.join(texts)}: cannot change in a run that has begun. Resume without it, or begin a new run; "
+            f"docs/config.md lists the settings that may change"
+        )
+
+
+def _computed(config: RunConfig) -> dict[str, Any]:
+    """The part of a config on which the numbers of a run depend: all but MAY_CHANGE."""
     tree = config.model_dump(mode="json")
-    tree.pop("store")
-    tree.pop("link")
-    for agent in tree["agents"].values():
-        agent.pop("url")
-        agent["policy"].pop("ranks")
-        for key in ("urls", "replicas", "python", "folder", "timeout"):  # where rollouts are served, not what
-            agent["engine"].pop(key)
-    tree["trainer"].pop("steps")
-    for section, key in (
-        ("trainer", "threads"),
-        ("trainer", "checkpoint_every"),
-        ("trainer", "keep_checkpoints"),
-    ):
-        tree[section].pop(key)
-    for section in ("rollout", "eval", "record"):
-        tree.pop(section)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+    for name in MAY_CHANGE:
+        *sections, key = name.split(".")
+        for section in _below(tree, sections):
+            section.pop(key)
+    return tree
+
+
+def _below(tree: dict[str, Any], sections: Sequence[str]) -> list[dict[str, Any]]:
+    """The tables that a dotted path leads to; "<role>" stands for every agent."""
+    found = [tree]
+    for section in sections:
+        found = [
+            inner
+            for table in found
+            for inner in (table.values() if section == "<role>" else [table[section]])
+        ]
+    return found
+
+
+def _leaves(tree: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """Dotted name -> value of everything that is not a table."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _leaves(value, f"{name}{key}.") if isinstance(value, dict) else {}
+        leaves |= inner or {f"{name}{key}": value}
+    return leaves
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else json.dumps(value)
+
+
+def _text(path: Path) -> str:
+    """A text file in UTF-8, with or without the byte order mark that some editors write. Raises ConfigError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from None
+    for mark, encoding in WIDE_MARKS.items():
+        if data.startswith(mark):
+            raise ConfigError(
+                f"{path}: not a text file in UTF-8: it begins with the byte order mark of {encoding}; save it as UTF-8"
+            )
+    if b"\0" in data:
+        raise ConfigError(
+            f"{path}: not a text file in UTF-8: byte {data.index(0)} is zero, as in UTF-16; save it as UTF-8"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

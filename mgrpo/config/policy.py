@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mgrpo.config.settings import Settings
+from mgrpo.config.settings import MAX_SECONDS, Settings
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
@@ -85,7 +85,7 @@ class EngineConfig(Settings):
     again. nccl: vLLM's weight transfer between GPUs. lora: a new adapter folder a version."""
     folder: str | None = None
     """fs, lora: folder for the weights that trainer and servers share. Unset: one in the run's folder."""
-    timeout: float = Field(120.0, gt=0)
+    timeout: float = Field(120.0, gt=0, le=MAX_SECONDS)
     """Seconds that one request to a server may take before it counts as failed."""
 
     _tuples = field_validator("urls", "arguments", mode="before")(

@@ -6,13 +6,15 @@ the key. Fields of a role that only another role can use (an outcome weight on t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import EngineConfig, PolicyConfig
-from mgrpo.config.settings import Settings
+from mgrpo.config.settings import MAX_SECONDS, Settings
 from mgrpo.types import MAIN
 
 
@@ -23,6 +25,26 @@ class TaskConfig(Settings):
     """A built-in task, or "package.module:Class"."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the task itself; each task checks its own."""
+
+    @field_validator("options")
+    @classmethod
+    def _finite(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, number in _numbers(value):
+            if not math.isfinite(number):
+                raise ValueError(f"{name} should be a finite number, got {number}")
+        return value
+
+
+def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a tree of tables and lists, with its dotted name."""
+    if isinstance(tree, float):
+        yield name.removeprefix("."), tree
+    elif isinstance(tree, dict):
+        for key, part in tree.items():
+            yield from _numbers(part, f"{name}.{key}")
+    elif isinstance(tree, list):
+        for number, part in enumerate(tree):
+            yield from _numbers(part, f"{name}.{number}")
 
 
 class OptimizerConfig(Settings):
@@ -153,6 +175,9 @@ class TrainerConfig(Settings):
     """Steps between checkpoints; a restarted trainer repeats at most so many."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many checkpoints stay on disk."""
+    stop_timeout: float = Field(600.0, gt=0, le=MAX_SECONDS)
+    """Seconds that a trainer may take to stop, since it writes a checkpoint first; what has not stopped by then is
+    killed. A second Ctrl-C kills at once."""
     threads: int = Field(1, ge=1)
     """CPU threads of one trainer process."""
 
@@ -210,9 +235,9 @@ class StoreConfig(Settings):
 
     url: str | None = None
     """Where the store listens, e.g. "tcp://10.0.0.1:5600". Unset: a local socket of the run."""
-    timeout: float = Field(60.0, gt=0)
+    timeout: float = Field(60.0, gt=0, le=MAX_SECONDS)
     """Seconds that any call may take before it fails with a named error."""
-    idle_timeout: float = Field(1800.0, gt=0)
+    idle_timeout: float = Field(1800.0, gt=0, le=MAX_SECONDS)
     """Seconds that a trainer or worker waits for its next work."""
 
 

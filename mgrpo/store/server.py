@@ -87,6 +87,10 @@ class StoreServer:
         """Why the serving thread ended by itself, if it did."""
         return self._server.failure
 
+    def check(self) -> None:
+        """Raise MgrpoError naming the address and the cause once the serving thread has ended by itself."""
+        self._server.check()
+
     def counters(self) -> dict[str, int]:
         """Refusals and other events by name, for metrics."""
         return dict(self._server.counters) if hasattr(self, "_server") else {}
@@ -253,6 +257,5 @@ def run_store(
             stack.callback(endpoint.close)
             announce(f"metrics at http://127.0.0.1:{endpoint.port}/metrics")
         while not received:
-            if server.failure is not None:
-                raise server.failure
+            server.check()
             time.sleep(0.2)

@@ -66,6 +66,10 @@ class Lane:
                     ) from None
             check()
 
+    def check(self) -> None:
+        """Raise MgrpoError when the role's address is served no more: nothing would ever arrive."""
+        self._server.check()
+
     def close(self) -> None:
         self._server.close()
         self.spool.close()

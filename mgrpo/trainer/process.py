@@ -34,7 +34,7 @@ from mgrpo.trainer.schedule import learning_rate
 from mgrpo.trainer.warmstart import Demos, warm_start
 from mgrpo.weights import Weights, WeightsServer
 
-STOP_SECONDS = 10.0  # for one answer of the store, once the process is told to leave
+STOP_SECONDS = 5.0  # for one answer of the store, once the process is told to leave
 
 
 class Stopped(Exception):
@@ -59,8 +59,10 @@ class TrainerProcess:
         self._folder = agents / role
         self._folder.mkdir(parents=True, exist_ok=True)
         self._told_to_stop = False
-        self._lanes: list[Lane] = []
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._step = 0  # optimizer steps that the policy has taken
+        self._begun = self._checkpointed = (
+            0  # step of the last checkpoint that was begun, and that is durable
+        )
         self._weights = WeightsServer()
         self._lanes = [Lane(config, r, agents / r, addresses, self._weights) for r in config.served_by(role)]
         self._store = self._lanes[0].store
@@ -85,7 +87,7 @@ class TrainerProcess:
     def _run(self) -> None:
         step = self._crew.begin(self._start_policy())
         self._weights.describe(shell_files(self._crew.policy()))
-        self._checkpointed = step
+        self._step = self._begun = self._checkpointed = step
         for lane in self._lanes:
             resumed = lane.store.resume(checkpoint_step=step - 1)
         if step:
@@ -94,10 +96,15 @@ class TrainerProcess:
             )
         self._publish(step)
         if not self._agent.frozen:
+            # From here on there is something to save; before, SIGTERM ends the process at once.
+            signal.signal(signal.SIGTERM, self._on_sigterm)
             try:
-                self._train(step)
+                self._train()
             except Stopped:
-                self._settle(wait=True)  # what is being written is worth having
+                # Wherever the loop was, mostly waiting for rollouts: the weights are those of a whole step.
+                if self._step > self._begun:
+                    self._checkpoint()
+                self._settle(wait=True)
                 raise
             self._settle(wait=True)
             save_policy(self._crew.policy(), self._folder / "final")
@@ -136,9 +143,9 @@ class TrainerProcess:
 
         warm_start(policy, demos, config, progress)
 
-    def _train(self, step: int) -> None:
+    def _train(self) -> None:
         trainer = self._config.trainer
-        while step < trainer.steps:
+        while (step := self._step) < trainer.steps:
             began = time.monotonic()
             claimed_groups = [lane.claim(step, self._check_stop) for lane in self._lanes]
             claimed = time.monotonic()
@@ -151,14 +158,14 @@ class TrainerProcess:
             learned = self._crew.train(joined(batches), trainer.old_logprobs == "recompute", lr)
             for lane, groups in zip(self._lanes, claimed_groups, strict=True):
                 lane.store.apply(step=step, groups=groups)
-            step += 1
+            self._step = step = step + 1
             trained = time.monotonic()
             due = step % trainer.checkpoint_every == 0 or step == trainer.steps
             self._publish(step)
             for lane, batch in zip(self._lanes, batches, strict=True):
                 lane.recorder.step(batch, batch.metrics | learned)
             if due:
-                self._checkpoint(step)
+                self._checkpoint()
             else:
                 self._settle(wait=False)
             times = {
@@ -172,14 +179,13 @@ class TrainerProcess:
                 metrics = batch.metrics | learned | times
                 named = {f"{lane.role}/{name}": float(value) for name, value in metrics.items()}
                 self._report("step", {"role": lane.role, "step": step, "metrics": named})
-            if self._told_to_stop and not due:
-                self._checkpoint(step)
             self._check_stop()
 
-    def _checkpoint(self, step: int) -> None:
-        """Begin to write a checkpoint; the steps go on meanwhile."""
+    def _checkpoint(self) -> None:
+        """Begin to write a checkpoint of the last step; the steps go on meanwhile."""
         self._settle(wait=True)  # the one before
-        self._crew.checkpoint(step)
+        self._begun = self._step
+        self._crew.checkpoint(self._step)
 
     def _settle(self, wait: bool) -> None:
         """Once a checkpoint is durable, tell the store: nothing up to there will be handed out again."""
@@ -212,6 +218,8 @@ class TrainerProcess:
 
     def _check_stop(self) -> None:
         self._crew.alive()
+        for lane in self._lanes:
+            lane.check()
         if self._told_to_stop or self._store.world().control.state != "running":
             raise Stopped
 

@@ -26,7 +26,6 @@ from mgrpo.errors import ConfigError, DeadlineError, PeerError
 
 COLLECTIVE_SECONDS = 600.0  # the longest that one rank may let the others wait inside a step
 POLL_SECONDS = 0.02  # between two looks of a rank that waits for long
-LAST_SECONDS = 12.0  # after SIGTERM the leader still takes a checkpoint with all ranks
 _FORGET_AFTER = 64  # words of the leader that stay in the store of the process group
 
 
@@ -38,13 +37,16 @@ def under_torchrun() -> bool:
 class Ranks:
     """Use as a context manager; leaving it takes the process group down. Not thread-safe but for `files`."""
 
-    def __init__(self, size: int = 1, device: str = "cpu", silence: float = COLLECTIVE_SECONDS) -> None:
+    def __init__(
+        self, size: int = 1, device: str = "cpu", silence: float = COLLECTIVE_SECONDS, last: float = 600.0
+    ) -> None:
         """Join the ranks that torchrun started, or stand alone (size 1).
 
         device: "cpu" or "cuda"; there every rank takes the GPU of its local rank. silence: seconds for which a rank
-        waits without a sign of life of the leader. Raises ConfigError when torchrun started another number.
+        waits without a sign of life of the leader. last: seconds for which it waits after SIGTERM, since the leader
+        still takes a checkpoint with all ranks. Raises ConfigError when torchrun started another number.
         """
-        self.rank, self.size, self._silence = 0, size, silence
+        self.rank, self.size, self._silence, self._last = 0, size, silence, last
         self.files: dist.ProcessGroup | None = None  # for checkpoints, which are written beside the steps
         self._told = 0
         self._terminated = False  # no Event: a signal that comes twice would wait for its own lock
@@ -132,9 +134,9 @@ class Ranks:
                 beat, heard = seen, now
             if self._terminated:
                 ended = ended or now
-                if now - ended > LAST_SECONDS:
+                if now - ended > self._last:
                     raise DeadlineError(
-                        f"rank {self.rank} of {self.size}: told to stop, no word of rank 0 in {LAST_SECONDS:g} s"
+                        f"rank {self.rank} of {self.size}: told to stop, no word of rank 0 in {self._last:g} s"
                     )
             if now - heard > self._silence:
                 raise DeadlineError(

@@ -24,7 +24,7 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from mgrpo.errors import ConfigError
+from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.transport import codec
 from mgrpo.transport.address import Binding, check_url, is_private
 from mgrpo.transport.codec import BadMessage, Buffer, Item, Limits, Refusal, Sender
@@ -143,6 +143,13 @@ class Server:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"mgrpo-server {url}", daemon=True)
         self._thread.start()
+
+    def check(self) -> None:
+        """Raise MgrpoError naming the address and the cause once the serving thread has ended by itself."""
+        if self.failure is not None:
+            raise MgrpoError(
+                f"server at {self.url}: its thread has ended by {type(self.failure).__name__}: {self.failure}"
+            ) from self.failure
 
     def _configure(self) -> None:
         socket = self._socket

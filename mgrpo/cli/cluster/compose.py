@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ def compose(plan: Plan, out: Path, image: str, vllm_image: str) -> str:
         services[part.name] = _service(
             part, vllm_image if part.is_vllm else image, volumes, str(plan.site.root)
         )
+        services[part.name]["stop_grace_period"] = f"{math.ceil(plan.config.trainer.stop_timeout)}s"
         if part.gpus:
             # By number: services that ask for a count would all be given the same first ones.
             ids = [str(gpu + i) for i in range(part.gpus)]

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 
+from mgrpo.cli.interrupts import Interrupts
 from mgrpo.cli.monitor import Monitor, Outcome
 from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.cli.progress import Display
 from mgrpo.errors import DeadlineError, GateError, MgrpoError
 
-START_SECONDS = 600.0  # the store may be waiting for a place in a queue
 LOOK_SECONDS = 1.0
 
 
 def follow(root: Path) -> None:
     """Until the run is over; raises its error, or DeadlineError when the store is silent for store.idle_timeout."""
     config = recorded_run(root)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # write the summary, then leave
     outcome = Outcome.INTERRUPTED
-    with Display() as display:
+    with Interrupts() as interrupts, Display() as display:
         monitor = Monitor(config, RunFolder(root), display)
         try:
-            monitor.connect(lambda: None, START_SECONDS)
+            # The store may be waiting for a place in a queue.
+            monitor.connect(interrupts.check, config.store.idle_timeout)
             while (outcome := monitor.poll()) is Outcome.RUNNING:
+                interrupts.check()
                 silent = time.monotonic() - monitor.answered
                 if silent > config.store.idle_timeout:
                     raise DeadlineError(f"store at {config.store.url}: no answer for {silent:.0f} s")
                 time.sleep(LOOK_SECONDS)
             monitor.poll()  # what they said last
+        except KeyboardInterrupt:
+            outcome = Outcome.INTERRUPTED
+        except MgrpoError as error:
+            outcome, monitor.reason = Outcome.FAILED, str(error)
+            raise
         finally:
             monitor.close(outcome)
+    if outcome is Outcome.INTERRUPTED:
+        raise KeyboardInterrupt
     if outcome is Outcome.INVALID:
         raise GateError(monitor.reason)
     if outcome is Outcome.FAILED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mgrpo.cli.cluster.plan import Part, Plan
@@ -16,7 +17,9 @@ def k8s(plan: Plan, image: str, vllm_image: str, claim: str) -> str:
     for part in plan.parts:
         if part.ports:
             documents.append(_service(part))
-        documents.append(_workload(part, vllm_image if part.is_vllm else image, claim, str(plan.site.root)))
+        pod = _pod(part, vllm_image if part.is_vllm else image, claim, str(plan.site.root))
+        pod["terminationGracePeriodSeconds"] = math.ceil(plan.config.trainer.stop_timeout)
+        documents.append(_workload(part, pod))
     return "---\n".join(yaml(document) for document in documents)
 
 
@@ -35,9 +38,9 @@ def _service(part: Part) -> dict[str, Any]:
     }
 
 
-def _workload(part: Part, image: str, claim: str, root: str) -> dict[str, Any]:
+def _workload(part: Part, pod: dict[str, Any]) -> dict[str, Any]:
     labels = {"mgrpo-part": part.name}
-    template = {"metadata": {"labels": labels}, "spec": _pod(part, image, claim, root)}
+    template = {"metadata": {"labels": labels}, "spec": pod}
     if part.serves_for_ever:
         return {
             "apiVersion": "apps/v1",
@@ -75,7 +78,6 @@ def _pod(part: Part, image: str, claim: str, root: str) -> dict[str, Any]:
     if part.environment:
         container["env"] = [{"name": name, "value": value} for name, value in part.environment.items()]
     return {
-        "terminationGracePeriodSeconds": 120,
         "containers": [container],
         "volumes": [
             {"name": "run", "persistentVolumeClaim": {"claimName": claim}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,15 @@ from pathlib import Path
 from mgrpo.cli.cluster.plan import MONITOR, Part, Plan
 
 TRIES = 5  # starts of a part before its job fails; status 2 is a mistake in the config and ends it at once
-WARNING_S = 120  # before the time limit: a trainer writes a checkpoint and leaves
 GRACE_S = 30  # between the end of the run and the end of its store
 
 
 def scripts(plan: Plan, options: Sequence[str]) -> Mapping[str, str]:
     """Name -> text of every file. options: further sbatch options, "--partition=gpu"."""
     root = plan.site.root
-    texts = {f"{part.name}.sh": _part(part, root, options) for part in plan.parts}
+    # Before the time limit a trainer writes a checkpoint and leaves.
+    warning = math.ceil(plan.config.trainer.stop_timeout)
+    texts = {f"{part.name}.sh": _part(part, root, options, warning) for part in plan.parts}
     texts["stop.sh"] = f'{_header("stop", root, 1, options)}\n\nsleep {GRACE_S}\nscancel "$@"\n'
     return texts | {"submit.sh": _submit(plan)}
 
@@ -32,8 +34,8 @@ def _header(name: str, root: Path, cpus: int, options: Sequence[str]) -> str:
     return "\n".join(["#!/bin/bash", *(f"#SBATCH {line}" for line in [*lines, *options])])
 
 
-def _part(part: Part, root: Path, options: Sequence[str]) -> str:
-    own = [f"--nodelist={part.host}", f"--signal=TERM@{WARNING_S}"]
+def _part(part: Part, root: Path, options: Sequence[str], warning: int) -> str:
+    own = [f"--nodelist={part.host}", f"--signal=TERM@{warning}"]
     own += [f"--gpus-per-task={part.gpus}"] if part.gpus else []
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in part.environment.items())
     return f"""{_header(part.name, root, part.cpus, [*own, *options])}

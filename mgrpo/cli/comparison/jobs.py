@@ -19,7 +19,7 @@ from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.metrics import read_metrics
 
-STOP_SECONDS = 60.0
+LAUNCHER_SECONDS = 60.0  # for a launcher to end, beside what its trainers may take to write their checkpoints
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def run_all(
                     say(f"{name}: failed after {took}: {failed[name]}")
             time.sleep(0.2)
     finally:
-        _stop([process for _, process, _ in running.values()])
+        _stop([process for _, process, _ in running.values()], config.trainer.stop_timeout + LAUNCHER_SECONDS)
     return failed
 
 
@@ -146,17 +146,22 @@ def _start(
         )  # fmt: skip
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """A launcher that is told to stop ends its own processes and leaves a run that can be resumed."""
+def _stop(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """A launcher that gets SIGTERM ends its own processes and leaves a run that can be resumed; at another Ctrl-C it
+    gets another one, and ends them at once."""
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + STOP_SECONDS
-    for process in processes:
+    deadline = time.monotonic() + seconds
+    while left := [process for process in processes if process.poll() is None]:
         try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+            if time.monotonic() > deadline:
+                for process in left:
+                    process.kill()
+                    process.wait(10)
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            for process in left:
+                process.terminate()
 
 
 def _log(job: Job) -> Path:
