@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model import architecture
 
 Kind = Literal["rows", "sdpa", "varlen", "flash"]
 PACKED: tuple[Kind, ...] = ("varlen", "flash")
@@ -62,16 +63,40 @@ def choose(
     if kind not in PACKED:
         return kind
     before = model.config._attn_implementation
-    use(model, kind)
-    if packs(states, device, 0.05 if config.dtype == "bfloat16" else 1e-3):
+    reason = _cannot_pack(model, kind, states, device, 0.05 if config.dtype == "bfloat16" else 1e-3)
+    if reason is None:
         return kind
     model.set_attn_implementation(before)
     if config.attention == "auto":
         return "sdpa"
     raise ConfigError(
         f'{name}: policy.attention "{kind}" packs sequences into one row, which {type(model).__name__} does not '
-        'keep apart; use "rows" or "sdpa"'
+        f'keep apart ({reason}); use "rows" or "sdpa"'
     )
+
+
+def _cannot_pack(
+    model: Any, kind: Kind, states: Callable[..., Tensor], device: torch.device, tolerance: float
+) -> str | None:
+    """Why the model cannot compute packed rows as `kind`, which it computes as from then on; None where it can.
+
+    Judged by the configuration first: with freshly made weights what leaks may be too little to see.
+    """
+    config = model.config.to_dict()
+    if kept := architecture.layer_kinds(config) - architecture.ATTENTION:
+        return f"it has {', '.join(sorted(kept))} layers"
+    if getattr(model, "_is_stateful", False):
+        return "its layers carry a state from token to token"
+    windows = architecture.windows(config)
+    if others := sorted(windows.keys() - {"sliding_window"}):
+        return f"it attends within {others[0]}={windows[others[0]]} in a way of its own"
+    try:
+        use(model, kind)
+        if packs(states, device, tolerance):
+            return None
+    except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        return str(error)
+    return "two sequences together are not what each is alone"
 
 
 def flash_attn_varlen_func() -> Callable[..., Any] | None:
@@ -141,11 +166,43 @@ def pack(input_ids: Tensor, lengths: Tensor) -> Packed:
 def packs(states: Callable[..., Tensor], device: torch.device, tolerance: float) -> bool:
     """Whether a model computes a packed row as it computes its sequences alone: not every architecture passes the
     borders on to its attention, and a recurrent one could not use them. states: trunk arguments -> (R, S, H)."""
-    rows = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]], device=device)
-    lengths = (4, 3)
-    together = states(**pack(rows, torch.tensor(lengths, device=device)).arguments())[0]
-    alone = [states(input_ids=rows[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
-    return torch.allclose(together, torch.cat(alone), rtol=tolerance, atol=tolerance)
+    rows, lengths = _probe(device)
+    together = states(**pack(rows, lengths).arguments())[0]
+    return torch.allclose(together, _alone(states, rows, lengths), rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def check_padded(model: Any, states: Callable[..., Tensor], device: torch.device, name: str) -> None:
+    """Raises ConfigError where right-padded rows without a mask are not computed as their sequences alone: the model
+    looks ahead, or mixes rows."""
+    rows, lengths = _probe(device)
+    try:
+        padded = states(input_ids=rows)
+        together = torch.cat([padded[i, :n] for i, n in enumerate(lengths.tolist())])
+        alone = _alone(states, rows, lengths)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise ConfigError(
+            f"{name}: {type(model).__name__} computes no hidden states from rows of token ids alone: {error}"
+        ) from error
+    off = (together - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-6)
+    # Half precision may send a token to another expert, so there the middle one decides.
+    worst = float(off.max() if alone.dtype == torch.float32 else off.median())
+    if not worst <= (1e-2 if alone.dtype == torch.float32 else 0.1):
+        raise ConfigError(
+            f"{name}: {type(model).__name__} does not compute a padded row as its sequence alone (hidden states differ "
+            f"by {worst:.2g} of their size): it looks ahead or mixes rows; expected a causal language model"
+        )
+
+
+def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two right-padded rows of the ids that every vocabulary has, and their lengths."""
+    rows = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1], [1, 1, 0, 1, 1, 0, 0, 0]], device=device)
+    return rows, torch.tensor([8, 5], device=device)
+
+
+def _alone(states: Callable[..., Tensor], rows: Tensor, lengths: Tensor) -> Tensor:
+    """Hidden states (T, H) of each row by itself, without its padding."""
+    return torch.cat([states(input_ids=rows[i : i + 1, :n])[0] for i, n in enumerate(lengths.tolist())])
 
 
 def _varlen(

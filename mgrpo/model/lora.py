@@ -60,18 +60,40 @@ def add_adapters(model: Any, config: LoraConfig, name: str) -> None:
 
 
 def _check_targets(model: Any, config: LoraConfig, name: str) -> None:
+    """Every target is the name of plain linear layers. Layers beside experts (the router, shared experts) are none:
+    experts themselves are no linear layers, so the same name would adapt some projections and leave out most, and
+    neither peft's files nor vLLM's adapters have one form for them."""
     head = model.get_output_embeddings()
-    found = {
-        path.rpartition(".")[2]
+    beside_experts = tuple(
+        f"{path.rpartition('.')[0]}." for path, _ in model.named_modules() if path.endswith(".experts")
+    )
+    linear = {
+        path
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
+    mixed = {path.rpartition(".")[2] for path in linear if path.startswith(beside_experts)}
+    plain = {path.rpartition(".")[2] for path in linear if not path.startswith(beside_experts)} - mixed
+    experts = {
+        part
+        for path, _ in model.named_parameters()
+        if path.startswith(beside_experts)
+        for part in path.split(".")[-2:]
+    }
     for target in config.targets:
-        if target not in found:
+        if target in plain - experts:
+            continue
+        kind = type(model).__name__
+        if beside_experts and (target in mixed | experts or target in LoraConfig().targets):
+            rest = ", ".join(f'"{target}"' for target in sorted(plain - experts))
             raise ConfigError(
-                f"{name}: policy.lora.targets has {target!r}; the linear layers of {type(model).__name__} are "
-                f"{', '.join(sorted(found))}"
+                f"{name}: policy.lora.targets has {target!r}, which is no plain linear layer of {kind}, a mixture of "
+                f"experts; adapt its attention alone, e.g. policy.lora.targets = [{rest}]"
             )
+        raise ConfigError(
+            f"{name}: policy.lora.targets has {target!r}; the linear layers of {kind} are "
+            f"{', '.join(sorted(plain))}"
+        )
 
 
 @torch.no_grad()

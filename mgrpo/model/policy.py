@@ -3,7 +3,7 @@
 The trainer never asks the model for logits: it takes the final hidden states of the rows that carry loss and
 the head weight, and lets the fused loss multiply them. That is exact only where logits = hidden @
 head_weight.T, so a model that does anything after its head (a bias, a scale, a soft cap) is refused when it
-is loaded.
+is loaded (head_guard.py). Rows of the head that are no token of the tokenizer take no part (vocabulary.py).
 
 Dropout stays off in training as well: the trainer must reproduce the sampler's log-probs.
 
@@ -30,9 +30,10 @@ from torch import Tensor
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model import attention, lora
+from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
 from mgrpo.model.trained import decoder_layers, prepare
+from mgrpo.model.vocabulary import Vocabulary
 
 FORWARD_COST = 128
 """What one more forward and backward costs on a CPU, in token positions (of a token-shift decoder)."""
@@ -46,23 +47,17 @@ class Policy:
     ) -> None:
         """model: a transformers causal LM with float32 weights, on its device; tokenizer: its tokenizer; name: how
         errors call this policy; config: how it is computed and what of it trains (default: everything, float32)."""
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ConfigError(
-                f"{name}: {type(model).__name__} has no output head, expected a causal language model"
-            )
-        if len(tokenizer) > head.weight.shape[0]:
-            raise ConfigError(
-                f"{name}: the tokenizer has {len(tokenizer)} tokens, the model's head {head.weight.shape[0]}"
-            )
+        head = head_guard.head_of(model, name)
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.vocab_size: int = head.weight.shape[0]  # may exceed the tokenizer's tokens
+        self.vocabulary = Vocabulary(tokenizer, self.vocab_size, name)
         self.config = config or PolicyConfig()
-        self._trunk = model.base_model
+        self._trunk = head_guard.backbone_of(model, name)
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
         self._dtype = head.weight.dtype
         self._half = self._offload = False
-        self._check_head()
+        head_guard.check_head(model, self._trunk, head, self._states, name)
+        attention.check_padded(model, self._states, self.device, name)
         self._half = self.config.dtype == "bfloat16"
         self.attention = attention.choose(model, self._states, self.config, self.device, name)
         prepare(model, self.config, name)
@@ -75,9 +70,20 @@ class Policy:
         return weight
 
     @property
-    def context_length(self) -> int:
-        """Positions the model was built for."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+    def token_head(self) -> Tensor:
+        """(N, H), the rows of head_weight that are tokens; the loss numbers them as vocabulary.classes does. The others
+        have no gradient."""
+        return self.vocabulary.head(self.head_weight)
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions the model was built for; None where it has no bound, as state-space models and ALiBi."""
+        return architecture.positions(self.model.config.to_dict())
+
+    @property
+    def backbone(self) -> Any:
+        """The module that ends in the final hidden states."""
+        return self._trunk
 
     @property
     def device(self) -> torch.device:
@@ -173,17 +179,6 @@ class Policy:
                 use_cache=True,
             ).last_hidden_state
         return states.to(self._dtype)
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        ids = torch.arange(min(3, self.vocab_size), device=self.device)[None]
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        ours = self.hidden(ids) @ self.head_weight.T
-        if ours.shape != logits.shape or not torch.allclose(ours, logits, rtol=1e-2, atol=1e-2):
-            raise ConfigError(
-                f"{self.name}: the logits of {type(self.model).__name__} are not hidden @ head.T (a bias, "
-                "scale or soft cap follows its head); the fused loss would train another model"
-            )
 
 
 class WithoutAdapters(Policy):
@@ -338,8 +333,13 @@ class quiet:
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The model's parameters and persistent buffers by name, tied ones once, sharing the model's memory. Adapters are
-    merged: the names are a plain model's, and adapted weights are copies."""
+    """The model's parameters and persistent buffers under the names of its checkpoint (names.py), tied ones once,
+    sharing the model's memory where the layout allows. Adapters are merged: adapted weights are copies."""
+    return names.published(model, _plain_state(model))
+
+
+def _plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """state_of under the model's names in memory."""
     state = model.state_dict()
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
@@ -348,10 +348,10 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold beside the starting policy, sharing the model's memory: what trains where some of
-    the model is frozen (adapters under their own names), else state_of."""
+    """What a checkpoint must hold beside the starting policy, under the names in memory, sharing the model's memory:
+    what trains where some of the model is frozen (adapters under their own names), else everything, tied ones once."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return state_of(model) if len(trained) == len(list(model.parameters())) else trained
+    return _plain_state(model) if len(trained) == len(list(model.parameters())) else trained
 
 
 def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -361,15 +361,27 @@ def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> N
 
 
 def load_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` (as of state_of) into the model in place. Nothing is copied unless everything fits.
+    """Copy `state` (as of state_of, from a model of the same architecture) into the model in place. Nothing is copied
+    unless everything fits.
 
     Raises ValueError naming the first tensor that is missing, unexpected or of another shape.
     """
-    if lora.has_adapters(model.state_dict()):
+    whole = model.state_dict()
+    if lora.has_adapters(whole):
         raise ValueError(
             "merged weights do not say what of them is adapter: load_trained_state restores adapters"
         )
-    _copy_into(state_of(model), state, state.keys() - model.state_dict().keys())
+    known = list(names.layouts(model, _plain_state(model)))
+    own = next((layout for layout in known if layout.keys() <= state.keys()), known[0])
+    memory = {tensor.untyped_storage().data_ptr() for tensor in whole.values()}
+    for name, tensor in own.items():
+        if tensor.untyped_storage().data_ptr() not in memory:
+            raise ValueError(
+                f"{name} of {type(model).__name__} lies otherwise in memory than in a checkpoint, so it cannot be "
+                "replaced in place"
+            )
+    spare = {name for layout in names.layouts(model, whole) for name in layout}
+    _copy_into(own, state, state.keys() - own.keys() - spare)
 
 
 def _copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], unexpected: set[str]) -> None:

@@ -12,12 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import lora
+from mgrpo.model.head_guard import backbone_of
 
 
 def decoder_layers(model: Any, name: str) -> nn.ModuleList:
     """The decoder layers of a transformers model, first to last. Raises ConfigError where they are not a list."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in backbone_of(model, name).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ConfigError(f"{name}: {type(model).__name__} has no list of its {count} decoder layers")
@@ -45,7 +46,7 @@ def _freeze_all_but(model: Any, last: int, name: str) -> None:
     model.requires_grad_(False)
     for layer in layers[-last:]:
         layer.requires_grad_(True)
-    children = list(model.base_model.children())
+    children = list(backbone_of(model, name).children())
     if layers in children:
         for behind in children[children.index(layers) + 1 :]:
             behind.requires_grad_(True)

@@ -8,7 +8,7 @@ to their end sample.
   neighbours and arrival order do not matter. Logits depend on the batch in the last bits only (matrix kernels
   differ by shape).
 - Log-probs are of the sampled distribution, log_softmax(logits / temperature) in fp32; of temperature 1 when
-  greedy.
+  greedy. Logits are those of the tokenizer's tokens: spare rows of the head are never sampled.
 - A session keeps its slot between turns; only new tokens are fed. The least recently used idle session makes
   room when slots run out, and is fed afresh when it comes back.
 - `load` swaps weights between steps. Requests in flight go on with the new weights on the keys and values of
@@ -36,6 +36,7 @@ from mgrpo.model.policy import Policy, load_policy, load_state, load_state_bytes
 from mgrpo.rollout.engine import Engine, Generation, SamplingParams
 from mgrpo.rollout.lanes import Lanes, sample
 from mgrpo.rollout.slot_cache import SlotCache
+from mgrpo.rollout.slot_forward import check_served, feed
 from mgrpo.rollout.stepper import Stepper
 from mgrpo.weights import Weights
 
@@ -78,16 +79,19 @@ class HfEngine(Engine):
     ) -> None:
         """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch.
         max_length: tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a
-        row and forward."""
+        row and forward. Raises ConfigError for a model that this engine cannot serve (slot_forward.py)."""
         context = policy.context_length
         max_length = context if max_length is None else max_length
+        if max_length is None:
+            raise ValueError(f"{policy.name} names no context length; give max_length")
         if slots < 1 or prefill_chunk < 1:
             raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
-        if not 1 < max_length <= context:
+        if not 1 < max_length <= (context or max_length):
             raise ValueError(
                 f"max_length {max_length} of {policy.name} is outside 2..{context}, its context length"
             )
-        _refuse_windows(policy, max_length)
+        layers = len(policy.layers)
+        check_served(policy, layers, max_length)
         self.policy, self.max_length, self.prefill_chunk = policy, max_length, prefill_chunk
         self._version = version
         self._slots = [_Slot() for _ in range(slots)]
@@ -95,7 +99,6 @@ class HfEngine(Engine):
         self._waiting: list[_Request] = []
         self._talking: set[str] = set()  # sessions with a request in hand
         self._lanes = Lanes(slots)
-        layers = policy.model.config.get_text_config().num_hidden_layers
         self._cache = SlotCache(layers, slots, min(64, max_length))
         self._clock = self._epoch = 0
         self._closed = False
@@ -220,14 +223,14 @@ class HfEngine(Engine):
             if done.any():
                 ready.append(rows[done])
                 hidden = hidden if done.all() else hidden[torch.from_numpy(done)]
-                logits.append(hidden @ self.policy.head_weight.T)
+                logits.append(self.policy.vocabulary.logits(hidden, self.policy.head_weight))
         if not ready:
             return False
         return self._sample(np.concatenate(ready), torch.cat(logits).float())
 
     def _forward(self, rows: Int64, counts: Int64) -> Tensor:
         """Feed counts[i] tokens of slot rows[i]; hidden states (R, H) of each row's last."""
-        lanes, device = self._lanes, self.policy.device
+        lanes = self._lanes
         new = int(counts.max())
         ids = lanes.last[rows][:, None] if new == 1 else np.zeros((len(rows), new), np.int64)
         for i, row in enumerate(rows):
@@ -237,26 +240,19 @@ class HfEngine(Engine):
                 slot.feed = slot.feed[counts[i] :]
             elif new > 1:
                 ids[i, 0] = lanes.last[row]
-        columns = lanes.length[rows][:, None] + np.arange(new)
-        width = int(columns[:, -1].max()) + 1
-        where = torch.from_numpy(columns).to(device)
-        mask = torch.zeros(len(rows), 1, new, width, dtype=self.policy.head_weight.dtype, device=device)
-        mask.masked_fill_(torch.arange(width, device=device) > where[:, None, :, None], float("-inf"))
-        self._cache.plan(torch.from_numpy(rows).to(device), where, torch.from_numpy(counts).to(device))
-        # Padding may stand beyond the last position; what is computed there is never read.
-        positions = where if new == 1 else where.clamp(max=self.policy.context_length - 1)
-        states = self.policy.step(torch.from_numpy(ids).to(device), mask, positions, self._cache)
+        states = feed(self.policy, self._cache, rows, lanes.length[rows], ids, counts)
         lanes.length[rows] += counts
         lanes.feeding[rows] -= counts
         return states[torch.arange(len(rows)), torch.from_numpy(counts - 1)] if new > 1 else states[:, 0]
 
     def _sample(self, rows: Int64, logits: Tensor) -> bool:
-        """Draw one token for each of rows from logits (R, V); finish those that are done."""
+        """Draw one token for each of rows from logits (R, N) of the tokens; finish those that are done."""
         lanes = self._lanes
         count = lanes.count[rows]
-        tokens, logprobs = sample(
+        classes, logprobs = sample(
             logits, torch.from_numpy(lanes.temperature[rows]), torch.from_numpy(lanes.uniforms[rows, count])
         )
+        tokens = self.policy.vocabulary.tokens(torch.from_numpy(classes)).numpy()
         if not np.isfinite(logprobs).all():
             bad = self._slots[int(rows[np.flatnonzero(~np.isfinite(logprobs))[0]])].request
             raise InfrastructureError(f"log-probs are not finite, first for session {bad and bad.session}")
@@ -354,20 +350,3 @@ class HfEngine(Engine):
                     f"the prompt of session {session!r} ({len(prompt)} tokens) does not extend "
                     f"its history of {n}"
                 )
-
-
-def _refuse_windows(policy: Policy, max_length: int) -> None:
-    """The slot cache keeps whole histories under one causal mask; other attention would come out wrong."""
-    config = policy.model.config.get_text_config()
-    kinds = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    window = getattr(config, "sliding_window", None)
-    if kinds == {"sliding_attention"} or (not kinds and getattr(config, "use_sliding_window", True)):
-        if window is None or max_length <= window:
-            return
-        raise ValueError(
-            f"{policy.name} attends within {window} tokens; max_length {max_length} must not exceed it"
-        )
-    if kinds:
-        raise ValueError(
-            f"{policy.name} has {sorted(kinds)} layers; the in-process engine needs full attention"
-        )

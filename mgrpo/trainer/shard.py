@@ -34,7 +34,7 @@ class ShardedPolicy(Policy):
         self._home = policy.device
         if self.attention == "rows":
             self.attention = "sdpa"
-        trunk, head = self.model.base_model, self.model.get_output_embeddings()
+        trunk, head = policy.backbone, self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
         self._tied = head.weight is embedding.weight
         mesh = init_device_mesh(self._home.type, (ranks.size,))

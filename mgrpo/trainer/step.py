@@ -109,7 +109,8 @@ def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.
     live = batch.live().to(policy.device)
     with torch.no_grad():
         hidden = policy.hidden_before(batch.ids, batch.lengths, live.mask)
-        return selective_logprob(hidden, policy.head_weight, live.targets, temperature=temperature)[0]
+        targets = policy.vocabulary.classes(live.targets)
+        return selective_logprob(hidden, policy.token_head, targets, temperature=temperature)[0]
 
 
 class Learner:
@@ -195,8 +196,8 @@ class Learner:
         hidden = self.policy.hidden_before(rows.ids, rows.lengths, live.mask)  # (T, H)
         loss, metrics = linear_grpo_loss(
             hidden,
-            self.policy.head_weight,
-            live.targets,
+            self.policy.token_head,
+            self.policy.vocabulary.classes(live.targets),
             cu_seqlens=live.cu_seqlens,
             advantages=rows.advantages.to(device),
             seq_weight=rows.weights.to(device),

@@ -45,7 +45,8 @@ def demo_loss(policy: Policy, demos: Demos) -> torch.Tensor:
     tokens, mask, lengths = pad(demos)  # (R, S)
     live = mask[:, 1:]
     hidden = policy.hidden_before(tokens, lengths, live)  # (T, H)
-    return F.cross_entropy(hidden @ policy.head_weight.T, tokens[:, 1:][live].to(hidden.device))
+    targets = policy.vocabulary.classes(tokens[:, 1:][live])
+    return F.cross_entropy(policy.vocabulary.logits(hidden, policy.head_weight), targets.to(hidden.device))
 
 
 def pad(demos: Demos) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
