@@ -28,6 +28,11 @@ class ConflictError(MgrpoError):
     """A record arrived under a known key with other content. The first write stays."""
 
 
+class GroupClosedError(MgrpoError):
+    """The store has sealed or dropped a group before all its rollouts had ended, so it takes no more records of it. The
+    rollout worker skips what is left of the group; the message names group and reason."""
+
+
 class CorruptionError(MgrpoError):
     """Stored bytes do not match their checksum or layout; the message names the file."""
 

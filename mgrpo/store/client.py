@@ -28,7 +28,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgrpo.errors import DeadlineError, FencedError, MgrpoError, PeerError, RetryAfterError
+from mgrpo.errors import DeadlineError, FencedError, GroupClosedError, MgrpoError, PeerError, RetryAfterError
 from mgrpo.spool import SpoolRef
 from mgrpo.store import records as rec
 from mgrpo.transport.client import Answer, Client
@@ -194,7 +194,9 @@ class LauncherClient(StoreClient):
 @dataclass(slots=True)
 class WorkerGroup:
     """An open group in a worker's hands. `finished`: rollouts that already ended and need no replay. `oldest`: of each
-    training role, the oldest version to sample it with."""
+    training role, the oldest version to sample it with. `closed`: the store takes no more of its records, because it is
+    complete, its time was up, or too few of its rollouts had a reward; it becomes true as soon as a record is refused
+    for that reason."""
 
     query: str
     index: int
@@ -203,6 +205,7 @@ class WorkerGroup:
     k: int
     finished: list[int]
     oldest: dict[str, int] = field(default_factory=dict)
+    closed: bool = False
     _waiting: dict[int, list[Future[Answer]]] = field(default_factory=dict)
 
 
@@ -242,7 +245,7 @@ class WorkerClient(StoreClient):
             else:
                 return WorkerGroup(
                     opened.query, opened.index, opened.attempt, opened.state, opened.k, opened.finished,
-                    opened.oldest,
+                    opened.oldest, opened.state != "open",
                 )  # fmt: skip
 
     def invocation_done(
@@ -263,7 +266,7 @@ class WorkerClient(StoreClient):
             ref,
         )
         queue = f"invocation_done({group.query!r})"
-        future = self._watch(self._link.submit("invocation_done", record, queue=queue))
+        future = self._watch(group, self._link.submit("invocation_done", record, queue=queue))
         group._waiting.setdefault(rollout, []).append(future)
         return future
 
@@ -301,9 +304,9 @@ class WorkerClient(StoreClient):
         ]
         queue = f"{method}({group.query!r})"
         if not waiting:
-            return self._watch(self._link.submit(method, record, queue=queue))
+            return self._watch(group, self._link.submit(method, record, queue=queue))
         start, result = self._link.submit_later(method, record, queue=queue)
-        self._watch(result)
+        self._watch(group, result)
         left = len(waiting)
         lock = threading.Lock()
 
@@ -326,9 +329,11 @@ class WorkerClient(StoreClient):
         if failed:
             raise failed[0]
 
-    def _watch(self, future: Future[Answer]) -> Future[Answer]:
+    def _watch(self, group: WorkerGroup, future: Future[Answer]) -> Future[Answer]:
         def remember(done: Future[Answer]) -> None:
             error = done.exception()
+            if isinstance(error, GroupClosedError):
+                group.closed = True
             if error is not None:
                 self._failed.append(error)
 

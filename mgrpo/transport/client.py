@@ -28,7 +28,15 @@ from typing import TypeVar
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from mgrpo.errors import ConflictError, DeadlineError, FencedError, MgrpoError, PeerError, RetryAfterError
+from mgrpo.errors import (
+    ConflictError,
+    DeadlineError,
+    FencedError,
+    GroupClosedError,
+    MgrpoError,
+    PeerError,
+    RetryAfterError,
+)
 from mgrpo.transport import codec
 from mgrpo.transport.address import Socket, check_url
 from mgrpo.transport.codec import BadMessage, Buffer, Limits, Sender
@@ -42,6 +50,7 @@ CHECK_S = 0.05
 AUTH_GRACE_S = 1.2  # connections that open and close without a handshake for this long are a refusal
 
 _ERRORS: dict[str, type[MgrpoError]] = {
+    "CLOSED": GroupClosedError,
     "CONFLICT": ConflictError,
     "FENCED": FencedError,
     "RETRY_AFTER": RetryAfterError,
