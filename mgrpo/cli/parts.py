@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.rollout.serve import check_startable, keep, server_command, starts_servers
 from mgrpo.rollout.task import Task
 from mgrpo.store.records import RunParams
+
+CHECK_SECONDS = 0.5  # how soon the store's process notices that its serving thread has died
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ def run_params(config: RunConfig) -> RunParams:
         k=config.trainer.group_size,
         batch=config.trainer.questions,
         max_lag=config.trainer.max_lag,
+        lease_s=config.store.lease,
+        group_timeout_s=config.store.group_timeout,
         in_order=True,
     )
 
@@ -160,7 +164,9 @@ def run_store_process(config_path: Path, out: Path, overrides: Sequence[str], pa
         insecure=addresses.insecure,
     )
     try:
-        threading.Event().wait()
+        while True:
+            server.check()
+            time.sleep(CHECK_SECONDS)
     finally:
         server.close()
 

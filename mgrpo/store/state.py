@@ -92,7 +92,7 @@ class Delivery:
 class Group:
     opened: OpenGroup
     index: int
-    opened_at: float
+    progress_at: float  # when it was opened, or something of it arrived last
     state: str = OPEN
     attempt: int = 0
     worker: str = ""

@@ -212,6 +212,8 @@ class TrainerProcess:
 
     def _check_stop(self) -> None:
         self._crew.alive()
+        for lane in self._lanes:
+            lane.check()
         if self._told_to_stop or self._store.world().control.state != "running":
             raise Stopped
 
