@@ -334,7 +334,9 @@ class SpoolClient:
         specs, frames = codec.pack_arrays(arrays)
         t = trajectory
         meta = Meta(t.query, t.rollout, t.role, t.invocation, attempt, index, t.scores, len(t))
-        answer = self._link.submit("append", Append(meta, specs), frames, queue=f"append({t.query!r})")
+        answer = self._link.submit(
+            "append", Append(meta, specs), frames, queue=f"append({t.query!r})", bulk=True
+        )
         result: Future[SpoolRef] = Future()
         answer.add_done_callback(lambda done: _pass_on(done, result))
         return result

@@ -71,7 +71,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.engine = Engine(self.folder / "s.db", synchronous="OFF")
         self.core = Core(self.engine, self.now, type(self).make_ledger)
-        params = run_params(max_lag=1000, lease_s=60.0, group_timeout_s=self.group_timeout, in_order=self.in_order)
+        params = run_params(
+            max_lag=1000, lease_s=60.0, group_timeout_s=self.group_timeout, in_order=self.in_order
+        )
         self.core.create(params, self.now)
         self.groups: dict[str, GroupModel] = {}
         self.roles: dict[str, RoleModel] = {}
@@ -158,7 +160,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.refused("rollout_fail", record, "worker", "FENCED", "CLOSED")
             return
         if group.dropped:
-            self.refused("rollout_fail", rec.RolloutFail(query, rollout, 99, "late"), "worker", "CLOSED", "CONFLICT")
+            self.refused(
+                "rollout_fail", rec.RolloutFail(query, rollout, 99, "late"), "worker", "CLOSED", "CONFLICT"
+            )
         elif rollout not in group.final:
             self.end_well(query, rollout, subs)
 

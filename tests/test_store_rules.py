@@ -310,7 +310,9 @@ def test_a_rollout_of_forty_minutes_closes_its_group_and_the_run_goes_on(tmp_pat
     driver.open("a", 0)
     driver.wait(2400.0)
     for _ in range(2):
-        with pytest.raises(Refusal, match=r"group 'a' is dropped .*1800 s \(store.group_timeout\)") as refused:
+        with pytest.raises(
+            Refusal, match=r"group 'a' is dropped .*1800 s \(store.group_timeout\)"
+        ) as refused:
             driver.end("a", 0)
         assert refused.value.code == "CLOSED"
         opened = driver.call("open_group", rec.OpenGroup("a", 2, {}, 0))

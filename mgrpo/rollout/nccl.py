@@ -156,7 +156,8 @@ async def _together(*both: Any) -> None:
 
 def _rendezvous() -> tuple[str, int]:
     """An address of this machine that others reach, and a free port on it."""
-    address = socket.gethostbyname(socket.gethostname())
-    with socket.socket() as probe:
+    found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    family, *_, (address, *_) = min(found, key=lambda entry: entry[0])  # IPv4 where there is one
+    with socket.socket(family) as probe:
         probe.bind((address, 0))
-        return address, int(probe.getsockname()[1])
+        return str(address), int(probe.getsockname()[1])

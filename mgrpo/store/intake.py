@@ -237,7 +237,9 @@ class Intake:
         long as its rollouts keep ending."""
         limit = self.state.params.group_timeout_s
         for group in [g for g in self.state.open.values() if now - g.progress_at >= limit]:
-            self._close(group, f"not complete, and nothing of it arrived for {limit:g} s (store.group_timeout)")
+            self._close(
+                group, f"not complete, and nothing of it arrived for {limit:g} s (store.group_timeout)"
+            )
 
     def _close(self, group: Group, reason: str) -> None:
         state, k = self.state, group.opened.k

@@ -134,9 +134,7 @@ class Ledger:
         satisfied = satisfied and (request.not_state == "" or state.control.state != request.not_state)
         satisfied = satisfied and state.last_report > request.after
         roles = [role.status() for role in state.roles.values()]
-        return rec.World(
-            satisfied, state.control, roles, state.sealed, state.last_report, len(state.open)
-        )
+        return rec.World(satisfied, state.control, roles, state.sealed, state.last_report, len(state.open))
 
     def stats(self) -> dict[str, Any]:
         """Counts for people and for metrics."""
