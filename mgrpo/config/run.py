@@ -216,8 +216,8 @@ class StoreConfig(Settings):
     """Seconds that a trainer or worker waits for its next work. A trainer does not count the time in which workers have
     groups in hand: that is bounded by group_timeout."""
     group_timeout: float = Field(1800.0, gt=0, lt=1e7)
-    """Seconds without a finished rollout after which the store closes a group: it is trained on with the rollouts it has
-    (at least half of them and two), or dropped, and its worker goes on with the next one. Must exceed the longest
+    """Seconds without a finished rollout after which the store closes a group: it is trained on with the rollouts it
+    has (at least half of them and two), or dropped, and its worker goes on with the next one. Must exceed the longest
     rollout."""
     lease: float = Field(60.0, gt=0, lt=1e7)
     """Seconds after which groups that a trainer has claimed are handed out again unless it renews its claim, which it

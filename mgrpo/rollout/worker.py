@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -37,8 +37,9 @@ from mgrpo.transport.client import Client
 from mgrpo.transport.codec import Sender
 from mgrpo.transport.keys import client_keys
 from mgrpo.types import MAIN, Rollout
-from mgrpo.weights import Weights, fetch_shell, fetch_weights
+from mgrpo.weights import Progress, Pull, Weights, fetch_shell, fetch_weights
 
+PULL_REPORT_SECONDS = 10.0  # between two reports of weights that are long under way
 WAIT_SLICE = 1.0  # seconds between two looks at the run's state while waiting
 LOST_WAVES = 3  # a wave can be one question that nothing answers; that many in a row are an outage
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
@@ -55,6 +56,7 @@ class _Source:
     client: Client
     engine: Engine
     label: str = ""
+    pull: Pull = field(default_factory=Pull)
 
 
 class RolloutWorker:
@@ -139,7 +141,7 @@ class RolloutWorker:
             self._recorder.tokenizer(role, files)
             agent = self._config.agents[role]
             engine, tokenizer = open_engine(self._config, role, files, self._addresses, self._say)
-            self._sources[role] = _Source(client, engine)
+            self._sources[role] = _Source(client, engine, pull=Pull(self._pull_progress(role)))
             self._agents[role] = Agent(role, engine, tokenizer, agent.loss.temperature, agent.max_length)
 
     def _shell(self, client: Client) -> dict[str, bytes]:
@@ -337,14 +339,31 @@ class RolloutWorker:
         return min(versions)
 
     def _fetch(self, source: _Source, at_least: int) -> Weights | None:
-        deadline = time.monotonic() + self._config.store.idle_timeout
+        since, received = time.monotonic(), source.pull.received
         while True:
             try:
-                return fetch_weights(source.client, source.label, at_least, WAIT_SLICE)
+                return fetch_weights(source.client, source.label, at_least, WAIT_SLICE, source.pull)
             except DeadlineError:
-                if time.monotonic() > deadline:
+                if source.pull.received != received:  # a slow link, but it moves
+                    since, received = time.monotonic(), source.pull.received
+                if time.monotonic() - since > self._config.store.idle_timeout:
                     raise
             self._check_running()
+
+    def _pull_progress(self, role: str) -> Progress:
+        """Called each second while weights arrive: a slow link is reported, and the end of the run noticed."""
+        told = 0.0
+
+        def progress(received: int, size: int) -> None:
+            nonlocal told
+            self._check_running()
+            if time.monotonic() - told > PULL_REPORT_SECONDS:
+                told = time.monotonic()
+                self._say(
+                    f"worker {self._number}: weights of {role}, {received / 2**20:.0f} of {size / 2**20:.0f} MiB"
+                )
+
+        return progress
 
     def _published(self) -> int:
         """The oldest version that the training roles have published (-1 before the first)."""

@@ -57,8 +57,8 @@ def host_of(url: str) -> str:
 
 def needs_ipv6(url: str) -> bool:
     """True when a socket must speak IPv6 for `url`: an IPv6 address, a name that has no IPv4 address, or all
-    interfaces ("*"), which are then reached over both. A name that has both kinds means its IPv4 address, on either side
-    of a link."""
+    interfaces ("*"), which are then reached over both. A name that has both kinds means its IPv4 address, on either
+    side of a link."""
     if check_url(url)[0] != "tcp":
         return False
     host = host_of(url)
