@@ -277,6 +277,7 @@ class RunConfig(Settings):
                 )
             if agent.shares is not None:
                 self._check_sharing(role, agent)
+        self._check_servers()
         if all(self.agents[self.owner(r)].frozen for r in self.agents):
             raise ValueError("every agent is frozen; nothing would be trained")
         remote = [r for r, a in self.agents.items() if a.url is None] if self.store.url else []
@@ -287,6 +288,18 @@ class RunConfig(Settings):
         ):
             raise ValueError(f"agents.{remote[0]}.url is missing: other agents of this run have an address")
         return self
+
+    def _check_servers(self) -> None:
+        """A vLLM server holds one policy's whole weights, or adapters of any number of policies."""
+        users: dict[str, str] = {}
+        for role in self.policy_roles:
+            for url in self.agents[role].engine.urls:
+                other = users.setdefault(url.rstrip("/"), role)
+                if other != role and {self.agents[r].engine.sync for r in (role, other)} != {"lora"}:
+                    raise ValueError(
+                        f"agents.{role}.engine.urls: {url} already serves the policy of {other!r}; only policies with "
+                        f'engine.sync = "lora" can share a server'
+                    )
 
     def _check_sharing(self, role: str, agent: AgentConfig) -> None:
         """What a policy is and how it is optimised is said once, by the role it belongs to."""

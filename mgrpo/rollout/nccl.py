@@ -60,11 +60,12 @@ class NcclSync(WeightSync):
 
     async def prepare(self, weights: Weights) -> None:
         label = label_of(weights)
+        self.role = label.role
         self._state = await asyncio.to_thread(safetensors.torch.load, weights.data)
         self._label = label
 
     async def held(self, server: VllmServer) -> Label | None:
-        return await held_label(server)
+        return self.own(await held_label(server))
 
     async def stuck(self, server: VllmServer) -> bool:
         return await is_paused(server)

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from mgrpo.store.records import InvocationDone, Opened, OpenGroup, OpenGroupInfo, RolloutFail, RolloutFinal
 from mgrpo.store.state import DROPPED, OPEN, SEALED, Delivery, Group, State
 from mgrpo.transport.codec import BadMessage, Refusal, check_finite, check_names
-from mgrpo.types import MAIN
+from mgrpo.types import MAIN, version_label
 
 MAX_OPEN = 65_536  # groups in the making that one store carries
 MAX_META = 32
@@ -53,7 +53,7 @@ class Intake:
             group.progress_at = now
             group.worker, group.session = worker, session
         group.policy = {
-            role: f"e{state.roles[role].epoch if role in state.roles else 0}.v{version}"
+            role: version_label(role, state.roles[role].epoch if role in state.roles else 0, version)
             for role, version in request.policy.items()
         }
         state.save_group(group)

@@ -194,7 +194,7 @@ class Status(Record):
 
 
 class RoleStatus(Record):
-    """label: the published version as e<epoch>.v<version>; plain versions repeat after a rollback."""
+    """label: the published version as <role>.e<epoch>.v<version>; plain versions repeat after a rollback."""
 
     role: str
     epoch: int
