@@ -12,14 +12,15 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Replace the file at `path` by `data` (text as UTF-8), or leave it as it was. Raises OSError."""
+def write_atomic(path: str | Path, data: bytes | str, mode: int = 0o644) -> None:
+    """Replace the file at `path` by `data` (text as UTF-8), or leave it as it was; `mode` holds from the first byte on.
+    Raises OSError."""
     target = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
+            os.fchmod(file.fileno(), mode)
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

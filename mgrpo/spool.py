@@ -2,20 +2,27 @@
 trained.
 
     segment = 16-byte head, then records
-    record  = magic u32 | meta length u32 | payload length u64 | crc32c u32 | 0 u32 | meta | payload, padded
-    to 8 bytes payload = tokens i32[n] | logprobs f32[n] | versions i32[n] | loss_mask u8[n], little-endian
+    record  = magic u32 | meta length u32 | payload length u64 | crc32c u32 | 0 u32 | meta | payload
+    payload = tokens i32[n] | logprobs f32[n] | versions i32[n] | loss_mask u8[n], little-endian
+
+Record, meta and payload each begin at a multiple of 8 bytes, so the arrays are aligned in the file and in what is read.
 
 Rollout workers append over the link; an answer means that the bytes are on disk (one fdatasync for everything
 that arrived together). A trajectory is identified by (run, query, rollout, role, invocation, attempt): the
 same again gets the same reference, other content is a conflict. Reading gives numpy views of the bytes; token
-by token nothing ever becomes a Python object. After a crash the torn tail, if any, is cut at the first record
-whose checksum fails.
+by token nothing ever becomes a Python object.
+
+After a crash a torn tail, if any, is cut: bytes at the end of the last segment that no whole record follows. Damage
+anywhere else stays where it is and is logged with file and bytes; the records behind it are kept, and whoever reads a
+damaged one gets a CorruptionError.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import logging
 import mmap
 import os
 import struct
@@ -29,7 +36,8 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from mgrpo.errors import CorruptionError
+from mgrpo.errors import ConfigError, CorruptionError
+from mgrpo.files import sync_folder
 from mgrpo.transport import codec
 from mgrpo.transport.client import Answer, Client
 from mgrpo.transport.codec import (
@@ -47,9 +55,13 @@ from mgrpo.transport.codec import (
 from mgrpo.transport.server import Handler, Reply, Request
 from mgrpo.types import Trajectory
 
-HEAD = b"mgrpo spool 1\n\0\0"
+log = logging.getLogger("mgrpo.spool")
+_KIND = b"mgrpo spool "
+HEAD = _KIND + b"2\n\0\0"
 _FRAME = struct.Struct("<IIQII")
 _MAGIC = 0x50534D47
+_MAGIC_BYTES = struct.pack("<I", _MAGIC)
+MAX_META = 1 << 20  # bytes
 SEGMENT_BYTES = 256 << 20
 _ARRAYS = {"tokens": "<i4", "logprobs": "<f4", "versions": "<i4", "loss_mask": "|u1"}
 _BYTES = {name: np.dtype(dtype).itemsize for name, dtype in _ARRAYS.items()}
@@ -97,7 +109,8 @@ def _locked(method: Callable[Concatenate[Spool, P], R]) -> Callable[Concatenate[
 
 class Spool:
     """One role's trajectories in a folder. One process writes; `digest` is the run's. Thread-safe: a server
-    appends and syncs while the trainer reads and truncates."""
+    appends and syncs while the trainer reads and truncates. Raises ConfigError when the folder cannot be used,
+    CorruptionError for one that is not a spool's."""
 
     def __init__(
         self, path: str | Path, *, role: str, digest: str, segment_bytes: int = SEGMENT_BYTES
@@ -105,8 +118,6 @@ class Spool:
         self.path, self.role, self.digest = Path(path), role, digest
         self._segment_bytes = segment_bytes
         self._lock = threading.RLock()
-        self.path.mkdir(parents=True, exist_ok=True)
-        _sync_folder(self.path.parent)
         self._index: dict[Identity, SpoolRef] = {}
         self._newest: dict[int, int] = {}  # segment -> highest group index in it
         self._fresh: list[Identity] = []  # appended since the last sync
@@ -114,7 +125,12 @@ class Spool:
         self._segment = 0
         self._file = -1
         self._size = self._synced = 0
-        self._recover()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.path.parent)
+            self._recover()
+        except (OSError, Refusal) as error:
+            raise ConfigError(f"spool {self.path} cannot be used: {error}") from None
 
     @_locked
     def close(self) -> None:
@@ -146,7 +162,8 @@ class Spool:
     def append(self, meta: Meta, payload: Buffer) -> SpoolRef:
         """Add a record; it is durable after the next sync()."""
         identity = (meta.query, meta.rollout, meta.invocation, meta.attempt)
-        head = codec.encode(meta)
+        encoded = codec.encode(meta)
+        head = encoded + b"\0" * _padding(len(encoded))
         crc = google_crc32c.extend(google_crc32c.value(head), bytes(payload))
         known = self._index.get(identity)
         if known is not None:
@@ -158,8 +175,8 @@ class Spool:
         if self._size >= self._segment_bytes:
             self._roll()
         offset = self._size
-        record = b"".join((_FRAME.pack(_MAGIC, len(head), len(payload), crc, 0), head, payload))
-        record += b"\0" * (-len(record) % 8)
+        record = b"".join((_FRAME.pack(_MAGIC, len(encoded), len(payload), crc, 0), head, payload))
+        record += b"\0" * _padding(len(record))
         written = 0
         try:
             while written < len(record):
@@ -222,7 +239,7 @@ class Spool:
                     os.ftruncate(file, 0)
                     os.pwrite(file, HEAD, 0)
                     os.fsync(file)
-                    _sync_folder(self.path)
+                    sync_folder(self.path)
                     size = len(HEAD)
             except OSError:
                 os.close(file)
@@ -239,6 +256,8 @@ class Spool:
         for segment in gone:
             self._name(segment).unlink()
             self._newest.pop(segment, None)
+        if gone:
+            sync_folder(self.path)
         dead = set(gone)
         if dead:
             self._index = {key: ref for key, ref in self._index.items() if ref.segment not in dead}
@@ -249,36 +268,46 @@ class Spool:
     def _recover(self) -> None:
         segments = self.segments()
         for segment in segments:
-            end = self._scan(segment, is_last=segment == segments[-1])
-            if segment == segments[-1]:
-                os.truncate(self._name(segment), end)
+            path, is_last = self._name(segment), segment == segments[-1]
+            size = path.stat().st_size
+            end = self._scan(segment, is_last)
+            if end < size and is_last:
+                log.warning("%s: %d bytes behind the last whole record are cut", path, size - end)
+                os.truncate(path, end)
+            elif end < size:
+                log.error("%s is damaged from byte %d to its end", path, end)
         self._open(segments[-1] if segments else 1)
 
     def _scan(self, segment: int, is_last: bool) -> int:
-        """Index a segment's records; returns where the whole ones end. Only the last segment may have a torn
-        tail."""
-        view = _mapped(self._name(segment))
+        """Index a segment's records; returns where the last whole one ends."""
+        path = self._name(segment)
+        view = _mapped(path)
         if bytes(view[: len(HEAD)]) != HEAD:
             if is_last and len(view) < len(HEAD):
                 return 0
-            raise CorruptionError(f"{self._name(segment)} is not a spool segment")
+            if bytes(view[: len(_KIND)]) == _KIND:
+                theirs = bytes(view[len(_KIND) : len(HEAD)]).partition(b"\n")[0].decode(errors="replace")
+                raise CorruptionError(
+                    f"{path} has format {theirs}, this program knows format 2: go on with the mgrpo that began the run"
+                )
+            raise CorruptionError(f"{path} is not a spool segment")
         at = len(HEAD)
         while at < len(view):
-            found = _parse(view, at)
-            if found is None:
-                if is_last:
-                    break
-                raise CorruptionError(f"{self._name(segment)} is damaged at byte {at}")
-            meta, crc, length, after = found
+            record = _next_record(view, at)
+            if record is None:
+                return at
+            start, (meta, crc, length, after) = record
+            if start > at:
+                log.error("%s is damaged from byte %d to %d; the records behind are kept", path, at, start)
             identity = (meta.query, meta.rollout, meta.invocation, meta.attempt)
-            self._index[identity] = SpoolRef(self.role, segment, at, length, crc)
+            self._index[identity] = SpoolRef(self.role, segment, start, length, crc)
             self._newest[segment] = max(self._newest.get(segment, 0), meta.index)
             at = after
-        return min(at, len(view))
+        return len(view)
 
     def read(self, ref: SpoolRef) -> Trajectory:
-        """The trajectory at `ref`; its arrays are read-only views of the bytes read. Raises
-        CorruptionError."""
+        """The trajectory at `ref`; its arrays are read-only, aligned views of the bytes read. Raises CorruptionError
+        naming file and byte."""
         path = self._name(ref.segment)
         if ref.role != self.role:
             raise ValueError(f"reference into the spool of {ref.role!r}, this one is {self.role!r}")
@@ -287,13 +316,15 @@ class Spool:
                 file.seek(ref.offset)
                 head = file.read(_FRAME.size)
                 meta_length = _FRAME.unpack(head)[1] if len(head) == _FRAME.size else 0
-                rest = file.read(min(meta_length, 1 << 20) + ref.length)
+                payload = _payload_at(min(meta_length, MAX_META))
+                file.seek(ref.offset)
+                record = _read(file, payload + ref.length)
         except OSError as error:
             raise CorruptionError(f"{path}: {error}") from None
-        found = _parse(memoryview(head + rest), 0, padded=False)
+        found = _parse(record, 0)
         if found is None or found[1] != ref.crc or found[2] != ref.length:
             raise CorruptionError(f"{path}: no valid record at byte {ref.offset}")
-        return trajectory(found[0], memoryview(rest)[meta_length:])
+        return trajectory(found[0], record[payload : payload + ref.length])
 
     # -- serving --------------------------------------------------------------------------------------------
 
@@ -335,7 +366,9 @@ class SpoolClient:
         specs, frames = codec.pack_arrays(arrays)
         t = trajectory
         meta = Meta(t.query, t.rollout, t.role, t.invocation, attempt, index, t.scores, len(t))
-        answer = self._link.submit("append", Append(meta, specs), frames, queue=f"append({t.query!r})")
+        answer = self._link.submit(
+            "append", Append(meta, specs), frames, queue=f"append({t.query!r})", bulk=True
+        )
         result: Future[SpoolRef] = Future()
         answer.add_done_callback(lambda done: _pass_on(done, result))
         return result
@@ -353,15 +386,6 @@ class SpoolClient:
         self.close()
 
 
-def _sync_folder(path: Path) -> None:
-    """Make the folder's entries durable."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _mapped(path: Path) -> memoryview:
     """The file's bytes, read page by page as they are touched."""
     with path.open("rb") as file:
@@ -377,20 +401,50 @@ def _pass_on(answer: Future[Answer], result: Future[SpoolRef]) -> None:
         result.set_result(answer.result().decode(SpoolRef))
 
 
-def _parse(view: memoryview, at: int, padded: bool = True) -> tuple[Meta, int, int, int] | None:
+def _read(file: io.RawIOBase, size: int) -> memoryview:
+    """The next `size` bytes, or those up to the file's end, at an aligned address: numpy aligns what it allocates."""
+    buffer = np.empty(size, np.uint8).data
+    filled = 0
+    while filled < size and (got := file.readinto(buffer[filled:])):
+        filled += got
+    return buffer[:filled].toreadonly()
+
+
+def _padding(length: int) -> int:
+    return -length % 8
+
+
+def _payload_at(meta_length: int) -> int:
+    """Where a record's payload begins, from the record's own beginning."""
+    return _FRAME.size + meta_length + _padding(meta_length)
+
+
+def _next_record(view: memoryview, at: int) -> tuple[int, tuple[Meta, int, int, int]] | None:
+    """(start, what _parse says of it) of the first whole record at or behind `at`; None when there is none."""
+    data: Any = view.obj  # bytes or a map: both can search
+    while (found := _parse(view, at)) is None:
+        at = data.find(_MAGIC_BYTES, at + 1)
+        while at % 8 and at >= 0:
+            at = data.find(_MAGIC_BYTES, at + 1)
+        if at < 0:
+            return None
+    return at, found
+
+
+def _parse(view: memoryview, at: int) -> tuple[Meta, int, int, int] | None:
     """(meta, crc, payload length, where the next record starts) of the record at `at`, or None when it is not
     whole."""
     if at + _FRAME.size > len(view):
         return None
     magic, meta_length, length, crc, _ = _FRAME.unpack_from(view, at)
     body = at + _FRAME.size
-    end = body + meta_length + length
+    end = at + _payload_at(meta_length) + length
     if magic != _MAGIC or end > len(view):
         return None
     if google_crc32c.value(bytes(view[body:end])) != crc:
         return None
-    after = end + (-(end - at) % 8 if padded else 0)
-    return codec.decode(view[body : body + meta_length], Meta), crc, length, after
+    meta = codec.decode(view[body : body + meta_length], Meta)
+    return meta, crc, length, end + _padding(end - at)
 
 
 def _checked_payload(body: Append, frames: Sequence[Buffer]) -> bytes:

@@ -21,6 +21,12 @@ MAIN = "main"
 """Role name of the planner; every other role is a sub-agent role."""
 
 
+def version_label(role: str, epoch: int, version: int) -> str:
+    """What a version of a role's weights is called: epochs tell a trainer's lives apart, which repeat version numbers,
+    and the role those of different trainers on one inference server."""
+    return f"{role}.e{epoch}.v{version}"
+
+
 @dataclass(slots=True)
 class Trajectory:
     """One agent's tokens in one invocation (for the main agent, invocation is 0 and there is one per rollout).

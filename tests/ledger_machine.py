@@ -53,13 +53,17 @@ class GroupModel:
     # rollout -> (method, acknowledged record)
     final: dict[int, tuple[str, Any]] = field(default_factory=dict)
     sent: list[tuple[str, Any]] = field(default_factory=list)  # acknowledged records
+    progress: float = 0.0  # when something of it was new to the store
+    dropped: bool = False
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Set `make_ledger` in a subclass to run a mutant, `in_order` for a run that trains its groups in order."""
+    """Set `make_ledger` in a subclass to run a mutant, `in_order` for a run that trains its groups in order, and
+    `group_timeout` for one in which groups run out of time."""
 
     make_ledger: Any = Ledger
     in_order = False
+    group_timeout = 1e6
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +71,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.engine = Engine(self.folder / "s.db", synchronous="OFF")
         self.core = Core(self.engine, self.now, type(self).make_ledger)
-        params = run_params(max_lag=1000, lease_s=60.0, group_timeout_s=1e6, in_order=type(self).in_order)
+        params = run_params(
+            max_lag=1000, lease_s=60.0, group_timeout_s=self.group_timeout, in_order=self.in_order
+        )
         self.core.create(params, self.now)
         self.groups: dict[str, GroupModel] = {}
         self.roles: dict[str, RoleModel] = {}
@@ -133,11 +139,13 @@ class LedgerMachine(RuleBasedStateMachine):
         opened = self.call("open_group", body, "worker", f"s{session}")
         if known is None:
             assert (opened.attempt, opened.state, opened.finished) == (0, "open", [])
-            self.groups[query] = GroupModel(0)
+            self.groups[query] = GroupModel(0, progress=self.now)
         else:
+            assert opened.state == self.state_of(known)
             assert opened.finished == sorted(known.final), "an acknowledged rollout is forgotten"
             assert opened.attempt in (known.attempt, known.attempt + 1)
-            known.attempt = opened.attempt
+            if opened.attempt > known.attempt:
+                known.attempt, known.progress = opened.attempt, self.now
 
     @precondition(lambda self: self.groups)
     @rule(data=st.data(), rollout=st.integers(0, K - 1), subs=st.integers(0, 2), slow=st.booleans())
@@ -151,7 +159,11 @@ class LedgerMachine(RuleBasedStateMachine):
             if known is None:
                 self.refused("rollout_fail", record, "worker", "FENCED", "CLOSED")
             return
-        if rollout not in group.final:
+        if group.dropped:
+            self.refused(
+                "rollout_fail", rec.RolloutFail(query, rollout, 99, "late"), "worker", "CLOSED", "CONFLICT"
+            )
+        elif rollout not in group.final:
             self.end_well(query, rollout, subs)
 
     @precondition(lambda self: len(self.groups) < 8)
@@ -174,6 +186,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def accept(self, group: GroupModel, method: str, record: Any) -> None:
         self.call(method, record, "worker")
+        if (method, record) not in group.sent:
+            group.progress = self.now
         group.sent.append((method, record))
 
     @precondition(lambda self: any(g.sent for g in self.groups.values()))
@@ -199,12 +213,46 @@ class LedgerMachine(RuleBasedStateMachine):
         for rollout in range(K):
             if rollout not in group.final:
                 record = rec.RolloutFinal(query, rollout, group.attempt, 0.0, 0.0, {"sub": 9}, {}, 0, 0)
-                self.refused("rollout_final", record, "worker", "INCOMPLETE")
+                self.refused("rollout_final", record, "worker", "CLOSED" if group.dropped else "INCOMPLETE")
+
+    @precondition(lambda self: self.group_timeout < 1e6)
+    @rule(number=st.integers(0, 4))
+    def time_passes(self, number: int) -> None:
+        """A group is dropped once nothing new of it has arrived for group_timeout (60 s), however old it is."""
+        self.forty_seconds_later()
+        self.open_group(number, 0)
+        group = self.groups[f"q{number}"]
+        rollout = next((k for k in range(K) if k not in group.final), None)
+        if not group.dropped and rollout is not None:
+            self.end_well(f"q{number}", rollout, 1)
+        self.forty_seconds_later()
+
+    def forty_seconds_later(self) -> None:
+        """Trainers renew their leases."""
+        for role, model in self.roles.items():
+            held = list(model.live.held.items())
+            self.call("renew", rec.Groups(role, model.live.epoch, held), f"trainer:{role}")
+        self.clock(40.0)
+
+    def clock(self, seconds: float) -> None:
+        self.now += seconds
+        self.core.tick(self.now)
+        self.core.commit()
+        for group in self.groups.values():
+            late = self.now - group.progress >= self.group_timeout
+            group.dropped = group.dropped or (late and len(group.final) < K)
+
+    @staticmethod
+    def state_of(group: GroupModel) -> str:
+        return "dropped" if group.dropped else "sealed" if len(group.final) == K else "open"
 
     # -- trainers -------------------------------------------------------------------------------------------
 
     def sealed(self) -> list[str]:
         return sorted(query for query, group in self.groups.items() if len(group.final) == K)
+
+    def dropped(self) -> list[str]:
+        return [query for query, group in self.groups.items() if group.dropped]
 
     def claim(self, role: str, n: int) -> bool:
         trainer = self.roles[role].live
@@ -218,7 +266,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert [g.index for g in groups] == sorted(g.index for g in groups)
         if self.in_order:
             taken = {query for _, query in trainer.history} | set(trainer.held) | {g.query for g in groups}
-            older = {f"q{i}" for i in range(groups[-1].index)}
+            older = {f"q{i}" for i in range(groups[-1].index)} - set(self.dropped())
             assert older <= taken, f"q{groups[-1].index} was claimed before {sorted(older - taken)}"
         for group in groups:
             assert group.query in self.sealed(), "a group that is not complete was claimed"
@@ -307,9 +355,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not trainer.held or any(d.failures for d in self.deliveries(role)):
             return  # once a group: three expiries would quarantine it
         old = dict(trainer.held)
-        self.now += 61.0
-        self.core.tick(self.now)
-        self.core.commit()
+        self.clock(61.0)
         for other in self.roles.values():
             other.live.held.clear()
         if self.claim(role, len(old)):
@@ -326,6 +372,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def store_crashes(self) -> None:
         self.engine.reopen()
         self.core.reload(self.now)
+        for group in self.groups.values():
+            group.progress = self.now  # a store that was away does not hold that against anybody
 
     @invariant()
     def history_is_what_the_weights_have_seen(self) -> None:
@@ -339,10 +387,11 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.roles:
             stats = self.core.ledger.stats()  # type: ignore[union-attr]
             assert stats["sealed"] == len(self.sealed())
-            assert stats["open"] == len(self.groups) - len(self.sealed())
+            assert stats["dropped"] == len(self.dropped())
+            assert stats["open"] == len(self.groups) - len(self.sealed()) - len(self.dropped())
 
     def drain(self) -> None:
-        """In the end every group is completed and trained, exactly once a role."""
+        """In the end every group that was not dropped is completed and trained, exactly once a role."""
         self.store_crashes()
         if self.in_order:  # without gaps
             last = max((int(query[1:]) for query in self.groups), default=-1)
@@ -351,7 +400,7 @@ class LedgerMachine(RuleBasedStateMachine):
                     self.open_group(number, 0)
         for query, group in self.groups.items():
             for rollout in range(K):
-                if rollout not in group.final:
+                if rollout not in group.final and not group.dropped:
                     self.end_well(query, rollout, 0)
         for role, model in self.roles.items():
             self.take_over(role, max(model.checkpoints))

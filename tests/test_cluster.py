@@ -124,8 +124,8 @@ def test_every_address_is_in_the_shared_config_and_does_not_change_the_run(team:
     assert config.agents["main"].engine.urls == ("http://n1:5603", "http://n1:5604")
     assert config_digest(config) == config_digest(original)
     parts = by_name(plan)
-    assert parts["store"].command[-2:] == ("--set", "store.url=tcp://0.0.0.0:5600")
-    assert parts["trainer-sub"].command[-2:] == ("--set", "agents.sub.url=tcp://0.0.0.0:5602")
+    assert parts["store"].command[-2:] == ("--set", "store.url=tcp://*:5600")
+    assert parts["trainer-sub"].command[-2:] == ("--set", "agents.sub.url=tcp://*:5602")
 
 
 def test_addresses_of_the_config_stay(team: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mgrpo.cli.parts import run_params
 from mgrpo.config import config_digest, dump_config, load_config
 from mgrpo.errors import ConfigError
 
@@ -190,3 +191,32 @@ def test_a_shared_policy_is_described_once(overrides: list[str], message: str) -
     """What the role with the policy says is not said again, let alone differently, by the role that shares it."""
     with pytest.raises(ConfigError, match=message):
         load_config(ATLAS, overrides)
+
+
+def test_a_vllm_server_serves_one_policy_or_adapters() -> None:
+    """Two roles that name one server: whole weights would overwrite each other's, adapters stand side by side."""
+
+    def roles(main: str, sub: str, rank: int = 0) -> list[str]:
+        return [
+            f'agents.{role}.engine={{kind="vllm", sync="{sync}", urls=["http://a:8000", "{url}"]}}'
+            for role, sync, url in (("main", main, "http://b:8000"), ("sub", sub, "http://b:8000/"))
+        ] + [f"agents.{role}.policy.lora.rank={rank}" for role in ("main", "sub")]
+
+    for main, sub in (("fs", "fs"), ("fs", "lora"), ("lora", "fs")):
+        with pytest.raises(
+            ConfigError, match=r"agents\.sub\.engine\.urls.*http://a:8000 already serves.*'main'"
+        ):
+            load_config(ATLAS, roles(main, sub, rank=2))
+    load_config(ATLAS, roles("lora", "lora", rank=2))
+
+
+def test_the_stores_times_are_configuration_and_no_part_of_what_a_run_computes() -> None:
+    """Positive and finite; the store is created with them."""
+    config = load_config(ATLAS, ["store.group_timeout=7200", "store.lease=20"])
+    params = run_params(config)
+    assert (params.group_timeout_s, params.lease_s) == (7200.0, 20.0)
+    assert config_digest(config) == config_digest(load_config(ATLAS))
+    for wrong in ("0", "-1", "inf", "nan"):
+        for name in ("group_timeout", "lease"):
+            with pytest.raises(ConfigError, match=f"store.{name}"):
+                load_config(ATLAS, [f"store.{name}={wrong}"])

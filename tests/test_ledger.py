@@ -42,6 +42,18 @@ def test_the_ledger_keeps_its_promises_in_order() -> None:
     run_state_machine_as_test(InOrder, settings=settings(SETTINGS, max_examples=75))
 
 
+class Timed(LedgerMachine):
+    """A run in which groups run out of time."""
+
+    group_timeout = 60.0
+
+
+def test_a_group_is_dropped_when_nothing_of_it_arrives_and_never_while_something_does() -> None:
+    """A third of the programs have groups that run out of time: late records are refused, what was acknowledged stays
+    acknowledged, and everything else is trained exactly once."""
+    run_state_machine_as_test(Timed, settings=settings(SETTINGS, max_examples=50))
+
+
 class NoFencing(Ledger):
     """Any epoch is as good as the current one."""
 
@@ -57,11 +69,11 @@ class NoDedupe(Ledger):
         super().__init__(state)
         done = self.intake.invocation_done
 
-        def forgetful(record: rec.InvocationDone) -> None:
+        def forgetful(record: rec.InvocationDone, now: float) -> None:
             group = state.groups[record.query]
             group.invocations.pop((record.rollout, record.attempt, record.role, record.invocation), None)
             if record.rollout not in group.rollouts:
-                done(record)
+                done(record, now)
 
         self.intake.invocation_done = forgetful  # type: ignore[method-assign]
 
@@ -97,9 +109,9 @@ class LostZero(Ledger):
         super().__init__(state)
         final = self.intake.rollout_final
 
-        def lossy(record: rec.RolloutFinal) -> None:
+        def lossy(record: rec.RolloutFinal, now: float) -> None:
             if any(record.d_k.values()):
-                final(record)
+                final(record, now)
 
         self.intake.rollout_final = lossy  # type: ignore[method-assign]
 
@@ -160,6 +172,33 @@ class YoungerFirst(Ledger):
         self.deliveries._waits_for_older = lambda role, chosen: False  # type: ignore[method-assign]
 
 
+class AgeIsTimeout(Ledger):
+    """A group is closed so long after its opening, also while its rollouts keep arriving."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        done, final = self.intake.invocation_done, self.intake.rollout_final
+
+        def without_progress(method: Any) -> Any:
+            def call(record: Any, now: float) -> None:
+                before = state.groups[record.query].progress_at if record.query in state.groups else now
+                method(record, now)
+                state.groups[record.query].progress_at = before
+
+            return call
+
+        self.intake.invocation_done = without_progress(done)  # type: ignore[method-assign]
+        self.intake.rollout_final = without_progress(final)  # type: ignore[method-assign]
+
+
+class TakesLateRecords(Ledger):
+    """A dropped group goes on."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        self.intake._check_rollout = lambda group, rollout: None  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -170,5 +209,13 @@ class YoungerFirst(Ledger):
 def test_a_seeded_fault_is_noticed(mutant: type[Ledger]) -> None:
     """The same programs against a ledger with one fault must fail: a test that cannot fail does not count."""
     machine = type("Mutant", (LedgerMachine,), {"make_ledger": mutant, "in_order": mutant is YoungerFirst})
+    with pytest.raises((AssertionError, Refusal)):
+        run_state_machine_as_test(machine, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("mutant", [AgeIsTimeout, TakesLateRecords])
+def test_a_seeded_fault_of_the_time_out_is_noticed(mutant: type[Ledger]) -> None:
+    """The same for programs in which time passes."""
+    machine = type("Mutant", (Timed,), {"make_ledger": mutant})
     with pytest.raises((AssertionError, Refusal)):
         run_state_machine_as_test(machine, settings=SETTINGS)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mgrpo.errors import ConflictError, CorruptionError, PeerError
-from mgrpo.spool import Meta, Spool, SpoolClient
+from mgrpo.errors import ConflictError, CorruptionError, DeadlineError, PeerError
+from mgrpo.spool import Meta, Spool, SpoolClient, SpoolRef
 from mgrpo.transport.codec import Refusal
 from mgrpo.transport.server import Server
 from tests.store_kit import DIGEST, make_trajectory, same
@@ -151,3 +152,90 @@ def test_a_failure_takes_back_everything_that_is_not_yet_synced(
         refs = [spool.append(meta, bytes(130)) for meta in metas]
         spool.sync()
         assert [spool.read(ref).rollout for ref in refs] == [0, 1]
+
+
+def test_every_array_is_aligned_whatever_the_names_lengths_are(tmp_path: Path) -> None:
+    """In the file, and in memory: the batcher's C++ reads them where they lie."""
+    spool, server = served(tmp_path)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+        for i in range(40):
+            sent = make_trajectory("q" * (i + 1), i, "sub", 0, n=i)
+            ref = client.append(sent).result(60)
+            back = spool.read(ref)
+            assert same(sent, back) and ref.offset % 8 == 0
+            for name in ("tokens", "logprobs", "versions"):
+                array = getattr(back, name)
+                assert array.flags.aligned and not array.flags.writeable, f"{name} of trajectory {i}"
+            assert back.tokens.ctypes.data % 8 == 0 or not i
+            payload = spool._name(ref.segment).read_bytes().rindex(sent.tokens.tobytes()) if i else 0
+            assert payload % 8 == 0
+
+
+def three_records(tmp_path: Path, segment_bytes: int = 1 << 20) -> tuple[list[Any], list[SpoolRef]]:
+    spool, server = served(tmp_path, segment_bytes=segment_bytes)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+        sent = [make_trajectory("q", i, "sub", 0, 20) for i in range(3)]
+        return sent, [client.append(t).result(60) for t in sent]
+
+
+@pytest.mark.parametrize("segment_bytes", [1 << 20, 200], ids=["last segment", "closed segment"])
+@pytest.mark.parametrize("place", ["magic", "meta length", "payload length", "checksum", "meta", "payload"])
+def test_damage_in_the_middle_costs_no_other_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, segment_bytes: int, place: str
+) -> None:
+    """A flipped bit anywhere in an acknowledged record that others follow: it is logged with file and byte, reading it
+    raises CorruptionError, the others stay, and nothing is appended over any of them."""
+    sent, refs = three_records(tmp_path, segment_bytes)
+    at = {"magic": 0, "meta length": 5, "payload length": 12, "checksum": 17, "meta": 30, "payload": 150}[
+        place
+    ]
+    path = tmp_path / "spool" / f"{refs[1].segment:08d}.spool"
+    damaged = bytearray(path.read_bytes())
+    damaged[refs[1].offset + at] ^= 4
+    path.write_bytes(damaged)
+    spool, server = served(tmp_path, segment_bytes=segment_bytes)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub") as client:
+        assert len(spool) == 2 and f"{path} is damaged from byte {refs[1].offset}" in caplog.text
+        again = client.append(sent[1]).result(60)
+        assert same(spool.read(again), sent[1]) and again != refs[1]
+        for i in (0, 2):
+            assert same(spool.read(refs[i]), sent[i])
+            assert client.append(sent[i]).result(60) == refs[i]
+        with pytest.raises(CorruptionError, match=rf"{path.name}: no valid record at byte {refs[1].offset}"):
+            spool.read(refs[1])
+
+
+def test_a_spool_of_an_older_format_is_refused_by_name(tmp_path: Path) -> None:
+    """Its records lie elsewhere; nothing of it is cut."""
+    three_records(tmp_path)
+    path = tmp_path / "spool" / "00000001.spool"
+    old = path.read_bytes().replace(b"mgrpo spool 2", b"mgrpo spool 1")
+    path.write_bytes(old)
+    with pytest.raises(CorruptionError, match=r"00000001\.spool has format 1, this program knows format 2"):
+        Spool(tmp_path / "spool", role="sub", digest=DIGEST)
+    assert path.read_bytes() == old
+
+
+def test_names_of_segments_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is synced after a segment is created and after one is deleted."""
+    synced: list[list[str]] = []
+    monkeypatch.setattr(
+        "mgrpo.spool.sync_folder", lambda path: synced.append(sorted(p.name for p in path.iterdir()))
+    )
+    with Spool(tmp_path / "spool", role="sub", digest=DIGEST, segment_bytes=100) as spool:
+        for i in range(3):
+            spool.append(Meta("q", i, "sub", 0, 0, i, {}, 10), bytes(130))
+            assert spool._name(spool._segment).name in synced[-1]
+        spool.truncate(below=3)
+        assert synced[-1] == ["00000003.spool"]
+
+
+def test_whoever_waits_for_a_full_disk_hears_that_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline's error ends with what the spool answered meanwhile."""
+    spool, server = served(tmp_path)
+    with spool, server, SpoolClient(server.url, digest=DIGEST, role="sub", timeout=2.0) as client:
+        monkeypatch.setattr("mgrpo.spool.os.pwrite", _no_space)
+        with pytest.raises(DeadlineError, match=r"spool of sub at .*append\('q'\).*No space left on device"):
+            client.append(make_trajectory("q", 0, "sub", 0)).result(60)

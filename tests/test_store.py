@@ -52,7 +52,7 @@ def test_a_group_travels_from_worker_to_both_trainers_once(store: StoreServer) -
                     (0, 0.0, {"sub": 0}),
                     (1, 1.0, {"sub": 1}),
                 ]
-                assert group.policy == {"main": "e1.v0", "sub": "e1.v0"}
+                assert group.policy == {"main": "main.e1.v0", "sub": "sub.e1.v0"}
             trainer.apply(0, groups)
             assert trainer.commit(0) == 2
             with pytest.raises(DeadlineError, match="claim"):

@@ -80,7 +80,7 @@ def test_after_its_time_a_group_is_trained_with_half_its_rollouts_or_dropped(dri
     assert (driver.stats()["open"], driver.stats()["sealed"], driver.stats()["dropped"]) == (0, 1, 1)
     (group,) = driver.call("claim", rec.Claim("main", 1, 1, 1, 0.0), "trainer:main")
     assert [(r.rollout, r.status) for r in group.rollouts] == [(0, "ok"), (1, "ok"), (2, "ok")]
-    with pytest.raises(Refusal, match=r"dropped \(not complete after 1800 s\)"):
+    with pytest.raises(Refusal, match=r"dropped \(not complete, and nothing of it arrived for 1800 s"):
         driver.end("two", 3)
 
 
@@ -288,4 +288,55 @@ def test_a_dropped_group_moves_those_behind_it_one_place_up(tmp_path: Path) -> N
     assert driver.claim(1, 2, "sub") == ["q0", "q2"]
     driver.publish("sub", 1)
     assert driver.call("open_group", rec.OpenGroup("q3", 2, {}, 3)).oldest == {"main": 1, "sub": 1}
+    driver.engine.close()
+
+
+def test_a_group_of_forty_minutes_is_trained_when_its_rollouts_keep_ending(tmp_path: Path) -> None:
+    """A rollout every ten minutes, group_timeout 30 minutes: the group's age does not matter."""
+    driver = Driver(tmp_path, k=4, group_timeout_s=1800.0)
+    driver.open("a", k=4)
+    for rollout in range(4):
+        driver.wait(600.0)
+        driver.end("a", rollout)
+    assert driver.now - 100.0 == 2400.0 and driver.claim(1) == ["a"]
+    driver.engine.close()
+
+
+def test_a_rollout_of_forty_minutes_closes_its_group_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Nothing of the group arrives for half an hour: it is dropped. Its worker is refused with CLOSED, by a reason that
+    names the setting; opened again, after a restart too, the group says that it is dropped; the next number is admitted
+    in its place."""
+    driver = Driver(tmp_path, batch=1, group_timeout_s=1800.0, in_order=True)
+    driver.open("a", 0)
+    driver.wait(2400.0)
+    for _ in range(2):
+        with pytest.raises(
+            Refusal, match=r"group 'a' is dropped .*1800 s \(store.group_timeout\)"
+        ) as refused:
+            driver.end("a", 0)
+        assert refused.value.code == "CLOSED"
+        opened = driver.call("open_group", rec.OpenGroup("a", 2, {}, 0))
+        assert (opened.state, opened.attempt, opened.finished) == ("dropped", 0, [])
+        driver.core.reload(driver.now)
+    driver.open("b", 1)
+    for rollout in range(2):
+        driver.end("b", rollout)
+    assert driver.claim(1) == ["b"]
+    driver.engine.close()
+
+
+def test_the_times_of_a_run_may_change_when_it_is_resumed(tmp_path: Path) -> None:
+    """lease_s and group_timeout_s of the later start hold, for what is open already too; another K is refused."""
+    driver = Driver(tmp_path, group_timeout_s=10.0)
+    driver.open("a")
+    driver.core.create(run_params(group_timeout_s=100.0, lease_s=30.0), driver.now)
+    driver.wait(99.0)
+    assert driver.stats()["open"] == 1 and driver.core.ledger is not None
+    assert driver.core.ledger.state.params.lease_s == 30.0
+    driver.wait(2.0)
+    assert driver.stats()["open"] == 0
+    with pytest.raises(ConfigError, match="with other parameters"):
+        driver.core.create(run_params(k=3), driver.now)
+    with pytest.raises(ConfigError, match="lease_s = inf"):
+        driver.core.create(run_params(lease_s=float("inf")), driver.now)
     driver.engine.close()

@@ -104,12 +104,12 @@ def test_workers_that_share_servers_update_each_once(tmp_path: Path) -> None:
     on_servers(2, test, tmp_path)
 
 
-def adapter(version: int) -> Weights:
+def adapter(version: int, role: str = "") -> Weights:
     tensors = {
         f"model.layers.0.self_attn.q_proj.lora_{side}.default.weight": torch.full(shape, float(version))
         for side, shape in (("A", (2, 4)), ("B", (4, 2)))
     }
-    return Weights(f"e1.v{version}", version, safetensors.torch.save(tensors))
+    return Weights(f"{role}e1.v{version}", version, safetensors.torch.save(tensors))
 
 
 def test_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
@@ -193,8 +193,45 @@ def test_nccl_in_the_order_of_vllms_weight_transfer(tmp_path: Path) -> None:
             NcclSync(tmp_path, 1.0)
 
 
+def test_adapters_of_two_roles_share_a_server(tmp_path: Path) -> None:
+    """Each role's requests name its own adapter, and neither unloads the other's."""
+
+    async def test(bench: Bench) -> None:
+        (server,) = bench.servers
+        config = LoraConfig(rank=2, alpha=4, targets=("q_proj",))
+        engines = {
+            role: bench.engine(LoraSync(tmp_path / "weights" / role, 30.0, config))
+            for role in ("main", "sub")
+        }
+        await engines["main"].load(adapter(5, "main."), 5)
+        for version in range(1, 6):
+            await engines["sub"].load(adapter(version, "sub."), version)
+        for role in ("main", "sub"):
+            out = await engines[role].generate(PROMPT, SAMPLED, seed=1)
+            assert server.bodies[-1]["model"] == f"{role}.e1.v5" and out.versions.tolist() == [5] * 8
+        assert list(server.adapters) == ["main.e1.v5", "sub.e1.v3", "sub.e1.v4", "sub.e1.v5"]
+
+    on_servers(1, test, tmp_path)
+
+
+def test_the_weights_of_another_role_are_not_taken_for_ones_own(tmp_path: Path) -> None:
+    """A server that has served another policy, under a higher version: it gets ours, and its label."""
+
+    async def test(bench: Bench) -> None:
+        (server,) = bench.servers
+        server.label = "sub.e9.v9"
+        mine = Weights("main.e1.v2", 2, b"weights of main")
+        engine = bench.engine()
+        await engine.load(mine, 2)
+        assert server.label == "main.e1.v2" and engine.version == 2
+        assert (await engine.generate(PROMPT, SAMPLED, seed=1)).token_ids.tolist() == expected(mine, 1)
+
+    on_servers(1, test, tmp_path)
+
+
 def test_labels_are_ordered_by_epoch_first() -> None:
     """A trainer that went back publishes lower versions that are newer."""
+    assert parse_label("sub.a.e2.v3") == Label(2, 3, "sub.a") and str(Label(2, 3, "sub.a")) == "sub.a.e2.v3"
     assert parse_label("e2.v3") == Label(2, 3) and str(Label(2, 3)) == "e2.v3"
     assert Label(2, 3) > Label(1, 9) > Label(1, 8)
     for text in ("default", "3", "e1", "e1.v", "e-1.v2", " e1.v2", "e1.v2.v3"):

@@ -175,6 +175,8 @@ def run_params(config: RunConfig) -> RunParams:
         k=config.trainer.group_size,
         batch=config.trainer.questions,
         max_lag=config.trainer.max_lag,
+        lease_s=config.store.lease,
+        group_timeout_s=config.store.group_timeout,
         in_order=True,
     )
 

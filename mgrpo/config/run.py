@@ -238,7 +238,15 @@ class StoreConfig(Settings):
     timeout: float = Field(60.0, gt=0, le=MAX_SECONDS)
     """Seconds that any call may take before it fails with a named error."""
     idle_timeout: float = Field(1800.0, gt=0, le=MAX_SECONDS)
-    """Seconds that a trainer or worker waits for its next work."""
+    """Seconds that a trainer or worker waits for its next work. A trainer does not count the time in which workers have
+    groups in hand: that is bounded by group_timeout."""
+    group_timeout: float = Field(1800.0, gt=0, le=MAX_SECONDS)
+    """Seconds without a finished rollout after which the store closes a group: it is trained on with the rollouts it
+    has (at least half of them and two), or dropped, and its worker goes on with the next one. Must exceed the longest
+    rollout."""
+    lease: float = Field(60.0, gt=0, le=MAX_SECONDS)
+    """Seconds after which groups that a trainer has claimed are handed out again unless it renews its claim, which it
+    does three times in that time."""
 
 
 class LinkConfig(Settings):
@@ -294,6 +302,7 @@ class RunConfig(Settings):
                 )
             if agent.shares is not None:
                 self._check_sharing(role, agent)
+        self._check_servers()
         if all(self.agents[self.owner(r)].frozen for r in self.agents):
             raise ValueError("every agent is frozen; nothing would be trained")
         remote = [r for r, a in self.agents.items() if a.url is None] if self.store.url else []
@@ -304,6 +313,18 @@ class RunConfig(Settings):
         ):
             raise ValueError(f"agents.{remote[0]}.url is missing: other agents of this run have an address")
         return self
+
+    def _check_servers(self) -> None:
+        """A vLLM server holds one policy's whole weights, or adapters of any number of policies."""
+        users: dict[str, str] = {}
+        for role in self.policy_roles:
+            for url in self.agents[role].engine.urls:
+                other = users.setdefault(url.rstrip("/"), role)
+                if other != role and {self.agents[r].engine.sync for r in (role, other)} != {"lora"}:
+                    raise ValueError(
+                        f"agents.{role}.engine.urls: {url} already serves the policy of {other!r}; only policies with "
+                        f'engine.sync = "lora" can share a server'
+                    )
 
     def _check_sharing(self, role: str, agent: AgentConfig) -> None:
         """What a policy is and how it is optimised is said once, by the role it belongs to."""

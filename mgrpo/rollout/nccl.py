@@ -60,11 +60,12 @@ class NcclSync(WeightSync):
 
     async def prepare(self, weights: Weights) -> None:
         label = label_of(weights)
+        self.role = label.role
         self._state = await asyncio.to_thread(safetensors.torch.load, weights.data)
         self._label = label
 
     async def held(self, server: VllmServer) -> Label | None:
-        return await held_label(server)
+        return self.own(await held_label(server))
 
     async def stuck(self, server: VllmServer) -> bool:
         return await is_paused(server)
@@ -156,7 +157,8 @@ async def _together(*both: Any) -> None:
 
 def _rendezvous() -> tuple[str, int]:
     """An address of this machine that others reach, and a free port on it."""
-    address = socket.gethostbyname(socket.gethostname())
-    with socket.socket() as probe:
+    found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    family, *_, (address, *_) = min(found, key=lambda entry: entry[0])  # IPv4 where there is one
+    with socket.socket(family) as probe:
         probe.bind((address, 0))
-        return address, int(probe.getsockname()[1])
+        return str(address), int(probe.getsockname()[1])

@@ -110,7 +110,7 @@ class Replicas:
             )
         for span in answer.spans:
             label = parse_label(span.label)
-            if label is None or label < wanted:
+            if label is None or label.role != wanted.role or label < wanted:
                 raise ServerDown(
                     f"{replica.server.url}: answered with weights {span.label!r}, expected {wanted}"
                 )

@@ -14,8 +14,9 @@ A request that is under way stays: its tokens so far keep their label, its keys 
 new weights, the tokens that follow carry the new label. A push that fails leaves the server paused, so that torn
 weights answer nobody, until a later push succeeds.
 
-A label is what the trainer calls a version, `e<epoch>.v<version>`: labels are ordered, epoch first, because a trainer
-that went back to a checkpoint publishes the same version numbers again.
+A label is what the trainer calls a version, `<role>.e<epoch>.v<version>`: labels are ordered, epoch first, because a
+trainer that went back to a checkpoint publishes the same version numbers again. What another role's trainer has brought
+to a server is never taken for a version of one's own.
 """
 
 from __future__ import annotations
@@ -45,19 +46,20 @@ KEEP = 3  # versions on disk, and adapters in a server: a slower worker may stil
 
 
 class Label(NamedTuple):
-    """(epoch of the trainer, policy version); the newer one is the greater one."""
+    """(epoch of the trainer, policy version); of one role the newer one is the greater one."""
 
     epoch: int
     version: int
+    role: str = ""
 
     def __str__(self) -> str:
-        return f"e{self.epoch}.v{self.version}"
+        return f"{self.role}{'.' if self.role else ''}e{self.epoch}.v{self.version}"
 
 
 def parse_label(text: str) -> Label | None:
     """None for what is no label, such as a server's own before the first update."""
-    match = re.fullmatch(r"e(\d+)\.v(\d+)", text)
-    return Label(int(match[1]), int(match[2])) if match else None
+    match = re.fullmatch(r"(?:([^\s/]+)\.)?e(\d+)\.v(\d+)", text)
+    return Label(int(match[2]), int(match[3]), match[1] or "") if match else None
 
 
 class WeightSync(ABC):
@@ -70,6 +72,11 @@ class WeightSync(ABC):
         """folder: shared with the servers and with the other workers, which take turns at each server through it.
         timeout: seconds that one step of an update may take."""
         self.folder, self.timeout = folder, timeout
+        self.role = ""  # of the version prepared last
+
+    def own(self, label: Label | None) -> Label | None:
+        """`label`, unless it is that of another role."""
+        return label if label is not None and label.role == self.role else None
 
     @abstractmethod
     async def prepare(self, weights: Weights) -> None:
@@ -149,7 +156,7 @@ class WeightSync(ABC):
         there = sorted((label, p) for p in self.folder.iterdir() if (label := parse_label(p.name)))
         for _, old in there[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
-        for unfinished in self.folder.glob(".e*"):
+        for unfinished in self.folder.glob(".*"):
             label = parse_label(unfinished.stem.removeprefix("."))
             if label is not None and there and label < there[-KEEP:][0][0]:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -160,10 +167,11 @@ class FolderSync(WeightSync):
 
     async def prepare(self, weights: Weights) -> None:
         label = label_of(weights)
+        self.role = label.role
         await asyncio.to_thread(self._place, label, {"model.safetensors": weights.data})
 
     async def held(self, server: VllmServer) -> Label | None:
-        return await held_label(server)
+        return self.own(await held_label(server))
 
     async def stuck(self, server: VllmServer) -> bool:
         return await is_paused(server)
@@ -187,6 +195,7 @@ class LoraSync(WeightSync):
 
     async def prepare(self, weights: Weights) -> None:
         label = label_of(weights)
+        self.role = label.role
         if not self.path(label).exists():
             files = await asyncio.to_thread(adapter_files, weights.data, self._lora)
             await asyncio.to_thread(self._place, label, files)
@@ -207,7 +216,7 @@ class LoraSync(WeightSync):
         return str(label)
 
     async def _adapters(self, server: VllmServer) -> list[Label]:
-        return [label for name in await server.models() if (label := parse_label(name))]
+        return [label for name in await server.models() if (label := self.own(parse_label(name)))]
 
 
 async def held_label(server: VllmServer) -> Label | None:
@@ -257,6 +266,6 @@ def label_of(weights: Weights) -> Label:
     label = parse_label(weights.label)
     if label is None or label.version != weights.version:
         raise ConfigError(
-            f"weights of version {weights.version} are labelled {weights.label!r}; expected e<epoch>.v<version>"
+            f"weights of version {weights.version} are labelled {weights.label!r}; expected <role>.e<epoch>.v<version>"
         )
     return label

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
@@ -14,8 +14,9 @@ from mgrpo.rollout.engines import open_engine
 from mgrpo.rollout.episode import Agent
 from mgrpo.rollout.loop import WorkerLoop
 from mgrpo.transport.client import Client
-from mgrpo.weights import Weights, fetch_shell, fetch_weights
+from mgrpo.weights import Progress, Pull, Weights, fetch_shell, fetch_weights
 
+PULL_REPORT_SECONDS = 10.0  # between two reports of weights that are long under way
 WAIT_SLICE = 1.0  # seconds between two looks at the run's state while waiting
 
 
@@ -26,6 +27,7 @@ class _Source:
     client: Client
     engine: Engine
     label: str = ""
+    pull: Pull = field(default_factory=Pull)
 
 
 class Team:
@@ -50,7 +52,7 @@ class Team:
             tokenizer(role, files)
             agent = self._config.agents[role]
             engine, words = open_engine(self._config, role, files, self._addresses, say)
-            self._sources[role] = _Source(client, engine)
+            self._sources[role] = _Source(client, engine, pull=Pull(self._pull_progress(role, say)))
             self.agents[role] = Agent(role, engine, words, agent.loss.temperature, agent.max_length)
 
     def _shell(self, client: Client) -> dict[str, bytes]:
@@ -81,14 +83,29 @@ class Team:
         return min(versions)
 
     def _fetch(self, source: _Source, at_least: int) -> Weights | None:
-        deadline = time.monotonic() + self._config.store.idle_timeout
+        since, received = time.monotonic(), source.pull.received
         while True:
             try:
-                return fetch_weights(source.client, source.label, at_least, WAIT_SLICE)
+                return fetch_weights(source.client, source.label, at_least, WAIT_SLICE, source.pull)
             except DeadlineError:
-                if time.monotonic() > deadline:
+                if source.pull.received != received:  # a slow link, but it moves
+                    since, received = time.monotonic(), source.pull.received
+                if time.monotonic() - since > self._config.store.idle_timeout:
                     raise
             self._loop.check()
+
+    def _pull_progress(self, role: str, say: Callable[[str], None]) -> Progress:
+        """Called each second while weights arrive: a slow link is reported, and the end of the run noticed."""
+        reported = 0.0
+
+        def progress(received: int, size: int) -> None:
+            nonlocal reported
+            self._loop.check()
+            if time.monotonic() - reported > PULL_REPORT_SECONDS:
+                reported = time.monotonic()
+                say(f"weights of {role}: {received / 2**20:.0f} of {size / 2**20:.0f} MiB arrived")
+
+        return progress
 
     async def close(self) -> None:
         for source in self._sources.values():

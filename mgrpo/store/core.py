@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from mgrpo.errors import ConfigError
 from mgrpo.store import records as rec
 from mgrpo.store.engine import Engine
@@ -30,10 +32,11 @@ class Core:
         self.reload(now)
 
     def create(self, params: rec.RunParams, now: float) -> None:
-        """Make the run durable, or check that the file holds exactly this one (ConfigError naming both)."""
+        """Make the run durable, or check that the file holds this one (ConfigError naming both). Its times may
+        change: those of `params` are taken."""
         known = self.engine.params()
-        if known is None:
-            check_params(params)
+        check_params(params)
+        if known is None or (known != params and _but_for_times(known) == _but_for_times(params)):
             self.engine.commit({"meta": [("params", encode(params))]})
             self.reload(now)
         elif known != params:
@@ -92,6 +95,10 @@ class Core:
     def trained(self, role: str) -> list[rec.Trained]:
         """The role's surviving optimizer history, as of the last commit."""
         return [rec.Trained(*row) for row in self.engine.trained(role)]
+
+
+def _but_for_times(params: rec.RunParams) -> rec.RunParams:
+    return replace(params, lease_s=0.0, group_timeout_s=0.0)
 
 
 def check_params(params: rec.RunParams) -> None:

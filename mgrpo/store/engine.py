@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mgrpo.errors import ConfigError, CorruptionError
+from mgrpo.files import sync_folder
 from mgrpo.store.records import Control, RunParams
 from mgrpo.store.state import APPLIED, COMMITTED, KEEP_REPORTS, LEASED, LOST, OPEN, READY, Row, State
 from mgrpo.transport import codec
@@ -89,10 +90,13 @@ class Engine:
         self._lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _open(self) -> Connection:
-        if not self.path.exists():
+        try:
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        db = self._connect(str(self.path))
+                sync_folder(self.path.parent)
+            db = self._connect(str(self.path))
+        except (OSError, sqlite3.OperationalError) as error:
+            raise ConfigError(f"store {self.path}: {_words(error)}") from None
         try:
             db.execute("PRAGMA locking_mode=EXCLUSIVE")
             mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
@@ -108,7 +112,7 @@ class Engine:
             db.close()
             if "locked" in str(error):
                 raise ConfigError(f"store {self.path} is in use by another process") from None
-            raise
+            raise ConfigError(f"store {self.path}: {error}") from None
         except sqlite3.DatabaseError as error:
             db.close()
             raise CorruptionError(f"store {self.path}: {error}") from None
@@ -188,10 +192,19 @@ class Engine:
         target = Path(target)
         if target.exists():
             raise ConfigError(f"backup target {target} exists")
-        self._db.execute("VACUUM INTO ?", (str(target),))
-        target.chmod(0o600)
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            partial.unlink(missing_ok=True)
+            self._db.execute("VACUUM INTO ?", (str(partial),))
+            partial.chmod(0o600)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.rename(target)
+            sync_folder(target.parent)
+        except (OSError, sqlite3.Error) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise ConfigError(f"no backup was written to {target}: {_words(error)}") from None
 
     def close(self) -> None:
         """Checkpoint and close. Idempotent."""
@@ -275,3 +288,7 @@ class Engine:
         )
         rows: list[Row] = self._db.execute(sql, (role, APPLIED, COMMITTED)).fetchall()
         return rows
+
+
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

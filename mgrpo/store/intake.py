@@ -1,8 +1,8 @@
 """The workers' side of the ledger: groups are opened, filled, sealed or dropped.
 
-    open --(every rollout ended, or the group's time is up)--> sealed   with at least max(2, ceil(K/2)) real
-    rollouts
-                                                         \\--> dropped  with fewer
+    open --(every rollout ended, or nothing of it arrived for group_timeout_s)--> sealed   with at least
+                                                                         |        max(2, ceil(K/2)) real rollouts
+                                                                         \\-----> dropped  with fewer
 
 Natural keys: a group is its query; an invocation (query, rollout, attempt, role, invocation); a rollout's end
 (query, rollout). The same record again gets the same answer, another content under the key is refused and the
@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from mgrpo.store.records import InvocationDone, Opened, OpenGroup, OpenGroupInfo, RolloutFail, RolloutFinal
 from mgrpo.store.state import DROPPED, OPEN, SEALED, Delivery, Group, State
 from mgrpo.transport.codec import BadMessage, Refusal, check_finite, check_names
-from mgrpo.types import MAIN
+from mgrpo.types import MAIN, version_label
 
 MAX_OPEN = 65_536  # groups in the making that one store carries
 MAX_META = 32
@@ -50,9 +50,10 @@ class Intake:
             if group.state != OPEN or (group.worker, group.session) == (worker, session):
                 return self._opened(group)
             group.attempt += 1
+            group.progress_at = now
             group.worker, group.session = worker, session
         group.policy = {
-            role: f"e{state.roles[role].epoch if role in state.roles else 0}.v{version}"
+            role: version_label(role, state.roles[role].epoch if role in state.roles else 0, version)
             for role, version in request.policy.items()
         }
         state.save_group(group)
@@ -124,7 +125,7 @@ class Intake:
 
     # -- filling --------------------------------------------------------------------------------------------
 
-    def invocation_done(self, record: InvocationDone) -> None:
+    def invocation_done(self, record: InvocationDone, now: float) -> None:
         group = self._group(record.query)
         key = (record.rollout, record.attempt, record.role, record.invocation)
         known = group.invocations.get(key)
@@ -149,11 +150,12 @@ class Intake:
         check_finite("score", record.scores.values())
         self._check_attempt(group, record.attempt)
         if record.rollout in group.rollouts:
-            raise Refusal("CLOSED", f"rollout {record.rollout} of {record.query!r} has already ended")
+            raise Refusal("CONFLICT", f"rollout {record.rollout} of {record.query!r} has already ended")
         group.invocations[key] = record
+        group.progress_at = now
         self.state.save_invocation(record)
 
-    def rollout_final(self, record: RolloutFinal) -> None:
+    def rollout_final(self, record: RolloutFinal, now: float) -> None:
         group = self._group(record.query)
         if self._is_repeat(group, record):
             return
@@ -182,19 +184,20 @@ class Intake:
                     f"rollout {record.rollout} of {record.query!r} ends with {d_k} invocations of {role!r}, "
                     f"{here + extra} have arrived",
                 )
-        self._end(group, record)
+        self._end(group, record, now)
 
-    def rollout_fail(self, record: RolloutFail) -> None:
+    def rollout_fail(self, record: RolloutFail, now: float) -> None:
         group = self._group(record.query)
         if self._is_repeat(group, record):
             return
         self._check_rollout(group, record.rollout)
         check_names([record.reason])
         self._check_attempt(group, record.attempt)
-        self._end(group, record)
+        self._end(group, record, now)
 
-    def _end(self, group: Group, record: RolloutFinal | RolloutFail) -> None:
+    def _end(self, group: Group, record: RolloutFinal | RolloutFail, now: float) -> None:
         group.rollouts[record.rollout] = record
+        group.progress_at = now
         self.state.save_rollout(record)
         if len(group.rollouts) == group.opened.k:
             self._close(group, "")
@@ -230,10 +233,13 @@ class Intake:
     # -- closing --------------------------------------------------------------------------------------------
 
     def expire(self, now: float) -> None:
-        """Close groups whose time is up."""
+        """Close groups of which nothing has arrived for group_timeout_s: a rollout may take that long, and a group as
+        long as its rollouts keep ending."""
         limit = self.state.params.group_timeout_s
-        for group in [g for g in self.state.open.values() if now - g.opened_at >= limit]:
-            self._close(group, f"not complete after {limit:g} s")
+        for group in [g for g in self.state.open.values() if now - g.progress_at >= limit]:
+            self._close(
+                group, f"not complete, and nothing of it arrived for {limit:g} s (store.group_timeout)"
+            )
 
     def _close(self, group: Group, reason: str) -> None:
         state, k = self.state, group.opened.k

@@ -58,9 +58,9 @@ class Ledger:
         self._calls: dict[str, Callable[[Any, Sender, float], Any]] = {
             "open_group": lambda r, s, now: self.intake.open_group(r, s.name, s.session, now),
             "open_groups": lambda r, s, now: self.intake.open_groups(r.worker, r.first, r.last),
-            "invocation_done": lambda r, s, now: self.intake.invocation_done(r),
-            "rollout_final": lambda r, s, now: self.intake.rollout_final(r),
-            "rollout_fail": lambda r, s, now: self.intake.rollout_fail(r),
+            "invocation_done": lambda r, s, now: self.intake.invocation_done(r, now),
+            "rollout_final": lambda r, s, now: self.intake.rollout_final(r, now),
+            "rollout_fail": lambda r, s, now: self.intake.rollout_fail(r, now),
             "role": lambda r, s, now: self.deliveries.role_status(r.role),
             "resume": lambda r, s, now: self.deliveries.resume(r),
             "claim": lambda r, s, now: self.deliveries.claim(r, now),
@@ -134,7 +134,7 @@ class Ledger:
         satisfied = satisfied and (request.not_state == "" or state.control.state != request.not_state)
         satisfied = satisfied and state.last_report > request.after
         roles = [role.status() for role in state.roles.values()]
-        return rec.World(satisfied, state.control, roles, state.sealed, state.last_report)
+        return rec.World(satisfied, state.control, roles, state.sealed, state.last_report, len(state.open))
 
     def stats(self) -> dict[str, Any]:
         """Counts for people and for metrics."""

@@ -21,7 +21,9 @@ class RunParams(Record):
     """What a run is, fixed when its store is created. `digest` is that of the run's configuration: a peer
     with another digest is refused. batch: groups of one optimizer step. max_lag: how many versions old a
     group may be when it is trained. in_order: groups are numbered from 0 without gaps and are claimed in that order,
-    whichever is ready first. Times in seconds."""
+    whichever is ready first. Times in seconds, and the only thing that may change when a run is resumed: lease_s, after
+    which a claim that is not renewed is taken back; group_timeout_s, after which a group is closed if nothing of it has
+    arrived meanwhile."""
 
     run: Name
     digest: Name
@@ -192,7 +194,7 @@ class Status(Record):
 
 
 class RoleStatus(Record):
-    """label: the published version as e<epoch>.v<version>; plain versions repeat after a rollback."""
+    """label: the published version as <role>.e<epoch>.v<version>; plain versions repeat after a rollback."""
 
     role: str
     epoch: int
@@ -233,13 +235,15 @@ class WaitFor(Record):
 
 
 class World(Record):
-    """What a wait answers: the state of everything one can wait for, and whether the condition holds."""
+    """What a wait answers: the state of everything one can wait for, and whether the condition holds. open: groups
+    that workers have in hand."""
 
     satisfied: bool
     control: Control
     roles: list[RoleStatus]
     sealed: int
     reports: int
+    open: int = 0
 
 
 class OpenGroups(Record):

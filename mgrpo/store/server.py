@@ -56,6 +56,7 @@ class StoreServer:
         self._metrics: dict[str, Any] = {}
         self._measured = 0.0
         self._broken = 0.0  # when to try the file again; 0: it works
+        self._cause = ""  # why it does not
         try:
             self._core = Core(self._engine, time.monotonic())
             if params is not None:
@@ -121,16 +122,21 @@ class StoreServer:
 
     def _check_file(self) -> None:
         if self._broken:
-            raise Refusal("UNAVAILABLE", "the store reads its file again")
+            raise Refusal("UNAVAILABLE", self._unusable())
 
     def _unreadable(self, error: sqlite3.Error) -> Refusal:
         log.error("store %s: nothing of this turn was stored: %s", self._engine.path, error)
         self._fault()
-        return Refusal("UNAVAILABLE", f"the store's file does not work: {error}")
+        self._cause = str(error)
+        return Refusal("UNAVAILABLE", self._unusable())
+
+    def _unusable(self) -> str:
+        why = f"does not work: {self._cause}" if self._cause else "is read again after a fault of the store"
+        return f"the file {self._engine.path} {why}"
 
     def _fault(self) -> None:
         """Memory may be ahead of the file: forget it, and read it back at the next tick."""
-        self._broken = time.monotonic()
+        self._broken, self._cause = time.monotonic(), ""
         self._core.drop()
 
     def _tick(self) -> None:
@@ -142,6 +148,7 @@ class StoreServer:
                 self._core.reload(now)
             except (sqlite3.Error, MgrpoError) as error:
                 log.error("store %s: still not usable: %s", self._engine.path, error)
+                self._cause = str(error).removeprefix(f"store {self._engine.path}: ")
                 return
             self._broken = 0.0
             log.warning("store %s: usable again", self._engine.path)

@@ -25,6 +25,7 @@ from mgrpo.store.records import (
 )
 from mgrpo.transport import codec
 from mgrpo.transport.codec import Record
+from mgrpo.types import version_label
 
 Row = tuple[Any, ...]
 InvocationKey = tuple[int, int, str, int]  # rollout, attempt, role, invocation
@@ -92,7 +93,7 @@ class Delivery:
 class Group:
     opened: OpenGroup
     index: int
-    opened_at: float
+    progress_at: float  # when it was opened, or something of it arrived last
     state: str = OPEN
     attempt: int = 0
     worker: str = ""
@@ -150,7 +151,7 @@ class Role:
         return (self.name, codec.encode(body))
 
     def label(self) -> str:
-        return f"e{self.epoch}.v{self.version}" if self.version is not None else ""
+        return version_label(self.name, self.epoch, self.version) if self.version is not None else ""
 
     def status(self) -> RoleStatus:
         return RoleStatus(self.name, self.epoch, self.version, self.step, self.checkpoint_step, self.label())

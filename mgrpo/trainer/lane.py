@@ -53,18 +53,26 @@ class Lane:
         self.builder = BatchBuilder(config, role, self.spool)
 
     def claim(self, step: int, check: Callable[[], None]) -> list[ClaimedGroup]:
-        """The groups of this step; waits for them in slices, so that `check` notices the end of the run."""
-        deadline = time.monotonic() + self._config.store.idle_timeout
+        """The groups of this step; waits for them in slices, so that `check` notices the end of the run. Time in which
+        workers have groups in hand does not count: the store closes those of which nothing arrives."""
+        limit = self._config.store.idle_timeout
+        busy = time.monotonic()
         while True:
             try:
                 return list(self.store.claim(n=self._config.trainer.questions, timeout=POLL_SECONDS))
             except DeadlineError:
-                if time.monotonic() > deadline:
+                if time.monotonic() - busy > limit:
                     raise DeadlineError(
                         f"trainer {self.role} at step {step}: no {self._config.trainer.questions} finished groups in "
-                        f"the store's claim queue within {self._config.store.idle_timeout:g} s"
+                        f"the store's claim queue, and no worker had any in hand for {limit:g} s (store.idle_timeout)"
                     ) from None
             check()
+            if self.store.world().open:
+                busy = time.monotonic()
+
+    def check(self) -> None:
+        """Raises MgrpoError when this role's address is not served any more."""
+        self._server.check()
 
     def check(self) -> None:
         """Raise MgrpoError when the role's address is served no more: nothing would ever arrive."""

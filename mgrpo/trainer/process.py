@@ -32,6 +32,7 @@ from mgrpo.trainer.lane import Lane
 from mgrpo.trainer.ranks import Ranks
 from mgrpo.trainer.schedule import learning_rate
 from mgrpo.trainer.warmstart import Demos, warm_start
+from mgrpo.types import version_label
 from mgrpo.weights import Weights, WeightsServer
 
 STOP_SECONDS = 5.0  # for one answer of the store, once the process is told to leave
@@ -201,7 +202,7 @@ class TrainerProcess:
         """Serve the weights first, announce the version afterwards."""
         model = self._crew.policy().model
         data = adapter_bytes(model) if self._agent.engine.sync == "lora" else state_bytes(model)
-        self._weights.publish(Weights(f"e{self._store.epoch}.v{version}", version, data))
+        self._weights.publish(Weights(version_label(self._role, self._store.epoch, version), version, data))
         for lane in self._lanes:
             lane.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
 

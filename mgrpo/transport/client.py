@@ -2,9 +2,11 @@
 
 submit() hands a request to the I/O thread and returns a future; any number of threads may call it. At most
 `window` requests are in flight; submit waits for room. Requests that wait together leave in one message. A
-request without an answer is sent again after a reconnect and every `resend_s`, under the same id: the peer's
-methods are idempotent by their natural keys, so it does not matter which of the copies is answered. Every
-request has a deadline; when it passes the future raises DeadlineError naming peer, step and queue.
+request is sent again, under the same id, when its connection was lost or the peer said UNAVAILABLE, and never while
+its connection lasts: an answer may be long under way. The peer's methods are idempotent by their natural keys, so it
+does not matter which of the copies is answered. (inproc has no connection events: there every `resend_s`.) Every
+request has a deadline; when it passes the future raises DeadlineError naming peer, step, queue and what the peer said
+last. Deadlines of bulk requests count from the last answer to one of them: what moves is not late.
 
 libzmq traps handled here: nothing is queued towards a peer that is not connected (IMMEDIATE), so there is
 nothing to lose when it comes back; a refused or wrong key shows only on the monitor socket, which is read and
@@ -38,15 +40,16 @@ from mgrpo.errors import (
     RetryAfterError,
 )
 from mgrpo.transport import codec
-from mgrpo.transport.address import Socket, check_url
+from mgrpo.transport.address import Socket, check_url, needs_ipv6
 from mgrpo.transport.codec import BadMessage, Buffer, Limits, Sender
 from mgrpo.transport.keys import ClientKeys
-from mgrpo.transport.server import pack_counted
+from mgrpo.transport.server import HEARTBEAT_TIMEOUT_MS, pack_counted
 
 T = TypeVar("T")
 
 SEND_ITEMS = 256
 CHECK_S = 0.05
+RETRY_S = 0.2  # after UNAVAILABLE
 AUTH_GRACE_S = 1.2  # connections that open and close without a handshake for this long are a refusal
 
 _ERRORS: dict[str, type[MgrpoError]] = {
@@ -85,7 +88,9 @@ class _Pending:
     started: float
     timeout: float
     where: str
-    sent: float = 0.0
+    bulk: bool
+    again: float = 0.0  # when to send it again; 0: when its connection is lost
+    said: str = ""  # why the peer could not answer yet
 
 
 class Client:
@@ -114,7 +119,8 @@ class Client:
         self._socket: Socket = zmq.Context.instance().socket(zmq.DEALER)
         for option, value in (
             (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._limits.frame), (zmq.IMMEDIATE, 1), (zmq.RECONNECT_IVL,
-            50), (zmq.RECONNECT_IVL_MAX, 400), (zmq.HEARTBEAT_IVL, 500), (zmq.HEARTBEAT_TIMEOUT, 1500),
+            50), (zmq.RECONNECT_IVL_MAX, 400), (zmq.HEARTBEAT_IVL, 500),
+            (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS), (zmq.IPV6, needs_ipv6(url)),
             (zmq.HANDSHAKE_IVL, 2000), (zmq.SNDHWM, 64), (zmq.RCVHWM, 256), (zmq.CONNECT_TIMEOUT, 1500),
         ):  # fmt: skip
             self._socket.setsockopt(option, value)
@@ -138,6 +144,9 @@ class Client:
         self._hurried: tuple[float, float] | None = None  # (when, seconds)
         self._closed = False
         self.resent = 0
+        self._ended = 0  # requests that were answered or have failed
+        self._moved = 0.0  # when a bulk request was answered last
+        self._stopped = ""  # why the server stopped, as far as it could say
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         self._thread = threading.Thread(target=self._run, name=f"mgrpo-client {url}", daemon=True)
@@ -147,11 +156,12 @@ class Client:
 
     def submit(
         self, method: str, body: object = None, frames: Sequence[Buffer] = (), *, timeout: float | None =
-        None, step: int | None = None, queue: str = "",
+        None, step: int | None = None, queue: str = "", bulk: bool = False,
     ) -> Future[Answer]:  # fmt: skip
         """Send a request; the future raises the typed error of a refusal, or DeadlineError. Waits for room in
-        the window. Raises ValueError when a frame or the message is larger than the peer accepts."""
-        pending = self._prepare(method, body, frames, timeout, step, queue)
+        the window. bulk: one of many large ones, whose deadline counts from the last answer to any of them. Raises
+        ValueError when a frame or the message is larger than the peer accepts."""
+        pending = self._prepare(method, body, frames, timeout, step, queue, bulk)
         self._enqueue(pending)
         return pending.future
 
@@ -194,6 +204,7 @@ class Client:
         timeout: float | None,
         step: int | None,
         queue: str,
+        bulk: bool = False,
     ) -> _Pending:
         limit = self.timeout if timeout is None else timeout
         encoded = codec.encode(body)
@@ -204,7 +215,7 @@ class Client:
             if self._free <= 0 and not self._room.wait_for(lambda: self._free > 0, limit):
                 raise DeadlineError(self._late(where, limit, f"window of {self.window} requests stayed full"))
             self._free -= 1
-        return _Pending(next(self._ids), method, encoded, frames, Future(), started, limit, where)
+        return _Pending(next(self._ids), method, encoded, frames, Future(), started, limit, where, bulk)
 
     def _enqueue(self, pending: _Pending) -> None:
         with self._lock:
@@ -224,11 +235,13 @@ class Client:
         return self.submit(method, body, frames, timeout=timeout, step=step, queue=queue).result()
 
     def flush(self, timeout: float | None = None) -> None:
-        """Wait until nothing is in flight."""
+        """Wait until nothing is in flight. Raises DeadlineError when no request has ended for `timeout` seconds."""
         limit = self.timeout if timeout is None else timeout
-        deadline = time.monotonic() + limit
+        since, ended = time.monotonic(), self._ended
         while self._fresh or self._pending or self._deferred:
-            if time.monotonic() > deadline:
+            if self._ended != ended:
+                since, ended = time.monotonic(), self._ended
+            if time.monotonic() - since > limit:
                 raise DeadlineError(self._late("flush", limit, f"{len(self._pending)} requests in flight"))
             time.sleep(0.002)
 
@@ -263,9 +276,11 @@ class Client:
         if total > self._limits.message:
             raise ValueError(f"{method}: message of {total} bytes, the limit is {self._limits.message}")
 
-    def _late(self, where: str, limit: float, why: str) -> str:
+    def _late(self, where: str, limit: float, why: str, said: str = "") -> str:
         link = "" if self._connected else ", the link is down"
-        return f"{self.peer} at {self.url}: {where}: {why} within {limit:g} s{link}"
+        said = said or ("" if self._connected else self._stopped)
+        said = f"; its last answer: {said}" if said else ""
+        return f"{self.peer} at {self.url}: {where}: {why} within {limit:g} s{link}{said}"
 
     # -- the I/O thread -------------------------------------------------------------------------------------
 
@@ -317,6 +332,7 @@ class Client:
             now = time.monotonic()
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected, self._proven, self._suspect, self._refused = True, True, 0.0, None
+                self._stopped = ""
                 self._resend_all()
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._refused = "refused our key (not in its allow-list)"
@@ -363,7 +379,8 @@ class Client:
 
     def _answer(self, number: int, status: str, body: Buffer, frames: list[Buffer]) -> None:
         if number == 0 and status != codec.OK:  # the peer could not even read the header
-            self._fail_all(PeerError(f"{self.peer} at {self.url}: {status}: {codec.decode(body, str)}"))
+            self._stopped = codec.decode(body, str)
+            self._fail_all(PeerError(f"{self.peer} at {self.url}: {status}: {self._stopped}"))
             return
         pending = self._pending.get(number)
         if pending is None:
@@ -371,10 +388,14 @@ class Client:
         if status == codec.OK:
             del self._pending[number]
             self._answered += 1
+            self._ended += 1
+            if pending.bulk:
+                self._moved = time.monotonic()
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_result(Answer(body, frames))
         elif status == "UNAVAILABLE":
-            pending.sent = time.monotonic() - self._resend_s + 0.2  # nothing was stored: ask again soon
+            pending.said = codec.decode(body, str)
+            pending.again = time.monotonic() + RETRY_S  # nothing was stored
         else:
             message = f"{self.peer} at {self.url}: {pending.where}: {codec.decode(body, str)}"
             self._fail(pending, _ERRORS.get(status, PeerError)(f"{message} [{status}]"))
@@ -392,15 +413,15 @@ class Client:
             self._fail_all(PeerError(f"{self.peer} at {self.url}: {self._refused}"))
         again = []
         for pending in list(self._pending.values()):
-            since, limit = pending.started, pending.timeout
-            if self._hurried is not None and self._hurried[1] < limit:
+            since, limit = max(pending.started, self._moved if pending.bulk else 0.0), pending.timeout
+            if self._hurried is not None and max(since, self._hurried[0]) + self._hurried[1] < since + limit:
                 since, limit = max(since, self._hurried[0]), self._hurried[1]
-            if now > min(since + limit, pending.started + pending.timeout):
+            if now > since + limit:
                 why = f"no answer to {pending.method}"
-                self._fail(pending, DeadlineError(self._late(pending.where, limit, why)))
-            elif pending.sent and now - pending.sent > self._resend_s and self._connected:
+                self._fail(pending, DeadlineError(self._late(pending.where, limit, why, pending.said)))
+            elif pending.again and now > pending.again and self._connected:
                 again.append(pending)
-                pending.sent = now
+                pending.again = 0.0
         if again:
             queued = {pending.id for pending in self._unsent}
             again = [pending for pending in again if pending.id not in queued]
@@ -423,12 +444,13 @@ class Client:
                     self._unsent.extendleft(reversed(live[sent:]))
                     return
                 for pending in live[sent : sent + count]:
-                    pending.sent = now
+                    pending.again = 0.0 if self._watched else now + self._resend_s
                 sent += count
 
     def _fail(self, pending: _Pending, error: Exception) -> None:
         if self._pending.pop(pending.id, None) is None:
             return
+        self._ended += 1
         self._give_back(1)
         if pending.future.set_running_or_notify_cancel():
             pending.future.set_exception(error)

@@ -23,6 +23,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from mgrpo.config.addresses import Addresses
 from mgrpo.errors import ConfigError
+from mgrpo.files import sync_folder, write_atomic
 from mgrpo.transport.address import Socket
 from mgrpo.transport.codec import Refusal
 
@@ -130,8 +131,12 @@ def init_keys(folder: str | Path) -> Path:
     """Make a server's key pair in a new folder; returns the secret file. Raises ConfigError when there is
     one."""
     folder = Path(folder)
-    (folder / "allowed").mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    try:
+        (folder / "allowed").mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        sync_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"cannot make {folder}: {error.strerror}") from None
     public, secret = zmq.curve_keypair()
     path = folder / "server.secret"
     _write(path, {"public": public.decode(), "secret": secret.decode()}, 0o600)
@@ -159,15 +164,10 @@ def _write(path: Path, values: dict[str, str], mode: int) -> None:
     """A new file with its final mode from the first byte on. Keys are Z85: they hold no quote and no
     backslash."""
     text = "".join(f"{name} = '{value}'\n" for name, value in values.items())
-    temporary = path.with_name(path.name + ".new")
+    if path.exists():
+        raise ConfigError(f"{path} exists")
     try:
-        if path.exists():
-            raise ConfigError(f"{path} exists")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-        with os.fdopen(descriptor, "w") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(text)
-        temporary.rename(path)  # the allow-list is read while it changes
+        write_atomic(path, text, mode)  # the allow-list is read while it changes
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 

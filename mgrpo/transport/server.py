@@ -8,10 +8,15 @@ the batch is answered with "ok"; every peer is told UNAVAILABLE and sends again.
 A handler that cannot answer yet returns Park: it is polled after every batch and every `tick_s` until it has
 an answer or its time is up (long polls are level-triggered: nothing is lost when the poller goes away and
 asks again).
+
+An answer reaches every peer that stays connected: what a peer's connection has no room for waits here until it has.
+So a client sends a request again only after a new connection, or when it was told UNAVAILABLE. A server whose thread
+dies tells its peers why before it closes; check() raises it for the process around it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -37,6 +42,12 @@ BODY_IN_HEADER = 4 << 10  # larger bodies travel as a frame of their own
 BAD_PER_MINUTE = 100  # malformed messages of one peer before it is cut off
 TURN_MESSAGES = 512
 TURN_BYTES = 32 << 20
+WAITING_MESSAGES = (
+    8192  # answers kept for one peer that reads too slowly; a peer of ours never asks for as many at once
+)
+HEARTBEAT_TIMEOUT_MS = 10_000
+FLUSH_S = 0.01  # how soon they are tried again
+KNOWN_PEERS = 4096
 
 
 @dataclass(slots=True)
@@ -138,6 +149,10 @@ class Server:
         self.counters: Counter[str] = Counter()
         self.failure: BaseException | None = None
         self._parked: dict[tuple[bytes, int], tuple[Park, float]] = {}
+        self._waiting: dict[
+            bytes, deque[list[Buffer]]
+        ] = {}  # messages that a peer's connection had no room for
+        self._peers: dict[bytes, None] = {}  # who has asked something, oldest first
         self._limiter = _Limiter()
         self._wake_read, self._wake_write = os.pipe()
         self._stopping = False
@@ -156,12 +171,21 @@ class Server:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, self._limits.frame)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # libzmq counts whole messages, not bytes, as signs of life: a time-out must exceed the largest frame's way
         socket.setsockopt(zmq.HEARTBEAT_IVL, 500)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
-        socket.setsockopt(zmq.HEARTBEAT_TTL, 3000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
         socket.setsockopt(zmq.RCVHWM, 256)
         socket.setsockopt(zmq.SNDHWM, 256)
         socket.setsockopt(zmq.BACKLOG, 512)
+
+    def check(self) -> None:
+        """Raises MgrpoError naming address and cause when the serving thread has died."""
+        if self.failure is not None:
+            raise MgrpoError(self._last_words()) from self.failure
+
+    def _last_words(self) -> str:
+        return f"the server at {self.url} has stopped: {type(self.failure).__name__}: {self.failure}"
 
     def close(self, timeout: float = 10.0) -> None:
         """Finish the batch in hand, answer it, free the address. Idempotent."""
@@ -195,7 +219,7 @@ class Server:
         last_tick = 0.0
         try:
             while not self._stopping:
-                poller.poll(int(self._tick_s * 1000))
+                poller.poll(int(1000 * (FLUSH_S if self._waiting else self._tick_s)))
                 answers = self._take_turn()
                 now = time.monotonic()
                 if now - last_tick >= self._tick_s:
@@ -207,9 +231,18 @@ class Server:
         except BaseException as error:
             self.failure = error
             log.exception("server at %s stopped", self.url)
+            self._tell_peers()
         finally:
-            self._socket.close(linger=500 if self.failure is None else 0)
+            self._socket.close(linger=500)
             self._binding.release()
+
+    def _tell_peers(self) -> None:
+        """Whoever waits for an answer shall not wait for the deadline. An answer to request 0 is one to all."""
+        words = [(0, "STOPPED", codec.encode(self._last_words()), ())]
+        for identity in self._peers:
+            for header, frames in pack(words, Sender()):
+                with contextlib.suppress(zmq.ZMQError):
+                    self._socket.send_multipart([identity, header, *frames], zmq.NOBLOCK)
 
     def _take_turn(self) -> list[Answer]:
         answers: list[Answer] = []
@@ -227,6 +260,10 @@ class Server:
 
     def _take_message(self, parts: list[zmq.Frame], answers: list[Answer]) -> None:
         identity = parts[0].bytes
+        if identity not in self._peers:
+            self._peers[identity] = None
+            if len(self._peers) > KNOWN_PEERS:
+                del self._peers[next(iter(self._peers))]
         try:
             if len(parts) < 2:
                 raise BadMessage("a message without a header")
@@ -334,11 +371,36 @@ class Server:
         for answer in answers:
             by_peer[answer[0]].append(answer)
         for identity, mine in by_peer.items():
-            for header, frames in pack([(n, s, codec.encode(b), f) for _, n, s, b, f in mine], Sender()):
-                try:
-                    self._socket.send_multipart([identity, header, *frames], zmq.NOBLOCK, copy=False)
-                except zmq.ZMQError:
-                    self.counters["undelivered"] += 1  # gone or stuck: it will ask again
+            waiting = self._waiting.setdefault(identity, deque())
+            for header, frames in pack([self._encoded(answer) for answer in mine], Sender()):
+                if len(waiting) < WAITING_MESSAGES:
+                    waiting.append([identity, header, *frames])
+                else:
+                    self.counters["undelivered"] += 1
+        self._send_waiting()
+
+    def _encoded(self, answer: Answer) -> tuple[int, str, bytes, Sequence[Buffer]]:
+        """An answer as an item to pack. libzmq would cut the asker's connection without a word at an oversize frame."""
+        _, number, status, value, frames = answer
+        body = codec.encode(value)
+        largest = max(len(body), max((len(frame) for frame in frames), default=0))
+        if largest > self._limits.frame:
+            self.counters["TOO_LARGE"] += 1
+            text = f"the answer has a frame of {largest} bytes, the limit is {self._limits.frame}"
+            return number, "TOO_LARGE", codec.encode(text), ()
+        return number, status, body, frames
+
+    def _send_waiting(self) -> None:
+        for identity, waiting in list(self._waiting.items()):
+            try:
+                while waiting:
+                    self._socket.send_multipart(waiting[0], zmq.NOBLOCK, copy=False)
+                    waiting.popleft()
+            except zmq.Again:
+                continue  # its connection is full: the rest waits, in order
+            except zmq.ZMQError:  # gone; should it come back, it asks again
+                self.counters["undelivered"] += len(waiting)
+            del self._waiting[identity]
 
 
 def pack(

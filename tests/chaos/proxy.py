@@ -27,17 +27,20 @@ class _Pipe:
     target: socket.socket
     upwards: bool
     held: deque[tuple[float, bytes]] = field(default_factory=deque)
+    free_at: float = 0.0  # when the link has room for more, at a bounded rate
 
 
 class Proxy:
-    """Forwards 127.0.0.1:port to target; `mode` is "pass" or one of FAULTS."""
+    """Forwards 127.0.0.1:port to target; `mode` is "pass" or one of FAULTS. rate: bytes a second and direction of each
+    connection (0: as fast as it goes). answered: bytes that came from the target."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, rate: float = 0.0) -> None:
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
         self.port = self._listener.getsockname()[1]
         self.mode = "pass"
+        self.rate, self.answered = rate, 0
         self._pipes: list[_Pipe] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -55,7 +58,7 @@ class Proxy:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._listener, selectors.EVENT_READ)
                 for pipe in self._pipes:
-                    if len(pipe.held) < 64:
+                    if len(pipe.held) < (2 if self.rate else 64):
                         selector.register(pipe.source, selectors.EVENT_READ, pipe)
                 ready = [key for key, _ in selector.select(0.005)]
             for key in ready:
@@ -88,13 +91,18 @@ class Proxy:
         if not data:
             self._drop(pipe)
             return
+        self.answered += 0 if pipe.upwards else len(data)
         wait = 0.2 if self.mode == "delay" else 0.0
         pipe.held.append((time.monotonic() + wait, data))
 
     def _forward(self, pipe: _Pipe) -> None:
         blocked = self.mode == "black hole" or (self.mode == "one way" and not pipe.upwards)
         while pipe.held and not blocked and pipe.held[0][0] <= time.monotonic():
+            if self.rate and pipe.free_at > time.monotonic():
+                return
             at, data = pipe.held.popleft()
+            if self.rate:
+                pipe.free_at = max(pipe.free_at, time.monotonic() - 0.05) + len(data) / self.rate
             if self.mode == "trickle" and len(data) > 20:
                 pipe.held.appendleft((at, data[20:]))
                 data, blocked = data[:20], True

@@ -254,4 +254,4 @@ def _port(url: str) -> int:
 
 def _everywhere(url: str) -> str:
     """What a server binds so that `url` reaches it: names of hosts can be connected to, not bound."""
-    return f"tcp://0.0.0.0:{_port(url)}"
+    return f"tcp://*:{_port(url)}"
