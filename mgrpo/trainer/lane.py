@@ -74,10 +74,6 @@ class Lane:
         """Raises MgrpoError when this role's address is not served any more."""
         self._server.check()
 
-    def check(self) -> None:
-        """Raise MgrpoError when the role's address is served no more: nothing would ever arrive."""
-        self._server.check()
-
     def close(self) -> None:
         self._server.close()
         self.spool.close()

@@ -159,13 +159,6 @@ class Server:
         self._thread = threading.Thread(target=self._run, name=f"mgrpo-server {url}", daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
-        """Raise MgrpoError naming the address and the cause once the serving thread has ended by itself."""
-        if self.failure is not None:
-            raise MgrpoError(
-                f"server at {self.url}: its thread has ended by {type(self.failure).__name__}: {self.failure}"
-            ) from self.failure
-
     def _configure(self) -> None:
         socket = self._socket
         socket.setsockopt(zmq.LINGER, 0)
