@@ -102,13 +102,13 @@ def test_steps_go_on_while_bytes_are_written(tmp_path: Path, monkeypatch: pytest
     policy, optimizer = trained(0, 3)
     expected = weights(policy)
     go_on = threading.Event()
-    write = checkpoint._sync
+    write = checkpoint.write_atomic
 
-    def slow(path: Path) -> None:
-        assert go_on.wait(30)
-        write(path)
+    def slow(path: Path, data: str) -> None:
+        assert go_on.wait(60)
+        write(path, data)
 
-    monkeypatch.setattr(checkpoint, "_sync", slow)
+    monkeypatch.setattr(checkpoint, "write_atomic", slow)
     writer = CheckpointWriter(tmp_path, keep=1)
     prepare_folder(tmp_path, 3)
     writer.begin(3, snapshot(policy, optimizer))

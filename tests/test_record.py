@@ -36,7 +36,7 @@ def rollout() -> Rollout:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     """Every array of every trajectory comes back to the last bit, versions of two kinds included."""
-    recorder = RolloutRecorder(RecordConfig(), tmp_path / "rollouts" / "0")
+    recorder = RolloutRecorder(RecordConfig(), tmp_path / "rollouts" / "0", print)
     original = rollout()
     recorder.train(0, 0, "0/0", 1, ("capital of Fiji", "Suva"), original, "")
     recorder.train(0, 0, "0/0", 2, ("capital of Fiji", "Suva"), None, "the engine is down")
@@ -96,9 +96,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (frame,) = SegmentReader(tmp_path).fresh()
     with pytest.raises(CorruptionError, match=path.name):
         frame.body()
-    (tmp_path / "000009.rec").write_bytes(b"something else entirely")
-    with pytest.raises(CorruptionError, match="000009"):
-        list(SegmentReader(tmp_path).fresh())
 
 
 def test_the_bound_holds_and_the_start_stays(tmp_path: Path) -> None:
@@ -116,14 +113,14 @@ def test_the_bound_holds_and_the_start_stays(tmp_path: Path) -> None:
 
 def test_tokens_are_sampled_and_recording_can_be_off(tmp_path: Path) -> None:
     """tokens_every keeps the tokens of every n-th step and the numbers of all; enabled = false writes nothing."""
-    recorder = RolloutRecorder(RecordConfig(tokens_every=3), tmp_path / "rollouts" / "0")
+    recorder = RolloutRecorder(RecordConfig(tokens_every=3), tmp_path / "rollouts" / "0", print)
     for step in range(7):
         recorder.train(step, step, f"{step}/{step}", 0, ("q", "a"), rollout(), "")
     recording = Recording([tmp_path])
     kept = [bool(r.body().trajectories[0].tokens) for r in recording.rollouts.values()]
     assert kept == [True, False, False, True, False, False, True]
     assert all(r.body().trajectories[2].n == 12 for r in recording.rollouts.values())
-    silent = RolloutRecorder(RecordConfig(enabled=False), tmp_path / "off" / "rollouts" / "0")
+    silent = RolloutRecorder(RecordConfig(enabled=False), tmp_path / "off" / "rollouts" / "0", print)
     silent.train(0, 0, "0/0", 0, ("q", "a"), rollout(), "")
     assert not (tmp_path / "off").exists()
 

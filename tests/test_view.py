@@ -64,7 +64,7 @@ def numbers_of(run: Path) -> tuple[str, Any, int, int]:
 
 def add_rollout(run: Path, question: str, answer: str) -> str:
     """Record one more rollout, as a worker would."""
-    recorder = RolloutRecorder(RecordConfig(), run / "rollouts" / "7")
+    recorder = RolloutRecorder(RecordConfig(), run / "rollouts" / "7", print)
     ids, mask = np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], np.uint8)
     main = Trajectory(
         query="99/0", rollout=0, role="main", invocation=0, tokens=ids, loss_mask=mask,

@@ -84,7 +84,7 @@ class RolloutWorker:
             for role in config.training_roles
         }
         self._shipper = Shipper(self._store, self._spools, self._main_reward, self._timeout)
-        self._recorder = RolloutRecorder(config.record, folder)
+        self._recorder = RolloutRecorder(config.record, folder, self._say)
         self._sources: dict[str, _Source] = {}
         self._agents: dict[str, Agent] = {}
         self._loop = asyncio.new_event_loop()
