@@ -145,9 +145,6 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_record(record: object) -> bool:
-    return (
-        isinstance(record, dict)
-        and isinstance(record.get("step"), int)
-        and isinstance(record.get("time"), int | float)
-        and all(value is None or isinstance(value, int | float) for value in record.values())
-    )
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record.get("time") is None:
+        return False
+    return all(v is None or (isinstance(v, int | float) and abs(v) < math.inf) for v in record.values())

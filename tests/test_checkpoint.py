@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mgrpo.cli.parts import RunFolder
 from mgrpo.config import dump_config, load_config
 from mgrpo.errors import CheckpointError, CorruptionError
 from mgrpo.model.policy import Policy
+from mgrpo.spool import Meta, Spool
 from mgrpo.trainer import checkpoint
 from mgrpo.trainer.checkpoint import (
     Checkpoint,
@@ -29,6 +31,7 @@ from mgrpo.trainer.checkpoint import (
     save_checkpoint,
     snapshot,
 )
+from mgrpo.trainer.process import TrainerProcess
 from tests.models import tiny_policy
 from tests.runs import RELAY, command, leftovers, resume, started, steps_of, summary
 
@@ -181,6 +184,34 @@ def test_tokens_are_kept_for_the_oldest_checkpoint(tmp_path: Path) -> None:
     assert note_cursors(second, {"main": 16, "left": 15}) == {"main": 0, "left": 0}
     third = save_checkpoint(tmp_path, 6, policy, optimizer, keep=2)
     assert note_cursors(third, {"main": 24, "left": 23}) == {"main": 16, "left": 15}
+
+
+class Committed:
+    """A lane's store: every group of the steps up to a commit is committed, two groups a step."""
+
+    def commit(self, *, step: int) -> int:
+        return 2 * (step + 1)
+
+
+def test_a_trainer_cuts_its_spool_for_the_oldest_checkpoint(tmp_path: Path) -> None:
+    """What an older kept checkpoint would train on again is still in the spool, also after a restart."""
+    policy, optimizer = trained(0, 1)
+    spool = Spool(tmp_path / "spool", role="main", digest="d", segment_bytes=1)
+    for index in range(20):
+        spool.append(Meta(f"{index}", 0, "main", 0, 0, index, {}, 1), bytes(13))
+    kept: list[int] = []
+    recorder = SimpleNamespace(keep=lambda c: kept.append(c.step))
+    trainer = object.__new__(TrainerProcess)
+    trainer._lanes = [SimpleNamespace(role="main", spool=spool, store=Committed(), recorder=recorder)]  # type: ignore[list-item]
+
+    def left() -> int:
+        return min(index for index in range(20) if (f"{index}", 0, 0, 0) in spool._index)
+
+    with spool:
+        for step, first in ((2, 4), (4, 4), (4, 4), (6, 8)):
+            trainer._commit(save_checkpoint(tmp_path / "c", step, policy, optimizer, keep=2))
+            assert left() == first and trainer._checkpointed == step
+    assert kept == [2, 4, 4, 6]
 
 
 def test_steps_go_on_while_bytes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: Path) -> None:
     lines = [
         b'{"step": 1, "time": 0.5, "a": null}', b'{"step": 9, "ti{"step": 10, "time": 1}', b"17", b"[]", b"\xff\xfe",
         b'{"time": 1.0}', b'{"step": "x", "time": 1.0}', b'{"step": 2, "time": 1.0, "a": "high"}',
+        b'{"step": 2, "time": NaN}', b'{"step": 2, "time": 1, "seq": 1e999}',
         b'{"step": 2, "time": 1, "a": 3}',
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))

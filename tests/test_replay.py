@@ -203,9 +203,9 @@ def test_what_was_not_kept_is_said(recorded: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_is_replayed_with_what_each_step_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Four steps of a falling learning rate; then resumed for eight, with other threads, checkpoints and bounds, and one
-    trainer behind a damaged checkpoint: it takes the same groups again, with another learning rate. Every step of the
-    history that survived can be rebuilt."""
+    """Four steps of a falling learning rate; then resumed for eight, with other threads, checkpoints and bounds, and
+    one trainer behind a damaged checkpoint: it takes the same groups again, with another learning rate. Every step of
+    the history that survived can be rebuilt."""
     run, roles = tmp_path / "run", ("main", "left", "right")
     sets = [f"agents.{role}.optimizer.decay=1.0" for role in roles]
     sets += ["trainer.checkpoint_every=2", "eval.gate=0", "eval.heldout=1", "eval.validation=1"]

@@ -6,6 +6,7 @@ last report it has written down, so a resumed run appends and repeats nothing.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from mgrpo.cli.reports import MALFORMED, every_report, values_of
 from mgrpo.cli.summary import draw_curves, read_summary, write_summary
 from mgrpo.config import RunConfig
 from mgrpo.errors import DeadlineError, PeerError
+from mgrpo.files import remove_partials
 from mgrpo.metrics import MetricsWriter, read_metrics
 from mgrpo.store.client import LauncherClient
 from mgrpo.transport.keys import client_keys
@@ -62,6 +64,8 @@ class Monitor:
                 if time.monotonic() > deadline:
                     raise
         self._client.set_control("running", "")
+        with contextlib.suppress(OSError):
+            remove_partials(self._folder.root)
         # A resumed run: what its earlier parts said, for the summary. The store keeps the latest reports only.
         self._summary.restore(self._folder.root)
         for report in every_report(self._client, -1):
@@ -234,5 +238,5 @@ def _written_so_far(folder: Path) -> tuple[int, float]:
     """(last report that metrics.jsonl holds, seconds of the run so far); (-1, 0) for a new run."""
     seq, seconds = -1, 0.0
     for record in read_metrics(folder):
-        seq, seconds = max(seq, int(record.get("seq", -1))), max(seconds, float(record.get("time", 0.0)))
+        seq, seconds = max(seq, int(record.get("seq") or -1)), max(seconds, float(record["time"]))
     return seq, seconds

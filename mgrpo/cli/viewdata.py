@@ -325,4 +325,7 @@ class Texts:
             from tokenizers import Tokenizer
         except ImportError:  # an extra
             return None
-        return Tokenizer.from_file(str(path))
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception:  # the library's own, of a file that a power cut has emptied
+            return None

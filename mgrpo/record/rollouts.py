@@ -38,7 +38,7 @@ class RolloutRecorder:
         failure: str,
     ) -> None:  # fmt: skip
         """A rollout of a training group; `asked` is its question and gold answer, failure why there is none."""
-        if self._writer is None:
+        if self._writer is None or not self._writer.active:
             return
         every = self._config.tokens_every
         keep = every > 0 and step % every == 0
@@ -51,7 +51,7 @@ class RolloutRecorder:
         self, step: int, split: str, mode: str, number: int, asked: tuple[str, str], played: Rollout | None
     ) -> None:
         """A rollout of an evaluation: question `number` of `split`. Only the first few are kept."""
-        if self._writer is None or number >= self._config.evaluation:
+        if self._writer is None or not self._writer.active or number >= self._config.evaluation:
             return
         query = f"{EVALUATION}/{split}/{step}/{mode}/{number}"
         self._write(_head(query, 0, (step, number), (split, mode), asked, played), _body(played, "", True))

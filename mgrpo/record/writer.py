@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mgrpo.files import write_atomic
+from mgrpo.files import remove_partials, write_atomic
 from mgrpo.record.notes import Notes
 from mgrpo.record.segments import SegmentWriter
 
@@ -26,6 +26,7 @@ class RecordWriter:
         self._notes: Notes | None = None
         with self.guard("the start"):
             segments = SegmentWriter(folder, max_bytes)
+            remove_partials(folder)
             self._notes = Notes(folder)
             self._segments = segments
 

@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.policy import LoraConfig
+from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy, adapter_bytes, load_policy, save_policy, state_bytes
 from mgrpo.model.shell import shell_files
 from mgrpo.record.schema import StepSettings
@@ -87,6 +88,13 @@ class TrainerProcess:
     def _run(self) -> None:
         checkpoint = self._crew.begin(self._start_policy())
         step = checkpoint.step if checkpoint else 0
+        if checkpoint is None and (
+            cut := [lane.spool.path for lane in self._lanes if lane.spool.segments()[0] > 1]
+        ):
+            raise ConfigError(
+                f"{cut[0]} holds no tokens of the first steps any more, and no checkpoint is left in "
+                f"{self._folder / 'checkpoints'}: put one back, or begin again with --fresh"
+            )
         self._weights.describe(shell_files(self._crew.policy()))
         self._checkpointed = step
         for lane in self._lanes:

@@ -35,7 +35,7 @@ class StepRecorder:
 
     def step(self, batch: StepBatch, metrics: Mapping[str, float], settings: StepSettings) -> None:
         """Record a step that was taken with `settings`."""
-        if self._writer is not None:
+        if self._writer is not None and self._writer.active:
             head, body = StepHead(self._role, batch.step, time.time()), step_body(batch, metrics, settings)
             self._writer.append(batch.step, msgspec.msgpack.encode(head), msgspec.msgpack.encode(body))
 

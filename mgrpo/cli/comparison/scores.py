@@ -18,7 +18,7 @@ from mgrpo.cli.comparison.variants import Score
 from mgrpo.cli.evaluate import load_agents, policy_path
 from mgrpo.cli.parts import RunFolder, load_run_task, recorded_run
 from mgrpo.config import RunConfig
-from mgrpo.files import write_atomic
+from mgrpo.files import remove_partials, write_atomic
 from mgrpo.rollout.play import Played, evaluate
 from mgrpo.rollout.task import Task
 from mgrpo.rollout.worker import EVAL_SEED
@@ -47,6 +47,7 @@ def score(out: Path, seed: int, wanted: Score, n: int, say: Callable[[str], None
     config = config.model_copy(update={"task": config.task.model_copy(update={"options": options})})
     result = asyncio.run(_play(config, load_run_task(config), paths, n))
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials(path.parent)
     write_atomic(path, json.dumps(result))
     means = ", ".join(f"{mode} {sum(result[mode]) / n:.3f}" for mode in ("sampled", "greedy"))
     say(f"seed {seed}, {wanted.name}: held-out {means}")
