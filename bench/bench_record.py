@@ -28,7 +28,7 @@ from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.record.schema import RolloutBody
 from mgrpo.record.segments import SegmentWriter
-from mgrpo.trainer.checkpoint import checkpoints_below
+from mgrpo.trainer.checkpoint import Checkpoint, step_folders, step_of
 from mgrpo.trainer.record import StepRecorder
 from mgrpo.trainer.replay import Replayer
 from mgrpo.types import MAIN, Rollout, Trajectory
@@ -70,7 +70,7 @@ class Again:
 
     def rollouts(self) -> int:
         """Of training; returns how many."""
-        recorder = RolloutRecorder(self.config.record, self._folder / "rollouts")
+        recorder = RolloutRecorder(self.config.record, self._folder / "rollouts", print)
         number = 0
         for recorded in self._recording.rollouts.values():
             head = recorded.head
@@ -90,7 +90,7 @@ class Again:
         """Of every role, with its checkpoints."""
         replayer = Replayer(self.config, self._recording, RunFolder(self._run).agent)
         for role in ROLES:
-            recorder = StepRecorder(self.config.record, self._folder / role, role)
+            recorder = StepRecorder(self.config.record, self._folder / role, role, print)
             for (mine, number), recorded in self._recording.steps.items():
                 if mine == role:
                     body = recorded.body()
@@ -98,8 +98,9 @@ class Again:
                     assert batch is not None and whole, (
                         f"step {number} of {role} cannot be built from the record"
                     )
-                    self._timed(lambda r=recorder, b=batch, m=body.metrics: r.step(b, m))  # type: ignore[misc]
-            for checkpoint in checkpoints_below(RunFolder(self._run).agent(role) / "record" / "checkpoints"):
+                    self._timed(lambda r=recorder, b=batch, d=body: r.step(b, d.metrics, d.settings))  # type: ignore[misc]
+            kept = RunFolder(self._run).agent(role) / "record" / "checkpoints"
+            for checkpoint in (Checkpoint(path, step_of(path)) for path in step_folders(kept)):
                 self._timed(lambda r=recorder, c=checkpoint: r.keep(c))  # type: ignore[misc]
             recorder.close()
 

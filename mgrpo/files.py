@@ -32,6 +32,14 @@ def write_atomic(path: str | Path, data: bytes | str, mode: int = 0o644) -> None
     sync_folder(target.parent)
 
 
+def remove_partials(folder: str | Path) -> None:
+    """Delete what killed processes have left of `write_atomic`; for a folder that nobody else writes to now. Raises
+    OSError."""
+    for left in Path(folder).glob(".*.partial"):
+        if left.is_file():
+            left.unlink(missing_ok=True)
+
+
 def sync_folder(path: str | Path) -> None:
     """Make the entries of the folder at `path` (new, renamed and deleted names) durable. Raises OSError."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -70,7 +70,8 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
 
 def train(crew: Crew, start: Path, last: int = STEPS, save: bool = False) -> dict[str, Any]:
     """From where the crew's checkpoint stands up to `last`: metrics of each step, weights before and after all."""
-    step = crew.begin(start)
+    checkpoint = crew.begin(start)
+    step = checkpoint.step if checkpoint else 0
     found: dict[str, Any] = {"from": step, "before": weights(crew.policy()), "metrics": []}
     while step < last:
         found["metrics"].append(crew.train(batches_of(step), recompute_old=step % 2 == 1))

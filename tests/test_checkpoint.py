@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +19,19 @@ from mgrpo.cli.parts import RunFolder
 from mgrpo.config import dump_config, load_config
 from mgrpo.errors import CheckpointError, CorruptionError
 from mgrpo.model.policy import Policy
+from mgrpo.spool import Meta, Spool
 from mgrpo.trainer import checkpoint
 from mgrpo.trainer.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     latest_checkpoint,
+    note_cursors,
     prepare_folder,
     restore_checkpoint,
     save_checkpoint,
     snapshot,
 )
+from mgrpo.trainer.process import TrainerProcess
 from tests.models import tiny_policy
 from tests.runs import RELAY, command, leftovers, resume, started, steps_of, summary
 
@@ -97,18 +102,130 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
         latest_checkpoint(tmp_path)
 
 
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+def test_the_newest_intact_one_is_gone_back_to(tmp_path: Path) -> None:
+    """Behind a damaged checkpoint lies the one before it, and what is wrong is said; damaged are all: refused."""
+    policy, optimizer = trained(0, 1)
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path, step, policy, optimizer, keep=3)
+    flip(tmp_path / "step-00000006" / "__0_0.distcp")
+    (tmp_path / "step-00000004" / "manifest.json").unlink()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 2 and len(found.passed_over) == 2
+    assert "step-00000006" in found.passed_over[0] and "step-00000004" in found.passed_over[1]
+    flip(tmp_path / "step-00000002" / "__0_0.distcp")
+    with pytest.raises(CorruptionError, match="step-00000006"):
+        latest_checkpoint(tmp_path)
+
+
+def test_going_back_leaves_nothing_of_the_history_that_was_left(tmp_path: Path) -> None:
+    """Back at step 2, a checkpoint of step 3 is written: that of step 4, whole or not, is of no use any more; step 3
+    written again replaces what is there."""
+    policy, optimizer = trained(0, 1)
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, policy, optimizer, keep=2)
+    flip(tmp_path / "step-00000004" / "__0_0.distcp")
+    for _ in range(2):
+        advance(policy, optimizer, 0)
+        save_checkpoint(tmp_path, 3, policy, optimizer, keep=2)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 3 and not found.passed_over
+    other, other_optimizer = trained(1, 0)
+    restore_checkpoint(found, other, other_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(weights(policy), weights(other), strict=True))
+
+
+def test_a_half_deleted_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while an old one is deleted: it has lost its name first, and its rest goes with the next."""
+    policy, optimizer = trained(0, 1)
+    save_checkpoint(tmp_path, 1, policy, optimizer, keep=1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    save_checkpoint(tmp_path, 2, policy, optimizer, keep=1)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000002"]
+    save_checkpoint(tmp_path, 3, policy, optimizer, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_names_are_durable_with_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint's folder is synced before it gets its name, and the folder of that name after it."""
+    policy, optimizer = trained(0, 1)
+    seen: list[tuple[str, bool]] = []
+    root = tmp_path / "checkpoints"
+    fsync = os.fsync
+
+    def watched(file: int) -> None:
+        seen.append((str(Path(f"/proc/self/fd/{file}").readlink()), (root / "step-00000001").exists()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    save_checkpoint(root, 1, policy, optimizer, keep=1)
+    for wanted in ((str(tmp_path), False), (str(root / ".step-00000001.partial"), False), (str(root), True)):
+        assert wanted in seen, seen
+
+
+def test_tokens_are_kept_for_the_oldest_checkpoint(tmp_path: Path) -> None:
+    """Two checkpoints are kept: the spool is cut to what the older one would need, whichever of them is written, read
+    again after a restart, or gone; without its note nothing is deleted."""
+    policy, optimizer = trained(0, 1)
+    first = save_checkpoint(tmp_path, 2, policy, optimizer, keep=2)
+    assert note_cursors(first, {"main": 8, "left": 7}) == {"main": 8, "left": 7}
+    second = save_checkpoint(tmp_path, 4, policy, optimizer, keep=2)
+    for _ in range(2):
+        assert note_cursors(second, {"main": 16, "left": 15}) == {"main": 8, "left": 7}
+    assert latest_checkpoint(tmp_path) == second  # the note is no part of what the manifest sums up
+    (first.path / "cursors.json").write_text("torn {")
+    assert note_cursors(second, {"main": 16, "left": 15}) == {"main": 0, "left": 0}
+    third = save_checkpoint(tmp_path, 6, policy, optimizer, keep=2)
+    assert note_cursors(third, {"main": 24, "left": 23}) == {"main": 16, "left": 15}
+
+
+class Committed:
+    """A lane's store: every group of the steps up to a commit is committed, two groups a step."""
+
+    def commit(self, *, step: int) -> int:
+        return 2 * (step + 1)
+
+
+def test_a_trainer_cuts_its_spool_for_the_oldest_checkpoint(tmp_path: Path) -> None:
+    """What an older kept checkpoint would train on again is still in the spool, also after a restart."""
+    policy, optimizer = trained(0, 1)
+    spool = Spool(tmp_path / "spool", role="main", digest="d", segment_bytes=1)
+    for index in range(20):
+        spool.append(Meta(f"{index}", 0, "main", 0, 0, index, {}, 1), bytes(13))
+    kept: list[int] = []
+    recorder = SimpleNamespace(keep=lambda c: kept.append(c.step))
+    trainer = object.__new__(TrainerProcess)
+    trainer._lanes = [SimpleNamespace(role="main", spool=spool, store=Committed(), recorder=recorder)]  # type: ignore[list-item]
+
+    def left() -> int:
+        return min(index for index in range(20) if (f"{index}", 0, 0, 0) in spool._index)
+
+    with spool:
+        for step, first in ((2, 4), (4, 4), (4, 4), (6, 8)):
+            trainer._commit(save_checkpoint(tmp_path / "c", step, policy, optimizer, keep=2))
+            assert left() == first and trainer._checkpointed == step
+    assert kept == [2, 4, 4, 6]
+
+
 def test_steps_go_on_while_bytes_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the bytes are on disk there is no checkpoint; then there is one, of the state as it was at its step."""
     policy, optimizer = trained(0, 3)
     expected = weights(policy)
     go_on = threading.Event()
-    write = checkpoint._sync
+    write = checkpoint.write_atomic
 
-    def slow(path: Path) -> None:
-        assert go_on.wait(30)
-        write(path)
+    def slow(path: Path, data: str) -> None:
+        assert go_on.wait(60)
+        write(path, data)
 
-    monkeypatch.setattr(checkpoint, "_sync", slow)
+    monkeypatch.setattr(checkpoint, "write_atomic", slow)
     writer = CheckpointWriter(tmp_path, keep=1)
     prepare_folder(tmp_path, 3)
     writer.begin(3, snapshot(policy, optimizer))

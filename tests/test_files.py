@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.files import sync_tree, write_atomic
+from mgrpo.files import remove_partials, sync_tree, write_atomic
 
 
 def test_a_file_is_replaced_as_a_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -41,3 +41,12 @@ def test_sync_tree_reaches_every_file_and_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name))
     sync_tree(tmp_path)
     assert sorted(synced) == sorted(["x", "b", "a", "y", tmp_path.name])
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """A file that never got its name goes; files and folders that have one stay."""
+    (tmp_path / ".a.json.x1y2.partial").write_text("half")
+    (tmp_path / ".step-00000002.partial").mkdir()
+    write_atomic(tmp_path / "a.json", "whole")
+    remove_partials(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".step-00000002.partial", "a.json"]

@@ -177,14 +177,17 @@ def test_the_batcher_deals_a_step_out_to_the_ranks(recorded: Path) -> None:
 
     def step(ranks: int) -> list[MiniBatch]:
         config = recorded_run(recorded)
-        for role in ("main", "left"):
-            agent = config.agents[role]
-            policy = agent.policy.model_copy(update={"ranks": ranks})
-            config.agents[role] = agent.model_copy(update={"policy": policy})
         config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"micro_batch": 64})})
-        replayer = Replayer(config, Recording([recorded]), RunFolder(recorded).agent)
-        parts = [replayer._whole(role, 1) for role in ("main", "left")]
-        return joined([part for part in parts if part is not None])
+        recording = Recording([recorded])
+        replayer = Replayer(config, recording, RunFolder(recorded).agent)
+        parts = []
+        for role in ("main", "left"):
+            body = recording.steps[role, 1].body()
+            body.settings.ranks = ranks
+            batch, whole = replayer._build(role, 1, body)
+            assert batch is not None and whole
+            parts.append(batch)
+        return joined(parts)
 
     for one, two in zip(step(1), step(2), strict=True):
         shares = [two.share(rank, 2) for rank in range(2)]

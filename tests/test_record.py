@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ from mgrpo.config.run import RecordConfig
 from mgrpo.errors import CorruptionError
 from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import RolloutRecorder
+from mgrpo.record.schema import StepHead
 from mgrpo.record.segments import SEGMENTS, SegmentReader, SegmentWriter
 from mgrpo.types import Rollout, Trajectory
 
@@ -36,7 +38,7 @@ def rollout() -> Rollout:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     """Every array of every trajectory comes back to the last bit, versions of two kinds included."""
-    recorder = RolloutRecorder(RecordConfig(), tmp_path / "rollouts" / "0")
+    recorder = RolloutRecorder(RecordConfig(), tmp_path / "rollouts" / "0", print)
     original = rollout()
     recorder.train(0, 0, "0/0", 1, ("capital of Fiji", "Suva"), original, "")
     recorder.train(0, 0, "0/0", 2, ("capital of Fiji", "Suva"), None, "the engine is down")
@@ -96,9 +98,99 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (frame,) = SegmentReader(tmp_path).fresh()
     with pytest.raises(CorruptionError, match=path.name):
         frame.body()
-    (tmp_path / "000009.rec").write_bytes(b"something else entirely")
-    with pytest.raises(CorruptionError, match="000009"):
-        list(SegmentReader(tmp_path).fresh())
+
+
+def test_damage_costs_only_what_it_hits(tmp_path: Path) -> None:
+    """A destroyed frame, a segment of zeros and one of another kind: all whole frames are read, and each file that
+    something was passed over in is named."""
+    folder = tmp_path / "rollouts" / "0"
+    recorder = RolloutRecorder(RecordConfig(), folder, print)
+    for number in range(3):
+        recorder.train(number, number, f"{number}/{number}", 0, ("q", "a"), rollout(), "")
+    recorder.close()
+    path = folder / "000001.rec"
+    (_, second, _) = SegmentReader(folder).fresh()
+    data = bytearray(path.read_bytes())
+    data[second.offset - len(second.head) + 3] ^= 0xFF
+    path.write_bytes(data)
+    (folder / "000002.rec").write_bytes(bytes(4096))
+    (folder / "000003.rec").write_bytes(b"something else entirely")
+    recording = Recording([tmp_path])
+    assert list(recording.rollouts) == ["0/0/0", "2/2/0"]
+    assert recording.rollouts["2/2/0"].body().trajectories[0].n == 7
+    named = "\n".join(recording.notes())
+    assert all(f"{number:06d}.rec" in named for number in (1, 2, 3)) and "damaged from byte" in named
+
+
+class Unspeakable:
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"answer": "half a \ud83d character"},
+        {"answer": 1 << 80},
+        {"answer": Unspeakable()},
+        {"answer": {(1, 2): "a tuple for a key"}},
+    ],
+)
+def test_nothing_a_task_returns_ends_a_worker(tmp_path: Path, info: dict[str, object]) -> None:
+    """Texts that no encoding has, numbers beyond 64 bits, objects without words, scores of other types: the rollout is
+    recorded with what can be."""
+    recorder = RolloutRecorder(RecordConfig(), tmp_path / "rollouts" / "0", print)
+    odd = rollout()
+    odd.info.clear()
+    odd.info.update(info)
+    odd.main.scores.update({"judge": np.float32(0.5), "none": None})  # type: ignore[dict-item]
+    recorder.train(0, 0, "0/0", 1, ("q \udcff", "gold"), odd, "")
+    recorder.train(0, 0, "0/0", 2, ("q", "gold"), None, "why \udcff")
+    found = Recording([tmp_path]).rollouts
+    body = found["0/0/1"].body()
+    assert found["0/0/1"].head.question == "q ?" and len(body.trajectories) == 3
+    scores = body.trajectories[0].scores
+    assert scores["judge"] == 0.5 and math.isnan(scores["none"])
+    assert found["0/0/2"].body().failure == "why ?"
+
+
+def test_two_processes_in_one_folder_do_not_collide(tmp_path: Path) -> None:
+    """A predecessor that has not ended yet still writes: each has segments of its own."""
+    first, second = SegmentWriter(tmp_path, 1 << 20), SegmentWriter(tmp_path, 1 << 20)
+    first.append(b"one", b"1")
+    second.append(b"two", b"2")
+    first.append(b"three", b"3")
+    assert sorted(f.head for f in SegmentReader(tmp_path).fresh()) == [b"one", b"three", b"two"]
+
+
+def step_frame(writer: SegmentWriter, step: int, at: float) -> None:
+    writer.append(msgspec.msgpack.encode(StepHead("main", step, at)), b"")
+
+
+def test_steps_that_a_trainer_went_back_behind_are_left_out(tmp_path: Path) -> None:
+    """Steps 0 to 5, then from 3 again: of the first life only what is before 3 counts."""
+    writer = SegmentWriter(tmp_path / "agents" / "main" / "record", 1 << 20)
+    for at, step in enumerate([0, 1, 2, 3, 4, 5]):
+        step_frame(writer, step, float(at))
+    recording = Recording([tmp_path])
+    assert sorted(s for _, s in recording.steps) == [0, 1, 2, 3, 4, 5]
+    step_frame(writer, 3, 10.0)
+    recording.refresh()
+    assert sorted(s for _, s in recording.steps) == [0, 1, 2, 3]
+    step_frame(writer, 4, 11.0)
+    recording.refresh()
+    ages = {s: found.head.at for (_, s), found in Recording([tmp_path]).steps.items()}
+    assert ages == {0: 0.0, 1: 1.0, 2: 2.0, 3: 10.0, 4: 11.0}
+
+
+def test_a_rollout_of_two_workers_counts_the_last_time(tmp_path: Path) -> None:
+    """Resumed with fewer workers, a group may be played by another one: the later recording counts."""
+    for worker, answer in ((1, "early"), (0, "late")):
+        recorder = RolloutRecorder(RecordConfig(), tmp_path / "rollouts" / str(worker), print)
+        again = rollout()
+        again.info["answer"] = answer
+        recorder.train(0, 0, "0/0", 1, ("q", "a"), again, "")
+    assert Recording([tmp_path]).rollouts["0/0/1"].head.answer == "late"
 
 
 def test_the_bound_holds_and_the_start_stays(tmp_path: Path) -> None:
@@ -116,14 +208,14 @@ def test_the_bound_holds_and_the_start_stays(tmp_path: Path) -> None:
 
 def test_tokens_are_sampled_and_recording_can_be_off(tmp_path: Path) -> None:
     """tokens_every keeps the tokens of every n-th step and the numbers of all; enabled = false writes nothing."""
-    recorder = RolloutRecorder(RecordConfig(tokens_every=3), tmp_path / "rollouts" / "0")
+    recorder = RolloutRecorder(RecordConfig(tokens_every=3), tmp_path / "rollouts" / "0", print)
     for step in range(7):
         recorder.train(step, step, f"{step}/{step}", 0, ("q", "a"), rollout(), "")
     recording = Recording([tmp_path])
     kept = [bool(r.body().trajectories[0].tokens) for r in recording.rollouts.values()]
     assert kept == [True, False, False, True, False, False, True]
     assert all(r.body().trajectories[2].n == 12 for r in recording.rollouts.values())
-    silent = RolloutRecorder(RecordConfig(enabled=False), tmp_path / "off" / "rollouts" / "0")
+    silent = RolloutRecorder(RecordConfig(enabled=False), tmp_path / "off" / "rollouts" / "0", print)
     silent.train(0, 0, "0/0", 0, ("q", "a"), rollout(), "")
     assert not (tmp_path / "off").exists()
 

@@ -12,13 +12,14 @@ import pytest
 
 from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.cli.replay import replay_run
+from mgrpo.record.notes import Notes
 from mgrpo.record.reader import Recording
 from mgrpo.record.schema import RolloutBody, RolloutHead, StepBody
 from mgrpo.record.segments import SegmentWriter
 from mgrpo.trainer.batch import StepBatch, joined
 from mgrpo.trainer.replay import DIFFERS, EQUAL, Replayer, Stage
 from mgrpo.trainer.step import MiniBatch
-from tests.runs import RELAY, final_weights, train
+from tests.runs import RELAY, final_weights, resume, train
 
 STAGES = ["reward", "advantage", "alignment", "batch", "loss"]
 
@@ -197,6 +198,83 @@ def test_what_was_not_kept_is_said(recorded: Path, tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(Exception, match="not in the record"):
         replayer(run).replay(chosen)
+
+
+def test_a_resumed_run_is_replayed_with_what_each_step_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four steps of a falling learning rate; then resumed for eight, with other threads, checkpoints and bounds, and
+    one trainer behind a damaged checkpoint: it takes the same groups again, with another learning rate. Every step of
+    the history that survived can be rebuilt."""
+    run, roles = tmp_path / "run", ("main", "left", "right")
+    sets = [f"agents.{role}.optimizer.decay=1.0" for role in roles]
+    sets += ["trainer.checkpoint_every=2", "eval.gate=0", "eval.heldout=1", "eval.validation=1"]
+    train(RELAY, run, "trainer.steps=4", *sets)
+    before = {step: recorded.body() for step, recorded in Recording([run]).steps.items()}
+    newest = run / "agents" / "left" / "checkpoints" / "step-00000004" / "__0_0.distcp"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    output = resume(
+        run, "trainer.steps=8", "trainer.threads=2", "trainer.checkpoint_every=3", "trainer.keep_checkpoints=1",
+        "record.checkpoints_mb=300", "eval.every=3",
+    )  # fmt: skip
+    assert "left: a checkpoint was passed over" in output and "step-00000004" in output
+    assert "left: resumed at step 2, 8 groups again" in output
+    recording = Recording([run])
+    assert sorted(recording.steps) == sorted((role, step) for role in roles for step in range(8))
+    after = {step: recorded.body() for step, recorded in recording.steps.items()}
+    for role in roles:
+        for step in range(4):
+            assert after[role, step].queries == before[role, step].queries
+    assert after["left", 2].settings.lr > before["left", 2].settings.lr == after["main", 2].settings.lr
+    assert after["left", 2].settings.threads == 2 and after["main", 2].settings.threads == 1
+    capsys.readouterr()
+    replay_run(run, [], sample=40, seed=2)
+    assert capsys.readouterr().out.splitlines()[-1] == "40 rollouts: every stage bit-equal"
+
+
+def test_a_damaged_kept_checkpoint_is_passed_over(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Torn, damaged or empty: losses are replayed from the one before it, or from the start."""
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    folder = run / "agents" / "left" / "record" / "checkpoints"
+    (folder / "step-00000010" / "manifest.json").unlink()
+    (folder / "step-00000011").mkdir()
+    chosen = invoked(run)
+    replay_run(run, [chosen], sample=0, seed=0)
+    for path in folder.glob("step-*/.metadata"):
+        path.write_bytes(b"x")
+    replay_run(run, [chosen], sample=0, seed=0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  left" in line]
+    assert len(lines) == 2 and all(line.count(" =") == len(STAGES) for line in lines)
+
+
+def test_a_gap_of_the_record_is_not_called_equal(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step whose record is damaged, and one that is missing: said, with the status of what was not recorded."""
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    chosen = invoked(run)
+    step = Recording([run]).rollouts[chosen].head.step
+    found = Recording([run]).steps["left", step].frame
+    data = bytearray(found.path.read_bytes())
+    data[found.offset + found.length // 2] ^= 1
+    found.path.write_bytes(data)
+    with pytest.raises(SystemExit) as ended:
+        replay_run(run, [chosen], sample=0, seed=0)
+    assert ended.value.code == 3 and "does not match its checksum" in capsys.readouterr().out
+    for path in (run / TRAINER).glob("*.rec"):
+        path.unlink()
+    Notes(run / TRAINER).add("recording stopped at step 0: No space left on device")
+    with pytest.raises(SystemExit) as ended:
+        replay_run(run, [chosen], sample=0, seed=0)
+    said = capsys.readouterr().out
+    assert ended.value.code == 3 and f"reward not recorded (step {step} of left)" in said
+    assert said.startswith("note: ") and "No space left on device" in said
 
 
 def test_roles_that_share_a_policy_train_it_together(

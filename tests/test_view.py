@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 from mgrpo.cli.viewdata import RunView
-from mgrpo.cli.viewer import export, is_loopback
+from mgrpo.cli.viewer import as_json, export, is_loopback
 from mgrpo.config.run import RecordConfig
+from mgrpo.errors import ConfigError
+from mgrpo.record.notes import Notes
 from mgrpo.record.reader import RecordedRollout, Recording
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.types import Rollout, Trajectory
@@ -64,7 +66,7 @@ def numbers_of(run: Path) -> tuple[str, Any, int, int]:
 
 def add_rollout(run: Path, question: str, answer: str) -> str:
     """Record one more rollout, as a worker would."""
-    recorder = RolloutRecorder(RecordConfig(), run / "rollouts" / "7")
+    recorder = RolloutRecorder(RecordConfig(), run / "rollouts" / "7", print)
     ids, mask = np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], np.uint8)
     main = Trajectory(
         query="99/0", rollout=0, role="main", invocation=0, tokens=ids, loss_mask=mask,
@@ -213,6 +215,34 @@ def rollouts_of(run: Path) -> list[RecordedRollout]:
 
 
 @needs_browser
+def test_what_cannot_be_read_any_more_ends_no_page(recorded: Path, tmp_path: Path) -> None:
+    """A segment that is deleted to keep the bound while the page is open, a damaged one, a tokenizer without bytes: the
+    page shows the rest and names what is missing, and numbers that are not finite are JSON all the same."""
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    rollout, *_ = numbers_of(run)
+    (run / "rollouts" / "0" / "main.tokenizer.json").write_bytes(b"")
+    view = RunView(run)
+    (run / "agents" / "left" / "record" / "000001.rec").unlink()
+    right = run / "agents" / "right" / "record" / "000001.rec"
+    data = bytearray(right.read_bytes())
+    data[len(data) // 2] ^= 1
+    right.write_bytes(data)
+    overview = view.overview()
+    assert overview["rollouts"]["total"] == len(view.ids()) > 0
+    assert all(reward is None for reward in overview["rollouts"]["reward"]["left"])
+    assert any(reward is not None for reward in overview["rollouts"]["reward"]["main"])
+    with pytest.raises(ConfigError, match="not in the record"):
+        view.step("left", 3)
+    assert view.rollout(rollout)["trajectories"][0]["turns"]
+    Notes(run / "rollouts" / "0").add("recording stopped at step 7: No space left on device")
+    assert any("No space left" in note for note in view.overview()["notes"])
+    export(run, tmp_path / "page.html", trees=4)
+    assert "No space left" in (tmp_path / "page.html").read_text()
+    odd = as_json({"a": [float("nan"), 1.5, {"b": float("inf")}], "c": "NaN"})
+    assert json.loads(odd, parse_constant=pytest.fail) == {"a": [None, 1.5, {"b": None}], "c": "NaN"}
+
+
 def test_an_exported_file_works_from_disk(recorded: Path, tmp_path: Path) -> None:
     """One file, no server: curves, steps and trees are in it, and it asks the network for nothing."""
     rollout, _, _, step = numbers_of(recorded)

@@ -6,6 +6,7 @@ last report it has written down, so a resumed run appends and repeats nothing.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,11 @@ from typing import Any
 
 from mgrpo.cli.parts import RunFolder, run_params
 from mgrpo.cli.progress import Display, step_line
-from mgrpo.cli.summary import draw_curves, write_summary
+from mgrpo.cli.reports import MALFORMED, every_report, values_of
+from mgrpo.cli.summary import draw_curves, read_summary, write_summary
 from mgrpo.config import RunConfig
 from mgrpo.errors import DeadlineError, PeerError
+from mgrpo.files import remove_partials
 from mgrpo.metrics import MetricsWriter, read_metrics
 from mgrpo.store.client import LauncherClient
 from mgrpo.transport.keys import client_keys
@@ -68,13 +71,16 @@ class Monitor:
                     raise
                 self._complain(error, began)
         self.answered = time.monotonic()
-        self._metrics = MetricsWriter(self._folder.root)
+        self._metrics = MetricsWriter(self._folder.root, self._warn)
         self._client.set_control("running", "")
-        for report in self._client.reports(
-            after=-1
-        ):  # a resumed run: what the earlier part said, for the summary
-            if report.seq <= self._seen:
-                self._summary.take(report.kind, report.payload)
+        with contextlib.suppress(OSError):
+            remove_partials(self._folder.root)
+        # A resumed run: what its earlier parts said, for the summary. The store keeps the latest reports only.
+        self._summary.restore(self._folder.root)
+        for report in every_report(self._client, -1):
+            if report.seq > self._seen:
+                break
+            self._summary.take(report.kind, report.payload)
 
     def poll(self) -> Outcome:
         """Take in what is new and say how the run stands."""
@@ -82,11 +88,13 @@ class Monitor:
         try:
             # The state is read before the reports: whoever ends a run reports first and ends it then.
             control = self._client.world().control
-            fresh = self._client.reports(after=self._seen)
+            fresh = list(every_report(self._client, self._seen))
         except (DeadlineError, PeerError) as error:
             self._complain(error, self.answered)
             return Outcome.RUNNING
         self.answered = time.monotonic()
+        if fresh and (lost := fresh[0].seq - 1 - max(self._seen, 0)) > 0:
+            self._warn(f"{lost} reports are missing: the store had deleted them before they were read")
         for report in fresh:
             self._seen = report.seq
             self._summary.take(report.kind, report.payload)
@@ -118,17 +126,27 @@ class Monitor:
             return
         seconds = time.monotonic() - self._began
         summary = self._summary.result(seconds, outcome is Outcome.FINISHED)
-        write_summary(self._folder.root, summary | {"outcome": outcome.value, "reason": self.reason})
+        try:
+            write_summary(self._folder.root, summary | {"outcome": outcome.value, "reason": self.reason})
+        except OSError as error:
+            self._warn(f"{self._folder.root / 'summary.json'}: not written: {error.strerror}")
         heldout = summary["heldout"]
         if heldout["final"] is not None:
             final, warm = heldout["final"], heldout["warm"] or {}
             for mode in ("sampled", "greedy"):
                 was = f", was {warm[mode]:.3f} before RL" if mode in warm else ""
                 self._display.line(f"held-out accuracy, {mode}: {final[mode]:.3f}{was}", "bold")
-        picture = draw_curves(self._folder.root, f"{self._folder.root}  (seed {self._config.seed})")
+        try:
+            picture = draw_curves(self._folder.root, f"{self._folder.root}  (seed {self._config.seed})")
+        except OSError as error:
+            picture = None
+            self._warn(f"{self._folder.root / 'curves.png'}: not written: {error.strerror}")
         if picture is not None:
             self._display.line(f"curves: {picture}")
         self._display.line(f"summary: {self._folder.summary}  ({seconds:.0f} s)")
+
+    def _warn(self, line: str) -> None:
+        self._display.line(line, "yellow")
 
     def _take(self, seq: int, source: str, kind: str, payload: Mapping[str, Any]) -> None:
         """One report: a line for people, a record for machines."""
@@ -153,24 +171,11 @@ class Monitor:
         elif kind == "gate":
             self._display.line(f"gate: {payload['text']}", "green" if payload["valid"] else "red")
         elif kind != "rollouts":
-            self._display.line(str(payload.get("text", f"{source}: {kind}")), "dim")
+            style = "yellow" if kind == MALFORMED else "dim"
+            self._display.line(str(payload.get("text", f"{source}: {kind}")), style)
         step, values = values_of(kind, payload)
         if values and self._metrics is not None:
             self._metrics.write(step, time.monotonic() - self._began, {"seq": seq, **values})
-
-
-def values_of(kind: str, payload: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
-    """(step, metrics) of one report; a report that is only about itself has none."""
-    step = int(payload.get("step", 0))
-    if kind in ("step", "rollouts"):
-        return step, dict(payload["metrics"])
-    if kind == "warm":  # the warm start ends where RL begins, at step 0
-        return step - payload["steps"], {f"{payload['role']}/warm_start/loss": payload["loss"]}
-    if kind == "eval":
-        return step, {
-            f"eval/{payload['split']}/{m}": payload[m] for m in ("sampled", "greedy") if m in payload
-        }
-    return step, {}
 
 
 def part_of(source: str) -> str:
@@ -217,6 +222,40 @@ class _Summary:
     def gate_failed(self) -> bool:
         return self._gate is not None and not self._gate["valid"]
 
+    def restore(self, root: Path) -> None:
+        """Begin with what the run's folder holds: summary.json of the last part that ended by itself, and what was
+        written to metrics.jsonl since."""
+        before = read_summary(root)
+        gate, d_k = before.get("gate"), before.get("d_k")
+        self._gate = gate if isinstance(gate, dict) and "valid" in gate else None
+        self._d_k = d_k if isinstance(d_k, dict) else {}
+        for record in read_metrics(root):
+            step = int(record["step"])
+            for name, value in record.items():
+                self._take_value(step, name, value)
+
+    def _take_value(self, step: int, name: str, value: float | None) -> None:
+        first, _, rest = name.partition("/")
+        if value is None:
+            return
+        if name == "gate/valid":
+            self._gate = self._gate or {"valid": bool(value)}
+        elif name == "rollout/retoken_drift":
+            self._drift = max(self._drift, int(value))
+        elif first == "eval":
+            split, _, mode = rest.partition("/")
+            self._accuracy(split, step)[mode] = float(value)
+        elif rest == "reward/mean" and first in self._steps:
+            self._steps[first] = step
+
+    def _accuracy(self, split: str, step: int) -> dict[str, float]:
+        """Where the accuracies of one evaluation are kept, by mode."""
+        if split == "heldout":
+            when = "warm" if step == 0 else "final"
+            known = self._heldout[when] = self._heldout[when] or {}
+            return known
+        return self._validation.setdefault(step, {})
+
     def take(self, kind: str, payload: Mapping[str, Any]) -> None:
         self._trained = self._trained or kind in ("warm", "step")
         if kind == "gate":
@@ -227,11 +266,9 @@ class _Summary:
             self._drift = max(self._drift, int(payload["metrics"].get("rollout/retoken_drift", 0)))
         elif kind == "eval":
             accuracy = {mode: payload[mode] for mode in ("greedy", "sampled")}
+            self._accuracy(payload["split"], payload["step"]).update(accuracy)
             if payload["split"] == "heldout":
-                self._heldout["warm" if payload["step"] == 0 else "final"] = accuracy
                 self._d_k = payload["d_k"]
-            else:
-                self._validation[payload["step"]] = accuracy
 
     def result(self, seconds: float, finished: bool) -> dict[str, Any]:
         return {
@@ -253,5 +290,5 @@ def _written_so_far(folder: Path) -> tuple[int, float]:
     """(last report that metrics.jsonl holds, seconds of the run so far); (-1, 0) for a new run."""
     seq, seconds = -1, 0.0
     for record in read_metrics(folder):
-        seq, seconds = max(seq, int(record.get("seq", -1))), max(seconds, float(record.get("time", 0.0)))
+        seq, seconds = max(seq, int(record.get("seq") or -1)), max(seconds, float(record["time"]))
     return seq, seconds

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.errors import ConfigError
 from mgrpo.record.reader import Recording
@@ -19,12 +17,13 @@ def replay_run(run: Path, rollouts: Sequence[str], sample: int, seed: int) -> No
     """Print a line a stage and end with status 1 when one differs, 3 when none differs but some were not recorded."""
     folder, config = RunFolder(run), recorded_run(run)
     recording = Recording([run])
+    for note in recording.notes():
+        print(f"note: {note}")
     if not recording.steps:
         raise ConfigError(f"{run}: the run has no record (record.enabled, or it has not trained a step yet)")
     chosen = list(rollouts) or _random_rollouts(recording, sample, seed)
     if not chosen:
         raise ConfigError("replay needs --rollout ID or --sample N")
-    torch.set_num_threads(config.trainer.threads)
     replayer = Replayer(config, recording, folder.agent)
     worst = EQUAL
     for rollout in chosen:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mgrpo.files import write_atomic
 from mgrpo.metrics import read_metrics
+
+SUMMARY = "summary.json"
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """summary.json, replaced as a whole."""
-    partial = folder / ".summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder / "summary.json")
+    """summary.json, replaced as a whole. Raises OSError."""
+    write_atomic(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a run; {} where there is none yet, or none that can be read."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def draw_curves(folder: Path, title: str) -> Path | None:
-    """curves.png: accuracy, reward, invocations and entropy against the step. None without matplotlib or data."""
+    """curves.png: accuracy, reward, invocations and entropy against the step. None without matplotlib or data. Raises
+    OSError."""
     try:
         import matplotlib
     except ImportError:
@@ -61,9 +73,16 @@ def draw_curves(folder: Path, title: str) -> Path | None:
         if axis.has_data():
             axis.legend(fontsize=8)
     path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
     return path
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """A matplotlib figure as a file, whole or not at all. Raises OSError."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format="png")
+    write_atomic(path, data.getvalue())
 
 
 def series(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:

@@ -17,9 +17,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mgrpo.cli.monitor import values_of
 from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.cli.progress import clock
+from mgrpo.cli.reports import every_report, values_of
 from mgrpo.cli.text import clean
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.errors import ConfigError, DeadlineError, PeerError
@@ -92,10 +92,9 @@ class Watcher:
         try:
             standing.stats = self._client.stats()
             standing.state = str(standing.stats["control"])
-            while fresh := self._client.reports(after=self._seen):
-                self._seen = fresh[-1].seq
-                for report in fresh:
-                    standing.take(*values_of(report.kind, report.payload))
+            for report in every_report(self._client, self._seen):
+                self._seen = report.seq
+                standing.take(*values_of(report.kind, report.payload))
         except (DeadlineError, PeerError):
             standing.stats, standing.state = None, "no answer from the store"
         if self._folder is not None:

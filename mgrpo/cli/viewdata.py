@@ -7,7 +7,6 @@ when they used them.
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mgrpo.cli.parts import RunFolder, recorded_run
-from mgrpo.errors import ConfigError
+from mgrpo.cli.summary import read_summary
+from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.metrics import read_metrics
 from mgrpo.record.reader import RecordedRollout, Recording
 from mgrpo.record.schema import StepBody, TrajectoryRecord
+from mgrpo.record.segments import Frame
 
 HIDDEN = ("seq",)
 COLUMNS = ("id", "text", "gold", "answer", "step", "split", "mode", "ok", "correct", "tokens")
@@ -46,6 +47,7 @@ class RunView:
                 "title": str(self.run),
                 "settings": self._settings(),
                 "summary": self._summary(),
+                "notes": self._recording.notes(),
                 "live": self._folder.live,
                 "series": self._series(),
                 "steps": {
@@ -73,10 +75,8 @@ class RunView:
                 raise ConfigError(f"rollout {rollout_id!r} is not in the record")
             try:
                 return self._tree(found)
-            except FileNotFoundError:
-                raise ConfigError(
-                    f"rollout {rollout_id!r} is gone: the record had reached record.max_mb"
-                ) from None
+            except CorruptionError as error:
+                raise ConfigError(f"rollout {rollout_id!r} cannot be shown: {error}") from None
 
     def ids(self) -> list[str]:
         """Every recorded rollout."""
@@ -99,12 +99,7 @@ class RunView:
         }
 
     def _summary(self) -> Json | None:
-        path = self.run / "summary.json"
-        try:
-            summary: Json = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not written yet, or being replaced
-            return None
-        return summary
+        return read_summary(self.run) or None
 
     def _series(self) -> dict[str, list[list[float]]]:
         """Name -> [[step, value, seconds], ...]; a step that was reported again counts once, the last time."""
@@ -162,8 +157,11 @@ class RunView:
         if record is None:
             return None
         known = self._credit.get((role, step))
-        if known is None or known.offset != record.frame.offset:
-            known = self._credit[role, step] = _Credit(record.body(), record.frame.offset)
+        if known is None or known.frame != record.frame:
+            try:
+                known = self._credit[role, step] = _Credit(record.body(), record.frame)
+            except CorruptionError:  # damaged, or deleted to keep the record within its bound
+                return None
         return known
 
     def _credit_near(self, role: str, entry: RecordedRollout) -> _Credit | None:
@@ -242,8 +240,8 @@ class RunView:
 class _Credit:
     """One recorded step of one role, ready to be asked about rollouts."""
 
-    def __init__(self, body: StepBody, offset: int) -> None:
-        self.body, self.offset, self.table = body, offset, body.table()
+    def __init__(self, body: StepBody, frame: Frame) -> None:
+        self.body, self.frame, self.table = body, frame, body.table()
         self.groups = {query: number for number, query in enumerate(body.queries)}
         cells = self.table["group"] * max(1, body.k) + self.table["rollout"]
         size = len(body.queries) * max(1, body.k)
@@ -327,4 +325,7 @@ class Texts:
             from tokenizers import Tokenizer
         except ImportError:  # an extra
             return None
-        return Tokenizer.from_file(str(path))
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception:  # the library's own, of a file that a power cut has emptied
+            return None

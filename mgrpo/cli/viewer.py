@@ -10,12 +10,15 @@ from __future__ import annotations
 import html
 import ipaddress
 import json
+import math
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mgrpo.cli.viewdata import RunView
+from mgrpo.cli.viewdata import Json, RunView
 from mgrpo.errors import ConfigError
+from mgrpo.files import write_atomic
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("base.js", "curves.js", "steps.js", "tree.js", "rollouts.js", "app.js")
@@ -51,13 +54,41 @@ def export(run: Path, file: Path, trees: int = TREES) -> None:
     data = {
         "overview": overview | {"live": False},
         "steps": {
-            f"{role}/{s}": view.step(role, s) for role, steps in overview["steps"].items() for s in steps
+            f"{role}/{s}": shown
+            for role, steps in overview["steps"].items()
+            for s in steps
+            if (shown := _recorded(view.step, role, s)) is not None
         },
-        "rollouts": {rollout_id: view.rollout(rollout_id) for rollout_id in ids},
+        "rollouts": {i: shown for i in ids if (shown := _recorded(view.rollout, i)) is not None},
     }
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(page(str(run), json.dumps(data)), encoding="utf-8")
-    partial.rename(file)
+    try:
+        write_atomic(file, page(str(run), as_json(data)))
+    except OSError as error:
+        raise ConfigError(f"--export {file}: cannot be written ({error.strerror})") from None
+
+
+def _recorded(look: Callable[..., Json], *what: object) -> Json | None:
+    """None for what cannot be read any more; the page says which files."""
+    try:
+        return look(*what)
+    except ConfigError:
+        return None
+
+
+def as_json(data: object) -> str:
+    """JSON as browsers read it: numbers that are not finite become null."""
+    try:
+        return json.dumps(data, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(data))
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def serve(run: Path, host: str, port: int) -> None:
@@ -137,7 +168,7 @@ def application(view: RunView, token: str) -> Any:
                 data = view.rollout(query.get("id", ""))
         except (ConfigError, ValueError) as error:
             return PlainTextResponse(str(error), 404)
-        return Response(json.dumps(data), media_type="application/json", headers=_headers())
+        return Response(as_json(data), media_type="application/json", headers=_headers())
 
     routes = [Route("/", index), *(Route(f"/api/{name}", ask) for name in ("run", "step", "rollout"))]
     return Starlette(routes=routes, middleware=[Middleware(GZipMiddleware, minimum_size=4096)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import msgspec
 
 from mgrpo.config.run import RecordConfig
 from mgrpo.record.schema import EVALUATION, RolloutBody, RolloutHead, TrajectoryRecord
-from mgrpo.record.segments import SegmentWriter
+from mgrpo.record.writer import RecordWriter, Report
 from mgrpo.types import Rollout, Trajectory
 
 TEXT = 300  # characters of a question or an answer in a record's head
@@ -17,24 +19,26 @@ TOKENIZER = "tokenizer.json"
 
 
 class RolloutRecorder:
-    """Writes rollouts to a folder; does nothing when recording is switched off."""
+    """Writes rollouts to a folder; does nothing when recording is switched off. Never raises: neither a disk that is
+    full nor what a task puts into Rollout.info may end a worker."""
 
-    def __init__(self, config: RecordConfig, folder: Path) -> None:
-        self._config, self._folder = config, folder
-        self._writer = SegmentWriter(folder, int(config.max_mb * 1e6)) if config.enabled else None
+    def __init__(self, config: RecordConfig, folder: Path, report: Report) -> None:
+        """report: takes one line when recording has to stop."""
+        self._config = config
+        self._writer = RecordWriter(folder, int(config.max_mb * 1e6), report) if config.enabled else None
         self._encoder = msgspec.msgpack.Encoder(enc_hook=str)  # info may hold anything: it is for people
 
     def tokenizer(self, role: str, files: Mapping[str, bytes]) -> None:
         """Keep a role's tokenizer, given the files of its policy's shell."""
         if self._writer is not None and TOKENIZER in files:
-            (self._folder / f"{role}.{TOKENIZER}").write_bytes(files[TOKENIZER])
+            self._writer.file(f"{role}.{TOKENIZER}", files[TOKENIZER])
 
     def train(
         self, step: int, index: int, query: str, rollout: int, asked: tuple[str, str], played: Rollout | None,
         failure: str,
     ) -> None:  # fmt: skip
         """A rollout of a training group; `asked` is its question and gold answer, failure why there is none."""
-        if self._writer is None:
+        if self._writer is None or not self._writer.active:
             return
         every = self._config.tokens_every
         keep = every > 0 and step % every == 0
@@ -47,18 +51,33 @@ class RolloutRecorder:
         self, step: int, split: str, mode: str, number: int, asked: tuple[str, str], played: Rollout | None
     ) -> None:
         """A rollout of an evaluation: question `number` of `split`. Only the first few are kept."""
-        if self._writer is None or number >= self._config.evaluation:
+        if self._writer is None or not self._writer.active or number >= self._config.evaluation:
             return
         query = f"{EVALUATION}/{split}/{step}/{mode}/{number}"
         self._write(_head(query, 0, (step, number), (split, mode), asked, played), _body(played, "", True))
 
     def _write(self, head: RolloutHead, body: RolloutBody) -> None:
         assert self._writer is not None
-        self._writer.append(self._encoder.encode(head), self._encoder.encode(body))
+        self._writer.append(head.step, self._encoder.encode(head), self._encoded(body))
+
+    def _encoded(self, body: RolloutBody) -> bytes:
+        try:
+            return self._encoder.encode(body)
+        except Exception as error:  # whatever the __str__ of a task's own object raises
+            body.info = {"not recorded": clean(f"{type(error).__name__}: {error}")}
+            return self._encoder.encode(body)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _number(value: object) -> float:
+    """A score as a task gave it; NaN for what is no number."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _trajectories(rollout: Rollout) -> list[Trajectory]:
@@ -82,26 +101,35 @@ def _head(
         split=how[0],
         mode=how[1],
         status="ok" if rollout else "failed",
-        correct=rollout.correct if rollout else 0.0,
+        correct=_number(rollout.correct) if rollout else 0.0,
         d_k=rollout.d_k() if rollout else {},
         tokens=tokens,
-        question=asked[0][:TEXT],
-        answer="" if answer is None else str(answer)[:TEXT],
-        gold=asked[1][:TEXT],
+        question=clean(asked[0]),
+        answer="" if answer is None else clean(answer),
+        gold=clean(asked[1]),
+        at=time.time(),
     )
+
+
+def clean(value: object) -> str:
+    """A value as a short text that can be encoded: lone surrogates become question marks."""
+    try:
+        text = str(value)
+    except Exception as error:  # a task's own object
+        text = f"({type(value).__name__}, whose __str__ raised {type(error).__name__})"
+    return text[:TEXT].encode("utf-8", "replace").decode()
 
 
 def _body(rollout: Rollout | None, failure: str, keep: bool) -> RolloutBody:
     if rollout is None:
-        return RolloutBody([], {}, failure)
+        return RolloutBody([], {}, clean(failure))
     return RolloutBody([_record(t, keep) for t in _trajectories(rollout)], dict(rollout.info))
 
 
 def _record(trajectory: Trajectory, keep: bool) -> TrajectoryRecord:
     low, high = trajectory.version_span()
-    record = TrajectoryRecord(
-        trajectory.role, trajectory.invocation, trajectory.scores, len(trajectory), low, high
-    )
+    scores = {str(name): _number(value) for name, value in trajectory.scores.items()}
+    record = TrajectoryRecord(trajectory.role, trajectory.invocation, scores, len(trajectory), low, high)
     if keep:
         record.tokens = trajectory.tokens.tobytes()
         record.loss_mask = trajectory.loss_mask.tobytes()

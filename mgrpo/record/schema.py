@@ -29,6 +29,7 @@ class RolloutHead(msgspec.Struct, tag="rollout", gc=False):
     question: str
     answer: str
     gold: str
+    at: float = 0.0  # Unix time of the recording
 
 
 class TrajectoryRecord(msgspec.Struct, gc=False):
@@ -79,6 +80,7 @@ class StepHead(msgspec.Struct, tag="step", gc=False):
 
     role: str
     step: int
+    at: float = 0.0  # Unix time of the recording
 
 
 ROW = np.dtype(
@@ -110,7 +112,16 @@ class MiniBatchRecord(msgspec.Struct, gc=False):
     crc: dict[str, int]
 
 
+class StepSettings(msgspec.Struct, gc=False):
+    """What a step was computed with that a resumed run may change: a replay goes by these, not by the config."""
+
+    lr: float
+    threads: int  # of the trainer process
+    ranks: int  # processes of the trainer
+
+
 class StepBody(msgspec.Struct, gc=False):
+    settings: StepSettings
     k: int
     queries: list[str]
     indices: list[int]

@@ -6,11 +6,12 @@
 A head is small and says what the frame is about, so that a reader lists thousands of frames without decoding their
 bodies. A frame leaves in one write. A process that dies leaves at most one torn frame, at the end of a segment: readers
 stop there, and the next process begins a new segment. Nothing is synced to disk: losing the last frames with the
-machine costs a look at them, not the run.
+machine costs a look at them, not the run. Readers pass over what such a loss, or a bad disk, has damaged, and name it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -59,9 +60,11 @@ class SegmentWriter:
 
     def _next(self) -> None:
         self.close()
-        self._number += 1
-        path = self._folder / f"{self._number:06d}.rec"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        while self._file < 0:
+            self._number += 1
+            path = self._folder / f"{self._number:06d}.rec"
+            with contextlib.suppress(FileExistsError):  # another process records into this folder too
+                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.write(self._file, HEAD)
         self._size = len(HEAD)
         segments = sorted(self._folder.glob("*.rec"))
@@ -70,7 +73,7 @@ class SegmentWriter:
             if total <= self._segment_bytes * SEGMENTS:
                 break
             total -= old.stat().st_size
-            old.unlink()
+            old.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,15 @@ class Frame:
     crc: int
 
     def body(self) -> bytes:
-        """Raises CorruptionError naming the file; FileNotFoundError when the segment has been rotated away."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.length)
+        """Raises CorruptionError naming the file, and why: damaged, or deleted to keep the record within its bound."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.length)
+        except FileNotFoundError:
+            raise CorruptionError(f"{self.path} is gone: the record had reached record.max_mb") from None
+        except OSError as error:
+            raise CorruptionError(f"{self.path}: {error.strerror}") from None
         if google_crc32c.value(data) != self.crc:
             raise CorruptionError(
                 f"{self.path} at byte {self.offset}: a record's body does not match its checksum"
@@ -96,11 +104,14 @@ class Frame:
 
 
 class SegmentReader:
-    """Lists the frames of a folder; each call of `fresh` yields what has come since the last one."""
+    """Lists the frames of a folder; each call of `fresh` yields what has come since the last one.
+
+    damaged: file -> what is wrong with it, for each in which something had to be passed over."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._read: dict[Path, int] = {}  # bytes of each segment that have been listed
+        self.damaged: dict[Path, str] = {}
 
     def fresh(self) -> Iterator[Frame]:
         for path in sorted(self._folder.glob("*.rec")):
@@ -115,12 +126,28 @@ class SegmentReader:
             base = at
             if at == 0:
                 if data[: len(HEAD)] != HEAD:
-                    raise CorruptionError(f"{path} is not a record file of this version")
+                    self.damaged[path] = "not a record file of this version"
+                    self._read[path] = size
+                    continue
                 at = len(HEAD)
-            for frame in _frames(path, data, base, at):
+            for frame in self._frames(path, data, base, at):
                 at = frame.offset + frame.length
                 yield frame
             self._read[path] = at
+
+    def _frames(self, path: Path, data: bytes, base: int, at: int) -> Iterator[Frame]:
+        """Whole frames of `data` (which starts at byte `base` of the file) from byte `at` on."""
+        while at - base + _FRAME.size <= len(data):
+            frame = _frame(path, data, base, at)
+            if frame is None:
+                found = _next_frame(path, data, base, at)
+                if found is None:
+                    return  # torn, or still being written
+                self.damaged.setdefault(path, f"damaged from byte {at} to byte {found}")
+                at = found
+                continue
+            yield frame
+            at = frame.offset + frame.length
 
 
 def _tail(path: Path, at: int) -> bytes:
@@ -129,14 +156,27 @@ def _tail(path: Path, at: int) -> bytes:
         return file.read()
 
 
-def _frames(path: Path, data: bytes, base: int, at: int) -> Iterator[Frame]:
-    """Whole frames of `data` (which starts at byte `base` of the file) from byte `at` on."""
-    while at - base + _FRAME.size <= len(data):
-        magic, head_length, body_length, head_crc, body_crc = _FRAME.unpack_from(data, at - base)
-        start = at + _FRAME.size
-        end = start + head_length + body_length
-        head = data[start - base : start - base + head_length]
-        if magic != _MAGIC or end - base > len(data) or google_crc32c.value(head) != head_crc:
-            return  # torn, or still being written
-        yield Frame(path, head, start + head_length, body_length, body_crc)
-        at = end
+def _frame(path: Path, data: bytes, base: int, at: int) -> Frame | None:
+    """The frame at byte `at` of the file, None where there is no whole one."""
+    if at - base + _FRAME.size > len(data):
+        return None
+    magic, head_length, body_length, head_crc, body_crc = _FRAME.unpack_from(data, at - base)
+    start = at + _FRAME.size
+    end = start + head_length + body_length
+    if magic != _MAGIC or end - base > len(data):
+        return None
+    head = data[start - base : start - base + head_length]
+    if google_crc32c.value(head) != head_crc:
+        return None
+    return Frame(path, head, start + head_length, body_length, body_crc)
+
+
+def _next_frame(path: Path, data: bytes, base: int, at: int) -> int | None:
+    """The first byte beyond `at` at which a whole frame begins."""
+    mark = struct.pack("<I", _MAGIC)
+    found = data.find(mark, at - base + 1)
+    while found >= 0:
+        if _frame(path, data, base, base + found) is not None:
+            return base + found
+        found = data.find(mark, found + 1)
+    return None

@@ -143,6 +143,7 @@ class WeightSync(ABC):
         fresh.mkdir(parents=True)
         for name, data in files.items():
             (fresh / name).write_bytes(data)
+        # Not synced to disk: a version is of use to servers that run now, and a power cut ends those too.
         try:
             fresh.rename(target)
         except OSError:  # another worker was faster

@@ -73,7 +73,7 @@ class RolloutWorker:
             for role in config.training_roles
         }
         self._shipper = Shipper(self._store, self._spools, self._main_reward, self._timeout)
-        self._recorder = RolloutRecorder(config.record, folder)
+        self._recorder = RolloutRecorder(config.record, folder, self._say)
         self._loop = WorkerLoop(lambda: self._store.world().control.state == "running")
         self._team = Team(config, addresses, self._clients, self._loop)
         self._cursor = number  # index of the next group this worker may open

@@ -65,10 +65,11 @@ def joined(batches: Sequence[StepBatch]) -> list[MiniBatch]:
 class BatchBuilder:
     """Builds the minibatches of one role's steps."""
 
-    def __init__(self, config: RunConfig, role: str, spool: Trajectories) -> None:
+    def __init__(self, config: RunConfig, role: str, spool: Trajectories, ranks: int) -> None:
+        """ranks: processes of the trainer that the micro-batches are dealt out to."""
         self._config, self._role, self._spool = config, role, spool
         self._agent = config.agents[role]
-        self._ranks = config.ranks(role)
+        self._ranks = ranks
         loss = self._agent.loss
         self._skip_zero = loss.kl_coef == 0 and loss.entropy_coef == 0
         self._batcher = Batcher(

@@ -1,13 +1,15 @@
 """Checkpoints of one trainer: a folder per step, complete or absent.
 
-    <root>/step-00000020/{.metadata, __0_0.distcp, __1_0.distcp, ..., manifest.json}
+    <root>/step-00000020/{.metadata, __0_0.distcp, __1_0.distcp, ..., manifest.json, cursors.json}
 
 In the format of torch.distributed.checkpoint: each rank writes its part of weights and optimizer state, and any number
 of ranks reads it again. Held are what of the policy trains, the optimizer's state by parameter and the random
 generator's; the step is the trainer's place in the store (`commit`, `resume`).
 
 Written to a temporary folder, synced to disk, then renamed: a crash, or a full disk, leaves either the old set or the
-new one. The manifest holds a checksum of every file, so that a corrupt checkpoint is named and never trained from.
+new one. The manifest holds a checksum of every file, so that a corrupt checkpoint is named and never trained from: the
+trainer goes back to the newest intact one. cursors.json says which groups' tokens that would take: those from the
+index on that the store answered to the checkpoint's commit, of each role that the trainer serves.
 
 A trainer takes a copy of its state between two steps and writes it beside the next ones (`CheckpointWriter`). What
 follows a checkpoint, telling the store first of all, happens once its bytes are on disk.
@@ -15,14 +17,14 @@ follows a checkpoint, telling the store first of all, happens once its bytes are
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import pickle
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +33,14 @@ import torch
 from torch import Tensor
 
 from mgrpo.errors import CheckpointError, CorruptionError, DeadlineError, MgrpoError
+from mgrpo.files import sync_folder, write_atomic
 from mgrpo.model.policy import Policy, trained_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 WRITE_SECONDS = 1800.0  # the longest that a checkpoint may take to reach the disk
-_MANIFEST, _METADATA, _RNG = "manifest.json", ".metadata", "rng"
+_MANIFEST, _METADATA, _CURSORS, _RNG = "manifest.json", ".metadata", "cursors.json", "rng"
 _BLOCK = 1 << 24  # bytes of a file that are summed up at a time
 
 State = dict[str, Tensor]
@@ -45,10 +48,11 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says of itself. passed_over: what is wrong with each newer one, in words."""
 
     path: Path
     step: int
+    passed_over: tuple[str, ...] = ()
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -72,9 +76,10 @@ def prepare_folder(root: Path, step: int) -> Path:
     any begins to write."""
     partial = root / f".step-{step:08d}.partial"
     try:
-        for left in root.glob(".step-*.partial"):
+        for left in root.glob(".step-*"):
             shutil.rmtree(left)
         partial.mkdir(parents=True)
+        sync_folder(root.parent)
     except OSError as error:
         raise _failed(partial, error) from None
     return partial
@@ -146,20 +151,50 @@ def _write(
         if not leads:
             return Checkpoint(final, step)
         sums = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
-        (partial / _MANIFEST).write_text(json.dumps({"step": step, "crc32c": sums}))
-        for path in [partial / _MANIFEST, partial]:
-            _sync(path)
-        # a run that went back to an earlier checkpoint writes this step again
-        shutil.rmtree(final, ignore_errors=True)
+        write_atomic(partial / _MANIFEST, json.dumps({"step": step, "crc32c": sums}))
+        if final.exists():  # a run that went back to an earlier checkpoint writes this step again
+            final.rename(root / f".{final.name}.old")
         partial.rename(final)
-        _sync(root)
-        for old in _folders(root)[:-keep]:
-            shutil.rmtree(old)
+        sync_folder(root)
     except (OSError, RuntimeError, CheckpointException) as error:
         if leads:
             shutil.rmtree(partial, ignore_errors=True)
         raise _failed(final, error) from None
+    _delete_others(root, step, keep)
     return Checkpoint(final, step)
+
+
+def _delete_others(root: Path, step: int, keep: int) -> None:
+    """All but the last `keep` up to `step`, and those beyond it: a run that went back has left their history. What
+    cannot be deleted is tried again when the next one is written."""
+    folders = step_folders(root)
+    kept = [path for path in folders if step_of(path) <= step][-keep:]
+    for path in folders:
+        if path not in kept:
+            with contextlib.suppress(OSError):
+                path.rename(root / f".{path.name}.old")  # what is half deleted is no checkpoint
+    for gone in root.glob(".step-*.old"):
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def note_cursors(checkpoint: Checkpoint, cursors: Mapping[str, int]) -> dict[str, int]:
+    """Keep with a checkpoint the cursor of each role at its commit, and return those of the oldest checkpoint that the
+    trainer may still go back to: tokens of groups below them are of no use any more. Raises CheckpointError."""
+    try:
+        write_atomic(checkpoint.path / _CURSORS, json.dumps(dict(cursors)))
+    except OSError as error:
+        raise _failed(checkpoint.path / _CURSORS, error) from None
+    known = [_cursors(path) for path in step_folders(checkpoint.path.parent)]
+    return {role: min(found.get(role, 0) for found in known) for role in cursors}
+
+
+def _cursors(folder: Path) -> dict[str, int]:
+    """{} where they are not known: then nothing is deleted as long as this checkpoint is kept."""
+    try:
+        found = json.loads((folder / _CURSORS).read_text())
+        return {str(role): int(cursor) for role, cursor in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _failed(path: Path, error: BaseException) -> MgrpoError:
@@ -183,15 +218,20 @@ def _copied(tensor: Tensor) -> Tensor:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def latest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest complete checkpoint below root, or None. Raises CorruptionError naming what is damaged."""
-    folders = _folders(root)
-    return _checked(folders[-1]) if folders else None
-
-
-def checkpoints_below(root: Path) -> Iterator[Checkpoint]:
-    """Every complete checkpoint below root, oldest first. Raises CorruptionError naming what is damaged."""
-    return (_checked(path) for path in _folders(root))
+def latest_checkpoint(root: Path, upto: int | None = None) -> Checkpoint | None:
+    """The newest intact checkpoint below root (of step `upto` at most), or None where there is none at all. Raises
+    CorruptionError naming what is wrong with the newest one when all are damaged."""
+    damaged: list[CorruptionError] = []
+    for path in reversed(step_folders(root)):
+        if upto is not None and step_of(path) > upto:
+            continue
+        try:
+            return replace(_checked(path), passed_over=tuple(str(error) for error in damaged))
+        except CorruptionError as error:
+            damaged.append(error)
+    if damaged:
+        raise damaged[0]
+    return None
 
 
 def _checked(path: Path) -> Checkpoint:
@@ -298,8 +338,14 @@ def _expect_one_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(p for p in root.glob("step-*") if p.is_dir())
+def step_folders(root: Path) -> list[Path]:
+    """The folders of the checkpoints below root, oldest first."""
+    return sorted(p for p in root.glob("step-*") if p.is_dir() and p.name[5:].isdecimal())
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is called by."""
+    return int(folder.name[5:])
 
 
 def _checksum(path: Path) -> int:
@@ -308,11 +354,3 @@ def _checksum(path: Path) -> int:
         while block := file.read(_BLOCK):
             total = google_crc32c.extend(total, block)
     return total
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

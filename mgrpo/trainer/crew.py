@@ -45,14 +45,14 @@ class Crew:
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 
-    def begin(self, start: Path) -> int:
-        """Load the policy RL starts from and its last checkpoint; the step that one stands at (0 without one)."""
+    def begin(self, start: Path) -> Checkpoint | None:
+        """Load the policy RL starts from and its newest intact checkpoint, and return that one."""
         checkpoint = latest_checkpoint(self._root)
         self._tell("begin", (start, checkpoint))
         if self._ranks.size > 1:
             self._whole = load_policy(start, on_host(self._agent.policy))
         self._begin(start, checkpoint)
-        return checkpoint.step if checkpoint else 0
+        return checkpoint
 
     def train(
         self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None

@@ -32,7 +32,6 @@ class Lane:
     ) -> None:
         """folder: this role's own, on this server. weights: what the role's address serves."""
         self.role, self._config = role, config
-        self.recorder = StepRecorder(config.record, folder / "record", role)
         digest = config_digest(config)
         self.spool = Spool(folder / "spool", role=role, digest=digest)
         self._server = Server(
@@ -50,7 +49,8 @@ class Lane:
             key=client_keys(addresses, role),
             timeout=config.store.timeout,
         )
-        self.builder = BatchBuilder(config, role, self.spool)
+        self.builder = BatchBuilder(config, role, self.spool, config.ranks(role))
+        self.recorder = StepRecorder(config.record, folder / "record", role, self._say)
 
     def claim(self, step: int, check: Callable[[], None]) -> list[ClaimedGroup]:
         """The groups of this step; waits for them in slices, so that `check` notices the end of the run. Time in which
@@ -73,6 +73,9 @@ class Lane:
     def check(self) -> None:
         """Raises MgrpoError when this role's address is not served any more."""
         self._server.check()
+
+    def _say(self, line: str) -> None:
+        self.store.report("phase", {"text": line})
 
     def close(self) -> None:
         self._server.close()

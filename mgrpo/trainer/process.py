@@ -23,10 +23,13 @@ from types import FrameType, TracebackType
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.policy import LoraConfig
+from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy, adapter_bytes, load_policy, save_policy, state_bytes
 from mgrpo.model.shell import shell_files
+from mgrpo.record.schema import StepSettings
 from mgrpo.rollout.task import Task
 from mgrpo.trainer.batch import joined
+from mgrpo.trainer.checkpoint import Checkpoint, note_cursors
 from mgrpo.trainer.crew import Crew
 from mgrpo.trainer.lane import Lane
 from mgrpo.trainer.ranks import Ranks
@@ -86,12 +89,24 @@ class TrainerProcess:
     # -- stations ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        step = self._crew.begin(self._start_policy())
+        checkpoint = self._crew.begin(self._start_policy())
+        step = checkpoint.step if checkpoint else 0
+        if checkpoint is None and (
+            cut := [lane.spool.path for lane in self._lanes if lane.spool.segments()[0] > 1]
+        ):
+            raise ConfigError(
+                f"{cut[0]} holds no tokens of the first steps any more, and no checkpoint is left in "
+                f"{self._folder / 'checkpoints'}: put one back, or begin again with --fresh"
+            )
         self._weights.describe(shell_files(self._crew.policy()))
         self._step = self._begun = self._checkpointed = step
         for lane in self._lanes:
             resumed = lane.store.resume(checkpoint_step=step - 1)
-        if step:
+            lane.recorder.begin(step)
+        if checkpoint is not None:
+            for damage in checkpoint.passed_over:
+                self._report("phase", {"text": f"{self._role}: a checkpoint was passed over: {damage}"})
+            self._commit(checkpoint)
             self._report(
                 "phase", {"text": f"{self._role}: resumed at step {step}, {resumed.again} groups again"}
             )
@@ -156,6 +171,7 @@ class TrainerProcess:
             ]
             built = time.monotonic()
             lr = learning_rate(self._agent.optimizer, step, trainer.steps)
+            settings = StepSettings(lr, trainer.threads, self._config.ranks(self._role))
             learned = self._crew.train(joined(batches), trainer.old_logprobs == "recompute", lr)
             for lane, groups in zip(self._lanes, claimed_groups, strict=True):
                 lane.store.apply(step=step, groups=groups)
@@ -164,7 +180,7 @@ class TrainerProcess:
             due = step % trainer.checkpoint_every == 0 or step == trainer.steps
             self._publish(step)
             for lane, batch in zip(self._lanes, batches, strict=True):
-                lane.recorder.step(batch, batch.metrics | learned)
+                lane.recorder.step(batch, batch.metrics | learned, settings)
             if due:
                 self._checkpoint()
             else:
@@ -189,14 +205,19 @@ class TrainerProcess:
         self._crew.checkpoint(self._step)
 
     def _settle(self, wait: bool) -> None:
-        """Once a checkpoint is durable, tell the store: nothing up to there will be handed out again."""
+        """Once a checkpoint is durable, tell the store: nothing up to there is handed out again, unless this trainer
+        comes back with an older checkpoint. The spool keeps what the oldest of those that are kept would need."""
         saved = self._crew.settle(wait)
-        if saved is None:
-            return
-        self._lanes[0].recorder.keep(saved)
+        if saved is not None:
+            self._commit(saved)
+
+    def _commit(self, checkpoint: Checkpoint) -> None:
+        cursors = {lane.role: lane.store.commit(step=checkpoint.step - 1) for lane in self._lanes}
+        needed = note_cursors(checkpoint, cursors)
         for lane in self._lanes:
-            lane.spool.truncate(lane.store.commit(step=saved.step - 1))
-        self._checkpointed = saved.step
+            lane.spool.truncate(needed[lane.role])
+        self._lanes[0].recorder.keep(checkpoint)
+        self._checkpointed = checkpoint.step
 
     def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""

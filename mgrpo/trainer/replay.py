@@ -4,30 +4,32 @@
 
 The rollouts of the step come from the workers' records, what training made of them from the trainer's; in between the
 trainer's own functions run again: BatchBuilder (credit, statistics, draw, packing) and Learner (loss, update). A loss
-needs the weights of its moment, so training is run again from the last kept checkpoint up to the step.
+needs the weights of its moment, so training is run again from the last kept checkpoint up to the step. What a resumed
+run may change (the learning rate follows from the number of steps, threads, ranks) is taken from the record of each
+step, everything else from the run's config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mgrpo.config import RunConfig
-from mgrpo.errors import ConfigError
+from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.model.policy import load_policy, load_reference
 from mgrpo.record.reader import RecordedRollout, Recording
-from mgrpo.record.schema import StepBody, TrajectoryRecord
+from mgrpo.record.schema import StepBody, StepSettings, TrajectoryRecord
 from mgrpo.spool import SpoolRef
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trainer.batch import BatchBuilder, StepBatch, joined
-from mgrpo.trainer.checkpoint import Checkpoint, checkpoints_below, restore_checkpoint
+from mgrpo.trainer.checkpoint import Checkpoint, latest_checkpoint, restore_checkpoint
 from mgrpo.trainer.record import step_body
-from mgrpo.trainer.schedule import learning_rate
 from mgrpo.trainer.step import Learner, new_learner
 from mgrpo.types import MAIN, Trajectory
 
@@ -67,26 +69,49 @@ class Replayer:
             step = self.step_of(role, rollout.head.query, rollout.head.step)
             if step is not None:
                 stages += self._role(role, step, rollout)
+            elif gap := self._gap(role, rollout.head.step):
+                stages += [Stage(role, name, UNKNOWN, gap) for name in STAGES]
         return stages
 
     def step_of(self, role: str, query: str, near: int) -> int | None:
         """The step in which a role trained on a group: `near`, or one close by in an asynchronous run."""
         steps = [step for r, step in self._recording.steps if r == role]
         for step in sorted(steps, key=lambda s: (abs(s - near), s)):
-            if query in self._recording.steps[role, step].body().queries:
+            if query in self._queries(role, step):
                 return step
             if abs(step - near) > 2 * (1 + self._config.trainer.max_lag):
                 break
         return None
 
+    def _queries(self, role: str, step: int) -> list[str]:
+        try:
+            return self._recording.steps[role, step].body().queries
+        except CorruptionError:  # see _gap
+            return []
+
+    def _gap(self, role: str, step: int) -> str:
+        """Why a group that was played for `step` may have been trained on all the same; "" where it was not."""
+        record = self._recording.steps.get((role, step))
+        if record is None:
+            last = max((s for r, s in self._recording.steps if r == role), default=-1)
+            return f"step {step} of {role}" if step < last or self._recording.notes() else ""
+        try:
+            record.body()
+        except CorruptionError as error:
+            return str(error)
+        return ""
+
     # -- one role ------------------------------------------------------------------------------------------------
 
     def _role(self, role: str, step: int, rollout: RecordedRollout) -> list[Stage]:
         recorded = self._recording.steps[role, step].body()
-        batch, whole = self._build(role, step, recorded)
+        try:
+            batch, whole = self._build(role, step, recorded)
+        except CorruptionError as error:
+            return [Stage(role, name, UNKNOWN, str(error)) for name in STAGES]
         if batch is None:
             return [Stage(role, name, UNKNOWN, "a rollout of the step") for name in STAGES]
-        rebuilt = step_body(batch, {})
+        rebuilt = step_body(batch, {}, recorded.settings)
         group = recorded.queries.index(rollout.head.query)
         pairs = list(_pairs(recorded, rebuilt, group, rollout.head.rollout))
         stages = [
@@ -116,7 +141,8 @@ class Replayer:
             if len(rollouts) < recorded.k:
                 return None, False
             groups.append(_claimed(role, query, index, rollouts, tokens))
-        return BatchBuilder(self._config, role, tokens).build(step, groups), tokens.whole
+        builder = BatchBuilder(self._config, role, tokens, recorded.settings.ranks)
+        return builder.build(step, groups), tokens.whole
 
     @staticmethod
     def _compare(role: str, name: str, pairs: list[tuple[str, Any, Any]]) -> Stage:
@@ -128,11 +154,6 @@ class Replayer:
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def _loss(self, role: str, step: int, recorded: StepBody) -> Stage:
-        ranks = self._config.ranks(role)
-        if ranks > 1:  # a sum over ranks is rounded otherwise than the same sum in one process
-            return Stage(
-                role, "loss", UNKNOWN, f"{ranks} ranks took this step; one process can rebuild it only nearly"
-            )
         metrics = self._train_up_to(self._config.owner(role), step)
         if isinstance(metrics, str):
             return Stage(role, "loss", UNKNOWN, metrics)
@@ -153,29 +174,54 @@ class Replayer:
         else:
             learner, metrics = self._learner(role, checkpoint), {}
         for number in range(at, step + 1):
-            batches = [self._whole(r, number) for r in self._config.served_by(role)]
-            whole = [batch for batch in batches if batch is not None]
-            if len(whole) < len(batches):
+            taken = self._taken(role, number)
+            if isinstance(taken, str):
                 self._learners.pop(role, None)
-                return f"tokens of step {number}, which follows the last kept checkpoint"
-            trainer = self._config.trainer
-            lr = learning_rate(self._config.agents[role].optimizer, number, trainer.steps)
-            metrics = learner.train(joined(whole), trainer.old_logprobs == "recompute", lr)
+                return taken
+            metrics = self._train(learner, *taken)
             self._learners[role] = (learner, number + 1, metrics)
         return metrics
 
-    def _whole(self, role: str, step: int) -> StepBatch | None:
-        """A step's batch as it was trained on; None when something of it was not kept."""
-        record = self._recording.steps.get((role, step))
-        batch, whole = self._build(role, step, record.body()) if record else (None, False)
-        return batch if whole else None
+    def _train(
+        self, learner: Learner, settings: StepSettings, batches: Sequence[StepBatch]
+    ) -> dict[str, float]:
+        threads = torch.get_num_threads()  # sums are rounded as they are divided among threads
+        torch.set_num_threads(settings.threads)
+        try:
+            return learner.train(
+                joined(batches), self._config.trainer.old_logprobs == "recompute", settings.lr
+            )
+        finally:
+            torch.set_num_threads(threads)
+
+    def _taken(self, role: str, step: int) -> tuple[StepSettings, list[StepBatch]] | str:
+        """How a trainer took a step, and the batches of all roles it serves; a text when that was not kept."""
+        lost = f"tokens of step {step}, which follows the last kept checkpoint"
+        settings, batches = None, []
+        try:
+            for served in self._config.served_by(role):
+                record = self._recording.steps.get((served, step))
+                if record is None:
+                    return lost
+                body = record.body()
+                batch, whole = self._build(served, step, body)
+                if batch is None or not whole:
+                    return lost
+                settings = body.settings
+                batches.append(batch)
+        except CorruptionError as error:
+            return str(error)
+        assert settings is not None, "a role serves itself"
+        if settings.ranks > 1:  # a sum over ranks is rounded otherwise than the same sum in one process
+            return f"{settings.ranks} ranks took step {step}; one process can rebuild it only nearly"
+        return settings, batches
 
     def _checkpoint(self, role: str, step: int) -> Checkpoint | None:
-        """The newest kept checkpoint with no step beyond `step` in it."""
-        folder = self._folders(role) / "record" / "checkpoints"
-        return max(
-            (c for c in checkpoints_below(folder) if c.step <= step), key=lambda c: c.step, default=None
-        )
+        """The newest intact kept checkpoint with no step beyond `step` in it."""
+        try:
+            return latest_checkpoint(self._folders(role) / "record" / "checkpoints", upto=step)
+        except CorruptionError:  # every one is damaged: from the start, as without any
+            return None
 
     def _learner(self, role: str, checkpoint: Checkpoint | None) -> Learner:
         agent = self._config.agents[role]

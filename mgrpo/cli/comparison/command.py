@@ -21,6 +21,7 @@ from mgrpo.cli.progress import Display
 from mgrpo.cli.text import clean
 from mgrpo.config import RunConfig, load_config
 from mgrpo.errors import ConfigError
+from mgrpo.files import remove_partials, write_atomic
 from mgrpo.metrics import read_metrics
 
 
@@ -59,10 +60,9 @@ def compare(
         "overrides": list(overrides),
         "n": n, "seconds_of_this_call": round(seconds, 1), "machine": _machine(), "failed": failed,
     }  # fmt: skip
-    partial = out / ".compare.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    partial.rename(out / "compare.json")
-    (out / "compare.md").write_text(_markdown(report), encoding="utf-8")
+    remove_partials(out)
+    write_atomic(out / "compare.json", json.dumps(report, indent=2) + "\n")
+    write_atomic(out / "compare.md", _markdown(report))
     _show(report, out)
 
 

@@ -18,6 +18,7 @@ from mgrpo.cli.comparison.variants import Score
 from mgrpo.cli.evaluate import load_agents, policy_path
 from mgrpo.cli.parts import RunFolder, load_run_task, recorded_run
 from mgrpo.config import RunConfig
+from mgrpo.files import remove_partials, write_atomic
 from mgrpo.rollout.play import Played, evaluate
 from mgrpo.rollout.task import Task
 from mgrpo.rollout.worker import EVAL_SEED
@@ -30,10 +31,9 @@ def score_file(out: Path, seed: int, score: Score) -> Path:
 def score(out: Path, seed: int, wanted: Score, n: int, say: Callable[[str], None]) -> dict[str, Any] | None:
     """The score as recorded, or computed now; None when a policy it needs does not exist."""
     path = score_file(out, seed, wanted)
-    if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if known["n"] == n:
-            return known
+    known = _read(path)
+    if known.get("n") == n:
+        return known
     paths = {}
     for role, (variant, kept) in wanted.policies.items():
         run = run_folder(out, seed, variant)
@@ -47,12 +47,20 @@ def score(out: Path, seed: int, wanted: Score, n: int, say: Callable[[str], None
     config = config.model_copy(update={"task": config.task.model_copy(update={"options": options})})
     result = asyncio.run(_play(config, load_run_task(config), paths, n))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    partial.rename(path)
+    remove_partials(path.parent)
+    write_atomic(path, json.dumps(result))
     means = ", ".join(f"{mode} {sum(result[mode]) / n:.3f}" for mode in ("sampled", "greedy"))
     say(f"seed {seed}, {wanted.name}: held-out {means}")
     return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A score that was kept; {} where there is none that can be read: it is computed again."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 async def _play(config: RunConfig, task: Task, paths: dict[str, Path], n: int) -> dict[str, Any]:

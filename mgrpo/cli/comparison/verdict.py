@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgrpo.cli.comparison.variants import COTRAIN, WARM
+from mgrpo.cli.summary import save_figure
 from mgrpo.metrics import read_metrics
 
 RESAMPLES = 5000
@@ -209,6 +210,6 @@ def draw(path: Path, table: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapp
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
     return True
