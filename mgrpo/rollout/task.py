@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from mgrpo.rollout.episode import Agent, Episode
@@ -46,6 +47,9 @@ class Task(ABC):
     """All roles, "main" first."""
     chat = False
     """Whether its agents are spoken to through their models' chat templates; a model without one is then refused."""
+    scores: Mapping[str, frozenset[str]] = MappingProxyType({})
+    """Role -> names of the scores with which play() closes its conversations, e.g. {"main": frozenset({"format"})}.
+    What is declared is compared with agents.<role>.reward before a run starts, what is not at its first rollout."""
 
     @abstractmethod
     def question(self, index: int, seed: int) -> Question:
@@ -57,7 +61,10 @@ class Task(ABC):
 
     @abstractmethod
     async def play(self, question: Question, episode: Episode) -> Rollout:
-        """Run one rollout to its end: the agents talk, tools answer, conversations are closed with their scores."""
+        """Run one rollout to its end: the agents talk, tools answer, conversations are closed with their scores.
+
+        Every trajectory of a role has the same scores; an invalid one (`format` 0) that the gate pays nothing need not
+        be judged. Where a judge, tool or engine failed there is no score: raise InfrastructureError, never score 0."""
 
     # -- policies that start from scratch (a task over pretrained models need not override the rest) --
 

@@ -21,7 +21,7 @@ import torch
 
 from mgrpo.config import RunConfig, config_digest
 from mgrpo.config.addresses import Addresses
-from mgrpo.credit import trajectory_reward
+from mgrpo.credit import check_scores, trajectory_reward
 from mgrpo.errors import DeadlineError, InfrastructureError, RetryAfterError
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.rollout.engine import Engine
@@ -232,6 +232,7 @@ class RolloutWorker:
             failed += played.rollout is None
             failure = played.failure or failure
             tokens += _sampled_tokens(played.rollout)
+            self._check_scores(played.rollout)
             if played.ask.rollout not in group.finished:
                 self._record(group, played)
                 self._shipper.ship(group, played)
@@ -277,6 +278,7 @@ class RolloutWorker:
             mode = "greedy" if greedy else "sampled"
 
             def seen(number: int, played: Played) -> None:
+                self._check_scores(played.rollout)
                 asked = (played.ask.question.text, played.ask.question.answer)
                 self._recorder.evaluation(step, split, mode, number, asked, played.rollout)
 
@@ -322,6 +324,11 @@ class RolloutWorker:
     def _main_reward(self, rollout: Rollout) -> float:
         weights = self._config.agents[MAIN].reward
         return trajectory_reward(MAIN, weights, rollout.main.scores, rollout.correct)
+
+    def _check_scores(self, rollout: Rollout | None) -> None:
+        """A reward that does not fit the task's scores would be wrong in every rollout: it ends the run by name."""
+        for t in rollout.trajectories() if rollout is not None else ():
+            check_scores(t.role, self._config.agents[t.role].reward, t.scores)
 
     def _sync(self, at_least: Mapping[str, int]) -> int:
         """Bring every engine to its trainer's newest weights, those of a role in `at_least` to this version or a later
@@ -388,5 +395,4 @@ def _oldest(world: World) -> int:
 def _sampled_tokens(rollout: Rollout | None) -> int:
     if rollout is None:
         return 0
-    trajectories = [rollout.main, *(t for ts in rollout.invocations.values() for t in ts)]
-    return sum(int(t.loss_mask.sum()) for t in trajectories)
+    return sum(int(t.loss_mask.sum()) for t in rollout.trajectories())
