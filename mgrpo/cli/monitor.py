@@ -14,6 +14,7 @@ from typing import Any
 
 from mgrpo.cli.parts import RunFolder, run_params
 from mgrpo.cli.progress import Display, step_line
+from mgrpo.cli.signs import Signs
 from mgrpo.cli.summary import draw_curves, write_summary
 from mgrpo.config import RunConfig
 from mgrpo.errors import DeadlineError, PeerError
@@ -43,6 +44,7 @@ class Monitor:
         self._client: LauncherClient | None = None
         self.answered = time.monotonic()  # when the store last did
         self._summary = _Summary(config)
+        self._signs = Signs()
         self.reason = ""
 
     def connect(self, check: Callable[[], object], seconds: float) -> None:
@@ -66,6 +68,7 @@ class Monitor:
         ):  # a resumed run: what the earlier part said, for the summary
             if report.seq <= self._seen:
                 self._summary.take(report.kind, report.payload)
+                self._signs.take(report.kind, report.payload)
 
     def poll(self) -> Outcome:
         """Take in what is new and say how the run stands."""
@@ -132,6 +135,8 @@ class Monitor:
             self._display.line(f"gate: {payload['text']}", "green" if payload["valid"] else "red")
         elif kind != "rollouts":
             self._display.line(str(payload.get("text", f"{source}: {kind}")), "dim")
+        if (sign := self._signs.take(kind, payload)) is not None:
+            self._display.line(sign, "yellow")
         step, values = values_of(kind, payload)
         if values:
             self._metrics.write(step, time.monotonic() - self._began, {"seq": seq, **values})
