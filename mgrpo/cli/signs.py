@@ -2,8 +2,8 @@
 
 One so far, measured on runs that stalled (docs/results.md): the team learns the training questions by heart. Those are
 answered better and better, the questions of the validation split are not. From the second evaluation on, a run that
-stalled was right to .40, .53, .61 in training and to .18, .15, .23 in validation; in one that learned, the two were never
-more than .02 apart.
+stalled was right to .40, .53, .61 in training and to .18, .15, .23 in validation; in one that learned, the two were
+never more than .02 apart.
 """
 
 from __future__ import annotations
