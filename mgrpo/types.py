@@ -68,6 +68,10 @@ class Rollout:
         default_factory=dict
     )  # answer, calls, ...: for people, never for the math
 
+    def trajectories(self) -> list[Trajectory]:
+        """All of them: the main agent's, then those of each sub-agent role in order of name."""
+        return [self.main, *(t for role in sorted(self.invocations) for t in self.invocations[role])]
+
     def d_k(self) -> dict[str, int]:
         """Number of invocations of each sub-agent role, zeros included."""
         return {role: len(trajectories) for role, trajectories in self.invocations.items()}

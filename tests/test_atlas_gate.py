@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 
+from mgrpo.config import config_digest, load_config
 from mgrpo.rollout.episode import Agent
 from mgrpo.rollout.task import GateReport
 from mgrpo.tasks.atlas.task import AtlasTask
@@ -87,6 +89,17 @@ def test_built_policies_play_and_fail_the_gate(tmp_path: Path) -> None:
     text = "<q> people of neighbour of country of Suva <go> +679 en_ none ."
     assert tokenizer.encode(text, add_special_tokens=False) == words.encode(text)
     assert tokenizer.decode(words.encode(text)) == text
+
+
+def test_the_width_of_fresh_policies_is_an_option(tmp_path: Path) -> None:
+    """task.options.width, 64 unless set; another width is another computation."""
+    for width, options in ((64, {}), (96, {"width": 96})):
+        AtlasTask(options).build_policy("main", 1, str(tmp_path / str(width)))
+        config = json.loads((tmp_path / str(width) / "config.json").read_text())
+        assert (config["hidden_size"], config["intermediate_size"]) == (width, 3 * width)
+    atlas = Path(__file__).parent.parent / "examples" / "atlas" / "atlas.toml"
+    digests = {config_digest(load_config(atlas, sets)) for sets in ([], ["task.options.width=96"])}
+    assert len(digests) == 2
 
 
 def test_fresh_policies_depend_on_the_seed_only(tmp_path: Path) -> None:

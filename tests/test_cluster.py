@@ -45,7 +45,7 @@ arguments = ["--tensor-parallel-size", "2"]
 [agents.sub]
 model = "MODEL"
 max_length = 96
-reward = { outcome = 0.5 }
+reward = { outcome = 0.5, expert = 0.5 }
 [trainer]
 threads = 2
 [rollout]
@@ -143,7 +143,9 @@ def test_addresses_of_the_config_stay(team: Path) -> None:
 def test_roles_that_share_a_policy_have_one_trainer_with_an_address_each(tmp_path: Path) -> None:
     """The owner's trainer binds both ports; no job is made for the other role."""
     path = tmp_path / "shared.toml"
-    path.write_text('[agents.main]\nreward = {}\n[agents.sub]\nshares = "main"\nreward = {}\n')
+    path.write_text(
+        '[agents.main]\nreward = { correct = 1.0 }\n[agents.sub]\nshares = "main"\nreward = { outcome = 1.0 }\n'
+    )
     plan = make_plan(path, [], Site(Path("/run"), "python", None, {"main": "n1"}, 5600, 8))
     parts = by_name(plan)
     assert [name for name in parts if name.startswith("trainer")] == ["trainer-main"]

@@ -64,13 +64,14 @@ def numbers_of(run: Path) -> tuple[str, Any, int, int]:
     raise AssertionError("no group of left differs")
 
 
-def add_rollout(run: Path, question: str, answer: str) -> str:
-    """Record one more rollout, as a worker would."""
+def add_rollout(run: Path, question: str, answer: str, valid: bool = True) -> str:
+    """Record one more rollout, as a worker would. valid: its format."""
     recorder = RolloutRecorder(RecordConfig(), run / "rollouts" / "7", print)
     ids, mask = np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], np.uint8)
     main = Trajectory(
         query="99/0", rollout=0, role="main", invocation=0, tokens=ids, loss_mask=mask,
-        logprobs=-mask.astype(np.float32), versions=np.where(mask, 5, -1).astype(np.int32), scores={"format": 1.0},
+        logprobs=-mask.astype(np.float32), versions=np.where(mask, 5, -1).astype(np.int32),
+        scores={"format": float(valid)},
     )  # fmt: skip
     recorder.train(
         99, 0, "99/0", 0, (question, "gold"), Rollout("99/0", 0, main, {}, 0.0, {"answer": answer}), ""
@@ -102,6 +103,31 @@ def test_numbers_are_those_of_the_trainers(recorded: Path) -> None:
     place = overview["rollouts"]["id"].index(rollout)
     mine = body.table()[(body.table()["group"] == group) & (body.table()["rollout"] == row["rollout"])]
     assert overview["rollouts"]["reward"]["left"][place] == pytest.approx(mine["reward"].mean())
+
+
+def test_a_tree_shows_what_each_reward_is_made_of(recorded: Path, tmp_path: Path) -> None:
+    """Weight and score of every part; an invalid format is marked where the gate makes it earn 0."""
+    rollout, row, _, _ = numbers_of(recorded)
+    call = next(
+        t
+        for t in RunView(recorded).rollout(rollout)["trajectories"]
+        if (t["role"], t["invocation"]) == ("left", int(row["invocation"]))
+    )
+    assert [(p["name"], p["weight"]) for p in call["parts"]] == [
+        ("format", 0.1),
+        ("outcome", 0.5),
+        ("expert", 0.4),
+    ]
+    assert sum(p["weight"] * p["score"] for p in call["parts"]) == pytest.approx(row["reward"])
+    assert not call["gated"]
+    out = tmp_path / "run"
+    shutil.copytree(recorded, out)
+    for gate in (True, False):
+        config = json.loads((out / "config.json").read_text())
+        config["agents"]["main"]["reward"]["gate"] = gate
+        (out / "config.json").write_text(json.dumps(config))
+        (main,) = RunView(out).rollout(add_rollout(out, "q", "a", valid=False))["trajectories"]
+        assert main["gated"] is gate
 
 
 def test_trees_keep_the_order_of_what_happened(recorded: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from mgrpo.cli.parts import RunFolder, run_params
 from mgrpo.cli.progress import Display, step_line
 from mgrpo.cli.reports import MALFORMED, every_report, values_of
+from mgrpo.cli.signs import Signs
 from mgrpo.cli.summary import draw_curves, read_summary, write_summary
 from mgrpo.config import RunConfig
 from mgrpo.errors import DeadlineError, PeerError
@@ -51,6 +52,7 @@ class Monitor:
         self._progress = Progress()
         self.advanced: set[str] = set()  # names of parts, until whoever restarts them takes them from here
         self._summary = _Summary(config)
+        self._signs = Signs()
         self.reason = ""
 
     def connect(self, check: Callable[[], object], seconds: float) -> None:
@@ -81,6 +83,7 @@ class Monitor:
             if report.seq > self._seen:
                 break
             self._summary.take(report.kind, report.payload)
+            self._signs.take(report.kind, report.payload)
 
     def poll(self) -> Outcome:
         """Take in what is new and say how the run stands."""
@@ -173,6 +176,8 @@ class Monitor:
         elif kind != "rollouts":
             style = "yellow" if kind == MALFORMED else "dim"
             self._display.line(str(payload.get("text", f"{source}: {kind}")), style)
+        if (sign := self._signs.take(kind, payload)) is not None:
+            self._display.line(sign, "yellow")
         step, values = values_of(kind, payload)
         if values and self._metrics is not None:
             self._metrics.write(step, time.monotonic() - self._began, {"seq": seq, **values})

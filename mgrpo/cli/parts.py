@@ -20,6 +20,7 @@ from mgrpo.cli.processes import die_with_parent
 from mgrpo.cli.sockets import check_sockets, make_sockets, socket_folder
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.config.addresses import Addresses
+from mgrpo.credit import check_names
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.rollout.serve import check_startable, keep, server_command, starts_servers
 from mgrpo.rollout.task import Task
@@ -159,10 +160,14 @@ def recorded_run(root: Path) -> RunConfig:
 
 
 def load_run_task(config: RunConfig) -> Task:
-    """The task of a config. Raises ConfigError when its options or the config's roles do not fit it."""
+    """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it."""
     from mgrpo.tasks import load_task
 
-    return load_task(config.task.name, config.task.options, config.roles)
+    task = load_task(config.task.name, config.task.options, config.roles)
+    for role, names in task.scores.items():
+        if role in config.agents:
+            check_names(role, config.agents[role].reward, names)
+    return task
 
 
 def run_params(config: RunConfig) -> RunParams:

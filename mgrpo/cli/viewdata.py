@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.cli.summary import read_summary
+from mgrpo.credit import is_gated, reward_parts
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.metrics import read_metrics
 from mgrpo.record.reader import RecordedRollout, Recording
@@ -221,7 +222,8 @@ class RunView:
                 {
                     "role": t.role,
                     "invocation": t.invocation,
-                    "scores": t.scores,
+                    "parts": self._parts(t, head.correct),
+                    "gated": is_gated(self.config.agents[t.role].reward, t.scores),
                     "tokens": t.n,
                     "versions": [t.version_min, t.version_max],
                     "turns": self._texts.turns(t),
@@ -235,6 +237,16 @@ class RunView:
             "correct": head.correct, "status": head.status, "failure": body.failure, "step": head.step,
             "split": head.split, "mode": head.mode, "info": info, "trajectories": trajectories,
         }  # fmt: skip
+
+    def _parts(self, t: TrajectoryRecord, correct: float) -> list[Json]:
+        """What the reward of a trajectory is made of, scores that are not paid included."""
+        parts = reward_parts(t.role, self.config.agents[t.role].reward, t.scores, correct)
+        named = {p.name for p in parts}
+        return [{"name": p.name, "weight": p.weight, "score": p.score} for p in parts] + [
+            {"name": name, "weight": 0.0, "score": score}
+            for name, score in t.scores.items()
+            if name not in named
+        ]
 
 
 class _Credit:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import EngineConfig, PolicyConfig
@@ -98,17 +98,36 @@ class WarmStartConfig(Settings):
     _pair = field_validator("betas", mode="before")(lambda v: tuple(v) if isinstance(v, list) else v)
 
 
-class RewardConfig(Settings):
-    """Weights of the reward parts. main: format + correct; a sub-agent: format + outcome + expert."""
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_METRICS = ("mean", "std", "gated")  # of a role's rewards, beside one of each score
 
-    format: float = Field(0.1, ge=0)
-    """This trajectory kept to its protocol."""
-    correct: float = Field(0.0, ge=0)
-    """main only: its answer is right."""
-    outcome: float = Field(0.0, ge=0)
-    """sub-agents only: the main agent's answer of this rollout is right."""
-    expert: float = Field(0.0, ge=0)
-    """sub-agents only: the judge's score of this invocation."""
+
+class RewardConfig(Settings):
+    """What a trajectory of this role earns: the gate times the weighted sum of its parts. Every field but `gate` is the
+    weight of a part, a number >= 0. `correct` (main) and `outcome` (sub-agents) weigh the outcome of the rollout; every
+    other name weighs the score of that name which the task gives the trajectory, e.g. format, expert, citation. A score
+    that is known and not paid has weight 0. A name that the task does not score, and a score without a name here, are
+    refused."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _Weight] = Field(init=False)
+
+    gate: bool = True
+    """A trajectory whose format score is 0 earns exactly 0, whatever else is true (the paper's equations 4 and 5)."""
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> RewardConfig:
+        for name in self.parts:
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} is no name of a score: expected letters, digits and _")
+            if name in _METRICS:
+                raise ValueError(f"{name} is a metric of the reward itself; give the score another name")
+        return self
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Name of each part -> its weight."""
+        return dict(self.__pydantic_extra__ or {})
 
 
 class AlignmentConfig(Settings):
@@ -281,12 +300,12 @@ class RunConfig(Settings):
         if len(self.agents) < 2:
             raise ValueError("agents needs at least one sub-agent beside agents.main")
         for role, agent in self.agents.items():
-            wrong = ("outcome", "expert") if role == MAIN else ("correct",)
-            for part in wrong:
-                if getattr(agent.reward, part):
-                    raise ValueError(
-                        f"agents.{role}.reward.{part} has no meaning for role {role!r}; remove it"
-                    )
+            wrong, right = ("outcome", "correct") if role == MAIN else ("correct", "outcome")
+            if agent.reward.parts.get(wrong):
+                raise ValueError(
+                    f"agents.{role}.reward.{wrong} has no meaning for role {role!r}, "
+                    f"whose part of the rollout's outcome is called {right!r}"
+                )
             if role == MAIN and agent.d_max != 1:
                 raise ValueError(f"agents.main.d_max must be 1 (one trajectory a rollout), got {agent.d_max}")
             if agent.model is not None and agent.warm_start.steps:
@@ -305,6 +324,11 @@ class RunConfig(Settings):
         self._check_servers()
         if all(self.agents[self.owner(r)].frozen for r in self.agents):
             raise ValueError("every agent is frozen; nothing would be trained")
+        for role in self.training_roles:
+            if not any(self.agents[role].reward.parts.values()):
+                raise ValueError(
+                    f"agents.{role}.reward has no part with a weight above 0: all its rewards would be equal"
+                )
         remote = [r for r, a in self.agents.items() if a.url is None] if self.store.url else []
         if (
             self.store.url

@@ -132,9 +132,11 @@ async def evaluate(
     greedy: bool,
     seed: int,
     seen: Callable[[int, Played], None] | None = None,
+    accept: Callable[[Rollout], object] | None = None,
 ) -> Accuracy:
-    """One rollout of each question. Failed rollouts are counted beside the mean, not in it. `seen` hears of each
-    rollout as it ends, with the number of its question. Raises InfrastructureError where none succeeded."""
+    """One rollout of each question. Failed rollouts are counted beside the mean, not in it. `seen` is called with each
+    rollout as it ends and the number of its question. accept: as in play. Raises InfrastructureError where none
+    succeeded."""
     if greedy:
         agents = {role: replace(agent, temperature=0.0) for role, agent in agents.items()}
     result = Accuracy()
@@ -154,7 +156,7 @@ async def evaluate(
 
     asks = [Ask(f"eval/{'greedy' if greedy else 'sampled'}/{i}", q, 0) for i, q in enumerate(questions)]
     numbers = {ask.query: i for i, ask in enumerate(asks)}
-    await play_all(task, asks, agents, lambda ask: mix(seed, numbers[ask.query]), count)
+    await play_all(task, asks, agents, lambda ask: mix(seed, numbers[ask.query]), count, accept)
     if result.failed and not result.n:
         raise InfrastructureError(all_failed(result.failed, "an evaluation", result.failure))
     return result

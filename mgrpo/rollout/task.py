@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 from mgrpo.rollout.episode import Agent, Episode
@@ -46,6 +47,9 @@ class Task(ABC):
     """All roles, "main" first."""
     chat = False
     """Whether its agents are spoken to through their models' chat templates; a model without one is then refused."""
+    scores: Mapping[str, frozenset[str]] = MappingProxyType({})
+    """Role -> names of the scores with which play() closes its conversations, e.g. {"main": frozenset({"format"})}.
+    What is declared is compared with agents.<role>.reward before a run starts, what is not at its first rollout."""
 
     @abstractmethod
     def question(self, index: int, seed: int) -> Question:
@@ -60,9 +64,10 @@ class Task(ABC):
         """Run one rollout to its end: the agents talk, tools answer, conversations are closed with their scores.
         Returns what episode.finish() returned.
 
-        Raises InfrastructureError where an engine, tool or judge does not answer: the rollout is played again. Any
-        other exception fails this rollout, which is counted and never scored 0. asyncio tasks that it starts end with
-        it: what still runs when it returns or raises is cancelled and awaited.
+        Every trajectory of a role has the same scores; an invalid one (`format` 0) that the gate pays nothing need not
+        be judged. Raises InfrastructureError where an engine, tool or judge does not answer, never scores 0: the
+        rollout is played again. Any other exception fails this rollout, which is counted and never scored 0. asyncio
+        tasks that it starts end with it: what still runs when it returns or raises is cancelled and awaited.
         """
 
     # -- policies that start from scratch (a task over pretrained models need not override the rest) --

@@ -20,8 +20,15 @@ import torch
 
 from mgrpo.config import RunConfig, config_digest
 from mgrpo.config.addresses import Addresses
-from mgrpo.credit import trajectory_reward
-from mgrpo.errors import DeadlineError, GroupClosedError, InfrastructureError, MgrpoError, RetryAfterError
+from mgrpo.credit import check_scores, trajectory_reward
+from mgrpo.errors import (
+    ConfigError,
+    DeadlineError,
+    GroupClosedError,
+    InfrastructureError,
+    MgrpoError,
+    RetryAfterError,
+)
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.rollout.episode import mix
 from mgrpo.rollout.failure import KINDS, encodable, shortened
@@ -36,7 +43,7 @@ from mgrpo.store.records import World
 from mgrpo.transport.client import Client
 from mgrpo.transport.codec import Sender
 from mgrpo.transport.keys import client_keys
-from mgrpo.types import Rollout, Trajectory
+from mgrpo.types import MAIN, Rollout
 
 LOST_WAVES = 3  # a wave can be one question that nothing answers; that many in a row are an outage
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
@@ -79,6 +86,7 @@ class RolloutWorker:
         self._cursor = number  # index of the next group this worker may open
         self._evaluated = -1  # step of the last evaluation
         self._skipped = 0  # groups that the store had closed incomplete, since the last report
+        self._scored: set[str] = set()  # roles whose scores have fitted their reward
         self._lost_waves = 0  # waves without a rollout since the last one that had some
 
     def __enter__(self) -> RolloutWorker:
@@ -269,7 +277,15 @@ class RolloutWorker:
                 self._recorder.evaluation(step, split, mode, number, asked, played.rollout)
 
             return self._loop.run(
-                evaluate(self._task, questions, self._team.agents, greedy=greedy, seed=EVAL_SEED, seen=seen)
+                evaluate(
+                    self._task,
+                    questions,
+                    self._team.agents,
+                    greedy=greedy,
+                    seed=EVAL_SEED,
+                    seen=seen,
+                    accept=self._check_rewards,
+                )
             )
 
         greedy, sampled = accuracy(True), accuracy(False)
@@ -312,18 +328,21 @@ class RolloutWorker:
     def _say(self, line: str) -> None:
         self._store.report("phase", {"text": line})
 
-    def _reward(self, trajectory: Trajectory, correct: float) -> float:
-        role = trajectory.role
-        return trajectory_reward(role, self._config.agents[role].reward, trajectory.scores, correct)
-
     def _main_reward(self, rollout: Rollout) -> float:
-        return self._reward(rollout.main, rollout.correct)
+        weights = self._config.agents[MAIN].reward
+        return trajectory_reward(MAIN, weights, rollout.main.scores, rollout.correct)
 
     def _check_rewards(self, rollout: Rollout) -> None:
-        """Raise for a rollout that some role's trainer could not pay: a score that its reward needs is missing."""
-        for trajectory in (rollout.main, *(t for ts in rollout.invocations.values() for t in ts)):
-            if trajectory.role in self._config.training_roles:
-                self._reward(trajectory, rollout.correct)
+        """Raise for a rollout that could not be paid. Where the names of its scores never fitted the reward, that would
+        be so in every rollout: ConfigError. Where they did, or the task declared them, it is this rollout's failure."""
+        for t in rollout.trajectories():
+            try:
+                check_scores(t.role, self._config.agents[t.role].reward, t.scores)
+            except ConfigError as error:
+                if t.role in self._task.scores or t.role in self._scored:
+                    raise ValueError(str(error)) from None
+                raise
+            self._scored.add(t.role)
 
     def _published(self) -> int:
         """The oldest version that the training roles have published (-1 before the first)."""
@@ -387,5 +406,4 @@ def _oldest(world: World) -> int:
 def _sampled_tokens(rollout: Rollout | None) -> int:
     if rollout is None:
         return 0
-    trajectories = [rollout.main, *(t for ts in rollout.invocations.values() for t in ts)]
-    return sum(int(t.loss_mask.sum()) for t in trajectories)
+    return sum(int(t.loss_mask.sum()) for t in rollout.trajectories())

@@ -15,7 +15,7 @@ import torch
 
 from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
-from mgrpo.credit import trajectory_reward
+from mgrpo.credit import is_gated, trajectory_reward
 from mgrpo.spool import SpoolRef
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trainer.step import MicroBatch, MiniBatch
@@ -199,6 +199,7 @@ class BatchBuilder:
             "reward/mean": _mean(rewards),
             "reward/std": float(np.std(rewards)) if rewards else 0.0,
             "reward/correct": _mean([r.correct for r in finished]),
+            "reward/gated": _mean([is_gated(self._agent.reward, i.scores) for i in mine]),
             "rollouts/failed": float(sum(r.status != "ok" for g in groups for r in g.rollouts)),
             "advantage/frac_zero": float((kept == 0).mean()) if kept.size else 1.0,
             "align/dup_ratio": float((copies - 1).clip(0).sum() / max(1, copies.sum())),

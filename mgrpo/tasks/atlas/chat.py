@@ -36,7 +36,7 @@ from mgrpo.tasks.atlas.chat_calls import (
 )
 from mgrpo.tasks.atlas.documents import build_documents
 from mgrpo.tasks.atlas.facts import NONE, FactsMode, World
-from mgrpo.tasks.atlas.play import Delegate
+from mgrpo.tasks.atlas.play import SCORES, Delegate
 from mgrpo.tasks.atlas.protocol import MAX_CALLS, Call
 from mgrpo.tasks.atlas.questions import HOP_WEIGHTS, QuestionBank
 from mgrpo.tasks.atlas.search import Index, SearchMode
@@ -91,6 +91,7 @@ class AtlasChatTask(Task):
 
     roles = ("main", "sub")
     chat = True
+    scores = SCORES
 
     def __init__(self, options: Mapping[str, object], roles: Sequence[str] = roles) -> None:
         if set(roles) != set(self.roles):

@@ -28,6 +28,9 @@ from mgrpo.tasks.atlas.protocol import (
 )
 from mgrpo.tasks.atlas.search import Index
 
+SCORES = {"main": frozenset({"format"}), "sub": frozenset({"format", "expert"})}
+"""What the trajectories of each role are scored for, beside the rollout's outcome."""
+
 
 @dataclass(frozen=True, slots=True)
 class Library:

@@ -8,8 +8,6 @@ from mgrpo.tasks.atlas.facts import NONE
 from mgrpo.tasks.atlas.protocol import PAD, STOP, vocabulary
 
 MODEL = {
-    "hidden_size": 64,  # not 96: see the docstring of this package
-    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,  # with 4, a choice among the three results blurs: one head has to see them all
     "max_position_embeddings": 128,
@@ -34,7 +32,7 @@ def build_tokenizer() -> Any:
     )
 
 
-def build_policy(seed: int, path: str) -> None:
+def build_policy(seed: int, path: str, width: int) -> None:
     """Write a randomly initialised model and its tokenizer to the folder `path`, Hugging Face layout."""
     import torch
 
@@ -44,6 +42,8 @@ def build_policy(seed: int, path: str) -> None:
     tokenizer = build_tokenizer()
     config = ShiftDecoderConfig(
         vocab_size=len(vocabulary()),
+        hidden_size=width,
+        intermediate_size=3 * width,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         **MODEL,

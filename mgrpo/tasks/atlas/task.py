@@ -17,7 +17,7 @@ from mgrpo.tasks.atlas.demos import Demonstrations
 from mgrpo.tasks.atlas.documents import build_documents
 from mgrpo.tasks.atlas.facts import FactsMode, World
 from mgrpo.tasks.atlas.gate import gate
-from mgrpo.tasks.atlas.play import Library, play
+from mgrpo.tasks.atlas.play import SCORES, Library, play
 from mgrpo.tasks.atlas.protocol import TURN_WORDS
 from mgrpo.tasks.atlas.questions import QuestionBank
 from mgrpo.tasks.atlas.search import Index, SearchMode
@@ -39,11 +39,15 @@ class AtlasOptions(BaseModel):
     turn_tokens: int = Field(default=TURN_WORDS, ge=TURN_WORDS)
     """Most tokens of one turn. The built-in tokenizer needs 4; a pretrained one splits names into several."""
 
+    width: int = Field(default=64, ge=8, multiple_of=8)
+    """Hidden size of a fresh policy, which has 8 heads."""
+
 
 class AtlasTask(Task):
     """See the module's docstring. Scores: main and sub `format`, sub `expert`; correct is exact match."""
 
     roles = ("main", "sub")
+    scores = SCORES
 
     def __init__(self, options: Mapping[str, object], roles: Sequence[str] = roles) -> None:
         if set(roles) != set(self.roles):
@@ -85,7 +89,7 @@ class AtlasTask(Task):
 
         if role not in self.roles:
             raise ValueError(f"unknown role {role!r}; this task has {list(self.roles)}")
-        build_policy(seed, path)
+        build_policy(seed, path, self.options.width)
 
     def demo_batch(self, role: str, step: int, size: int, seed: int) -> Sequence[tuple[Int32, UInt8]]:
         """In the token ids of the built-in tokenizer."""
