@@ -228,7 +228,7 @@ class _Talk:
         self._limit = task.options.turn_tokens
         self._conversation = conversation
         self._chat = Chat(conversation, task.form(conversation.agent))
-        self._next = self._chat.form.begin(messages)  # what the agent sees before its next turn
+        self._next = self._chat.opening(messages)  # what the agent sees before its next turn
 
     def observe(self, text: str) -> None:
         self._next = self._chat.observation("user", text)
