@@ -45,7 +45,7 @@ from mgrpo.model.chat_marks import Marks, Message, tags_in
 from mgrpo.model.stops import stops_of
 from mgrpo.model.tokens import check_text, decode_piece
 
-__all__ = ["ChatFormat", "Message", "Opening"]
+__all__ = ["ChatFormat", "ChatUse", "Message", "Opening", "check_chat"]
 
 _SAID = "assistantsaysthis"  # letters only: no template trims, splits or escapes it
 _USER: Message = {"role": "user", "content": "u"}
@@ -84,6 +84,39 @@ class _Chat:
     @property
     def text(self) -> str:
         return self.rendered.text
+
+
+@dataclass(frozen=True, slots=True)
+class ChatUse:
+    """What a task sends through its models' chat templates, for check_chat."""
+
+    first: Sequence[str] = ("user",)
+    """Roles of the first messages, in order."""
+    observed: Sequence[str] = ("user",)
+    """Roles that speak after the assistant."""
+    tools: bool = False
+    """Whether Chat.begin gets tools."""
+    calls: bool = False
+    """Whether Chat.observe gets the calls that a tool's result answers."""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """The template's own settings, as the task gives them to ChatFormat."""
+
+
+def check_chat(tokenizer: Any, use: ChatUse, name: str) -> None:
+    """Hold a conversation of the kind `use`. name: of the setting that gave the model. Raises ConfigError with it where
+    the chat template cannot hold one."""
+    try:
+        form = ChatFormat(tokenizer, **use.template)
+        first = [{"role": role, "content": f"message {n}"} for n, role in enumerate(use.first)]
+        opening = form.open(first, [_PROBE] if use.tools else None)
+        for role in use.observed:
+            call = _call("find", "call00001") if use.calls and role != "user" else None
+            answer = {"role": role, "content": "answer"} | (
+                {"name": "find", "tool_call_id": "call00001"} if call else {}
+            )
+            form.extend([answer], calls=[call] if call else None, opening=opening)
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 class ChatFormat:

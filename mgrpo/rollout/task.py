@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mgrpo.model.chat import ChatUse
 from mgrpo.rollout.episode import Agent, Episode
 from mgrpo.types import Int32, Rollout, UInt8
 
@@ -46,6 +47,9 @@ class Task(ABC):
     """All roles, "main" first."""
     chat = False
     """Whether its agents are spoken to through their models' chat templates; a model without one is then refused."""
+    chat_use = ChatUse()
+    """What they are told of through them: tried before a run starts, so that a model whose template cannot say it is
+    refused by name."""
 
     @abstractmethod
     def question(self, index: int, seed: int) -> Question:

@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.policy import LoraConfig
+from mgrpo.model.chat import check_chat
 from mgrpo.model.policy import Policy, adapter_bytes, load_policy, save_policy, state_bytes
 from mgrpo.model.shell import shell_files
 from mgrpo.rollout.task import Task
@@ -84,7 +85,11 @@ class TrainerProcess:
 
     def _run(self) -> None:
         step = self._crew.begin(self._start_policy())
-        self._weights.describe(shell_files(self._crew.policy()))
+        policy = self._crew.policy()
+        if self._task.chat:
+            check_chat(policy.tokenizer, self._task.chat_use, f"policy of {self._role}")
+        # Also tries what is saved at the end: a tokenizer that cannot be would otherwise say so after the last step.
+        self._weights.describe(shell_files(policy))
         self._checkpointed = step
         for lane in self._lanes:
             resumed = lane.store.resume(checkpoint_step=step - 1)

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mgrpo.errors import ConfigError
-from mgrpo.model.chat import ChatFormat
+from mgrpo.model.chat import ChatFormat, ChatUse
 from mgrpo.rollout.episode import Agent, Chat, Conversation, Episode, mix
 from mgrpo.rollout.task import GateReport, Question, Split, Task
 from mgrpo.tasks.atlas.chat_calls import (
@@ -105,6 +105,8 @@ class AtlasChatTask(Task):
         self.documents = build_documents(self.world)
         self.index = Index(self.documents.values(), self.options.search)
         self.bank = QuestionBank(self.world, self.options.hops)
+        roles_of_prompt = tuple(message["role"] for message in main_messages(""))  # a sub-agent's are alike
+        self.chat_use = ChatUse(first=roles_of_prompt, template=self.options.template)
         self._forms: dict[tuple[str, int], ChatFormat] = {}
 
     def question(self, index: int, seed: int) -> Question:
