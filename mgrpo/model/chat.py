@@ -61,6 +61,14 @@ _PROBE = {
 }
 
 
+def _call(name: str, number: str) -> Message:
+    return {"type": "function", "id": number, "function": {"name": name, "arguments": {}}}
+
+
+_CALL = _call("find", "call00001")  # nine characters: Mistral takes no other number of them
+_RESULT: Message = {"role": "tool", "name": "find", "tool_call_id": "call00001", "content": "answer"}
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
     """How a conversation began: ids of the first messages and of the start of the assistant's turn."""
@@ -108,13 +116,12 @@ def check_chat(tokenizer: Any, use: ChatUse, name: str) -> None:
     try:
         form = ChatFormat(tokenizer, **use.template)
         first = [{"role": role, "content": f"message {n}"} for n, role in enumerate(use.first)]
-        opening = form.open(first, [_PROBE] if use.tools else None)
+        opening = form.open(first, [_PROBE] if use.tools else None, calls=use.calls)
         for role in use.observed:
-            call = _call("find", "call00001") if use.calls and role != "user" else None
-            answer = {"role": role, "content": "answer"} | (
-                {"name": "find", "tool_call_id": "call00001"} if call else {}
-            )
-            form.extend([answer], calls=[call] if call else None, opening=opening)
+            if use.calls and role != "user":
+                form.extend([{**_RESULT, "role": role}], calls=[_CALL], opening=opening)
+            else:
+                form.observe(role, "answer", opening=opening)
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -139,6 +146,7 @@ class ChatFormat:
         )
         added = [t.content for t in tokenizer.added_tokens_decoder.values()]
         self._tags = tags_in("\n".join(self._templates.values()), added)
+        self._called: bool | None = None  # of _needs_calls
         self._roles: dict[object, bool] = {}  # role -> whether the template tells it from the assistant
         self._marked_ends: frozenset[int] = frozenset()  # ends of turns that are the next role's marker
         stops = [*self._ends(()), *(self._ends([_PROBE]) if "tool_use" in self._templates else ())]
@@ -146,11 +154,15 @@ class ChatFormat:
         """Token ids that end the assistant's turn; the sampled one is part of the turn."""
         self._plain = self.open([_USER])
 
-    def open(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Opening:
+    def open(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, calls: bool = False
+    ) -> Opening:
         """The first messages of a conversation, and the start of the assistant's turn.
 
         messages: {"role", "content"} each, the last not the assistant's. tools: JSON schemas or functions, as
-        apply_chat_template takes them. Raises ChatError for what the template has no place for: tools, a role, calls.
+        apply_chat_template takes them. calls: extend() will be given the calls that a tool's result answers. Raises
+        ChatError for what the template has no place for: tools, a role, calls, and for tools whose results it could
+        not write later without the calls.
         """
         if not messages or messages[-1].get("role") == "assistant":
             raise ValueError(
@@ -167,12 +179,19 @@ class ChatFormat:
                 raise ChatError(
                     f"the chat template of {self._name!r} ignores tool_calls; write calls as text"
                 )
+        if tools and not calls and self._needs_calls(tools):
+            raise ChatError(
+                f"the chat template of {self._name!r} writes a tool's result only with the call that it answers; say "
+                "calls=True with the tools, and give observe(..., calls=...) the calls of the turn"
+            )
         end = max((end for _, end in chat.places.values()), default=0)
         return Opening(self._encoder.encode(chat.rendered), messages, tools, chat.text, end)
 
-    def begin(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
+    def begin(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, calls: bool = False
+    ) -> list[int]:
         """The ids of open(), which also gives what observe() needs to continue this very conversation."""
-        return self.open(messages, tools).ids
+        return self.open(messages, tools, calls=calls).ids
 
     def observe(
         self,
@@ -300,8 +319,7 @@ class ChatFormat:
     def _after_any_call(self, messages: Sequence[Message], opening: Opening) -> list[int]:
         """As _after, for a template that wants a call before its result: which one must make no difference."""
         one, other = (
-            self._after_calls(messages, [_call(name, number)], opening)
-            for name, number in (("find", "call00001"), ("seek", "call00002"))
+            self._after_calls(messages, [call], opening) for call in (_CALL, _call("seek", "call00002"))
         )
         if one != other:
             raise ChatError(
@@ -323,6 +341,19 @@ class ChatFormat:
                 raise ChatError(
                     f"the chat template of {self._name!r} writes a message of role {role!r} as the assistant's own"
                 )
+
+    def _needs_calls(self, tools: Sequence[Any]) -> bool:
+        """Whether a tool's result can be written with the call that it answers, and not without."""
+        if self._called is None:
+            self._called = False
+            opening = self.open([_USER], tools, calls=True)
+            try:
+                self.extend([{"role": "tool", "content": "answer"}], opening=opening)
+            except ChatError:
+                with contextlib.suppress(ChatError):
+                    self.extend([_RESULT], calls=[_CALL], opening=opening)
+                    self._called = True
+        return self._called
 
     def _check_kept(self, chat: _Chat, opening: Opening, until: int | None = None) -> None:
         """The first messages are as they were; so is the start of the turn behind them, up to `until`, except that a
@@ -368,7 +399,3 @@ class ChatFormat:
 
     def _first(self, ids: Sequence[int]) -> int | None:
         return next((token for token in ids if token in self._encoder.control), None)
-
-
-def _call(name: str, number: str) -> Message:
-    return {"type": "function", "id": number, "function": {"name": name, "arguments": {}}}

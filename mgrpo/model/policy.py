@@ -294,8 +294,9 @@ def save_shell(policy: Policy, folder: Path) -> None:
             policy.model.generation_config.save_pretrained(folder)
             policy.tokenizer.save_pretrained(folder)
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{policy.name}: the configuration or the tokenizer cannot be saved ({type(error).__name__}: {error}); "
+            f"{policy.name}: the configuration or the tokenizer cannot be saved ({type(error).__name__}: {reason}); "
             "mend generation_config.json, tokenizer_config.json or the chat templates in its folder"
         ) from error
 

@@ -152,14 +152,18 @@ class Chat:
         self.form = ChatFormat(conversation.agent.tokenizer) if form is None else form
         self._opening: Opening | None = None
 
-    def begin(self, messages: Sequence[Message], tools: Sequence[object] | None = None) -> None:
-        """The first messages. Raises as ChatFormat.open."""
-        self.conversation.append_ids(self.opening(messages, tools))
+    def begin(
+        self, messages: Sequence[Message], tools: Sequence[object] | None = None, *, calls: bool = False
+    ) -> None:
+        """The first messages. calls: observe() will be given the calls of a turn. Raises as ChatFormat.open."""
+        self.conversation.append_ids(self.opening(messages, tools, calls=calls))
 
-    def opening(self, messages: Sequence[Message], tools: Sequence[object] | None = None) -> list[int]:
+    def opening(
+        self, messages: Sequence[Message], tools: Sequence[object] | None = None, *, calls: bool = False
+    ) -> list[int]:
         """The ids that begin() would append, to see whether the conversation has room for them. What follows is
         written as a continuation of these messages, and with these tools."""
-        self._opening = self.form.open(messages, tools)
+        self._opening = self.form.open(messages, tools, calls=calls)
         return self._opening.ids
 
     async def reply(self, max_tokens: int) -> str:
