@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ChatError, ConfigError
-from mgrpo.model.chat import ChatFormat, ChatUse, check_chat
+from mgrpo.model.chat import ChatFormat
+from mgrpo.model.chat_check import ChatUse, check_chat
 from mgrpo.model.folder import check_chat_folder, check_folder
 from mgrpo.model.policy import Policy, load_policy, save_policy
 from mgrpo.model.shell import policy_from_shell, shell_files, tokenizer_from_shell

@@ -40,18 +40,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgrpo.errors import ChatError, ConfigError
+from mgrpo.model.chat_clock import without_clock
 from mgrpo.model.chat_ids import ChatEncoder, Rendered
 from mgrpo.model.chat_marks import Marks, Message, tags_in
 from mgrpo.model.stops import stops_of
 from mgrpo.model.tokens import check_text, decode_piece
 
-__all__ = ["ChatFormat", "ChatUse", "Message", "Opening", "check_chat"]
+__all__ = ["ChatFormat", "Message", "Opening"]
 
 _SAID = "assistantsaysthis"  # letters only: no template trims, splits or escapes it
 _USER: Message = {"role": "user", "content": "u"}
 _TURN: Message = {"role": "assistant", "content": _SAID}
 _REPLIES = ("user", "tool", "observation", "function", "ipython")  # roles that speak after the assistant
-_PROBE = {
+SAMPLE_TOOL = {
     "type": "function",
     "function": {
         "name": "find",
@@ -65,8 +66,8 @@ def _call(name: str, number: str) -> Message:
     return {"type": "function", "id": number, "function": {"name": name, "arguments": {}}}
 
 
-_CALL = _call("find", "call00001")  # nine characters: Mistral takes no other number of them
-_RESULT: Message = {"role": "tool", "name": "find", "tool_call_id": "call00001", "content": "answer"}
+SAMPLE_CALL = _call("find", "call00001")  # nine characters: Mistral takes no other number of them
+SAMPLE_RESULT: Message = {"role": "tool", "name": "find", "tool_call_id": "call00001", "content": "answer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,44 +95,13 @@ class _Chat:
         return self.rendered.text
 
 
-@dataclass(frozen=True, slots=True)
-class ChatUse:
-    """What a task sends through its models' chat templates, for check_chat."""
-
-    first: Sequence[str] = ("user",)
-    """Roles of the first messages, in order."""
-    observed: Sequence[str] = ("user",)
-    """Roles that speak after the assistant."""
-    tools: bool = False
-    """Whether Chat.begin gets tools."""
-    calls: bool = False
-    """Whether Chat.observe gets the calls that a tool's result answers."""
-    template: Mapping[str, Any] = field(default_factory=dict)
-    """The template's own settings, as the task gives them to ChatFormat."""
-
-
-def check_chat(tokenizer: Any, use: ChatUse, name: str) -> None:
-    """Hold a conversation of the kind `use`. name: of the setting that gave the model. Raises ConfigError with it where
-    the chat template cannot hold one."""
-    try:
-        form = ChatFormat(tokenizer, **use.template)
-        first = [{"role": role, "content": f"message {n}"} for n, role in enumerate(use.first)]
-        opening = form.open(first, [_PROBE] if use.tools else None, calls=use.calls)
-        for role in use.observed:
-            if use.calls and role != "user":
-                form.extend([{**_RESULT, "role": role}], calls=[_CALL], opening=opening)
-            else:
-                form.observe(role, "answer", opening=opening)
-    except (ConfigError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from None
-
-
 class ChatFormat:
     """Renders messages to token ids. Raises ConfigError where the tokenizer's template does not allow that."""
 
     def __init__(self, tokenizer: Any, **variables: Any) -> None:
         """tokenizer: a Hugging Face tokenizer with a chat template. variables: the template's own settings, e.g.
-        enable_thinking=False. A template that writes today's date must be given one: rollouts read no clock."""
+        enable_thinking=False. Templates that write today's date write a fixed one (see chat_clock.py), or the one
+        that such a setting gives: rollouts read no clock."""
         template = getattr(tokenizer, "chat_template", None)
         self._name = str(getattr(tokenizer, "name_or_path", ""))
         if not template:
@@ -149,7 +119,7 @@ class ChatFormat:
         self._called: bool | None = None  # of _needs_calls
         self._roles: dict[object, bool] = {}  # role -> whether the template tells it from the assistant
         self._marked_ends: frozenset[int] = frozenset()  # ends of turns that are the next role's marker
-        stops = [*self._ends(()), *(self._ends([_PROBE]) if "tool_use" in self._templates else ())]
+        stops = [*self._ends(()), *(self._ends([SAMPLE_TOOL]) if "tool_use" in self._templates else ())]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*stops, *stops_of(tokenizer)]))
         """Token ids that end the assistant's turn; the sampled one is part of the turn."""
         self._plain = self.open([_USER])
@@ -271,9 +241,11 @@ class ChatFormat:
         marks = Marks(self._tags, self._encoder.controls)
         marked, marked_tools = marks.mark(messages, tools)
         try:
+            template = self.tokenizer.get_chat_template(None, tools=marked_tools or None)
             text: str = self.tokenizer.apply_chat_template(
                 marked,
                 tools=marked_tools or None,
+                chat_template=without_clock(template),
                 add_generation_prompt=open,
                 tokenize=False,
                 **self._variables,
@@ -319,7 +291,7 @@ class ChatFormat:
     def _after_any_call(self, messages: Sequence[Message], opening: Opening) -> list[int]:
         """As _after, for a template that wants a call before its result: which one must make no difference."""
         one, other = (
-            self._after_calls(messages, [call], opening) for call in (_CALL, _call("seek", "call00002"))
+            self._after_calls(messages, [call], opening) for call in (SAMPLE_CALL, _call("seek", "call00002"))
         )
         if one != other:
             raise ChatError(
@@ -351,7 +323,7 @@ class ChatFormat:
                 self.extend([{"role": "tool", "content": "answer"}], opening=opening)
             except ChatError:
                 with contextlib.suppress(ChatError):
-                    self.extend([_RESULT], calls=[_CALL], opening=opening)
+                    self.extend([SAMPLE_RESULT], calls=[SAMPLE_CALL], opening=opening)
                     self._called = True
         return self._called
 

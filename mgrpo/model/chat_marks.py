@@ -52,15 +52,17 @@ class Marks:
     """After find(): message number -> (start, end) of what it says."""
     _leaves: dict[str, _Leaf] = field(default_factory=dict)
     _break: str = ""
-    _forged: bool = False  # some text of the chat holds a control token
+    _forged: bool = False  # a key, name or schema holds a control token
     _free: Iterator[str] = field(default_factory=lambda: iter(()))
 
     def mark(self, messages: Sequence[Message], tools: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """(messages, tools) with their marks."""
-        seen = "\n".join(_strings([messages, tools]))
+        seen = "".join(_strings([messages, tools]))
         self._free = (c for c in map(chr, PRIVATE) if c not in seen)
         self._break = next(self._free)
-        self._forged = self.is_control(seen)
+        # What messages say is marked in any case; the rest is small, and asked about in one go.
+        rest = [{k: v for k, v in m.items() if k != "content" or not isinstance(v, str)} for m in messages]
+        self._forged = self.is_control("\n".join(_strings([rest, tools])))
         marked = [
             {self._key(k): self._field(number, m, k, v) for k, v in m.items()}
             for number, m in enumerate(messages)

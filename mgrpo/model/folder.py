@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mgrpo.model.chat import ChatUse
+    from mgrpo.model.chat_check import ChatUse
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -52,7 +52,7 @@ def check_chat_folder(folder: Path, name: str, use: ChatUse) -> None:
     first. Raises ConfigError with it."""
     from transformers import AutoTokenizer
 
-    from mgrpo.model.chat import check_chat
+    from mgrpo.model.chat_check import check_chat
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

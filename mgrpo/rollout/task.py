@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mgrpo.model.chat import ChatUse
+from mgrpo.model.chat_check import ChatUse
 from mgrpo.rollout.episode import Agent, Episode
 from mgrpo.types import Int32, Rollout, UInt8
 
