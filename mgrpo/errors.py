@@ -12,6 +12,11 @@ class ConfigError(MgrpoError):
     """A setting, a file or a combination of both that a run cannot start with (exit status 2)."""
 
 
+class ChatError(ConfigError, ValueError):
+    """A message that the chat template of its model cannot carry. Raised before a run starts it is a mistake in the
+    config; raised in a rollout it fails that rollout, which is counted and never scored 0."""
+
+
 class GateError(MgrpoError):
     """The warm-started policies are not a valid start for the comparison the run makes."""
 

@@ -23,7 +23,7 @@ from mgrpo.cli.processes import HEALTHY_SECONDS, Supervisor
 from mgrpo.cli.progress import Display
 from mgrpo.config import RunConfig, check_same_run, dump_config, load_config
 from mgrpo.errors import ConfigError, GateError, MgrpoError
-from mgrpo.model.folder import check_folder
+from mgrpo.model.folder import check_chat_folder, check_folder
 from mgrpo.rollout.serve import check_engine
 from mgrpo.rollout.server import PATIENCE_SECONDS
 
@@ -78,6 +78,8 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
         if agent.model is not None:
             length = max(config.agents[r].max_length for r in config.served_by(role))
             check_folder(Path(agent.model), f"{where}.model", length, task.chat)
+            if task.chat:
+                check_chat_folder(Path(agent.model), f"{where}.model", task.chat_use)
         _check_gpu(agent.policy.device, f"{where}.policy.device")
         if not agent.engine.urls:
             _check_gpu(agent.engine.device, f"{where}.engine.device")

@@ -1,13 +1,16 @@
 """What a model folder says of itself without being loaded: mistakes that a run would meet minutes later, in some other
-process and in other words. Reads JSON alone; neither torch nor transformers is imported."""
+process and in other words. check_folder reads JSON alone; check_chat_folder loads the tokenizer."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgrpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mgrpo.model.chat_check import ChatUse
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -44,9 +47,23 @@ def check_folder(folder: Path, name: str, length: int, chat: bool) -> None:
         )
 
 
+def check_chat_folder(folder: Path, name: str, use: ChatUse) -> None:
+    """Whether the folder's chat template can hold the conversations of a task. name: as in check_folder, which comes
+    first. Raises ConfigError with it."""
+    from transformers import AutoTokenizer
+
+    from mgrpo.model.chat_check import check_chat
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{name}: no tokenizer loads from {folder}: {error}") from error
+    check_chat(tokenizer, use, name)
+
+
 def _read(path: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{name}: {path.parent} has no {path.name}; expected a Hugging Face model folder"

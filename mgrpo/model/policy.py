@@ -30,8 +30,10 @@ from torch import Tensor
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
+from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
+from mgrpo.model.stops import remember_stops
 from mgrpo.model.trained import decoder_layers, prepare
 from mgrpo.model.vocabulary import Vocabulary
 
@@ -49,6 +51,7 @@ class Policy:
         errors call this policy; config: how it is computed and what of it trains (default: everything, float32)."""
         head = head_guard.head_of(model, name)
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        remember_stops(tokenizer, getattr(model, "generation_config", None))
         self.vocab_size: int = head.weight.shape[0]  # may exceed the tokenizer's tokens
         self.vocabulary = Vocabulary(tokenizer, self.vocab_size, name)
         self.config = config or PolicyConfig()
@@ -272,9 +275,25 @@ def save_policy(policy: Policy, path: str | Path) -> None:
                 _save_merged(policy.model, fresh)
             else:
                 policy.model.save_pretrained(fresh)
-            policy.tokenizer.save_pretrained(fresh)
+            save_shell(policy, fresh)
 
     write_folder(path, write)
+
+
+def save_shell(policy: Policy, folder: Path) -> None:
+    """Write all of the policy but its weights into `folder`. Every way to save a policy goes through here, so a trainer
+    that sends this at its start knows that it can save at its end. Raises ConfigError for what cannot be saved."""
+    try:
+        with quiet():
+            policy.model.config.save_pretrained(folder)
+            policy.model.generation_config.save_pretrained(folder)
+            policy.tokenizer.save_pretrained(folder)
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{policy.name}: the configuration or the tokenizer cannot be saved ({type(error).__name__}: {reason}); "
+            "mend generation_config.json, tokenizer_config.json or the chat templates in its folder"
+        ) from error
 
 
 def save_adapter(policy: Policy, path: str | Path) -> None:
@@ -288,9 +307,7 @@ def save_adapter(policy: Policy, path: str | Path) -> None:
 
 
 def _save_merged(model: Any, folder: Path) -> None:
-    """A plain model's files: transformers would write the adapted layers under names that no other loader knows."""
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    """A plain model's weights: transformers would write the adapted layers under names that no other loader knows."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state_of(model).items()}
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -306,13 +323,12 @@ def write_folder(path: str | Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     write(fresh)
-    for file in fresh.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    sync_tree(fresh)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     fresh.rename(folder)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.policy import EngineConfig, PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import Policy, quiet
-from mgrpo.model.shell import policy_from_shell
+from mgrpo.model.policy import Policy
+from mgrpo.model.shell import policy_from_shell, tokenizer_from_shell
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.hf import HfEngine
@@ -57,7 +56,7 @@ def _open_vllm(
 ) -> tuple[Engine, Tokenizer]:
     owner, length = config.owner(role), config.agents[role].max_length
     engine = config.agents[owner].engine
-    tokenizer, vocab_size = _tokenizer_of(shell, role)
+    tokenizer, vocab_size = tokenizer_from_shell(shell, role)
     if addresses.weights is None:
         raise ConfigError(f"agents.{owner}.engine: no folder for weights is known")
     folder = Path(engine.folder) / owner if engine.folder is not None else addresses.weights / owner
@@ -86,20 +85,3 @@ def open_sync(config: RunConfig, owner: str, folder: Path) -> WeightSync:
     if engine.sync == "nccl":
         return NcclSync(folder, engine.timeout)
     return FolderSync(folder, engine.timeout)
-
-
-def _tokenizer_of(shell: Mapping[str, bytes], name: str) -> tuple[Tokenizer, int]:
-    """Tokenizer and vocabulary size from a policy's files; the model itself is not built."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    with tempfile.TemporaryDirectory(prefix="mgrpo-shell-") as folder, quiet():
-        for file, data in shell.items():
-            if Path(file).name != file:
-                raise ConfigError(f"{name}: the trainer sent a file {file!r}, expected plain names")
-            (Path(folder) / file).write_bytes(data)
-        try:
-            model = AutoConfig.from_pretrained(folder, local_files_only=True)
-            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{name}: what its trainer sent is no tokenizer: {error}") from error
-    return tokenizer, int(model.get_text_config().vocab_size)

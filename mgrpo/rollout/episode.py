@@ -31,7 +31,7 @@ import numpy as np
 
 from mgrpo._C import philox4x32_10
 from mgrpo.errors import ContextOverflowError, RolloutError
-from mgrpo.model.chat import ChatFormat, Message
+from mgrpo.model.chat import ChatFormat, Message, Opening
 from mgrpo.model.tokens import Tokenizer, decode_piece, encode_piece, encode_start
 from mgrpo.rollout.attempt import AttemptOverError
 from mgrpo.rollout.engine import Engine, SamplingParams
@@ -211,23 +211,44 @@ class Chat:
         """form: of the agent's tokenizer; make it once a task where many chats are opened."""
         self.conversation = conversation
         self.form = ChatFormat(conversation.agent.tokenizer) if form is None else form
+        self._opening: Opening | None = None
 
-    def begin(self, messages: Sequence[Message], tools: Sequence[object] | None = None) -> None:
-        """The first messages. Raises as ChatFormat.begin."""
-        self.conversation.append_ids(self.form.begin(messages, tools))
+    def begin(
+        self, messages: Sequence[Message], tools: Sequence[object] | None = None, *, calls: bool = False
+    ) -> None:
+        """The first messages. calls: observe() will be given the calls of a turn. Raises as ChatFormat.open."""
+        self.conversation.append_ids(self.opening(messages, tools, calls=calls))
+
+    def opening(
+        self, messages: Sequence[Message], tools: Sequence[object] | None = None, *, calls: bool = False
+    ) -> list[int]:
+        """The ids that begin() would append, to see whether the conversation has room for them. What follows is
+        written as a continuation of these messages, and with these tools."""
+        self._opening = self.form.open(messages, tools, calls=calls)
+        return self._opening.ids
 
     async def reply(self, max_tokens: int) -> str:
         """Let the policy speak until its turn ends, or max_tokens; what it said, without the end token."""
         params = SamplingParams(max_tokens, self.conversation.agent.temperature, self.form.stop_ids)
         return self.form.text(await self.conversation.sample_ids(params))
 
-    def observe(self, role: str, content: str) -> None:
-        """Another's message after the policy's turn, which is closed here if it ran into max_tokens."""
-        self.conversation.append_ids(self.observation(role, content))
+    def observe(self, role: str, content: str, calls: Sequence[Mapping[str, object]] | None = None) -> None:
+        """Another's message after the policy's turn, which is closed here if it ran into max_tokens. calls: the tool
+        calls of that turn, for templates that write of them in a tool's result. Raises as ChatFormat.extend."""
+        self.conversation.append_ids(self.observation(role, content, calls))
 
-    def observation(self, role: str, content: str) -> list[int]:
+    def observation(
+        self, role: str, content: str, calls: Sequence[Mapping[str, object]] | None = None
+    ) -> list[int]:
         """The ids that observe() would append, to see whether the conversation has room for them."""
-        return self.form.observe(role, content, ended=self.conversation.last_sampled() in self.form.stop_ids)
+        return self.observations([{"role": role, "content": content}], calls)
+
+    def observations(
+        self, messages: Sequence[Message], calls: Sequence[Mapping[str, object]] | None = None
+    ) -> list[int]:
+        """As observation(), of several messages at once, e.g. the results of parallel tool calls."""
+        last = self.conversation.last_sampled()
+        return self.form.extend(messages, last=last, calls=calls, opening=self._opening)
 
 
 class Episode:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+from mgrpo.model.chat_check import ChatUse
 from mgrpo.rollout.episode import Agent, Episode
 from mgrpo.types import Int32, Rollout, UInt8
 
@@ -47,6 +48,9 @@ class Task(ABC):
     """All roles, "main" first."""
     chat = False
     """Whether its agents are spoken to through their models' chat templates; a model without one is then refused."""
+    chat_use = ChatUse()
+    """What they are told of through them: tried before a run starts, so that a model whose template cannot say it is
+    refused by name."""
     scores: Mapping[str, frozenset[str]] = MappingProxyType({})
     """Role -> names of the scores with which play() closes its conversations, e.g. {"main": frozenset({"format"})}.
     What is declared is compared with agents.<role>.reward before a run starts, what is not at its first rollout."""

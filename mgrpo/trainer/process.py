@@ -24,6 +24,7 @@ from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.policy import LoraConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model.chat_check import check_chat
 from mgrpo.model.policy import Policy, adapter_bytes, load_policy, save_policy, state_bytes
 from mgrpo.model.shell import shell_files
 from mgrpo.record.schema import StepSettings
@@ -98,7 +99,11 @@ class TrainerProcess:
                 f"{cut[0]} holds no tokens of the first steps any more, and no checkpoint is left in "
                 f"{self._folder / 'checkpoints'}: put one back, or begin again with --fresh"
             )
-        self._weights.describe(shell_files(self._crew.policy()))
+        policy = self._crew.policy()
+        if self._task.chat:
+            check_chat(policy.tokenizer, self._task.chat_use, f"policy of {self._role}")
+        # Also tries what is saved at the end: a tokenizer that cannot be would otherwise say so after the last step.
+        self._weights.describe(shell_files(policy))
         self._step = self._begun = self._checkpointed = step
         for lane in self._lanes:
             resumed = lane.store.resume(checkpoint_step=step - 1)

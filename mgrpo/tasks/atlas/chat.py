@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mgrpo.errors import ConfigError
 from mgrpo.model.chat import ChatFormat
+from mgrpo.model.chat_check import ChatUse
 from mgrpo.rollout.episode import Agent, Chat, Conversation, Episode, mix
 from mgrpo.rollout.task import GateReport, Question, Split, Task
 from mgrpo.tasks.atlas.chat_calls import (
@@ -106,6 +107,8 @@ class AtlasChatTask(Task):
         self.documents = build_documents(self.world)
         self.index = Index(self.documents.values(), self.options.search)
         self.bank = QuestionBank(self.world, self.options.hops)
+        roles_of_prompt = tuple(message["role"] for message in main_messages(""))  # a sub-agent's are alike
+        self.chat_use = ChatUse(first=roles_of_prompt, template=self.options.template)
         self._forms: dict[tuple[str, int], ChatFormat] = {}
 
     def question(self, index: int, seed: int) -> Question:
@@ -229,7 +232,7 @@ class _Talk:
         self._limit = task.options.turn_tokens
         self._conversation = conversation
         self._chat = Chat(conversation, task.form(conversation.agent))
-        self._next = self._chat.form.begin(messages)  # what the agent sees before its next turn
+        self._next = self._chat.opening(messages)  # what the agent sees before its next turn
 
     def observe(self, text: str) -> None:
         self._next = self._chat.observation("user", text)
