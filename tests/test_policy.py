@@ -154,7 +154,9 @@ def test_models_the_fused_loss_cannot_train_are_refused():
     )
     with pytest.raises(ConfigError, match=r"logits of Gemma2ForCausalLM are not hidden @ head.T"):
         Policy(Gemma2ForCausalLM(config), tiny_tokenizer())
-    with pytest.raises(ConfigError, match=f"tokenizer has 200 tokens up to id 199, the model's head {VOCAB} rows"):
+    with pytest.raises(
+        ConfigError, match=f"tokenizer has 200 tokens up to id 199, the model's head {VOCAB} rows"
+    ):
         Policy(tiny_model("shift"), tiny_tokenizer(200))
 
 
