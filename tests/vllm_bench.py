@@ -50,7 +50,7 @@ class Bench:
             self.replicas,
             sync,
             name="tests' policy",
-            vocab_size=VOCAB,
+            vocabulary=vocabulary or Vocabulary(tiny_tokenizer(), VOCAB, "tests' policy"),
             max_length=max_length,
             patience=patience,
         )

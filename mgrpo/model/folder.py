@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgrpo.errors import ConfigError
+from mgrpo.model import architecture
 
 if TYPE_CHECKING:
     from mgrpo.model.chat_check import ChatUse
@@ -27,9 +28,19 @@ def check_folder(folder: Path, name: str, length: int, chat: bool) -> None:
         raise ConfigError(f"{name}: {folder} has no weights ({', '.join(_WEIGHTS)})")
     if not any((folder / file).exists() for file in _TOKENIZERS):
         raise ConfigError(f"{name}: {folder} has no tokenizer ({', '.join(_TOKENIZERS)})")
-    text = config.get("text_config", config)  # of a model that also sees
-    positions = text.get("max_position_embeddings")
-    if isinstance(positions, int) and length > positions:
+    text = architecture.text_of(config)
+    if method := architecture.quantized(config):
+        raise ConfigError(
+            f"{name}: the weights of {folder} are quantised ({method}), and policies train in float32; take the "
+            "folder with the plain weights"
+        )
+    if setting := architecture.after_head(config):
+        raise ConfigError(
+            f"{name}: {folder} has {setting} behind its head ({config.get('model_type', 'no model_type')}), which the "
+            "fused loss does not compute; take another model"
+        )
+    positions = architecture.positions(config)
+    if positions is not None and length > positions:
         raise ConfigError(
             f"{name}: {folder} has {positions} positions, max_length is {length}; lower max_length or take a model "
             "with a longer context"

@@ -54,6 +54,8 @@ class Policy:
         remember_stops(tokenizer, getattr(model, "generation_config", None))
         self.vocab_size: int = head.weight.shape[0]  # may exceed the tokenizer's tokens
         self.vocabulary = Vocabulary(tokenizer, self.vocab_size, name)
+        self.context_length: int | None = architecture.positions(model.config.to_dict())
+        """Positions the model was built for; None where it has no bound, as state-space models and ALiBi."""
         self.config = config or PolicyConfig()
         self._trunk = head_guard.backbone_of(model, name)
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
@@ -77,11 +79,6 @@ class Policy:
         """(N, H), the rows of head_weight that are tokens; the loss numbers them as vocabulary.classes does. The others
         have no gradient."""
         return self.vocabulary.head(self.head_weight)
-
-    @property
-    def context_length(self) -> int | None:
-        """Positions the model was built for; None where it has no bound, as state-space models and ALiBi."""
-        return architecture.positions(self.model.config.to_dict())
 
     @property
     def backbone(self) -> Any:
@@ -223,10 +220,18 @@ def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        except (
+            *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
+            safetensors.SafetensorError,
+        ) as error:
             raise ConfigError(
                 f"policy folder {folder}: no causal language model loads from it: {error}"
             ) from error
+        if method := architecture.quantized(model.config.to_dict()):
+            raise ConfigError(
+                f"policy folder {folder}: its weights are quantised ({method}), and policies train in float32; take "
+                "the folder with the plain weights"
+            )
         _check_complete(found, folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -14,6 +14,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy
 from mgrpo.model.shell import policy_from_shell, tokenizer_from_shell
 from mgrpo.model.tokens import Tokenizer
+from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.rollout.engine import Engine
 from mgrpo.rollout.hf import HfEngine
 from mgrpo.rollout.nccl import NcclSync
@@ -32,19 +33,27 @@ def open_engine(
 ) -> tuple[Engine, Tokenizer]:
     """The engine and tokenizer of `role`. shell: its policy's files without weights, as its trainer sends them.
     say: told in one line of servers that go and come."""
-    owner = config.owner(role)
-    engine = config.agents[owner].engine
+    kind = config.agents[config.owner(role)].engine.kind
+    if kind not in _KINDS:
+        raise ConfigError(f"agents.{role}.engine.kind={kind!r} is none of {', '.join(_KINDS)}")
+    return _KINDS[kind](config, role, shell, addresses, say)
+
+
+def _open_hf(
+    config: RunConfig,
+    role: str,
+    shell: Mapping[str, bytes],
+    addresses: Addresses,
+    say: Callable[[str], None],
+) -> tuple[Engine, Tokenizer]:
+    engine = config.agents[config.owner(role)].engine
+    policy = policy_from_shell(shell, role)
+    if engine.device != "cpu" or engine.dtype != "float32":
+        model = policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
+        # sdpa: the engine brings masks of its own, which packed attention does not take
+        policy = Policy(model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa"))
     length = config.agents[role].max_length
-    if engine.kind == "hf":
-        policy = policy_from_shell(shell, role)
-        if engine.device != "cpu" or engine.dtype != "float32":
-            model = policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
-            # sdpa: the engine brings masks of its own, which packed attention does not take
-            policy = Policy(
-                model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa")
-            )
-        return HfEngine(policy, slots=config.rollout.slots, max_length=length), policy.tokenizer
-    return _open_vllm(config, role, shell, addresses, say)
+    return HfEngine(policy, slots=config.rollout.slots, max_length=length), policy.tokenizer
 
 
 def _open_vllm(
@@ -57,6 +66,7 @@ def _open_vllm(
     owner, length = config.owner(role), config.agents[role].max_length
     engine = config.agents[owner].engine
     tokenizer, vocab_size = tokenizer_from_shell(shell, role)
+    vocabulary = Vocabulary(tokenizer, vocab_size, role)
     if addresses.weights is None:
         raise ConfigError(f"agents.{owner}.engine: no folder for weights is known")
     folder = Path(engine.folder) / owner if engine.folder is not None else addresses.weights / owner
@@ -71,9 +81,12 @@ def _open_vllm(
         say=lambda line: say(f"{role}: {line}"),
     )
     return (
-        VllmEngine(replicas, sync, name=f"policy of {role}", vocab_size=vocab_size, max_length=length),
+        VllmEngine(replicas, sync, name=f"policy of {role}", vocabulary=vocabulary, max_length=length),
         tokenizer,
     )
+
+
+_KINDS = {"hf": _open_hf, "vllm": _open_vllm}
 
 
 def open_sync(config: RunConfig, owner: str, folder: Path) -> WeightSync:
@@ -84,4 +97,8 @@ def open_sync(config: RunConfig, owner: str, folder: Path) -> WeightSync:
         return LoraSync(folder, engine.timeout, agent.policy.lora)
     if engine.sync == "nccl":
         return NcclSync(folder, engine.timeout)
-    return FolderSync(folder, engine.timeout)
+    if engine.sync == "fs":
+        return FolderSync(folder, engine.timeout)
+    raise ConfigError(
+        f"agents.{owner}.engine.sync={engine.sync!r} is no way to reach a server: fs, lora, nccl"
+    )

@@ -25,6 +25,7 @@ LOOK_SECONDS = 10.0  # for questions that a healthy server answers at once
 PATIENCE_SECONDS = 600.0  # a server may load a large model, or be started again meanwhile
 HOTTEST = 2.0  # the highest temperature the server takes
 COOLEST = 0.01  # it raises lower ones to this
+NEVER = -1e9  # added to the logit of an id that must not be sampled: its probability is exactly 0
 LOWEST = -9999.0  # what the server writes for a log-prob of minus infinity
 
 
@@ -117,14 +118,19 @@ class VllmServer:
         await self._http.aclose()
 
     async def generate(
-        self, model: str, prompt_ids: Sequence[int], params: SamplingParams, seed: int
+        self,
+        model: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        never: Sequence[int] = (),
     ) -> Completion:
-        """One completion by `model` (the served name or an adapter). Raises ServerDown, InfrastructureError when the
+        """One completion by `model` (the served name or an adapter). never: ids that must not be sampled. Raises ServerDown, InfrastructureError when the
         generation failed or was aborted, ValueError when the server refuses the request."""
         body = {
             "model": model,
             "token_ids": list(prompt_ids),
-            "sampling_params": sampling_body(params, seed),
+            "sampling_params": sampling_body(params, seed, never),
             "stream": False,
         }
         answer = await self._call("POST", "/inference/v1/generate", json=body)
@@ -229,9 +235,10 @@ class VllmServer:
         raise InfrastructureError(what)
 
 
-def sampling_body(params: SamplingParams, seed: int) -> dict[str, object]:
-    """What the server must be told for the tokens to come from softmax(logits / temperature) and nothing else."""
-    return {
+def sampling_body(params: SamplingParams, seed: int, never: Sequence[int] = ()) -> dict[str, object]:
+    """What the server must be told for the tokens to come from softmax(logits / temperature) and nothing else, over
+    all ids but those of `never`."""
+    body: dict[str, object] = {
         "n": 1,
         "max_tokens": params.max_tokens,
         "min_tokens": 0,
@@ -248,6 +255,9 @@ def sampling_body(params: SamplingParams, seed: int) -> dict[str, object]:
         "detokenize": False,
         "logprobs": 0,  # of the sampled token alone
     }
+    if never:  # applied before the temperature, and part of the log-probs that the server reports
+        body["logit_bias"] = {str(token): NEVER for token in never}
+    return body
 
 
 def _message(response: httpx2.Response) -> str:

@@ -5,6 +5,8 @@
 - Log-probs are of the sampled distribution, log_softmax(logits / temperature), of temperature 1 when greedy. A server
   that reports others is refused when it is first asked. There is no top_p or top_k: they would make a second
   distribution that the trainer does not know.
+- Ids that are no token of the tokenizer (spare rows of a padded head) are biased away by each request; an answer that
+  holds one fails.
 - Versions are the server's own record of which weights sampled which token, so they are true also for a request that an
   update has interrupted, whoever made the update.
 - A cancelled call closes its own connection, which ends its own request; other clients' requests are never touched.
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mgrpo.errors import InfrastructureError
+from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.rollout.engine import Engine, Generation, SamplingParams
 from mgrpo.rollout.replicas import Replicas
 from mgrpo.rollout.server import COOLEST, HOTTEST, PATIENCE_SECONDS, Completion, VllmServer
@@ -34,14 +37,15 @@ class VllmEngine(Engine):
         sync: WeightSync,
         *,
         name: str,
-        vocab_size: int,
+        vocabulary: Vocabulary,
         max_length: int,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        """name: how errors call the policy. max_length: tokens of a history at most. patience: seconds that load()
+        """name: how errors call the policy. vocabulary: which ids may be sampled. max_length: tokens of a history at most. patience: seconds that load()
         waits for a first server, which may still be starting."""
         self._replicas, self._sync = replicas, sync
-        self._name, self._vocab_size, self._max_length = name, vocab_size, max_length
+        self._name, self._vocab_size, self._max_length = name, vocabulary.rows, max_length
+        self._unnamed = vocabulary.unnamed()
         self._patience = patience
         self._version = -1
         self._closed = False
@@ -58,10 +62,14 @@ class VllmEngine(Engine):
         prompt = [int(token) for token in prompt_ids]
 
         async def send(server: VllmServer, model: str) -> Completion:
-            return await server.generate(model, prompt, params, seed)
+            return await server.generate(model, prompt, params, seed, self._unnamed)
 
         answer, label = await self._replicas.ask(send, session)
         ids = np.asarray(answer.token_ids, np.int32)
+        if strange := set(answer.token_ids).intersection(self._unnamed):
+            raise InfrastructureError(
+                f"{self._name}: a server sampled token id {min(strange)}, which its tokenizer does not have"
+            )
         return Generation(
             ids,
             np.minimum(np.asarray(answer.logprobs, np.float32), 0.0),  # the server's rounding may end above 0
