@@ -173,6 +173,25 @@ def test_a_question_in_any_language_is_opened(worker: Worker) -> None:
         assert 0 < len(str(worker.store.metas[0]["question"]).encode()) <= 256
 
 
+@pytest.mark.parametrize("gives", ["raises", "nothing", "numbers"])
+def test_a_question_that_the_task_cannot_give_fails_its_rollouts(worker: Worker, gives: str) -> None:
+    """One bad row of a data set: its group fails by name and place, the next question is played."""
+
+    def question(index: int, seed: int) -> Any:
+        if index == 1:
+            return Question("q", "a")
+        return {}["row"] if gives == "raises" else Question(7, "a") if gives == "numbers" else None  # type: ignore
+
+    worker.worker._task.question = question
+    worker.store.opened = {0: group("1/1", 0), 1: group("1/0", 1), 2: RetryAfterError("too far ahead")}
+    assert worker.play()["rollout/failed"] == 2
+    words = {"raises": "KeyError: 'row' (", "nothing": "type NoneType", "numbers": "the text of question(0)"}[
+        gives
+    ]
+    assert all(words in reason and ".py:" in reason for reason in worker.store.reasons)
+    assert [q for m, q, k in worker.store.records if m == "rollout_final"] == ["1/0"] * 2
+
+
 def test_a_worker_that_is_told_to_leave_plays_nothing_more(worker: Worker) -> None:
     """Neither a wave nor an evaluation is begun."""
     worker.open("open")

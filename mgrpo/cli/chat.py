@@ -14,9 +14,10 @@ from rich.text import Text
 from mgrpo.cli.evaluate import load_agents, policy_paths
 from mgrpo.cli.parts import RunFolder, load_run_task, recorded_run
 from mgrpo.cli.text import clean
-from mgrpo.errors import ConfigError, InfrastructureError
+from mgrpo.errors import ConfigError
 from mgrpo.rollout.engine import SamplingParams
 from mgrpo.rollout.episode import Agent, Conversation, Episode
+from mgrpo.rollout.failure import failure_of
 from mgrpo.rollout.task import Question, Task
 from mgrpo.types import MAIN, Rollout
 
@@ -86,8 +87,8 @@ def ask(
 
     try:
         rollout = asyncio.run(task.play(question, ShownEpisode(agents, seed, show)))
-    except (InfrastructureError, ValueError) as error:
-        console.print(Text(f"no answer: {clean(str(error))}", style="red"))
+    except Exception as error:  # of the task's code, a tool or the question as it was typed
+        console.print(Text(f"no answer: {clean(failure_of(error, task).text)}", style="red"))
         return None
     answer = rollout.info.get("answer")
     invocations = sum(rollout.d_k().values())

@@ -22,6 +22,13 @@ ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Unasked(Question):
+    """A question that the task failed to give: its rollouts fail with the same reason."""
+
+    failure: Failure = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One rollout to be played: rollout number `rollout` of `question`, known to the store as `query`."""
 
@@ -42,6 +49,22 @@ class Played:
     drift: int = 0
 
 
+def question_of(task: Task, index: int, seed: int) -> Question:
+    """Training question number `index` of `seed`; Unasked where the task raises, or returns something else."""
+    try:
+        question: object = task.question(index, seed)
+        if not isinstance(question, Question):
+            raise TypeError(f"question({index}) returned an object of type {type(question).__name__}")
+        for name, text in (("text", question.text), ("answer", question.answer)):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"the {name} of question({index}) is of type {type(text).__name__}, expected str"
+                )
+        return question
+    except Exception as error:
+        return Unasked("", "", failure=failure_of(error, task))
+
+
 async def play(
     task: Task,
     ask: Ask,
@@ -51,6 +74,8 @@ async def play(
 ) -> Played:
     """Play one rollout, with up to ATTEMPTS attempts. The seed names the noise: same seed and weights, same rollout.
     accept: raises for a rollout that cannot be used, which is then a failed one."""
+    if isinstance(ask.question, Unasked):
+        return Played(ask, 0, None, ask.question.failure.text, ask.question.failure.kind)
     failure: Failure | None = None
     for attempt in range(ATTEMPTS):
         episode = Episode(ask.query, ask.rollout, agents, mix(seed, attempt), attempt)

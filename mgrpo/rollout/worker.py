@@ -33,7 +33,7 @@ from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.rollout.episode import mix
 from mgrpo.rollout.failure import KINDS, encodable, shortened
 from mgrpo.rollout.loop import Over, WorkerLoop
-from mgrpo.rollout.play import Accuracy, Ask, Played, all_failed, evaluate, play_all
+from mgrpo.rollout.play import Accuracy, Ask, Played, all_failed, evaluate, play_all, question_of
 from mgrpo.rollout.shipper import Shipper
 from mgrpo.rollout.task import Question, Split, Task
 from mgrpo.rollout.team import WAIT_SLICE, Team
@@ -161,7 +161,7 @@ class RolloutWorker:
             opened = 0
             while opened < share and not self._is_beyond_the_run(self._cursor + opened * self._workers):
                 index = self._cursor + opened * self._workers
-                question = self._task.question(index, self._config.seed)
+                question = question_of(self._task, index, self._config.seed)
                 try:
                     group = self._open_group(index, question)
                 except RetryAfterError:
