@@ -9,15 +9,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.cli.replay import replay_run
 from mgrpo.record.notes import Notes
 from mgrpo.record.reader import Recording
-from mgrpo.record.schema import RolloutBody, RolloutHead, StepBody
+from mgrpo.record.schema import RolloutBody, RolloutHead, StepBody, StepHead
 from mgrpo.record.segments import SegmentWriter
 from mgrpo.trainer.batch import StepBatch, joined
-from mgrpo.trainer.replay import DIFFERS, EQUAL, Replayer, Stage
+from mgrpo.trainer.replay import DIFFERS, EQUAL, UNKNOWN, Replayer, Stage
 from mgrpo.trainer.step import MiniBatch
 from tests.runs import RELAY, final_weights, resume, train
 
@@ -203,11 +204,12 @@ def test_what_was_not_kept_is_said(recorded: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_is_replayed_with_what_each_step_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Four steps of a falling learning rate; then resumed for eight, with other threads, checkpoints and bounds, and
-    one trainer behind a damaged checkpoint: it takes the same groups again, with another learning rate. Every step of
-    the history that survived can be rebuilt."""
+    """Four steps of a falling learning rate; then resumed for six, with other checkpoints and bounds, and one trainer
+    behind a damaged checkpoint: it takes the same groups again, with another learning rate. Every step of the history
+    that survived can be rebuilt."""
     run, roles = tmp_path / "run", ("main", "left", "right")
     sets = [f"agents.{role}.optimizer.decay=1.0" for role in roles]
+    sets += ["agents.right.shares=main", "agents.right.loss.loss_type=grpo"]
     sets += ["trainer.checkpoint_every=2", "eval.gate=0", "eval.heldout=1", "eval.validation=1"]
     train(RELAY, run, "trainer.steps=4", *sets)
     before = {step: recorded.body() for step, recorded in Recording([run]).steps.items()}
@@ -216,22 +218,51 @@ def test_a_resumed_run_is_replayed_with_what_each_step_used(
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     output = resume(
-        run, "trainer.steps=8", "trainer.threads=2", "trainer.checkpoint_every=3", "trainer.keep_checkpoints=1",
-        "record.checkpoints_mb=300", "eval.every=3",
+        run, "trainer.steps=6", "trainer.checkpoint_every=3", "trainer.keep_checkpoints=1", "record.checkpoints_mb=300",
+        "eval.every=3",
     )  # fmt: skip
     assert "left: a checkpoint was passed over" in output and "step-00000004" in output
     assert "left: resumed at step 2, 8 groups again" in output
     recording = Recording([run])
-    assert sorted(recording.steps) == sorted((role, step) for role in roles for step in range(8))
+    assert sorted(recording.steps) == sorted((role, step) for role in roles for step in range(6))
     after = {step: recorded.body() for step, recorded in recording.steps.items()}
     for role in roles:
         for step in range(4):
             assert after[role, step].queries == before[role, step].queries
     assert after["left", 2].settings.lr > before["left", 2].settings.lr == after["main", 2].settings.lr
-    assert after["left", 2].settings.threads == 2 and after["main", 2].settings.threads == 1
     capsys.readouterr()
-    replay_run(run, [], sample=40, seed=2)
-    assert capsys.readouterr().out.splitlines()[-1] == "40 rollouts: every stage bit-equal"
+    chosen = [f"{after['main', step].queries[0]}/0" for step in range(6)]
+    replay_run(run, chosen, sample=0, seed=0)
+    assert capsys.readouterr().out.splitlines()[-1] == "6 rollouts: every stage bit-equal"
+
+
+def test_a_step_is_replayed_with_its_threads_and_ranks(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Threads come from the step's record and are given back; a step of several ranks is not rebuilt by one."""
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    chosen = invoked(run)
+    step = Recording([run]).rollouts[chosen].head.step
+
+    def resumed(head: object, body: object) -> None:
+        assert isinstance(body, StepBody)
+        body.settings.threads = 3
+
+    rewrite(run, TRAINER, resumed)
+    threads: list[int] = []
+    with monkeypatch.context() as patch:  # the step was in truth taken with the one thread that stays
+        patch.setattr(torch, "set_num_threads", threads.append)
+        assert all(s.status == EQUAL for s in replayer(run).replay(chosen))
+    assert 3 in threads and threads[-1] == torch.get_num_threads() == 1
+
+    def by_two(head: object, body: object) -> None:
+        assert isinstance(head, StepHead) and isinstance(body, StepBody)
+        body.settings.ranks = 2 if head.step == step else 1
+
+    rewrite(run, TRAINER, by_two)
+    loss = next(s for s in replayer(run).replay(chosen) if (s.role, s.name) == ("left", "loss"))
+    assert loss.status == UNKNOWN and loss.field.startswith(f"2 ranks took step {step}")
 
 
 def test_a_damaged_kept_checkpoint_is_passed_over(
