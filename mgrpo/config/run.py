@@ -84,8 +84,8 @@ class WarmStartConfig(Settings):
     """Optimizer steps."""
     batch_size: int = Field(96, ge=1)
     """Sequences a step."""
-    lr: float = Field(4e-3, gt=0)
-    """Highest learning rate."""
+    lr: float | None = Field(None, gt=0)
+    """Highest learning rate. Unset: what the task proposes for the policies that it builds."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's decay rates."""
     warmup_steps: int = Field(30, ge=0)

@@ -86,6 +86,10 @@ class Task(ABC):
         """Demonstrations for the warm start: (tokens i32[L], loss_mask u8[L]) of `size` sequences."""
         raise NotImplementedError(f"{type(self).__name__} has no demonstrations")
 
+    def warm_start_lr(self, role: str) -> float:
+        """Highest learning rate of the warm start of a built-in policy, where the config leaves it open."""
+        return 1e-3
+
     async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
         """Check the warm-started policies; the default accepts any."""
         return GateReport({})

@@ -162,7 +162,8 @@ class TrainerProcess:
             self._report("warm", {"role": self._role, "step": step, "steps": config.steps, "loss": loss})
             self._check_stop()
 
-        warm_start(policy, demos, config, progress)
+        lr = self._task.warm_start_lr(self._role) if config.lr is None else config.lr
+        warm_start(policy, demos, config, lr, progress)
 
     def _train(self) -> None:
         trainer = self._config.trainer

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from mgrpo.config.run import WarmStartConfig
 from mgrpo.model.policy import Policy
-from mgrpo.trainer.schedule import learning_rate
+from mgrpo.trainer.schedule import share_of_lr
 from mgrpo.types import Int32, UInt8
 
 Demos = Sequence[tuple[Int32, UInt8]]
@@ -24,13 +24,15 @@ def warm_start(
     policy: Policy,
     demos: Callable[[int], Demos],
     config: WarmStartConfig,
+    lr: float,
     progress: Callable[[int, float], None],
 ) -> None:
-    """Train in place; demos(step) gives the batch of a step, progress(step, loss) hears of every 25th step."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=config.betas, foreach=True)
+    """Train in place; demos(step) gives the batch of a step, lr is the highest learning rate, progress(step, loss) is
+    called at every 25th step."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=config.betas, foreach=True)
     for step in range(config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, config.steps)
+            group["lr"] = lr * share_of_lr(config, step, config.steps)
         loss = demo_loss(policy, demos(step))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from mgrpo.tasks.atlas.documents import build_documents
 from mgrpo.tasks.atlas.facts import FactsMode, World
 from mgrpo.tasks.atlas.gate import gate
 from mgrpo.tasks.atlas.play import SCORES, Library, play
+from mgrpo.tasks.atlas.policy import build_policy, warm_start_lr
 from mgrpo.tasks.atlas.protocol import TURN_WORDS
 from mgrpo.tasks.atlas.questions import QuestionBank
 from mgrpo.tasks.atlas.search import Index, SearchMode
@@ -85,8 +86,6 @@ class AtlasTask(Task):
         )
 
     def build_policy(self, role: str, seed: int, path: str) -> None:
-        from mgrpo.tasks.atlas.policy import build_policy
-
         if role not in self.roles:
             raise ValueError(f"unknown role {role!r}; this task has {list(self.roles)}")
         build_policy(seed, path, self.options.width)
@@ -96,6 +95,10 @@ class AtlasTask(Task):
         if self._demos is None:
             self._demos = Demonstrations(self.library, self.bank.chains("train"))
         return self._demos.batch(role, step, size, seed)
+
+    def warm_start_lr(self, role: str) -> float:
+        """4e-3 at width 64, and less the wider: see policy.py."""
+        return warm_start_lr(self.options.width)
 
     async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
         return await gate(self.library, self.bank, agents, n, seed)
