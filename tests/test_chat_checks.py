@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from mgrpo.cli.launch import start
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ChatError, ConfigError
 from mgrpo.model.chat import ChatFormat
@@ -331,3 +332,29 @@ def test_encoding_costs_little() -> None:
     form.observe("user", "page " * 200, opening=opening)
     assert len(asked) <= 3
     assert encode(form.tokenizer, "x")
+
+
+RUN = """
+[task]
+name = "atlas-chat"
+[agents.main]
+model = "{model}"
+max_length = 512
+reward = {{ format = 0.2, correct = 0.8 }}
+[agents.sub]
+model = "{model}"
+max_length = 512
+reward = {{ format = 0.2, outcome = 0.3, expert = 0.5 }}
+"""
+
+
+def test_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """The task speaks with a system prompt and examples; this template would move the prompt."""
+    folder = policy_of(MISTRAL, tmp_path / "model")
+    config = tmp_path / "run.toml"
+    config.write_text(RUN.format(model=folder))
+    with pytest.raises(
+        ConfigError, match=r"^agents\.main\.model: the chat template of .* before an earlier one"
+    ):
+        start(config, tmp_path / "out", [], fresh=False)
+    assert not (tmp_path / "out").exists()
