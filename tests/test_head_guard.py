@@ -32,9 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 )
 def test_a_changed_head_is_refused_by_name(name: str, changes: dict[str, Any], words: str) -> None:
     """Weights as they are made show none of it: caps are far away and biases are 0."""
-    with pytest.raises(
-        ConfigError, match=rf"tiny: the logits of \w+ are not hidden @ head.T: .*{words}"
-    ):
+    with pytest.raises(ConfigError, match=rf"tiny: the logits of \w+ are not hidden @ head.T: .*{words}"):
         Policy(family(name, **changes), tiny_tokenizer(), "tiny")
 
 
