@@ -25,6 +25,7 @@ from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import attention
 from mgrpo.model.policy import Policy
+from tests.families import family
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -206,3 +207,48 @@ def test_architectures_that_cannot_pack_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             attention._varlen(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=borders, **extra)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Mamba", "carry a state from token to token"),
+        ("Rwkv", "carry a state from token to token"),
+        ("Bamba", "it has linear_attention layers|carry a state"),
+        ("FalconH1", "it has hybrid layers|carry a state"),
+        ("Lfm2", "it has conv layers"),
+        ("Llama4Text", "it has chunked_attention layers"),
+        ("GPTNeo", "it attends within window_size=8 in a way of its own"),
+        ("Bloom", "two sequences together|position|unexpected"),
+        ("GptOss", "asks its attention for s_aux"),
+    ],
+)
+def test_models_whose_sequences_would_run_into_each_other_are_not_packed(
+    name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by the name of what would leak, however small the weights; "auto" pads them, and padded rows are what
+    each sequence is alone."""
+    with pytest.raises(ConfigError, match=rf'"varlen" packs sequences into one row, which .*({words})'):
+        Policy(family(name), tiny_tokenizer(), name, PolicyConfig(attention="varlen"))
+    monkeypatch.setattr(attention, "resolve", lambda *_: "varlen")  # as on a GPU
+    padded = Policy(family(name), tiny_tokenizer(), name, PolicyConfig(attention="auto"))
+    assert padded.attention == "sdpa"
+    ids, lengths, scored = batch(rows=6, width=20)
+    found = padded.hidden_before(ids, lengths, scored)
+    alone = [
+        padded.hidden(ids[i : i + 1, :n])[0, : n - 1][scored[i, : n - 1]]
+        for i, n in enumerate(lengths.tolist())
+    ]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "DeepseekV3", "GPT2", "OPT", "Gemma3Text"])
+def test_packed_sequences_are_what_each_is_alone(name: str) -> None:
+    """Experts, latent attention, learned positions and windows: the hidden states of padded rows."""
+    policies = [
+        Policy(family(name), tiny_tokenizer(), name, PolicyConfig(attention=kind))
+        for kind in ("varlen", "sdpa")
+    ]
+    ids, lengths, scored = batch(rows=6, width=20)
+    found, padded = (p.hidden_before(ids, lengths, scored) for p in policies)
+    torch.testing.assert_close(found, padded, rtol=1e-4, atol=1e-5)

@@ -10,10 +10,11 @@ import torch
 
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.load import load_config
+from mgrpo.errors import ConfigError
 from mgrpo.model.policy import state_bytes
 from mgrpo.model.shell import shell_files
 from mgrpo.rollout.engine import Generation, SamplingParams
-from mgrpo.rollout.engines import open_engine
+from mgrpo.rollout.engines import open_engine, open_sync
 from mgrpo.rollout.hf import HfEngine
 from mgrpo.rollout.vllm import VllmEngine
 from mgrpo.weights import Weights
@@ -21,6 +22,7 @@ from tests.fake_vllm import FakeVllm, token
 from tests.models import tiny_policy
 from tests.runs import RELAY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT, GREEDY = [5, 6, 7], SamplingParams(max_tokens=6, temperature=0.0)
 
 
@@ -51,6 +53,23 @@ def test_the_engine_in_this_process_computes_as_the_config_says(
     assert computed == getattr(torch, dtype)
     assert theirs.versions.tolist() == [4] * 6 and theirs.token_ids.tolist() == mine.token_ids.tolist()
     assert abs(theirs.logprobs - mine.logprobs).max() < close
+
+
+def test_an_engine_that_nobody_wrote_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the listed kinds and ways of weights exist; nothing else is taken for one of them."""
+    config = load_config(RELAY, [])
+    for field, value, words in (
+        ("kind", "other", "agents.left.engine.kind='other' is none of hf, vllm"),
+        ("sync", "pigeon", "agents.left.engine.sync='pigeon' is no way to reach a server: fs, lora, nccl"),
+    ):
+        engine = config.agents["left"].engine.model_copy(update={field: value})
+        agent = config.agents["left"].model_copy(update={"engine": engine})
+        changed = config.model_copy(update={"agents": {**config.agents, "left": agent}})
+        with pytest.raises(ConfigError, match=words):
+            if field == "kind":
+                open_engine(changed, "left", {}, Addresses("", {}), lambda line: None)
+            else:
+                open_sync(changed, "left", Path("x"))
 
 
 def test_an_engine_over_http_gets_its_servers_and_folder_from_the_config(tmp_path: Path) -> None:

@@ -63,6 +63,28 @@ def test_a_model_that_also_sees_is_judged_by_its_text_part(folder: Path) -> None
             False,
             f"a token {VOCAB - 1}, the model's vocabulary ends at {VOCAB - 4}",
         ),
+        (
+            lambda f: edit(
+                f / "config.json", lambda c: (c.pop("max_position_embeddings"), c.update(n_positions=32))
+            ),
+            33,
+            False,
+            "has 32 positions, max_length is 33",
+        ),
+        (
+            lambda f: edit(f / "config.json", lambda c: c.update(final_logit_softcapping=30.0)),
+            8,
+            False,
+            r"has final_logit_softcapping=30 behind its head \(",
+        ),
+        (
+            lambda f: edit(
+                f / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"})
+            ),
+            8,
+            False,
+            r"quantised \(fp8\), and policies train in float32",
+        ),
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff"), 8, False, "cannot read .*tokenizer.json"),
     ],
 )

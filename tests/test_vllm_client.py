@@ -53,6 +53,31 @@ def test_tokens_in_tokens_out(tmp_path: Path) -> None:
     on_servers(1, test, tmp_path)
 
 
+def test_ids_that_are_no_token_are_never_sampled(tmp_path: Path) -> None:
+    """Each request takes the spare rows of the head out of the distribution; a server that samples one all the same
+    has failed, and the answer is not trained on."""
+
+    async def test(bench: Bench) -> None:
+        whole = bench.engine()
+        await whole.load(weights(3), 3)
+        await whole.generate(PROMPT, SAMPLED, seed=7)
+        assert "logit_bias" not in bench.servers[0].bodies[-1]["sampling_params"]
+        highest = max(expected(weights(3), 7))
+        fits, padded = bench.engine(tokens=highest + 1), bench.engine(tokens=highest)
+        await fits.load(weights(3), 3)
+        assert (await fits.generate(PROMPT, SAMPLED, seed=7)).token_ids.tolist() == expected(weights(3), 7)
+        assert bench.servers[0].bodies[-1]["sampling_params"]["logit_bias"] == {
+            str(i): -1e9 for i in range(highest + 1, VOCAB)
+        }
+        await padded.load(weights(3), 3)
+        with pytest.raises(
+            InfrastructureError, match=f"sampled token id {highest}, which its tokenizer does not"
+        ):
+            await padded.generate(PROMPT, SAMPLED, seed=7)
+
+    on_servers(1, test, tmp_path)
+
+
 def test_what_cannot_be_served_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     """Context overflow names its figures; bad ids, bounds and seeds name theirs; no server hears of any."""
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.rollout.engine import SamplingParams
 from mgrpo.rollout.replicas import Replicas
 from mgrpo.rollout.server import VllmServer
@@ -16,6 +17,7 @@ from mgrpo.rollout.sync import FolderSync, WeightSync
 from mgrpo.rollout.vllm import VllmEngine
 from mgrpo.weights import Weights
 from tests.fake_vllm import VOCAB, FakeVllm, token
+from tests.models import tiny_tokenizer
 
 PROMPT = [3, 1, 4]
 SAMPLED = SamplingParams(max_tokens=8)
@@ -36,7 +38,9 @@ class Bench:
         watch: float = 0.05,
         patience: float = 30.0,
         max_length: int = 64,
+        tokens: int = VOCAB,
     ) -> VllmEngine:
+        """tokens: of the tokenizer; the servers' head has VOCAB rows."""
         sync = sync or FolderSync(self.folder / "weights", timeout)
         self.replicas = Replicas(
             [VllmServer(s.url, timeout) for s in self.servers],
@@ -50,7 +54,7 @@ class Bench:
             self.replicas,
             sync,
             name="tests' policy",
-            vocabulary=vocabulary or Vocabulary(tiny_tokenizer(), VOCAB, "tests' policy"),
+            vocabulary=Vocabulary(tiny_tokenizer(tokens), VOCAB, "tests' policy"),
             max_length=max_length,
             patience=patience,
         )
