@@ -146,7 +146,6 @@ class Client:
         self.resent = 0
         self._ended = 0  # requests that were answered or have failed
         self._moved = 0.0  # when a bulk request was answered last
-        self._stopped = ""  # why the server stopped, as far as it could say
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         self._thread = threading.Thread(target=self._run, name=f"mgrpo-client {url}", daemon=True)
@@ -278,7 +277,6 @@ class Client:
 
     def _late(self, where: str, limit: float, why: str, said: str = "") -> str:
         link = "" if self._connected else ", the link is down"
-        said = said or ("" if self._connected else self._stopped)
         said = f"; its last answer: {said}" if said else ""
         return f"{self.peer} at {self.url}: {where}: {why} within {limit:g} s{link}{said}"
 
@@ -332,7 +330,6 @@ class Client:
             now = time.monotonic()
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._connected, self._proven, self._suspect, self._refused = True, True, 0.0, None
-                self._stopped = ""
                 self._resend_all()
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._refused = "refused our key (not in its allow-list)"
@@ -379,8 +376,7 @@ class Client:
 
     def _answer(self, number: int, status: str, body: Buffer, frames: list[Buffer]) -> None:
         if number == 0 and status != codec.OK:  # the peer could not even read the header
-            self._stopped = codec.decode(body, str)
-            self._fail_all(PeerError(f"{self.peer} at {self.url}: {status}: {self._stopped}"))
+            self._fail_all(PeerError(f"{self.peer} at {self.url}: {status}: {codec.decode(body, str)}"))
             return
         pending = self._pending.get(number)
         if pending is None:

@@ -10,8 +10,8 @@ an answer or its time is up (long polls are level-triggered: nothing is lost whe
 asks again).
 
 An answer reaches every peer that stays connected: what a peer's connection has no room for waits here until it has.
-So a client sends a request again only after a new connection, or when it was told UNAVAILABLE. A server whose thread
-dies tells its peers why before it closes; check() raises it for the process around it.
+So a client sends a request again only after a new connection, or when it was told UNAVAILABLE. A server that fails
+answers everything with the reason until it is closed; check() raises it for the process around it.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Server:
         socket.setsockopt(zmq.BACKLOG, 512)
 
     def check(self) -> None:
-        """Raises MgrpoError naming address and cause when the serving thread has died."""
+        """Raises MgrpoError naming address and cause when it serves no more, because of a fault of its own."""
         if self.failure is not None:
             raise MgrpoError(self._last_words()) from self.failure
 
@@ -224,18 +224,25 @@ class Server:
         except BaseException as error:
             self.failure = error
             log.exception("server at %s stopped", self.url)
-            self._tell_peers()
+            self._refuse_all(poller)
         finally:
             self._socket.close(linger=500)
             self._binding.release()
 
-    def _tell_peers(self) -> None:
-        """Whoever waits for an answer shall not wait for the deadline. An answer to request 0 is one to all."""
-        words = [(0, "STOPPED", codec.encode(self._last_words()), ())]
-        for identity in self._peers:
-            for header, frames in pack(words, Sender()):
-                with contextlib.suppress(zmq.ZMQError):
-                    self._socket.send_multipart([identity, header, *frames], zmq.NOBLOCK)
+    def _refuse_all(self, poller: zmq.Poller) -> None:
+        """Until close(): whoever waits for an answer, or asks, is told why there is none. An answer to request 0 is one
+        to all requests of a peer."""
+        ((header, _),) = pack([(0, "STOPPED", codec.encode(self._last_words()), ())], Sender())
+        untold = list(self._peers)
+        while not self._stopping:
+            for identity in untold:
+                with contextlib.suppress(zmq.ZMQError):  # gone, or it does not read
+                    self._socket.send_multipart([identity, header], zmq.NOBLOCK)
+            poller.poll(1000)
+            untold = []
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    untold.append(self._socket.recv_multipart(zmq.NOBLOCK)[0])
 
     def _take_turn(self) -> list[Answer]:
         answers: list[Answer] = []
