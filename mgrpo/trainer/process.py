@@ -96,8 +96,12 @@ class TrainerProcess:
             )
         self._publish(step)
         if not self._agent.frozen:
-            # From here on there is something to save; before, SIGTERM ends the process at once.
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+            # From here on there is something to save; before, a signal ends the process at once.
+            for number in (
+                signal.SIGTERM,
+                signal.SIGINT,
+            ):  # the latter from the terminal of a trainer started by hand
+                signal.signal(number, self._on_signal)
             try:
                 self._train()
             except Stopped:
@@ -223,10 +227,12 @@ class TrainerProcess:
         if self._told_to_stop or self._store.world().control.state != "running":
             raise Stopped
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Only a mark: an optimizer step is never torn apart; the loop looks at the mark between steps. Where the store
         # has ended too (the launcher was killed), its answer is not waited for as long as usual. No Event: its lock is
         # not reentrant, and the kernel sends the death of a launcher several times, also into this handler.
         self._told_to_stop = True
+        if number == signal.SIGINT:  # another Ctrl-C does not wait for the checkpoint
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         for lane in self._lanes:
             lane.store.hurry(STOP_SECONDS)
