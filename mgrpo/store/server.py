@@ -84,11 +84,11 @@ class StoreServer:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the serving thread ended by itself, if it did."""
+        """Why it serves no more, if so."""
         return self._server.failure
 
     def check(self) -> None:
-        """Raise MgrpoError naming the address and the cause once the serving thread has ended by itself."""
+        """Raises MgrpoError naming address and cause when it serves no more, because of a fault of its own."""
         self._server.check()
 
     def counters(self) -> dict[str, int]:

@@ -67,7 +67,7 @@ class Lane:
             check()
 
     def check(self) -> None:
-        """Raise MgrpoError when the role's address is served no more: nothing would ever arrive."""
+        """Raises MgrpoError when this role's address is not served any more."""
         self._server.check()
 
     def close(self) -> None:

@@ -144,13 +144,6 @@ class Server:
         self._thread = threading.Thread(target=self._run, name=f"mgrpo-server {url}", daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
-        """Raise MgrpoError naming the address and the cause once the serving thread has ended by itself."""
-        if self.failure is not None:
-            raise MgrpoError(
-                f"server at {self.url}: its thread has ended by {type(self.failure).__name__}: {self.failure}"
-            ) from self.failure
-
     def _configure(self) -> None:
         socket = self._socket
         socket.setsockopt(zmq.LINGER, 0)
@@ -162,6 +155,14 @@ class Server:
         socket.setsockopt(zmq.RCVHWM, 256)
         socket.setsockopt(zmq.SNDHWM, 256)
         socket.setsockopt(zmq.BACKLOG, 512)
+
+    def check(self) -> None:
+        """Raises MgrpoError naming address and cause when it serves no more, because of a fault of its own."""
+        if self.failure is not None:
+            raise MgrpoError(self._last_words()) from self.failure
+
+    def _last_words(self) -> str:
+        return f"the server at {self.url} has stopped: {type(self.failure).__name__}: {self.failure}"
 
     def close(self, timeout: float = 10.0) -> None:
         """Finish the batch in hand, answer it, free the address. Idempotent."""
