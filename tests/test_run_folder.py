@@ -3,9 +3,7 @@ began blocks nobody."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import io
 import json
 import os
 import subprocess
@@ -14,13 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from mgrpo.cli import launch
 from mgrpo.cli.lock import is_locked, take_lock
-from mgrpo.cli.monitor import Monitor
 from mgrpo.cli.parts import RunFolder, run_params
-from mgrpo.cli.progress import Display
 from mgrpo.cli.viewdata import RunView
 from mgrpo.config import check_same_run, dump_config, load_config
 from mgrpo.errors import ConfigError
@@ -181,20 +176,6 @@ def test_only_a_run_that_failed_untrained_makes_room(
         with pytest.raises(ConfigError, match="already holds a run"):
             launch.start(RELAY, run.root, [], fresh=False)
         assert content(run) == before and not launched
-
-
-def test_a_full_disk_costs_the_picture_and_not_the_run(run: RunFolder) -> None:
-    """Metrics and summary that cannot be written are named once for each file, and the launcher goes on."""
-    shown = io.StringIO()
-    monitor = Monitor(load_config(RELAY), run, Display(Console(file=shown, soft_wrap=True)))
-
-    def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    for _ in range(3):
-        assert monitor._write("metrics.jsonl", full) is None
-    assert monitor._write("curves.png", lambda: "drawn") == "drawn"
-    assert shown.getvalue().count("metrics.jsonl: not written: No space left on device") == 1
 
 
 def test_an_accepted_change_is_kept(

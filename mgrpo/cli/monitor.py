@@ -10,7 +10,7 @@ import enum
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mgrpo.cli.parts import RunFolder, run_params
 from mgrpo.cli.progress import Display, step_line
@@ -21,7 +21,6 @@ from mgrpo.metrics import MetricsWriter, read_metrics
 from mgrpo.store.client import LauncherClient
 from mgrpo.transport.keys import client_keys
 
-T = TypeVar("T")
 ASK_SECONDS = 1.0  # for one answer of the store: whoever waits for it does not restart what has died
 SILENT_SECONDS = 10.0  # between two lines about a store that does not answer
 
@@ -49,7 +48,6 @@ class Monitor:
         self._progress = Progress()
         self.advanced: set[str] = set()  # names of parts, until whoever restarts them takes them from here
         self._summary = _Summary(config)
-        self._unwritten: set[tuple[str, int | None]] = set()
         self.reason = ""
 
     def connect(self, check: Callable[[], object], seconds: float) -> None:
@@ -114,22 +112,21 @@ class Monitor:
         summary that it has."""
         if self._client is not None:
             self._client.close()
-        if (metrics := self._metrics) is not None:
-            self._write("metrics.jsonl", metrics.close)
+        if self._metrics is not None:
+            self._metrics.close()
         elif self._folder.summary.exists():
             return
         seconds = time.monotonic() - self._began
         summary = self._summary.result(seconds, outcome is Outcome.FINISHED)
-        data = summary | {"outcome": outcome.value, "reason": self.reason}
-        self._write("summary.json", lambda: write_summary(self._folder.root, data))
+        write_summary(self._folder.root, summary | {"outcome": outcome.value, "reason": self.reason})
         heldout = summary["heldout"]
         if heldout["final"] is not None:
             final, warm = heldout["final"], heldout["warm"] or {}
             for mode in ("sampled", "greedy"):
                 was = f", was {warm[mode]:.3f} before RL" if mode in warm else ""
                 self._display.line(f"held-out accuracy, {mode}: {final[mode]:.3f}{was}", "bold")
-        title = f"{self._folder.root}  (seed {self._config.seed})"
-        if picture := self._write("curves.png", lambda: draw_curves(self._folder.root, title)):
+        picture = draw_curves(self._folder.root, f"{self._folder.root}  (seed {self._config.seed})")
+        if picture is not None:
             self._display.line(f"curves: {picture}")
         self._display.line(f"summary: {self._folder.summary}  ({seconds:.0f} s)")
 
@@ -158,19 +155,8 @@ class Monitor:
         elif kind != "rollouts":
             self._display.line(str(payload.get("text", f"{source}: {kind}")), "dim")
         step, values = values_of(kind, payload)
-        if values and (metrics := self._metrics) is not None:
-            record = {"seq": seq, **values}
-            self._write("metrics.jsonl", lambda: metrics.write(step, time.monotonic() - self._began, record))
-
-    def _write(self, name: str, write: Callable[[], T]) -> T | None:
-        """What people look at is not worth a run: where the disk takes it no more, the run goes on and says so."""
-        try:
-            return write()
-        except OSError as error:
-            if (name, error.errno) not in self._unwritten:
-                self._unwritten.add((name, error.errno))
-                self._display.line(f"{self._folder.root / name}: not written: {error.strerror}", "red")
-            return None
+        if values and self._metrics is not None:
+            self._metrics.write(step, time.monotonic() - self._began, {"seq": seq, **values})
 
 
 def values_of(kind: str, payload: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
