@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mgrpo.errors import MgrpoError
+from mgrpo.errors import DeadlineError, MgrpoError
 from mgrpo.trainer.process import Stopped, TrainerProcess
 from mgrpo.transport.server import Server
 from tests.runs import wait_for
@@ -31,10 +31,14 @@ class Bare(TrainerProcess):
             policy=lambda: None,
             alive=lambda: None,
             checkpoint=lambda step: self.events.append(f"checkpoint {step}"),
-            settle=lambda wait: self.events.append("durable") if wait else None,
+            settle=self.settle,
             end=lambda: self.events.append("end"),
         )
         self._weights = SimpleNamespace(describe=lambda files: None)  # type: ignore[assignment]
+
+    def settle(self, wait: bool) -> object:
+        self.events.append("durable")
+        return None
 
     def _publish(self, version: int) -> None:
         pass
@@ -74,6 +78,26 @@ def test_a_stop_while_waiting_saves_the_last_step(begun: int, stop_at: int, even
     trainer._lanes = [lane(resume=lambda checkpoint_step: SimpleNamespace(again=0))]  # type: ignore[list-item]
     trainer.run()
     assert trainer.events == events
+
+
+def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
+    """The launcher was killed, say: the commit of an earlier checkpoint gets no answer, and the last step is saved all
+    the same. While the run goes on the same silence is an error."""
+
+    def silent(step: int) -> int:
+        raise DeadlineError("store at ipc:///x: no answer to commit within 5 s")
+
+    trainer = Bare(0, 7)
+    trainer.settle = lambda wait: SimpleNamespace(step=5)  # type: ignore[method-assign]
+    trainer._crew.settle = trainer.settle  # type: ignore[method-assign]
+    resume = {"resume": lambda checkpoint_step: SimpleNamespace(again=0)}
+    trainer._lanes = [lane(commit=silent, **resume)]  # type: ignore[list-item]
+    trainer._lanes[0].recorder = SimpleNamespace(keep=lambda saved: None)  # type: ignore[assignment]
+    trainer.run()
+    assert trainer.events == ["checkpoint 7", "end"]
+    trainer._told_to_stop = False
+    with pytest.raises(DeadlineError):
+        trainer._settle(wait=True)
 
 
 def lane(**store: object) -> SimpleNamespace:

@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.policy import LoraConfig
+from mgrpo.errors import DeadlineError, PeerError
 from mgrpo.model.policy import Policy, adapter_bytes, load_policy, save_policy, state_bytes
 from mgrpo.model.shell import shell_files
 from mgrpo.rollout.task import Task
@@ -198,7 +199,12 @@ class TrainerProcess:
             return
         self._lanes[0].recorder.keep(saved)
         for lane in self._lanes:
-            lane.spool.truncate(lane.store.commit(step=saved.step - 1))
+            try:
+                lane.spool.truncate(lane.store.commit(step=saved.step - 1))
+            except (DeadlineError, PeerError):
+                if not self._told_to_stop:
+                    raise
+                # The store has ended too: it learns of this checkpoint when the trainer comes back.
         self._checkpointed = saved.step
 
     def _publish(self, version: int) -> None:
