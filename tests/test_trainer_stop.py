@@ -93,6 +93,7 @@ def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
     resume = {"resume": lambda checkpoint_step: SimpleNamespace(again=0)}
     trainer._lanes = [lane(commit=silent, **resume)]  # type: ignore[list-item]
     trainer._lanes[0].recorder = SimpleNamespace(keep=lambda saved: None)  # type: ignore[assignment]
+    trainer._lanes[0].spool = SimpleNamespace(truncate=lambda cursor: None)  # type: ignore[assignment]
     trainer.run()
     assert trainer.events == ["checkpoint 7", "end"]
     trainer._told_to_stop = False
