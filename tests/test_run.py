@@ -114,7 +114,7 @@ def test_interrupt_and_resume_change_nothing(undisturbed: Path, tmp_path: Path) 
             wait_for(lambda: all(checkpoints(out, role) for role in ROLES), "the checkpoints")
         finally:
             os.kill(worker, signal.SIGCONT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=200)
     assert process.returncode == 130 and "--resume" in output
     assert leftovers(out) == [] and not summary(out)["finished"]
     for role in ROLES:

@@ -213,4 +213,4 @@ def test_a_store_whose_thread_dies_ends_with_the_cause(tmp_path: Path) -> None:
             process.kill()
         assert process.returncode == 1 and process.stderr is not None
         last = process.stderr.read().strip().splitlines()[-1]
-    assert last.startswith("error: server at ipc://") and "KeyError: 'a lease that nobody knows'" in last
+    assert last.startswith("error: the server at ipc://") and "KeyError: 'a lease that nobody knows'" in last

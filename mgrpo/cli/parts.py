@@ -210,6 +210,7 @@ def run_trainer_process(
 ) -> None:
     """One agent's trainer, until the run is over."""
     config = _begin(config_path, overrides, parent, _leave_at_once)
+    signal.signal(signal.SIGINT, _leave_at_once)
     if role not in config.agents:
         raise ConfigError(f"--agent {role}: unknown role; the config has {', '.join(config.roles)}")
     if config.owner(role) != role:

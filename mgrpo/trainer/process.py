@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 from mgrpo.config import RunConfig
 from mgrpo.config.addresses import Addresses
 from mgrpo.config.policy import LoraConfig
-from mgrpo.errors import ConfigError
+from mgrpo.errors import ConfigError, DeadlineError, PeerError
 from mgrpo.model.chat_check import check_chat
 from mgrpo.model.policy import Policy, adapter_bytes, load_policy, save_policy, state_bytes
 from mgrpo.model.shell import shell_files
@@ -117,8 +117,9 @@ class TrainerProcess:
             )
         self._publish(step)
         if not self._agent.frozen:
-            # From here on there is something to save; before, SIGTERM ends the process at once.
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+            # From here on there is something to save; before, a signal ends the process at once.
+            for number in (signal.SIGTERM, signal.SIGINT):  # the latter where it was started by hand
+                signal.signal(number, self._on_signal)
             try:
                 self._train()
             except Stopped:
@@ -211,17 +212,24 @@ class TrainerProcess:
         self._crew.checkpoint(self._step)
 
     def _settle(self, wait: bool) -> None:
-        """Once a checkpoint is durable, tell the store: nothing up to there is handed out again, unless this trainer
-        comes back with an older checkpoint. The spool keeps what the oldest of those that are kept would need."""
+        """Commit the checkpoint that is being written once it is durable."""
         saved = self._crew.settle(wait)
         if saved is not None:
             self._commit(saved)
 
     def _commit(self, checkpoint: Checkpoint) -> None:
-        cursors = {lane.role: lane.store.commit(step=checkpoint.step - 1) for lane in self._lanes}
-        needed = note_cursors(checkpoint, cursors)
-        for lane in self._lanes:
-            lane.spool.truncate(needed[lane.role])
+        """Tell the store: nothing up to here is handed out again, unless this trainer comes back with an older checkpoint.
+        The spool keeps what the oldest of those that are kept would need."""
+        try:
+            cursors = {lane.role: lane.store.commit(step=checkpoint.step - 1) for lane in self._lanes}
+        except (DeadlineError, PeerError):
+            if not self._told_to_stop:
+                raise
+            # The store has ended too: it learns of this checkpoint when the trainer comes back.
+        else:
+            needed = note_cursors(checkpoint, cursors)
+            for lane in self._lanes:
+                lane.spool.truncate(needed[lane.role])
         self._lanes[0].recorder.keep(checkpoint)
         self._checkpointed = checkpoint.step
 
@@ -251,10 +259,12 @@ class TrainerProcess:
         if self._told_to_stop or self._store.world().control.state != "running":
             raise Stopped
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Only a mark: an optimizer step is never torn apart; the loop looks at the mark between steps. Where the store
         # has ended too (the launcher was killed), its answer is not waited for as long as usual. No Event: its lock is
         # not reentrant, and the kernel sends the death of a launcher several times, also into this handler.
         self._told_to_stop = True
+        if number == signal.SIGINT:  # another Ctrl-C does not wait for the checkpoint
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         for lane in self._lanes:
             lane.store.hurry(STOP_SECONDS)

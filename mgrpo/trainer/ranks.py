@@ -102,12 +102,13 @@ class Ranks:
     # -- the others ------------------------------------------------------------------------------------------------
 
     def obey_signals(self) -> None:
-        """SIGTERM does not end a rank that the leader may still need for its last checkpoint; it shortens the wait."""
+        """No signal ends a rank that the leader may still need for its last checkpoint; it shortens the wait."""
 
-        def on_sigterm(number: int, frame: FrameType | None) -> None:
+        def on_signal(number: int, frame: FrameType | None) -> None:
             self._terminated = True
 
-        signal.signal(signal.SIGTERM, on_sigterm)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
 
     def hear(self) -> tuple[str, Any]:
         """The leader's next word, and this rank's part. Raises DeadlineError or PeerError when none can come."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgrpo.cli.comparison.variants import COTRAIN, Variant
+from mgrpo.cli.interrupts import Interrupts
 from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.cli.processes import last_words
 from mgrpo.config import RunConfig, config_digest, load_config
@@ -149,19 +150,17 @@ def _start(
 def _stop(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
     """A launcher that gets SIGTERM ends its own processes and leaves a run that can be resumed; at another Ctrl-C it
     gets another one, and ends them at once."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + seconds
-    while left := [process for process in processes if process.poll() is None]:
-        try:
-            if time.monotonic() > deadline:
-                for process in left:
+    deadline, told = time.monotonic() + seconds, -1
+    with Interrupts() as interrupts:
+        while left := [process for process in processes if process.poll() is None]:
+            for process in left:
+                if interrupts.count > told:
+                    process.terminate()
+                if time.monotonic() > deadline:
                     process.kill()
                     process.wait(10)
+            told = interrupts.count
             time.sleep(0.1)
-        except KeyboardInterrupt:
-            for process in left:
-                process.terminate()
 
 
 def _log(job: Job) -> Path:

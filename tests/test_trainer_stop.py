@@ -1,0 +1,131 @@
+"""A trainer that is told to stop: what it does depends on what it has to save. And one that nobody can reach."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mgrpo.errors import DeadlineError, MgrpoError
+from mgrpo.trainer.process import Stopped, TrainerProcess
+from mgrpo.transport.server import Server
+from tests.runs import wait_for
+
+
+class Bare(TrainerProcess):
+    """A trainer without processes around it: its stations are written down, the first claim of `stop_at` stops it."""
+
+    def __init__(self, begun: int, stop_at: int) -> None:
+        self.events: list[str] = []
+        self._told_to_stop = False
+        self._lanes = []
+        self._step = self._begun = self._checkpointed = begun
+        self._stop_at = stop_at
+        self._role, self._folder = "main", Path()
+        self._agent = SimpleNamespace(frozen=False, model="folder")  # type: ignore[assignment]
+        self._crew = SimpleNamespace(  # type: ignore[assignment]
+            begin=lambda start: begun,
+            policy=lambda: None,
+            alive=lambda: None,
+            checkpoint=lambda step: self.events.append(f"checkpoint {step}"),
+            settle=self.settle,
+            end=lambda: self.events.append("end"),
+        )
+        self._weights = SimpleNamespace(describe=lambda files: None)  # type: ignore[assignment]
+
+    def settle(self, wait: bool) -> object:
+        self.events.append("durable")
+        return None
+
+    def _publish(self, version: int) -> None:
+        pass
+
+    def _report(self, kind: str, payload: dict[str, object]) -> None:
+        pass
+
+    def _train(self) -> None:
+        while True:
+            if self._step == self._stop_at:
+                self._on_signal(signal.SIGTERM, None)
+                self._check_stop()
+            self._step += 1
+
+
+@pytest.fixture(autouse=True)
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test's own signal handlers come back."""
+    monkeypatch.setattr("mgrpo.trainer.process.shell_files", lambda policy: {})
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("begun", "stop_at", "events"),
+    [
+        (0, 7, ["durable", "checkpoint 7", "durable", "end"]),
+        (5, 6, ["durable", "checkpoint 6", "durable", "end"]),
+        (5, 5, ["durable", "end"]),  # nothing since the last one
+    ],
+)
+def test_a_stop_while_waiting_saves_the_last_step(begun: int, stop_at: int, events: list[str]) -> None:
+    """Wherever the loop is when the stop is noticed: the steps since the last checkpoint are saved before it leaves."""
+    trainer = Bare(begun, stop_at)
+    trainer._lanes = [lane(resume=lambda checkpoint_step: SimpleNamespace(again=0))]  # type: ignore[list-item]
+    trainer.run()
+    assert trainer.events == events
+
+
+def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
+    """The launcher was killed, say: the commit of an earlier checkpoint gets no answer, and the last step is saved all
+    the same. While the run goes on the same silence is an error."""
+
+    def silent(step: int) -> int:
+        raise DeadlineError("store at ipc:///x: no answer to commit within 5 s")
+
+    trainer = Bare(0, 7)
+    trainer.settle = lambda wait: SimpleNamespace(step=5)  # type: ignore[method-assign]
+    trainer._crew.settle = trainer.settle  # type: ignore[method-assign]
+    resume = {"resume": lambda checkpoint_step: SimpleNamespace(again=0)}
+    trainer._lanes = [lane(commit=silent, **resume)]  # type: ignore[list-item]
+    trainer._lanes[0].recorder = SimpleNamespace(keep=lambda saved: None)  # type: ignore[assignment]
+    trainer._lanes[0].spool = SimpleNamespace(truncate=lambda cursor: None)  # type: ignore[assignment]
+    trainer.run()
+    assert trainer.events == ["checkpoint 7", "end"]
+    trainer._told_to_stop = False
+    with pytest.raises(DeadlineError):
+        trainer._settle(wait=True)
+
+
+def lane(**store: object) -> SimpleNamespace:
+    hurried = {"hurry": lambda seconds: None}
+    return SimpleNamespace(store=SimpleNamespace(**hurried, **store), check=lambda: None)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint() -> None:
+    """In the terminal of a trainer that was started by hand the first one saves, the next one has its usual effect."""
+    trainer = Bare(0, 1)
+    signal.signal(signal.SIGINT, trainer._on_signal)
+    trainer._on_signal(signal.SIGINT, None)
+    assert trainer._told_to_stop and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    with pytest.raises(Stopped):
+        trainer._check_stop()
+
+
+def test_a_trainer_whose_address_is_served_no_more_ends(tmp_path: Path) -> None:
+    """A bug in the thread that takes trajectories and serves weights: the trainer, which would wait for groups that
+    cannot come, raises what the thread died of at its next look at the run."""
+
+    def tick() -> None:
+        raise KeyError("no such record")
+
+    trainer = Bare(0, 1)
+    with Server(f"ipc://{tmp_path}/main", {}, tick=tick) as server:
+        trainer._lanes = [SimpleNamespace(check=server.check)]  # type: ignore[list-item]
+        wait_for(lambda: server.failure is not None, "the end of the thread")
+        with pytest.raises(MgrpoError, match=r"ipc://.*main.*KeyError: 'no such record'"):
+            trainer._check_stop()
