@@ -17,9 +17,15 @@ SEQUENCE_MEAN = frozenset({"grpo", "sapo", "gspo"})
 """Loss types that average over each sequence's own tokens first; dr_grpo and the rest divide a sum over
 tokens."""
 
+CLIPPED = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "gspo"})
+"""Loss types whose token loss is the clipped one."""
+
+SEQUENCE_CORRECTIONS = frozenset({"sequence_mask", "geometric"})
+"""Corrections by one factor for the whole sequence."""
+
 _CORRECTION_FIELDS = ("correction_low", "correction_high", "veto")
-_CLIPPED = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "gspo"})
-_CORRECTION_BOUNDS: dict[str, tuple[float, float]] = {
+_CORRECTION_BOUNDS: dict[Correction, tuple[float, float]] = {
+    "none": (0.0, float("inf")),
     "token_tis": (0.0, 2.0),
     "mis": (0.5, 5.0),
     "sequence_mask": (0.0, 3.0),
@@ -52,6 +58,11 @@ class GrpoLossConfig(BaseModel):
     delta: float | None = Field(default=None, gt=0.0)
     """Two-sided clipping: cap of the unclipped ratio. None: no cap."""
 
+    log_ratio_clip: float = Field(default=20.0, ge=1.0, le=60.0)
+    """Bound, in nats, on every log-ratio before it is exponentiated: policy / old (token or sequence), training /
+    inference engine, and reference / policy of the k3 estimator. Above it the ratio stays at exp(log_ratio_clip) and no
+    gradient flows through it, so a ratio that would overflow is finite; below it nothing changes."""
+
     sapo_temperature_pos: float = Field(default=1.0, gt=0.0)
     """sapo: temperature of the soft gate where the advantage is positive."""
 
@@ -62,7 +73,7 @@ class GrpoLossConfig(BaseModel):
     """Weight of the KL penalty to the reference policy. Above 0 the call needs ref_logprobs."""
 
     kl_estimator: KlEstimator = "k3"
-    """k1 = logp - ref; k2 = (logp - ref)^2 / 2; k3 = exp(ref - logp) - (ref - logp) - 1."""
+    """k1 = logp - ref; k2 = (logp - ref)^2 / 2; k3 = exp(d) - d - 1 with d = min(ref - logp, log_ratio_clip)."""
 
     entropy_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the entropy bonus (subtracted from the loss)."""
@@ -117,7 +128,7 @@ class GrpoLossConfig(BaseModel):
         """Fields that cannot change the result under the other settings, with the reason."""
         unused: list[tuple[str, str]] = []
         with_loss = f"with loss_type {self.loss_type!r}"
-        if self.loss_type not in _CLIPPED:
+        if self.loss_type not in CLIPPED:
             unused += [("clip_eps_low", with_loss), ("delta", with_loss)]
         if self.loss_type == "sapo":
             unused.append(("clip_eps_high", with_loss))
@@ -136,7 +147,7 @@ class GrpoLossConfig(BaseModel):
     @property
     def correction_bounds(self) -> tuple[float, float]:
         """(low, high) of the correction in force, defaults filled in; (0, inf) without one."""
-        low, high = _CORRECTION_BOUNDS.get(self.correction, (0.0, float("inf")))
+        low, high = _CORRECTION_BOUNDS[self.correction]
         return (
             low if self.correction_low is None else self.correction_low,
             high if self.correction_high is None else self.correction_high,

@@ -72,13 +72,18 @@ def _reference(
 def row_logprob(logits: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(logp, entropy) of each row of logits (T, V), differentiable: the definition.
 
-    -inf logits have probability 0 and add nothing to the entropy. A row without a finite log-sum-exp or with
-    a target of probability 0 gives NaN and passes no gradient.
+    -inf logits have probability 0 and add nothing to the entropy. A row without a finite log-sum-exp, or whose
+    target has probability 0 or an id out of range, gives NaN and passes no gradient.
     """
-    z = logits.to(compute_dtype(logits)) / temperature
+    z = logits.to(compute_dtype(logits))
+    with torch.no_grad():
+        largest = z.amax(1, keepdim=True)
+    z = (z - largest) / temperature  # the largest first: z / temperature may overflow
+    known = (target_ids >= 0) & (target_ids < z.shape[1])
+    target_ids = torch.where(known, target_ids, 0)
     with torch.no_grad():
         target = z.gather(1, target_ids[:, None]).squeeze(1)
-        bad = ~(z.logsumexp(1).isfinite() & target.isfinite())
+        bad = ~(known & largest.squeeze(1).isfinite() & z.logsumexp(1).isfinite() & target.isfinite())
     z = torch.where(bad[:, None], 0.0, z)
     logp = z.log_softmax(1)
     p = logp.exp()

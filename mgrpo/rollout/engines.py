@@ -45,6 +45,8 @@ def open_engine(
                 model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa")
             )
         return HfEngine(policy, slots=config.rollout.slots, max_length=length), policy.tokenizer
+    if engine.kind != "vllm":
+        raise ConfigError(f"agents.{owner}.engine.kind: nothing opens an engine of kind {engine.kind!r}")
     return _open_vllm(config, role, shell, addresses, say)
 
 
@@ -85,7 +87,9 @@ def open_sync(config: RunConfig, owner: str, folder: Path) -> WeightSync:
         return LoraSync(folder, engine.timeout, agent.policy.lora)
     if engine.sync == "nccl":
         return NcclSync(folder, engine.timeout)
-    return FolderSync(folder, engine.timeout)
+    if engine.sync == "fs":
+        return FolderSync(folder, engine.timeout)
+    raise ConfigError(f"agents.{owner}.engine.sync: no way of weights is called {engine.sync!r}")
 
 
 def _tokenizer_of(shell: Mapping[str, bytes], name: str) -> tuple[Tokenizer, int]:

@@ -8,7 +8,6 @@ steps through its own micro-batches, and the gradients are summed over the ranks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -139,8 +138,9 @@ class Learner:
 
         lr: learning rate of this step; None leaves the optimizer's.
         recompute_old: take the ratio's denominator from this policy before the first update instead of the sampler's
-        report. `policy/logprob_diff_max` compares the two on the first minibatch, where nothing has been updated yet:
-        in synchronous mode it is the numerical difference of sampler and trainer.
+        report. `policy/logprob_diff_max` compares this policy with that report, either way, on the first minibatch,
+        where nothing has been updated yet: in synchronous mode it is the numerical difference of sampler and trainer.
+        It is in nats, so it says how far apart they are where a ratio is 0 or held at its bound.
         """
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
@@ -158,8 +158,7 @@ class Learner:
         out["policy/is_ratio_max"] = max(r["ratio_max"] for r in results)
         out["policy/is_ratio_min"] = min(r["ratio_min"] for r in results)
         out["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
-        first = results[0]
-        out["policy/logprob_diff_max"] = max(abs(math.log(first[f"ratio_{end}"])) for end in ("min", "max"))
+        out["policy/logprob_diff_max"] = results[0]["logprob_diff_max"]
         return out
 
     def step(self, batch: MiniBatch) -> dict[str, float]:
