@@ -1,4 +1,4 @@
-"""Log-ratios that overflow and underflow, times the sign of the advantage, under every setting that the config knows."""
+"""Log-ratios that overflow and underflow, times the sign of the advantage, under every setting of the config."""
 
 from __future__ import annotations
 

@@ -166,6 +166,8 @@ def test_numbers_that_no_step_may_be_taken_with() -> None:
     rows.ids[:, 1:4] = 5
     with pytest.raises(NumericsError, match="not taken"):
         learner.step(MiniBatch([rows], 10.0))
+    with pytest.raises(NumericsError, match=r"no finite log-prob .*not taken"):
+        learner.train([MiniBatch([rows], 10.0)], recompute_old=True)
 
 
 def test_kl_needs_its_reference() -> None:

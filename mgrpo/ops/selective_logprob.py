@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mgrpo.config.loss import TEMPERATURES
 from mgrpo.ops import check, head
 from mgrpo.ops.backend import choose, fast
 
@@ -39,7 +40,9 @@ def selective_logprob(
     """
     check.head(hidden, weight)
     check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
-    positive("temperature", temperature)
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(f"temperature: {temperature} is outside [{low}, {high}]")
     chunk = head.chunk_rows(chunk, weight)
     backend = choose(impl, hidden.device, hidden.dtype)
     with torch.no_grad():
@@ -95,9 +98,3 @@ def row_logprob(logits: Tensor, target_ids: Tensor, temperature: float) -> tuple
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 stays float64, everything else is computed in float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def positive(name: str, value: float) -> None:
-    """ValueError unless value > 0."""
-    if not value > 0:
-        raise ValueError(f"{name}: {value} is not above 0")

@@ -104,11 +104,19 @@ class MiniBatch:
 
 
 def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.Tensor:
-    """Log-probs f32[T] of the sampled tokens under `policy`, on its device, without a graph."""
+    """Log-probs f32[T] of the sampled tokens under `policy`, on its device, without a graph. NumericsError where one is
+    not finite: the policy's numbers are not, or it gives a sampled token probability 0."""
     live = batch.live().to(policy.device)
     with torch.no_grad():
         hidden = policy.hidden_before(batch.ids, batch.lengths, live.mask)
-        return selective_logprob(hidden, policy.head_weight, live.targets, temperature=temperature)[0]
+        found = selective_logprob(hidden, policy.head_weight, live.targets, temperature=temperature)[0]
+    bad = int((~found.isfinite()).sum())
+    if bad:
+        raise NumericsError(
+            f"{bad} of {len(found)} sampled tokens have no finite log-prob under the policy that the loss compares with "
+            "(its old or reference policy); the step was not taken"
+        )
+    return found
 
 
 class Learner:
