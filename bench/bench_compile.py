@@ -106,8 +106,8 @@ _BYTES = {"live", "moved_out"}
 _FLOAT64 = {"deviation"}
 _SIZES = {"stride", "grad_stride", "vocabulary", "n"}
 _SCALARS = {
-    "k", "inverse_temperature", "eps_low", "eps_high", "delta", "tau_pos", "tau_neg", "kl_coef",
-    "entropy_coef", "correction_low", "correction_high", "advantage_eps", "eps",
+    "k", "inverse_temperature", "eps_low", "eps_high", "delta", "log_ratio_clip", "tau_pos", "tau_neg",
+    "kl_coef", "entropy_coef", "correction_low", "correction_high", "advantage_eps", "eps",
 }  # fmt: skip
 
 

@@ -183,6 +183,9 @@ int64_t Batcher::check_content(const TrajectoryView& t, int64_t length) const {
     reject("logprobs", t.query, t.rollout, t.id, "log-prob ", *wrong, " at ", wrong - t.logprobs, " is not finite");
   }
   if (!std::isfinite(t.reward)) reject("reward", t.query, t.rollout, t.id, "reward ", t.reward, " is not finite");
+  if (std::fabs(t.reward) > kLargestReward)
+    reject("reward", t.query, t.rollout, t.id, "reward ", t.reward, " is beyond ", kLargestReward,
+           ", half of what a float32 advantage holds");
   return active;
 }
 

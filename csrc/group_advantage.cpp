@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "advantage.hpp"
 #include "check.hpp"
 
 // The loader picks the AVX2 copy of the loops where the machine has it; inlined helpers come along.
@@ -52,7 +53,7 @@ struct Group {
   double grid0 = 0.0, grid1 = 0.0, grid2 = 0.0;  // anchors of the sums of w, w d, w d^2
   double total = 0.0, first = 0.0, second = 0.0;
 
-  bool varied() const { return high > low; }
+  bool varied() const { return !equal_rewards(low, high); }
   void see(float reward, float weight) {
     low = std::min(low, reward);
     high = std::max(high, reward);
@@ -103,19 +104,19 @@ struct Rows {
   float vote(int64_t i) const { return weight ? weight[i] : 1.0f; }
 };
 
-// Whether every reward is finite, and every weight finite and at least 0. Cloned functions must not throw: an exception
+// Whether every reward is within kLargestReward, and every weight finite and at least 0. Cloned functions must not throw: an exception
 // does not pass the loader's dispatch.
 MGRPO_CLONES bool sound(const Rows& rows, int64_t n) noexcept {
-  // x * 0 is NaN for NaN and infinities; the sum is 0 otherwise.
+  // (x + x) * 0 is NaN for NaN, infinities and what is beyond half of the range; the sum is 0 otherwise.
   Float4 sum{};
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
     Float4 x;
     std::memcpy(&x, rows.rewards + i, sizeof x);
-    sum += x * 0.0f;
+    sum += (x + x) * 0.0f;
   }
   bool fit = sum[0] + sum[1] + sum[2] + sum[3] == 0.0f;
-  for (; i < n; ++i) fit = fit && rows.rewards[i] * 0.0f == 0.0f;
+  for (; i < n; ++i) fit = fit && (rows.rewards[i] + rows.rewards[i]) * 0.0f == 0.0f;
   if (!rows.weight) return fit;
   for (i = 0; i < n; ++i) fit &= rows.weight[i] >= 0.0f && rows.weight[i] <= std::numeric_limits<float>::max();
   return fit;
@@ -126,6 +127,8 @@ void check_finite(const Rows& rows, int64_t n) {
   if (sound(rows, n)) return;
   for (int64_t i = 0; i < n; ++i) {
     MGRPO_CHECK(std::isfinite(rows.rewards[i]), "rewards: ", rows.rewards[i], " at [", i, "] is not finite");
+    MGRPO_CHECK(std::fabs(rows.rewards[i]) <= kLargestReward, "rewards: ", rows.rewards[i], " at [", i, "] is beyond ",
+                kLargestReward, ", half of float32's range");
     MGRPO_CHECK(!rows.weight || (rows.weight[i] >= 0.0f && std::isfinite(rows.weight[i])), "weight: ",
                 rows.weight ? rows.weight[i] : 0.0f, " at [", i, "] is not finite or is below 0");
   }
@@ -219,7 +222,7 @@ MGRPO_INLINE void whole_group(const Rows& rows, int64_t begin, int64_t end, cons
 MGRPO_CLONES double batch_deviation(const Rows& rows, int64_t n) {
   Group g;
   see(rows, 0, n, g);
-  if (!g.varied()) return 0.0;
+  if (!(g.high > g.low)) return 0.0;
   g.lay_grids();
   add(rows, 0, n, g);
   const double variance = g.variance();

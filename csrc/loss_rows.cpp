@@ -113,8 +113,10 @@ void zero_row(const LogitRows& x, void* grad, int64_t row) {
   if (grad) std::memset(row_of(x, grad, row), 0, std::size_t(x.vocabulary) * element_size(x));
 }
 
-double policy_slope(const TokenSettings& s, double ratio, double advantage) {
+double policy_slope(const TokenSettings& s, double log_ratio, double advantage) {
+  const double ratio = std::exp(std::fmin(log_ratio, s.log_ratio_clip));
   if (s.loss_type == LossType::cispo) return -std::fmin(ratio, s.clip_eps_high) * advantage;
+  if (log_ratio > s.log_ratio_clip) return 0.0;
   if (s.loss_type == LossType::sapo) {
     const double tau = advantage > 0 ? s.sapo_temperature_pos : s.sapo_temperature_neg;
     const double gate = 1.0 / (1.0 + std::exp(-tau * (ratio - 1.0)));
@@ -130,10 +132,16 @@ double policy_slope(const TokenSettings& s, double ratio, double advantage) {
   return -slope * advantage * ratio;
 }
 
+double kl_slope(const TokenSettings& s, double diff) {
+  if (s.kl_estimator == KlEstimator::k1) return 1.0;
+  if (s.kl_estimator == KlEstimator::k2) return -diff;
+  return diff > s.log_ratio_clip ? 0.0 : -std::expm1(diff);
+}
+
 double correction_factor(const TokenSettings& s, double log_rho) {
-  const double rho = std::exp(log_rho);
-  if (s.correction == Correction::token_tis) return std::fmin(rho, s.correction_high);
-  return rho >= s.correction_low && rho <= s.correction_high ? rho : 0.0;
+  const double rho = std::exp(log_rho), held = std::exp(std::fmin(log_rho, s.log_ratio_clip));
+  if (s.correction == Correction::token_tis) return std::fmin(held, s.correction_high);
+  return rho >= s.correction_low && rho <= s.correction_high ? held : 0.0;
 }
 
 }  // namespace
@@ -143,13 +151,12 @@ double token_coefficient(const TokenSettings& s, double logp, double advantage, 
   double c = 0.0;
   if (policy_weight != 0.0 && advantage != 0.0) {
     const double base = old_logprob ? *old_logprob : logp;
-    c = policy_weight * policy_slope(s, std::exp(logp - base), advantage);
+    c = policy_weight * policy_slope(s, logp - base, advantage);
     if (s.correction != Correction::none) c *= correction_factor(s, base - *rollout_logprob);
   }
   if (s.kl_coef != 0.0) {
     const double diff = *ref_logprob - logp;
-    const double slope = s.kl_estimator == 1 ? 1.0 : s.kl_estimator == 2 ? -diff : -std::expm1(diff);
-    c += weight * s.kl_coef * slope;
+    c += weight * s.kl_coef * kl_slope(s, diff);
   }
   return c;
 }
@@ -166,7 +173,7 @@ void loss_rows(const LogitRows& x, const LossInputs& in, const TokenSettings& s,
     const double log2_sum = std::log2(r.sum);
     const double target = in_shard(x, id) ? (element(x, z, id) - r.maximum) * double(k) : kNan;
     const double lp = kLn2 * (target - log2_sum), h = kLn2 * (log2_sum - r.weighted / r.sum);
-    if (!std::isfinite(lp) || !std::isfinite(h)) {
+    if (!std::isfinite(float(lp)) || !std::isfinite(h)) {  // as the caller will see them
       logp[row] = entropy[row] = float(kNan);
       return false;
     }

@@ -12,15 +12,17 @@
 namespace mgrpo {
 
 enum class LossType : int { clipped = 0, cispo = 1, sapo = 2 };
+enum class KlEstimator : int { k1 = 1, k2 = 2, k3 = 3 };
 enum class Correction : int { none = 0, token_tis = 1, mis = 2 };
 
 struct TokenSettings {
   LossType loss_type;
   double clip_eps_low, clip_eps_high;
-  double delta;  // infinity: no cap
+  double delta;           // infinity: no cap
+  double log_ratio_clip;  // above it a ratio is constant
   double sapo_temperature_pos, sapo_temperature_neg;
   double kl_coef;
-  int kl_estimator;  // 1, 2, 3
+  KlEstimator kl_estimator;
   double entropy_coef;
   Correction correction;
   double correction_low, correction_high;

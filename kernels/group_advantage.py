@@ -11,6 +11,7 @@ GRPO = tl.constexpr(0)
 DR_GRPO = tl.constexpr(1)
 RLOO = tl.constexpr(2)
 BATCH = tl.constexpr(3)
+EQUAL_WITHIN = tl.constexpr(8.0 * 2.0**-23)  # the ops' module of the same name has the reason
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def moments(
 ):
     """(low, varied, total, shift, deviation) of one group among the rows [begin, end), float64 scalars.
 
-    shift is the mean less `low`; a group that is not varied (one member, equal rewards) has deviation 0.
+    shift is the mean less `low`. A group of one member, or of rewards that are equal but for rounding, is not varied.
     """
     lane = tl.arange(0, BLOCK)
     inf = float("inf")
@@ -71,12 +72,14 @@ def moments(
         heaviest = tl.maximum(heaviest, w)
         count += tl.where(member, 1.0, 0.0).to(tl.float64)
     bottom = tl.min(low, axis=0)
-    spread = tl.max(high, axis=0) - bottom
-    varied = spread > 0
+    top = tl.max(high, axis=0)
+    spread = top - bottom
+    varied = spread > EQUAL_WITHIN * tl.maximum(tl.abs(bottom), tl.abs(top))
+    some = spread > 0
     mass = tl.sum(count, axis=0) * tl.max(heaviest, axis=0)
     # Without members the range is (inf, -inf): harmless numbers in its place.
-    bottom = tl.where(varied, bottom, 0.0)
-    spread = tl.where(varied, spread, 1.0)
+    bottom = tl.where(some, bottom, 0.0)
+    spread = tl.where(some, spread, 1.0)
     grid0, grid1 = anchor_for(mass), anchor_for(mass * spread)
     total = bottom * 0.0
     first = bottom * 0.0
@@ -92,7 +95,7 @@ def moments(
         d = tl.where(member, (r - bottom) - shift, 0.0)
         second += snapped_sum(w * (d * d), grid2)
     deviation = tl.sqrt(second / tl.where(total > 0, total, 1.0))
-    return bottom, varied, total, shift, tl.where(varied, deviation, 0.0)
+    return bottom, varied, total, shift, tl.where(some, deviation, 0.0)
 
 
 @triton.jit
@@ -105,6 +108,7 @@ def advantage(r, w, low, varied, total, shift, deviation, eps, ESTIMATOR: tl.con
     elif ESTIMATOR == DR_GRPO:
         a = centred
     else:
+        tl.static_assert((ESTIMATOR == GRPO) | (ESTIMATOR == BATCH), "ESTIMATOR has no formula")
         a = centred / (deviation + eps)
     return tl.where(varied, tl.where(w > 0, a, 0.0), 0.0)
 

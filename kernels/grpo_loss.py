@@ -12,16 +12,18 @@ import triton.language as tl
 from .group_advantage import BATCH, advantage, moments
 from .logprob import LN2, row_statistics, write_gradient, write_zeros
 
-CISPO = tl.constexpr(1)  # loss types; 0 clips
+CLIPPED = tl.constexpr(0)  # loss types
+CISPO = tl.constexpr(1)
 SAPO = tl.constexpr(2)
 TOKEN_TIS = tl.constexpr(1)  # corrections; 0: none, or known and in policy_weight
 MIS = tl.constexpr(2)
 
 
 @triton.jit
-def policy_slope(ratio, a, eps_low, eps_high, delta, tau_pos, tau_neg, LOSS: tl.constexpr):
+def policy_slope(log_ratio, a, eps_low, eps_high, delta, bound, tau_pos, tau_neg, LOSS: tl.constexpr):
     """d policy term / d logp. Through the branch that wins; on a tie half through each, as torch.minimum
-    does."""
+    does. Above the bound on log-ratios the ratio is constant."""
+    ratio = tl.exp(tl.minimum(log_ratio, bound))
     if LOSS == CISPO:
         slope = -tl.minimum(ratio, eps_high) * a
     elif LOSS == SAPO:
@@ -29,6 +31,7 @@ def policy_slope(ratio, a, eps_low, eps_high, delta, tau_pos, tau_neg, LOSS: tl.
         gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
         slope = -a * 4.0 * gate * (1.0 - gate) * ratio
     else:
+        tl.static_assert(LOSS == CLIPPED, "LOSS has no formula")
         low = 1.0 - eps_low
         high = 1.0 + eps_high
         free = tl.minimum(ratio, delta) * a
@@ -38,19 +41,23 @@ def policy_slope(ratio, a, eps_low, eps_high, delta, tau_pos, tau_neg, LOSS: tl.
         tie = 0.5 * (slope_free + slope_clipped)
         slope = tl.where(free < clipped, slope_free, tl.where(clipped < free, slope_clipped, tie))
         slope = -slope * a * ratio
+    if LOSS != CISPO:  # whose ratio is a detached factor
+        slope = tl.where(log_ratio <= bound, slope, 0.0)
     return slope
 
 
 @triton.jit
-def kl_slope(diff, KL: tl.constexpr):
+def kl_slope(diff, bound, KL: tl.constexpr):
     """d KL / d logp for diff = ref - logp and estimator k1, k2 or k3."""
     if KL == 1:
         slope = diff * 0.0 + 1.0
     elif KL == 2:
         slope = -diff
     else:
+        tl.static_assert(KL == 3, "KL has no formula")
         series = -diff * (1.0 + diff * (0.5 + diff * (1.0 / 6.0 + diff / 24.0)))
-        slope = tl.where(tl.abs(diff) < 0.03, series, 1.0 - tl.exp(diff))
+        slope = tl.where(tl.abs(diff) < 0.03, series, 1.0 - tl.exp(tl.minimum(diff, bound)))
+        slope = tl.where(diff <= bound, slope, 0.0)
     return slope
 
 
@@ -81,6 +88,7 @@ def grpo_loss_kernel(
     eps_low,
     eps_high,
     delta,
+    log_ratio_clip,
     tau_pos,
     tau_neg,
     kl_coef,
@@ -148,16 +156,21 @@ def grpo_loss_kernel(
             base = logp
             if HAS_OLD:
                 base = tl.load(old + row)
-            c = pw * policy_slope(tl.exp(logp - base), a, eps_low, eps_high, delta, tau_pos, tau_neg, LOSS)
+            c = pw * policy_slope(
+                logp - base, a, eps_low, eps_high, delta, log_ratio_clip, tau_pos, tau_neg, LOSS
+            )
             if CORRECTION != 0:
-                rho = tl.exp(base - tl.load(rollout + row))
+                log_rho = base - tl.load(rollout + row)
+                rho = tl.exp(log_rho)
+                held = tl.exp(tl.minimum(log_rho, log_ratio_clip))
                 if CORRECTION == TOKEN_TIS:
-                    c *= tl.minimum(rho, correction_high)
+                    c *= tl.minimum(held, correction_high)
                 else:
-                    c *= tl.where((rho >= correction_low) & (rho <= correction_high), rho, 0.0)
+                    tl.static_assert(CORRECTION == MIS, "CORRECTION has no formula")
+                    c *= tl.where((rho >= correction_low) & (rho <= correction_high), held, 0.0)
             c = tl.where((pw != 0.0) & (a != 0.0), c, 0.0)
             if KL != 0:
-                c += w * kl_coef * kl_slope(tl.load(ref + row) - logp, KL)
+                c += w * kl_coef * kl_slope(tl.load(ref + row) - logp, log_ratio_clip, KL)
             if ENTROPY:
                 e = -entropy_coef * w
         else:

@@ -102,6 +102,7 @@ class TokenSettings:
         clip_eps_low: float,
         clip_eps_high: float,
         delta: float,
+        log_ratio_clip: float,
         sapo_temperature_pos: float,
         sapo_temperature_neg: float,
         kl_coef: float,

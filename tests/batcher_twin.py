@@ -118,8 +118,9 @@ def moments(rows: list[Row], unbiased: bool) -> tuple[float, float, float, bool]
         gap = row.item["reward"] - mean
         square += row.weight * gap * gap
     rewards = [row.item["reward"] for row in rows]
-    flat = len(rows) < 2 or max(rewards) == min(rewards)
-    return w, mean, 0.0 if flat else sqrt(square / (w - w2 / w if unbiased else w)), flat
+    low, high = min(rewards), max(rewards)
+    std = 0.0 if len(rows) < 2 or low == high else sqrt(square / (w - w2 / w if unbiased else w))
+    return w, mean, std, len(rows) < 2 or high - low <= 8 * 2.0**-23 * max(abs(low), abs(high))
 
 
 def set_advantages(rows: list[Row], estimator: str, eps: float, unbiased: bool) -> None:

@@ -4,13 +4,14 @@ points."""
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from mgrpo import GrpoLossConfig, grpo_loss, linear_grpo_loss
+from mgrpo.config.loss import Correction, KlEstimator, LossType
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo")
+LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 RATIOS = (0.7, 1.05, 1.2, 1.5, 3.0)
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 """Bound on max |gradient - float64's| / max |float64's|."""
@@ -32,9 +33,9 @@ def configs() -> list[GrpoLossConfig]:
             continue
         deltas = (None,) if loss_type in ("cispo", "sapo") else (None, 1.1, 2.0)
         out += [settings(loss_type, ratio_level=level, delta=d) for d in deltas]
-    out += [settings("dapo", kl_coef=0.1, kl_estimator=k) for k in ("k1", "k2", "k3")]
+    out += [settings("dapo", kl_coef=0.1, kl_estimator=k) for k in get_args(KlEstimator)]
     out += [settings("grpo", entropy_coef=0.02, temperature=t) for t in (0.6, 1.3)]
-    corrections = ("token_tis", "mis", "sequence_mask", "geometric")
+    corrections = [c for c in get_args(Correction) if c != "none"]
     out += [settings("grpo", correction=c, correction_high=2.5, veto=1e-4) for c in corrections]
     return out
 

@@ -101,8 +101,28 @@ def test_recomputed_old_logprobs_start_at_ratio_one() -> None:
     policy, rows = tiny_policy("shift"), rows_of(3)
     learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.1), GrpoLossConfig(), grad_clip=1.0)
     out = learner.train([MiniBatch([rows], 10.0), MiniBatch([rows_of(4)], 10.0)], recompute_old=True)
-    assert out["policy/logprob_diff_max"] < 1e-5
     assert out["policy/is_ratio_max"] > 1.0 + 1e-4  # the second minibatch meets an updated policy
+    policy, rows = tiny_policy("shift"), rows_of(3)
+    learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.1), GrpoLossConfig(), grad_clip=1.0)
+    gap = (logprobs_of(policy, rows, 1.0) - rows.live().rollout_logprobs).abs()
+    out = learner.train([MiniBatch([rows], 10.0)], recompute_old=True)
+    assert out["policy/is_ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    acting = (rows.advantages != 0).repeat_interleave(rows.live().mask.sum(1))
+    assert out["policy/logprob_diff_max"] == pytest.approx(
+        float(gap[acting].max()), rel=1e-4
+    )  # the sampler's
+
+
+@pytest.mark.parametrize("off", [-300.0, 300.0])
+def test_a_sampler_far_off_is_a_metric_and_no_error(off: float) -> None:
+    """Ratios of 0, and ratios that overflow: the step is taken, and the mismatch is reported in nats."""
+    policy, rows = tiny_policy("shift"), rows_of(3)
+    rows.rollout_logprobs -= off
+    learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.1), GrpoLossConfig(), grad_clip=1.0)
+    out = learner.train([MiniBatch([rows], 10.0)], recompute_old=False)
+    assert 250.0 < out["policy/logprob_diff_max"] < 350.0
+    assert all(math.isfinite(value) for value in out.values())
+    assert all(bool(p.isfinite().all()) for p in policy.parameters())
 
 
 def test_the_rate_rises_holds_and_falls() -> None:
@@ -146,6 +166,8 @@ def test_numbers_that_no_step_may_be_taken_with() -> None:
     rows.ids[:, 1:4] = 5
     with pytest.raises(NumericsError, match="not taken"):
         learner.step(MiniBatch([rows], 10.0))
+    with pytest.raises(NumericsError, match=r"no finite log-prob .*not taken"):
+        learner.train([MiniBatch([rows], 10.0)], recompute_old=True)
 
 
 def test_kl_needs_its_reference() -> None:

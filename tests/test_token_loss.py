@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from mgrpo import GrpoLossConfig, grpo_loss, linear_grpo_loss, loss_denominator, selective_logprob
+from mgrpo.config.loss import LossType
 from mgrpo.ops.token_loss import METRICS
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo")
+LOSS_TYPES: tuple[str, ...] = get_args(LossType)
 
 
 def settings(loss_type: str, **more: object) -> GrpoLossConfig:

@@ -103,6 +103,60 @@ def test_interpreted_group_advantage(small_blocks: None) -> None:
 
 
 @numpy_warns
+def test_interpreted_rim(small_blocks: None) -> None:
+    """Ratios that overflow or are 0, under a third of the settings that the CPU's test goes through."""
+    from tests.loss_rim import check_rim, rim_configs
+
+    check_rim(("triton",), rim_configs()[::3])
+
+
+@numpy_warns
+def test_interpreted_rewards_at_the_rim(small_blocks: None) -> None:
+    """Rewards equal but for rounding, close ones that are not, huge and tiny ones: the reference's advantages, alone and
+    inside the loss kernel."""
+    from mgrpo import group_advantage
+    from tests.loss_grid import error, grid_batch, run_logits, settings
+
+    g = torch.Generator().manual_seed(0)
+    low = torch.tensor(9.3)
+    equal = torch.stack([low, torch.nextafter(low, torch.tensor(10.0))] * 2)
+    rewards = torch.cat(
+        [equal, torch.tensor([1000.1, 1000.2, 1e38, 0.0, 1e-40, 0.0]), torch.randn(4, generator=g)]
+    )
+    ids = torch.tensor([1] * 4 + [2, 2, 3, 3, 4, 4] + [5] * 4, dtype=torch.int32)
+    for estimator in ("grpo", "dr_grpo", "rloo", "batch"):
+        want = group_advantage(rewards, ids, estimator=estimator, impl="reference")
+        got = group_advantage(rewards, ids, estimator=estimator, impl="triton")
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+        assert not got[:4].any() and bool(got[4:8].isfinite().all())
+    data = grid_batch(19, torch.float32)
+    data.pop("advantages")
+    more = {"rewards": rewards[:6], "group_id": ids[:6]}
+    exact = run_logits(data, settings("dapo"), torch.float64, "reference", **more)
+    got_loss = run_logits(data, settings("dapo"), torch.float32, "triton", **more)
+    cut = int(data["cu_seqlens"][4])
+    assert error(got_loss[2], exact[2]) <= 5e-6 and not got_loss[2][:cut].any() and got_loss[2][cut:].any()
+
+
+@numpy_warns
+def test_interpreted_kernels_have_no_formula_for_unknown_numbers(
+    small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss type, KL estimator or correction that the kernel has no formula for does not pass for another."""
+    from mgrpo.ops import device
+    from tests.loss_grid import grid_batch, run_logits, settings
+
+    known = device.code
+    config = settings("dapo", kl_coef=0.1, correction="mis")
+    data = grid_batch(19, torch.float32)
+    data.pop("old_logprobs")
+    for field in ("loss_type", "kl_estimator", "correction"):
+        monkeypatch.setattr(device, "code", lambda f, n, field=field: 7 if f == field else known(f, n))
+        with pytest.raises(Exception, match="has no formula"):
+            run_logits(data, config, torch.float32, "triton")
+
+
+@numpy_warns
 def test_interpreted_head(small_blocks: None) -> None:
     """The head on the Triton rows for every config, of one phase or two; log-probs, and rows that are not finite."""
     from mgrpo import selective_logprob

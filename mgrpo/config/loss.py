@@ -17,9 +17,19 @@ SEQUENCE_MEAN = frozenset({"grpo", "sapo", "gspo"})
 """Loss types that average over each sequence's own tokens first; dr_grpo and the rest divide a sum over
 tokens."""
 
+CLIPPED = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "gspo"})
+"""Loss types whose token loss is the clipped one."""
+
+SEQUENCE_CORRECTIONS = frozenset({"sequence_mask", "geometric"})
+"""Corrections by one factor for the whole sequence."""
+
+TEMPERATURES = (1e-6, 1e6)
+"""Range of the temperature of logits: outside it logits / temperature, or the gradient, may not fit a float32."""
+
+_LARGEST = 1e30  # of a setting that meets float32 numbers
 _CORRECTION_FIELDS = ("correction_low", "correction_high", "veto")
-_CLIPPED = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "gspo"})
-_CORRECTION_BOUNDS: dict[str, tuple[float, float]] = {
+_CORRECTION_BOUNDS: dict[Correction, tuple[float, float]] = {
+    "none": (0.0, float("inf")),
     "token_tis": (0.0, 2.0),
     "mis": (0.5, 5.0),
     "sequence_mask": (0.0, 3.0),
@@ -45,29 +55,34 @@ class GrpoLossConfig(BaseModel):
     clip_eps_low: float = Field(default=0.2, ge=0.0, le=1.0)
     """The ratio is clipped below at 1 - clip_eps_low (not used by cispo and sapo)."""
 
-    clip_eps_high: float = Field(default=0.2, ge=0.0)
+    clip_eps_high: float = Field(default=0.2, ge=0.0, le=_LARGEST)
     """The ratio is clipped above at 1 + clip_eps_high; cispo clamps at clip_eps_high itself (5.0 is a usual
     value)."""
 
-    delta: float | None = Field(default=None, gt=0.0)
+    delta: float | None = Field(default=None, gt=0.0, le=_LARGEST)
     """Two-sided clipping: cap of the unclipped ratio. None: no cap."""
 
-    sapo_temperature_pos: float = Field(default=1.0, gt=0.0)
+    log_ratio_clip: float = Field(default=20.0, ge=1.0, le=60.0)
+    """Bound, in nats, on every log-ratio before it is exponentiated: policy / old (token or sequence), training /
+    inference engine, and reference / policy of the k3 estimator. Above it the ratio stays at exp(log_ratio_clip) and no
+    gradient flows through it, so a ratio that would overflow is finite; below it nothing changes."""
+
+    sapo_temperature_pos: float = Field(default=1.0, ge=1e-3, le=1e3)
     """sapo: temperature of the soft gate where the advantage is positive."""
 
-    sapo_temperature_neg: float = Field(default=1.05, gt=0.0)
+    sapo_temperature_neg: float = Field(default=1.05, ge=1e-3, le=1e3)
     """sapo: temperature of the soft gate where the advantage is not positive."""
 
-    kl_coef: float = Field(default=0.0, ge=0.0)
+    kl_coef: float = Field(default=0.0, ge=0.0, le=1e6)
     """Weight of the KL penalty to the reference policy. Above 0 the call needs ref_logprobs."""
 
     kl_estimator: KlEstimator = "k3"
-    """k1 = logp - ref; k2 = (logp - ref)^2 / 2; k3 = exp(ref - logp) - (ref - logp) - 1."""
+    """k1 = logp - ref; k2 = (logp - ref)^2 / 2; k3 = exp(d) - d - 1 with d = min(ref - logp, log_ratio_clip)."""
 
-    entropy_coef: float = Field(default=0.0, ge=0.0)
+    entropy_coef: float = Field(default=0.0, ge=0.0, le=1e6)
     """Weight of the entropy bonus (subtracted from the loss)."""
 
-    temperature: float = Field(default=1.0, gt=0.0)
+    temperature: float = Field(default=1.0, ge=TEMPERATURES[0], le=TEMPERATURES[1])
     """Logits are divided by it: the temperature the tokens were sampled with."""
 
     correction: Correction = "none"
@@ -76,10 +91,10 @@ class GrpoLossConfig(BaseModel):
     [low, high], 0 outside; sequence_mask and geometric = the product or the geometric mean of rho over the
     sequence, inside [low, high], 0 outside."""
 
-    correction_low: float | None = Field(default=None, ge=0.0)
+    correction_low: float | None = Field(default=None, ge=0.0, le=_LARGEST)
     """Lower bound; None: 0.5 for mis, 0 for sequence_mask, 0.99 for geometric. token_tis has none."""
 
-    correction_high: float | None = Field(default=None, gt=0.0)
+    correction_high: float | None = Field(default=None, gt=0.0, le=_LARGEST)
     """Upper bound; None: 2 for token_tis, 5 for mis, 3 for sequence_mask, 1.01 for geometric."""
 
     veto: float | None = Field(default=None, gt=0.0, lt=1.0)
@@ -93,7 +108,7 @@ class GrpoLossConfig(BaseModel):
     """How rewards become group-relative advantages: over the standard deviation of the group, without it, leave-one-
     out, or over that of the batch. In a run the batcher applies it; a loss that is given advantages does not."""
 
-    advantage_eps: float = Field(default=1e-6, ge=0.0)
+    advantage_eps: float = Field(default=1e-6, ge=0.0, le=_LARGEST)
     """Added to the standard deviation of the rewards by the estimators that divide by it."""
 
     @model_validator(mode="after")
@@ -117,7 +132,7 @@ class GrpoLossConfig(BaseModel):
         """Fields that cannot change the result under the other settings, with the reason."""
         unused: list[tuple[str, str]] = []
         with_loss = f"with loss_type {self.loss_type!r}"
-        if self.loss_type not in _CLIPPED:
+        if self.loss_type not in CLIPPED:
             unused += [("clip_eps_low", with_loss), ("delta", with_loss)]
         if self.loss_type == "sapo":
             unused.append(("clip_eps_high", with_loss))
@@ -136,7 +151,7 @@ class GrpoLossConfig(BaseModel):
     @property
     def correction_bounds(self) -> tuple[float, float]:
         """(low, high) of the correction in force, defaults filled in; (0, inf) without one."""
-        low, high = _CORRECTION_BOUNDS.get(self.correction, (0.0, float("inf")))
+        low, high = _CORRECTION_BOUNDS[self.correction]
         return (
             low if self.correction_low is None else self.correction_low,
             high if self.correction_high is None else self.correction_high,

@@ -47,6 +47,20 @@ def finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
             raise ValueError(f"{name}: {x[at].item()} at {list(at)} is not finite")
 
 
+def rewards(x: Tensor) -> None:
+    """ValueError naming the first reward that is not finite, or is beyond half of its dtype's range: the difference of
+    two may then be beyond all of it."""
+    finite("rewards", x)
+    largest = torch.finfo(x.dtype).max / 2
+    if values_visible(x):
+        far = x.abs() > largest
+        if bool(far.any()):
+            at = int(far.nonzero()[0])
+            raise ValueError(
+                f"rewards: {x[at].item()} at [{at}] is beyond {largest:.4g}, half of {x.dtype}'s range"
+            )
+
+
 def head(hidden: Tensor, weight: Tensor) -> None:
     """hidden (T, H) and weight (V, H), one floating dtype, one device."""
     floating("hidden", hidden, (None, None), hidden)
@@ -58,6 +72,8 @@ def head(hidden: Tensor, weight: Tensor) -> None:
 def ids(target_ids: Tensor, rows: int, vocabulary: int | None, like: Tensor) -> None:
     """target_ids int64 (T,) within [0, vocabulary); None: the range is known only to other ranks."""
     tensor("target_ids", target_ids, (rows,), (torch.int64,), like)
+    if vocabulary == 0 and rows:
+        raise ValueError(f"target_ids: {rows} of them, and the vocabulary is empty")
     if vocabulary is not None and rows and values_visible(target_ids):
         low, high = (int(v) for v in target_ids.aminmax())
         if low < 0 or high >= vocabulary:

@@ -14,6 +14,7 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.kernels import group_advantage as group_kernels
 from mgrpo.kernels import grpo_loss as loss_kernels
 from mgrpo.kernels import logprob as row_kernels
+from mgrpo.ops.encoding import code
 from mgrpo.ops.token_loss import Tokens
 
 BLOCK = 2048
@@ -22,10 +23,6 @@ spill."""
 WARPS = 8
 GROUP_BLOCK = 32
 """Rewards a program reduces at a time; with 64 the loss spills on sm_100."""
-
-_ESTIMATORS = {"grpo": 0, "dr_grpo": 1, "rloo": 2, "batch": 3}
-_LOSS_TYPES = {"cispo": 1, "sapo": 2}  # the rest clip
-_CORRECTIONS = {"token_tis": 1, "mis": 2}  # the rest are known before the rows are read
 
 
 def group_advantage(
@@ -55,7 +52,7 @@ def group_advantage(
             deviation,
             out,
             eps,
-            _ESTIMATORS[estimator],
+            code("estimator", estimator),
             weighted,
             BLOCK=GROUP_BLOCK,
             num_warps=2,
@@ -110,6 +107,7 @@ def loss_rows(
                 config.clip_eps_low,
                 config.clip_eps_high,
                 math.inf if config.delta is None else config.delta,
+                config.log_ratio_clip,
                 config.sapo_temperature_pos,
                 config.sapo_temperature_neg,
                 config.kl_coef,
@@ -117,19 +115,21 @@ def loss_rows(
                 low,
                 high,
                 config.advantage_eps,
-                LOSS=_LOSS_TYPES.get(config.loss_type, 0),
-                KL=int(config.kl_estimator[1]) if config.kl_coef else 0,
+                LOSS=code("loss_type", config.loss_type),
+                KL=code("kl_estimator", config.kl_estimator) if config.kl_coef else 0,
                 ENTROPY=config.entropy_coef > 0,
-                CORRECTION=_CORRECTIONS.get(config.correction, 0) if tokens.old_logprobs is None else 0,
+                CORRECTION=code(
+                    "correction", "none" if tokens.old_logprobs is not None else config.correction
+                ),
                 GROUPS=groups is not None,
                 WEIGHTED=groups is not None and groups.weight is not None,
-                ESTIMATOR=_ESTIMATORS[config.estimator],
+                ESTIMATOR=code("estimator", config.estimator),
                 HAS_OLD=tokens.old_logprobs is not None,
                 NEED_GRAD=grad is not None,
                 BLOCK=BLOCK,
                 BLOCK_N=GROUP_BLOCK,
                 num_warps=WARPS,
-                maxnreg=loss_registers(groups is not None, _ESTIMATORS[config.estimator]),
+                maxnreg=loss_registers(groups is not None, code("estimator", config.estimator)),
             )
     if groups:
         tokens = tokens.with_advantages(advantages)
@@ -142,7 +142,7 @@ def loss_registers(groups: bool, estimator: int) -> int | None:
     Left alone it squeezes some kernels that reduce batch and group into 48 registers, for a fifth block a
     multiprocessor, and spills; given 64 it does not.
     """
-    return 64 if groups and estimator == _ESTIMATORS["batch"] else None
+    return 64 if groups and estimator == code("estimator", "batch") else None
 
 
 def row_partials(

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.ops import check
+from mgrpo.ops import check, encoding
 from mgrpo.ops.backend import choose
-from mgrpo.ops.encoding import encode
 from mgrpo.ops.group_advantage import group_advantage
 from mgrpo.ops.selective_logprob import compute_dtype, row_logprob
 from mgrpo.ops.token_loss import (
@@ -84,22 +83,24 @@ def grpo_loss(
         fuse_groups=backend == "triton" and not needs_two_phases(config, old_logprobs is not None),
     )
     if backend == "reference":
-        return token_loss(*row_logprob(logits, target_ids, config.temperature), tokens, config)
+        return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, config)
     from mgrpo.ops import library
 
     z = logits.contiguous()
     need_grad = torch.is_grad_enabled() and logits.requires_grad
     if needs_two_phases(config, old_logprobs is not None):
         live = tokens.live(config)
-        logp, entropy, *_ = library.row_logprob(z, target_ids, live, config.temperature, inplace, backend)
+        logp, entropy, *_ = library.row_logprob(
+            z, tokens.target_ids, live, config.temperature, inplace, backend
+        )
         return token_loss(logp, entropy, tokens, config)
     if inplace and need_grad and not torch.compiler.is_compiling():  # a compiler plans its own memory
-        settings = encode(config)
+        settings = encoding.encode(config)
         loss, metrics = library.InPlace.apply(  # type: ignore[no-untyped-call]
             z, tokens, settings, backend
         )
     else:
-        settings = encode(config)
+        settings = encoding.encode(config)
         loss, metrics, _ = library.grpo_loss(z, *library.flatten(tokens), settings, need_grad, backend)
     return loss, library.name_metrics(metrics)
 
@@ -134,15 +135,18 @@ def prepare(
     check.mask(loss_mask, rows, like)
     check.vote("seq_weight", seq_weight, n, like)
     _check_sources(rewards, group_id, advantages)
+    encoding.check_names(config)
     mask = torch.ones_like(target_ids, dtype=torch.bool) if loss_mask is None else loss_mask != 0
-    for name, x in (
-        ("old_logprobs", old_logprobs),
-        ("ref_logprobs", ref_logprobs),
-        ("rollout_logprobs", rollout_logprobs),
-    ):
+    given = (old_logprobs, ref_logprobs, rollout_logprobs)
+    for name, x in zip(("old_logprobs", "ref_logprobs", "rollout_logprobs"), given, strict=True):
         if x is not None:
             check.floating(name, x, (rows,), like)
             check.finite(name, x, mask)
+            if not check.values_visible(
+                x
+            ):  # such a row is then treated as one with a bad id: idle, and counted
+                target_ids = torch.where(x.isfinite() | ~mask, target_ids, -1)
+    old_logprobs, ref_logprobs, rollout_logprobs = (_finite(x) for x in given)
     if config.kl_coef and ref_logprobs is None:
         raise ValueError(f"ref_logprobs: missing, with kl_coef {config.kl_coef}")
     if config.correction != "none" and rollout_logprobs is None:
@@ -152,6 +156,7 @@ def prepare(
     groups = None
     if fuse_groups and rewards is not None and group_id is not None:
         check_rewards(rewards, group_id, n, like)
+        choose(impl, rewards.device, rewards.dtype)  # the kernel takes no more than group_advantage would
         groups, advantages = Groups(rewards, group_id, seq_weight), torch.ones_like(target_ids, dtype=dtype)
         rewards = None
     per_token = _advantages(like, seq_id, n, rewards, group_id, seq_weight, advantages, config, impl)
@@ -180,6 +185,11 @@ def prepare(
     if old_logprobs is None or config.correction == "none":
         return tokens
     return replace(tokens, policy_weight=weight * correction_weight(old_logprobs.to(dtype), tokens, config))
+
+
+def _finite(logprobs: Tensor | None) -> Tensor | None:
+    """0 in place of what is not finite, in rows that are masked or idle: 0 x NaN would spoil sums over rows."""
+    return None if logprobs is None else torch.where(logprobs.isfinite(), logprobs, 0.0)
 
 
 def _check_sources(rewards: Tensor | None, group_id: Tensor | None, advantages: Tensor | None) -> None:
@@ -226,7 +236,7 @@ def check_rewards(rewards: Tensor, group_id: Tensor, n: int, like: Tensor) -> No
     """Rewards and group ids of n trajectories."""
     check.floating("rewards", rewards, (n,), like)
     check.tensor("group_id", group_id, (n,), (torch.int32,), like)
-    check.finite("rewards", rewards)
+    check.rewards(rewards)
 
 
 def _inverse(denominator: Tensor | float, like: Tensor) -> Tensor:

@@ -73,13 +73,14 @@ def linear_grpo_loss(
 
         return tensor_parallel.loss(hidden, weight, tokens, config, chunk, fast(backend), tp_group)
     if backend == "reference":
-        return token_loss(*row_logprob(hidden @ weight.t(), target_ids, config.temperature), tokens, config)
+        logits = hidden @ weight.t()
+        return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, config)
     from mgrpo.ops import library, library_head
 
     if needs_two_phases(config, old_logprobs is not None):
         live = tokens.live(config)
         logp, entropy, *_ = library_head.linear_logprob(
-            hidden, weight, target_ids, live, config.temperature, chunk, backend
+            hidden, weight, tokens.target_ids, live, config.temperature, chunk, backend
         )
         return token_loss(logp, entropy, tokens, config)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]

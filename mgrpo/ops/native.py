@@ -8,22 +8,26 @@ from torch import Tensor
 
 from mgrpo import _C
 from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.ops.encoding import code
 from mgrpo.ops.token_loss import Tokens
-
-_ESTIMATORS = {"grpo": 0, "dr_grpo": 1, "rloo": 2, "batch": 3}
-_LOSS_TYPES = {"cispo": 1, "sapo": 2}  # the rest clip
-_CORRECTIONS = {"token_tis": 1, "mis": 2}  # the rest are known before the rows are read
 
 
 def group_advantage(
     rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float
 ) -> Tensor:
     """Advantages (N,) in the dtype of `rewards`, computed from float32."""
-    r, w = _float(rewards), None if weight is None else _float(weight)
+    r, w = _float(rewards), None if weight is None else _rows_of(weight, rewards.numel())
     ids = group_id.contiguous()
+    _check_vector("group_id", ids, r.numel(), torch.int32)
     out = torch.empty_like(r)
     _C.group_advantage(
-        r.data_ptr(), ids.data_ptr(), _address(w), r.numel(), _ESTIMATORS[estimator], eps, out.data_ptr()
+        r.data_ptr(),
+        ids.data_ptr(),
+        _address(w),
+        r.numel(),
+        code("estimator", estimator),
+        eps,
+        out.data_ptr(),
     )
     return out.to(rewards.dtype)
 
@@ -44,7 +48,9 @@ def loss_rows(
         tokens.ref_logprobs,
         tokens.rollout_logprobs,
     )
-    held = [None if x is None else _float(x) for x in inputs]
+    held = [None if x is None else _rows_of(x, logits.shape[0]) for x in inputs]
+    if grad is not None:
+        _check_grad(grad, logits)
     logp = torch.empty(logits.shape[0], dtype=torch.float32)
     entropy, moved = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)
     _C.loss_rows(
@@ -67,6 +73,8 @@ def row_partials(
 
     live: bool (T,); rows where it is False are not read and get (0, 1, 0, 0), a log-prob of 0.
     """
+    if live is not None:
+        _check_vector("live", live, logits.shape[0], torch.bool)
     maximum = torch.empty(logits.shape[0], dtype=torch.float32)
     out = (maximum, torch.empty_like(maximum), torch.empty_like(maximum), torch.empty_like(maximum))
     _C.row_partials(_rows(logits, target_ids, temperature), _address(live), *(x.data_ptr() for x in out))
@@ -82,7 +90,8 @@ def row_gradients(
 ) -> None:
     """Gradient of sum c logp + e entropy into `grad` (may be `logits`); coefficients: maximum, sum, entropy,
     c, e."""
-    held = [_float(x) for x in coefficients]
+    _check_grad(grad, logits)
+    held = [_rows_of(x, logits.shape[0]) for x in coefficients]
     _C.row_gradients(_rows(logits, target_ids, temperature), [x.data_ptr() for x in held], grad.data_ptr())
 
 
@@ -90,24 +99,31 @@ def _settings(config: GrpoLossConfig, correct: bool) -> _C.TokenSettings:
     """correct: the token-level correction is not in policy_weight yet (there are no old log-probs)."""
     low, high = config.correction_bounds
     return _C.TokenSettings(
-        loss_type=_LOSS_TYPES.get(config.loss_type, 0),
+        loss_type=code("loss_type", config.loss_type),
         clip_eps_low=config.clip_eps_low,
         clip_eps_high=config.clip_eps_high,
         delta=float("inf") if config.delta is None else config.delta,
+        log_ratio_clip=config.log_ratio_clip,
         sapo_temperature_pos=config.sapo_temperature_pos,
         sapo_temperature_neg=config.sapo_temperature_neg,
         kl_coef=config.kl_coef,
-        kl_estimator=int(config.kl_estimator[1]),
+        kl_estimator=code("kl_estimator", config.kl_estimator),
         entropy_coef=config.entropy_coef,
-        correction=_CORRECTIONS.get(config.correction, 0) if correct else 0,
+        correction=code("correction", config.correction if correct else "none"),
         correction_low=low,
         correction_high=high,
     )
 
 
 def _rows(logits: Tensor, target_ids: Tensor, temperature: float) -> _C.LogitRows:
-    if not logits.is_contiguous() or not target_ids.is_contiguous():
-        raise ValueError("logits: rows must be contiguous")
+    """Rows at the address of contiguous logits (T, V), float32 or bfloat16; ValueError or TypeError otherwise."""
+    if logits.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"logits: dtype {logits.dtype} is neither torch.float32 nor torch.bfloat16")
+    if logits.dim() != 2 or not logits.is_contiguous():
+        raise ValueError(
+            f"logits: shape {tuple(logits.shape)}, strides {logits.stride()} are not contiguous rows"
+        )
+    _check_vector("target_ids", target_ids, logits.shape[0], torch.int64)
     return _C.LogitRows(
         logits=logits.data_ptr(),
         bfloat16=logits.dtype == torch.bfloat16,
@@ -118,6 +134,26 @@ def _rows(logits: Tensor, target_ids: Tensor, temperature: float) -> _C.LogitRow
         temperature=temperature,
         threads=torch.get_num_threads(),
     )
+
+
+def _check_vector(name: str, x: Tensor, n: int, dtype: torch.dtype) -> None:
+    """ValueError unless x is a contiguous vector of n values of this dtype: C++ sees an address alone."""
+    if x.dtype != dtype or x.shape != (n,) or not x.is_contiguous():
+        raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)} where contiguous {dtype} ({n},) is needed")
+
+
+def _check_grad(grad: Tensor, logits: Tensor) -> None:
+    if grad.dtype != logits.dtype or grad.shape != logits.shape or not grad.is_contiguous():
+        raise ValueError(
+            f"grad: {grad.dtype} {tuple(grad.shape)} where contiguous {logits.dtype} {tuple(logits.shape)} is needed"
+        )
+
+
+def _rows_of(x: Tensor, n: int) -> Tensor:
+    """x (n,) as float32 at an address."""
+    if x.shape != (n,):
+        raise ValueError(f"inputs: shape {tuple(x.shape)} where one value for each of {n} rows is needed")
+    return _float(x)
 
 
 def _float(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mgrpo.config.loss import TEMPERATURES
 from mgrpo.ops import check, head
 from mgrpo.ops.backend import choose, fast
 
@@ -39,7 +40,9 @@ def selective_logprob(
     """
     check.head(hidden, weight)
     check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
-    positive("temperature", temperature)
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(f"temperature: {temperature} is outside [{low}, {high}]")
     chunk = head.chunk_rows(chunk, weight)
     backend = choose(impl, hidden.device, hidden.dtype)
     with torch.no_grad():
@@ -72,13 +75,18 @@ def _reference(
 def row_logprob(logits: Tensor, target_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(logp, entropy) of each row of logits (T, V), differentiable: the definition.
 
-    -inf logits have probability 0 and add nothing to the entropy. A row without a finite log-sum-exp or with
-    a target of probability 0 gives NaN and passes no gradient.
+    -inf logits have probability 0 and add nothing to the entropy. A row without a finite log-sum-exp, or whose
+    target has probability 0 or an id out of range, gives NaN and passes no gradient.
     """
-    z = logits.to(compute_dtype(logits)) / temperature
+    z = logits.to(compute_dtype(logits))
+    with torch.no_grad():
+        largest = z.amax(1, keepdim=True)
+    z = (z - largest) / temperature  # the largest first: z / temperature may overflow
+    known = (target_ids >= 0) & (target_ids < z.shape[1])
+    target_ids = torch.where(known, target_ids, 0)
     with torch.no_grad():
         target = z.gather(1, target_ids[:, None]).squeeze(1)
-        bad = ~(z.logsumexp(1).isfinite() & target.isfinite())
+        bad = ~(known & largest.squeeze(1).isfinite() & z.logsumexp(1).isfinite() & target.isfinite())
     z = torch.where(bad[:, None], 0.0, z)
     logp = z.log_softmax(1)
     p = logp.exp()
@@ -90,9 +98,3 @@ def row_logprob(logits: Tensor, target_ids: Tensor, temperature: float) -> tuple
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 stays float64, everything else is computed in float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def positive(name: str, value: float) -> None:
-    """ValueError unless value > 0."""
-    if not value > 0:
-        raise ValueError(f"{name}: {value} is not above 0")

@@ -12,17 +12,21 @@ is -J. Source: M-GRPO (arXiv 2511.13288); settings mean what they mean in TRL 1.
 
 Deviations: 1. counts are weighted by the alignment weight w_j, so a multiplicity equals that many copies. 2.
 D may be given, so that gradient accumulation does not depend on how micro-batches are cut. 3. A row whose
-log-prob is not finite contributes nothing and is counted.
+log-prob is not finite contributes nothing and is counted. 4. Log-ratios are bounded above by
+`log_ratio_clip` before they are exponentiated (as torch.clamp does it: no gradient beyond). Where a clip, a cap
+or a saturated gate holds the token, its gradient is 0 with and without the bound; elsewhere the bound keeps the
+loss finite.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.config.loss import CLIPPED, SEQUENCE_CORRECTIONS, GrpoLossConfig
 
 METRICS = (
     "policy_loss",
@@ -35,6 +39,7 @@ METRICS = (
     "ratio_max",
     "mismatch_kl",
     "ess",
+    "logprob_diff_max",
     "live_row_frac",
     "nonfinite_rows",
 )
@@ -152,7 +157,7 @@ def segment_sum(x: Tensor, seq_id: Tensor, num_sequences: int) -> Tensor:
 
 
 def _sequence_correction(config: GrpoLossConfig) -> bool:
-    return config.correction in ("sequence_mask", "geometric") or config.veto is not None
+    return config.correction in SEQUENCE_CORRECTIONS or config.veto is not None
 
 
 def needs_two_phases(config: GrpoLossConfig, has_old_logprobs: bool) -> bool:
@@ -169,17 +174,21 @@ def correction_weight(logp: Tensor, tokens: Tokens, config: GrpoLossConfig) -> T
     low, high = config.correction_bounds
     n = tokens.num_sequences
     log_rho = torch.where(tokens.mask, logp.detach() - tokens.rollout_logprobs.to(logp.dtype), 0.0)
-    rho = log_rho.exp()
+    rho = log_rho.exp()  # where it overflows it is infinite, which every bound below holds
+    largest = math.exp(config.log_ratio_clip)
     if config.correction == "token_tis":
-        factor = rho.clamp(max=high)
+        factor = rho.clamp(max=min(high, largest))
     elif config.correction == "mis":
-        factor = torch.where((rho >= low) & (rho <= high), rho, 0.0)
-    else:
+        factor = torch.where((rho >= low) & (rho <= high), rho.clamp(max=largest), 0.0)
+    elif config.correction in SEQUENCE_CORRECTIONS:
         total = segment_sum(log_rho, tokens.seq_id, n)
         if config.correction == "geometric":
             total = total / segment_sum(tokens.mask.to(logp.dtype), tokens.seq_id, n).clamp(min=1.0)
         ratio = total.exp()
-        factor = torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)[tokens.seq_id]
+        inside = (ratio >= low) & (ratio <= high)
+        factor = torch.where(inside, ratio.clamp(max=largest), 0.0)[tokens.seq_id]
+    else:
+        raise ValueError(f"correction: {config.correction!r} has no formula")
     if config.veto is not None:
         bad = segment_sum((tokens.mask & (rho < config.veto)).to(logp.dtype), tokens.seq_id, n)
         factor = torch.where(bad[tokens.seq_id] > 0, 0.0, factor)
@@ -206,7 +215,7 @@ def token_loss(
         total = segment_sum(log_ratio, tokens.seq_id, tokens.num_sequences)
         length = segment_sum(tokens.mask.to(logp.dtype), tokens.seq_id, tokens.num_sequences)
         log_ratio = (total / length.clamp(min=1.0))[tokens.seq_id]
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=config.log_ratio_clip).exp()
     advantages = tokens.advantages.to(logp.dtype)
     policy_weight = tokens.policy_weight.to(logp.dtype)
     if tokens.old_logprobs is None:  # otherwise the correction is in policy_weight already
@@ -217,13 +226,14 @@ def token_loss(
     weight = torch.where(counted, tokens.weight, 0.0).to(logp.dtype)
     kl = torch.zeros_like(logp)
     if tokens.ref_logprobs is not None:
-        kl = torch.where(counted, kl_term(logp, tokens.ref_logprobs.to(logp.dtype), config.kl_estimator), 0.0)
+        kl = torch.where(counted, kl_term(logp, tokens.ref_logprobs.to(logp.dtype), config), 0.0)
         if config.kl_coef:
             loss = loss + config.kl_coef * (weight * kl).sum()
     if config.entropy_coef:
         loss = loss - config.entropy_coef * (weight * entropy).sum()
     with torch.no_grad():
-        metrics = _metrics(logp, ratio, tokens, config, counted)
+        metrics = _ratio_metrics(ratio, tokens, config, counted)
+        metrics |= _mismatch_metrics(logp, log_ratio, tokens, config, counted)
         metrics |= {
             "policy_loss": policy.detach(),
             "kl": _mean(kl, counted),
@@ -235,25 +245,36 @@ def token_loss(
 
 
 def policy_term(logp: Tensor, ratio: Tensor, advantages: Tensor, config: GrpoLossConfig) -> Tensor:
-    """(T,) policy loss of each token before any weight."""
+    """(T,) policy loss of each token before any weight; ValueError for a loss type that has no formula here."""
     if config.loss_type == "cispo":
         return -ratio.detach().clamp(max=config.clip_eps_high) * advantages * logp
     if config.loss_type == "sapo":
         pos, neg = config.sapo_temperature_pos, config.sapo_temperature_neg
         tau = torch.where(advantages > 0, torch.full_like(ratio, pos), neg)
         return -advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
+    if config.loss_type not in CLIPPED:
+        raise ValueError(f"loss_type: {config.loss_type!r} has no formula")
     clipped = ratio.clamp(1.0 - config.clip_eps_low, 1.0 + config.clip_eps_high)
     unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
     return -torch.minimum(unclipped * advantages, clipped * advantages)
 
 
-def kl_term(logp: Tensor, ref: Tensor, estimator: str) -> Tensor:
-    """(T,) estimate of KL(policy || reference) from the sampled token."""
+def kl_term(logp: Tensor, ref: Tensor, config: GrpoLossConfig) -> Tensor:
+    """(T,) estimate of KL(policy || reference) from the sampled token; ValueError for an estimator that has no formula
+    here."""
     diff = ref - logp
-    if estimator == "k1":
+    if config.kl_estimator == "k1":
         return -diff
-    if estimator == "k2":
+    if config.kl_estimator == "k2":
         return 0.5 * diff.square()
+    if config.kl_estimator != "k3":
+        raise ValueError(f"kl_estimator: {config.kl_estimator!r} has no formula")
+    return _k3(diff, config)
+
+
+def _k3(diff: Tensor, config: GrpoLossConfig) -> Tensor:
+    """exp(d) - d - 1, constant above the bound on log-ratios."""
+    diff = diff.clamp(max=config.log_ratio_clip)
     return diff.expm1() - diff
 
 
@@ -266,31 +287,46 @@ def _extreme(x: Tensor, rows: Tensor, none: float) -> Tensor:
     return torch.cat([torch.where(rows, x, none), x.new_full((1,), none)]).amin()
 
 
-def _metrics(
-    logp: Tensor, ratio: Tensor, tokens: Tokens, config: GrpoLossConfig, counted: Tensor
+def _ratio_metrics(
+    ratio: Tensor, tokens: Tokens, config: GrpoLossConfig, counted: Tensor
 ) -> dict[str, Tensor]:
-    """Ratio and mismatch statistics over the counted rows."""
+    """The importance ratio over the counted rows: extremes, mean, and shares of tokens held by the clip."""
     positive, negative = tokens.advantages > 0, tokens.advantages < 0
     none = torch.zeros_like(counted)
     low = none if config.loss_type in ("cispo", "sapo") else negative & (ratio < 1.0 - config.clip_eps_low)
     bound = config.clip_eps_high if config.loss_type == "cispo" else 1.0 + config.clip_eps_high
     high = none if config.loss_type == "sapo" else positive & (ratio > bound)
     any_row = counted.any()
-    weights = ratio
-    mismatch = torch.zeros_like(logp)
-    if tokens.rollout_logprobs is not None:
-        base = logp if tokens.old_logprobs is None else tokens.old_logprobs.to(logp.dtype)
-        log_rho = torch.where(counted, base - tokens.rollout_logprobs.to(logp.dtype), 0.0)
-        weights, mismatch = log_rho.exp(), log_rho.expm1() - log_rho
-    weights = torch.where(counted, weights, 0.0)
-    squares = (weights.square().sum() * counted.sum()).clamp(min=torch.finfo(logp.dtype).tiny)
     inf = float("inf")
     return {
-        "clip_frac_low": _mean(low.to(logp.dtype), counted),
-        "clip_frac_high": _mean(high.to(logp.dtype), counted),
+        "clip_frac_low": _mean(low.to(ratio.dtype), counted),
+        "clip_frac_high": _mean(high.to(ratio.dtype), counted),
         "ratio_min": torch.where(any_row, _extreme(ratio, counted, inf), 1.0),
         "ratio_mean": torch.where(any_row, _mean(ratio, counted), 1.0),
         "ratio_max": torch.where(any_row, -_extreme(-ratio, counted, inf), 1.0),
+    }
+
+
+def _mismatch_metrics(
+    logp: Tensor, log_ratio: Tensor, tokens: Tokens, config: GrpoLossConfig, counted: Tensor
+) -> dict[str, Tensor]:
+    """The sampler against the trainer over the counted rows, from log-probs: none of these overflows or has a
+    logarithm of 0."""
+    log_weight, mismatch = log_ratio, torch.zeros_like(logp)
+    sampled = tokens.old_logprobs
+    if tokens.rollout_logprobs is not None:
+        sampled = tokens.rollout_logprobs
+        base = logp if tokens.old_logprobs is None else tokens.old_logprobs.to(logp.dtype)
+        log_weight = torch.where(counted, base - sampled.to(logp.dtype), 0.0)
+        mismatch = _k3(log_weight, config)
+    gap = torch.zeros_like(logp) if sampled is None else (logp - sampled.to(logp.dtype)).abs()
+    # The effective sample size does not depend on the scale of the weights: the largest is made 1.
+    any_row = counted.any()
+    largest = torch.where(any_row, -_extreme(-log_weight, counted, float("inf")), 0.0)
+    weights = torch.where(counted, (log_weight - largest).exp(), 0.0)
+    squares = (weights.square().sum() * counted.sum()).clamp(min=torch.finfo(logp.dtype).tiny)
+    return {
         "mismatch_kl": _mean(mismatch, counted),
         "ess": torch.where(any_row, weights.sum().square() / squares, 1.0),
+        "logprob_diff_max": -_extreme(-gap, counted, 0.0),
     }

@@ -8,7 +8,6 @@ steps through its own micro-batches, and the gradients are summed over the ranks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,12 +104,20 @@ class MiniBatch:
 
 
 def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.Tensor:
-    """Log-probs f32[T] of the sampled tokens under `policy`, on its device, without a graph."""
+    """Log-probs f32[T] of the sampled tokens under `policy`, on its device, without a graph. NumericsError where one is
+    not finite: the policy's numbers are not, or it gives a sampled token probability 0."""
     live = batch.live().to(policy.device)
     with torch.no_grad():
         hidden = policy.hidden_before(batch.ids, batch.lengths, live.mask)
         targets = policy.vocabulary.classes(live.targets)
-        return selective_logprob(hidden, policy.token_head, targets, temperature=temperature)[0]
+        found = selective_logprob(hidden, policy.token_head, targets, temperature=temperature)[0]
+    bad = int((~found.isfinite()).sum())
+    if bad:
+        raise NumericsError(
+            f"{bad} of {len(found)} sampled tokens have no finite log-prob under the policy that the loss compares with "
+            "(its old or reference policy); the step was not taken"
+        )
+    return found
 
 
 class Learner:
@@ -140,8 +147,9 @@ class Learner:
 
         lr: learning rate of this step; None leaves the optimizer's.
         recompute_old: take the ratio's denominator from this policy before the first update instead of the sampler's
-        report. `policy/logprob_diff_max` compares the two on the first minibatch, where nothing has been updated yet:
-        in synchronous mode it is the numerical difference of sampler and trainer.
+        report. `policy/logprob_diff_max` compares this policy with that report, either way, on the first minibatch,
+        where nothing has been updated yet: in synchronous mode it is the numerical difference of sampler and trainer.
+        It is in nats, so it says how far apart they are where a ratio is 0 or held at its bound.
         """
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
@@ -159,8 +167,7 @@ class Learner:
         out["policy/is_ratio_max"] = max(r["ratio_max"] for r in results)
         out["policy/is_ratio_min"] = min(r["ratio_min"] for r in results)
         out["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
-        first = results[0]
-        out["policy/logprob_diff_max"] = max(abs(math.log(first[f"ratio_{end}"])) for end in ("min", "max"))
+        out["policy/logprob_diff_max"] = results[0]["logprob_diff_max"]
         return out
 
     def step(self, batch: MiniBatch) -> dict[str, float]:

@@ -1,0 +1,117 @@
+"""Log-ratios that overflow and underflow, times the sign of the advantage, under every setting of the config."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+
+from mgrpo import GrpoLossConfig
+from mgrpo.config.loss import CLIPPED, Correction, KlEstimator, LossType
+from mgrpo.ops.token_loss import METRICS
+from tests.loss_grid import run_head, run_logits, settings
+
+LOG_RATIOS = (400.0, 95.0, 24.0, 12.0, 0.02, -12.0, -95.0, -400.0)
+"""exp overflows in float32 at 89, and is 0 below -104; nothing sits on a bound."""
+KL_GAPS = (0.1, 400.0, 30.0, 5.0, -400.0)
+MISMATCHES = (0.05, 400.0, 30.0, -0.4, -60.0, 1.0)  # in float64 e^-400 is a weight, and in float32 none
+
+
+def rim_configs() -> list[GrpoLossConfig]:
+    """Every loss type x correction, the KL estimators and the other terms in turn; for each shape of ratio every KL
+    estimator x delta too."""
+    out: list[GrpoLossConfig] = []
+    estimators = (None, *get_args(KlEstimator))
+    for i, loss_type in enumerate(get_args(LossType)):
+        for j, correction in enumerate(get_args(Correction)):
+            out.append(_config(loss_type, correction, estimators[(i + j) % 4], 4.0 if j % 2 else None, j))
+        if loss_type in ("grpo", "cispo", "gspo"):
+            out += [_config(loss_type, "none", kl, delta, 0) for kl in estimators for delta in (None, 4.0)]
+    return out
+
+
+def _config(
+    loss_type: str, correction: str, kl: str | None, delta: float | None, number: int
+) -> GrpoLossConfig:
+    more: dict[str, Any] = {"correction": correction}
+    if kl is not None:
+        more |= {"kl_coef": 0.1, "kl_estimator": kl}
+    if delta is not None and loss_type in CLIPPED:
+        more["delta"] = delta
+    if correction != "none" and number % 2:
+        more["veto"] = 1e-4
+    if number % 3 == 2:
+        more["entropy_coef"] = 0.02
+    return settings(loss_type, **more)
+
+
+def rim_batch(vocabulary: int = 7) -> dict[str, torch.Tensor]:
+    """Three trajectories (A = 1, -1, 0) of every log-ratio, then one of a single token for each log-ratio and sign.
+
+    Log-probs are about -420 where the log-ratio is -400, so that all that is given is a log-prob (at most 0). Half of
+    the rows have -inf logits, as a masked vocabulary has them.
+    """
+    g = torch.Generator().manual_seed(3)
+    signs = [*(a for a in (1.0, -1.0, 0.0)), *(a for a in (1.0, -1.0) for _ in LOG_RATIOS)]
+    lengths = [len(LOG_RATIOS)] * 3 + [1] * (2 * len(LOG_RATIOS))
+    gaps = torch.tensor(LOG_RATIOS, dtype=torch.float64).repeat(5)
+    rows = sum(lengths)
+    logits = (torch.randn(rows, vocabulary, generator=g, dtype=torch.float64) * 2).to(torch.bfloat16).double()
+    ids = torch.randint(0, vocabulary - 2, (rows,), generator=g)
+    logits[gaps < -20] = 0.0
+    logits[torch.arange(rows)[gaps < -20], ids[gaps < -20]] = -816.0
+    logits[::2, -1] = -float("inf")
+    logp = logits.log_softmax(1).gather(1, ids[:, None]).squeeze(1)
+    cycle = torch.arange(rows)
+    kl = torch.tensor(KL_GAPS, dtype=torch.float64)[cycle % len(KL_GAPS)]
+    mismatch = torch.tensor(MISMATCHES, dtype=torch.float64)[cycle % len(MISMATCHES)]
+    return {
+        "logits": logits,
+        "target_ids": ids,
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        "advantages": torch.tensor(signs),
+        "old_logprobs": (logp - gaps).float(),
+        "ref_logprobs": (logp + kl).float(),
+        "rollout_logprobs": (logp - gaps - mismatch).float(),
+    }
+
+
+def check_rim(impls: tuple[str, ...], configs: list[GrpoLossConfig]) -> None:
+    """Loss, metrics and gradient of every config, with old log-probs and without, from logits and through the head:
+    finite, row by row the float64 reference's, and exactly 0 where that is."""
+    data = rim_batch()
+    without = {k: v for k, v in data.items() if k != "old_logprobs"}
+    # As a head: the rows of hidden are the logits, and the weight is the identity. It has no -inf.
+    head = {k: v for k, v in data.items() if k != "logits"}
+    head |= {"hidden": data["logits"].clamp(min=-900.0), "weight": torch.eye(7, dtype=torch.float64)}
+    for number, config in enumerate(configs):
+        dtype = torch.bfloat16 if number % 4 == 1 else torch.float32
+        for batch in (data, without):
+            exact = run_logits(batch, config, torch.float64, "reference")
+            for impl in impls:
+                case = (impl, config, dtype, batch is data)
+                _compare(run_logits(batch, config, dtype, impl), exact, dtype, case)
+        if number % 2:
+            exact = run_head(head, config, torch.float64, "reference")[:3]
+            for impl in impls:
+                got = run_head(head, config, torch.float32, impl, chunk=16)
+                _compare(got[:3], exact, torch.float32, (impl, config, "head"))
+
+
+def _compare(
+    got: tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor],
+    exact: tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
+    case: object,
+) -> None:
+    gradient, right = got[2].double(), exact[2]
+    assert bool(got[0].isfinite()) and bool(gradient.isfinite().all()), case
+    assert all(bool(got[1][name].isfinite()) for name in METRICS), (case, got[1])
+    scale = right.abs().amax(1)
+    assert not gradient[scale == 0].any(), case
+    # log-probs of 800 nats are rounded to 6e-5 of a nat in float32, and ratios are exponentials of their differences
+    tolerance = 2e-3 if dtype == torch.float32 else 1e-2
+    assert bool(((gradient - right).abs().amax(1) <= tolerance * scale + 1e-10).all()), case
+    torch.testing.assert_close(got[0].double(), exact[0].double(), rtol=1e-3, atol=1e-3)
+    for name in METRICS:
+        torch.testing.assert_close(got[1][name].double(), exact[1][name].double(), rtol=1e-3, atol=1e-3)
