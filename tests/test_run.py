@@ -147,7 +147,7 @@ def test_a_killed_launcher_takes_its_children_along(tmp_path: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 for _ in range(2000):
                     os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: not processes_of(out), "the end of the children", 30)
+    wait_for(lambda: not processes_of(out), "the end of the children", 120)
     resume(out, "trainer.steps=5")
     assert summary(out)["finished"]
     assert leftovers(out) == []
