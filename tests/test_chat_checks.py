@@ -169,6 +169,21 @@ def test_calls_that_a_result_names() -> None:
         form.observe("tool", "Suva", opening=opening)
 
 
+def test_a_chat_passes_calls_and_parallel_results_on() -> None:
+    """Chat remembers how the conversation began and what was sampled last; the rest is given with the results."""
+    tok = GPT_OSS.tokenizer()
+    call, end = tok.convert_tokens_to_ids(["<|call|>", "<|return|>"])
+    chat, engine, _ = chat_with(tok, [[5, call], [6, end]])
+    chat.begin([USER], TOOLS, calls=True)
+    asyncio.run(chat.reply(9))
+    results = chat.observations([RESULT, RESULT], [CALL])
+    assert tok.decode(results).count("functions.look_up to=assistant") == 2
+    chat.observe("tool", "Suva", [CALL])
+    assert asyncio.run(chat.reply(9)) == tok.decode([6])
+    history = tok.decode(engine.prompts[1])
+    assert "namespace functions" in history and history.count("<|call|><|start|>functions.look_up") == 1
+
+
 # -- ends of turns --
 
 
