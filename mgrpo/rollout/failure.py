@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mgrpo.errors import ConfigError, ContextOverflowError, InfrastructureError, MgrpoError
+from mgrpo.errors import ChatError, ConfigError, ContextOverflowError, InfrastructureError, MgrpoError
 from mgrpo.rollout.task import Task
 
 Kind = Literal["infrastructure", "room", "task"]
@@ -38,7 +38,8 @@ def failure_of(error: BaseException, task: Task) -> Failure:
     program's."""
     leaves = list(_leaves(error))
     for leaf in leaves:
-        if isinstance(leaf, ConfigError | MemoryError) or _is_ours(leaf):
+        ends_all = isinstance(leaf, ConfigError | MemoryError) and not isinstance(leaf, ChatError)
+        if ends_all or _is_ours(leaf):
             raise leaf
     for leaf in leaves:  # the others may be its consequence
         if isinstance(leaf, InfrastructureError | ConnectionError | TimeoutError):
