@@ -280,6 +280,19 @@ class RunConfig(Settings):
             raise ValueError(f"agents.{remote[0]}.url is missing: other agents of this run have an address")
         return self
 
+    @model_validator(mode="after")
+    def _one_policy_a_server(self) -> RunConfig:
+        serves: dict[str, str] = {}
+        for role, agent in self.agents.items():
+            for url in agent.engine.urls:
+                other = serves.setdefault(url.rstrip("/"), role)
+                if other != role or agent.engine.urls.count(url) > 1:
+                    raise ValueError(
+                        f"agents.{role}.engine.urls: {url} serves {other!r} already; a server holds one policy's "
+                        "weights, so give each policy servers of its own (roles of one policy: agents.<role>.shares)"
+                    )
+        return self
+
     def _check_sharing(self, role: str, agent: AgentConfig) -> None:
         """What a policy is and how it is optimised is said once, by the role it belongs to."""
         owner = self.agents.get(agent.shares or "")
