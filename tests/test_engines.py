@@ -72,6 +72,18 @@ def test_an_engine_that_nobody_wrote_is_refused(monkeypatch: pytest.MonkeyPatch)
                 open_sync(changed, "left", Path("x"))
 
 
+def test_one_server_holds_one_policy() -> None:
+    """Two policies would replace each other's weights: refused with the address, also where it is written twice."""
+    one = 'agents.left.engine={kind="vllm", sync="fs", urls=["http://h:1"]}'
+    with pytest.raises(
+        ConfigError, match=r"urls: http://h:1/? serves '(left|main)' already; a server holds one policy's"
+    ):
+        load_config(RELAY, [one, 'agents.main.engine={kind="vllm", sync="fs", urls=["http://h:1/"]}'])
+    with pytest.raises(ConfigError, match=r"agents\.left\.engine\.urls: http://h:1 serves 'left' already"):
+        load_config(RELAY, [one.replace('["http://h:1"]', '["http://h:1", "http://h:1"]')])
+    load_config(RELAY, [one, 'agents.main.engine={kind="vllm", sync="fs", urls=["http://h:2"]}'])
+
+
 def test_an_engine_over_http_gets_its_servers_and_folder_from_the_config(tmp_path: Path) -> None:
     """Named servers, or those that the launcher starts; weights go through the run's folder unless another is named."""
     policy = tiny_policy("llama", 3)

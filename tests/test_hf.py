@@ -23,6 +23,7 @@ KINDS = pytest.mark.parametrize("kind", ["shift", "llama"])
 
 
 T = TypeVar("T")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def served(policy: Policy, use: Callable[[HfEngine], Awaitable[T]], **settings: int) -> T:

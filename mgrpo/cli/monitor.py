@@ -234,6 +234,7 @@ class _Summary:
         gate, d_k = before.get("gate"), before.get("d_k")
         self._gate = gate if isinstance(gate, dict) and "valid" in gate else None
         self._d_k = d_k if isinstance(d_k, dict) else {}
+        self._trained = before.get("trained") is True
         for record in read_metrics(root):
             step = int(record["step"])
             for name, value in record.items():
@@ -252,6 +253,7 @@ class _Summary:
             self._accuracy(split, step)[mode] = float(value)
         elif rest == "reward/mean" and first in self._steps:
             self._steps[first] = step
+            self._trained = True
 
     def _accuracy(self, split: str, step: int) -> dict[str, float]:
         """Where the accuracies of one evaluation are kept, by mode."""

@@ -342,7 +342,10 @@ class RunConfig(Settings):
         """A vLLM server holds one policy's whole weights, or adapters of any number of policies."""
         users: dict[str, str] = {}
         for role in self.policy_roles:
-            for url in self.agents[role].engine.urls:
+            urls = self.agents[role].engine.urls
+            for url in urls:
+                if urls.count(url) > 1:
+                    raise ValueError(f"agents.{role}.engine.urls: {url} stands there {urls.count(url)} times")
                 other = users.setdefault(url.rstrip("/"), role)
                 if other != role and {self.agents[r].engine.sync for r in (role, other)} != {"lora"}:
                     raise ValueError(

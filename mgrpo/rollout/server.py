@@ -125,8 +125,9 @@ class VllmServer:
         seed: int,
         never: Sequence[int] = (),
     ) -> Completion:
-        """One completion by `model` (the served name or an adapter). never: ids that must not be sampled. Raises ServerDown, InfrastructureError when the
-        generation failed or was aborted, ValueError when the server refuses the request."""
+        """One completion by `model` (the served name or an adapter). never: ids that must not be sampled. Raises
+        ServerDown, InfrastructureError when the generation failed or was aborted, ValueError when the server refuses
+        the request."""
         body = {
             "model": model,
             "token_ids": list(prompt_ids),

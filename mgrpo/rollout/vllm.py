@@ -41,8 +41,8 @@ class VllmEngine(Engine):
         max_length: int,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        """name: how errors call the policy. vocabulary: which ids may be sampled. max_length: tokens of a history at most. patience: seconds that load()
-        waits for a first server, which may still be starting."""
+        """name: how errors call the policy. vocabulary: which ids may be sampled. max_length: tokens of a history at
+        most. patience: seconds that load() waits for a first server, which may still be starting."""
         self._replicas, self._sync = replicas, sync
         self._name, self._vocab_size, self._max_length = name, vocabulary.rows, max_length
         self._unnamed = vocabulary.unnamed()
