@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from mgrpo import GrpoLossConfig, _C, grpo_loss, linear_grpo_loss, selective_logprob
+from mgrpo import _C, GrpoLossConfig, grpo_loss, linear_grpo_loss, selective_logprob
 from mgrpo.config.loss import CLIPPED, LossType
 from mgrpo.ops import check, encoding, native
 from mgrpo.ops.token_loss import kl_term, policy_term
@@ -185,7 +185,7 @@ def test_a_name_that_only_the_config_knows_stops_each_layer(monkeypatch: pytest.
             _ = native._settings(with_name(field), correct=True)
     with pytest.raises(ValueError, match=r"^estimator: code 7 is not in \[0, 3\]"):
         native.group_advantage(x, ids.int(), None, "ppo", 0.0)
-    with pytest.raises((ValueError, KeyError), match="correction|ppo"):
+    with pytest.raises((ValueError, KeyError), match=r"correction|ppo"):
         rest = {"cu_seqlens": torch.tensor([0, 1], dtype=torch.int32), "advantages": x, "rollout_logprobs": x}
         grpo_loss(logits, ids, config=with_name("correction"), impl="reference", **rest)
 

@@ -65,7 +65,7 @@ def test_equal_but_for_rounding_is_equal(estimator: str, where: str) -> None:
 @pytest.mark.parametrize("where", BACKENDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_small_differences_train(estimator: str, where: str) -> None:
-    """A thousandth of 1, a tenth of 1000, a hundred-thousandth, a sum of 0: an advantage for each, signs as they are."""
+    """A thousandth of 1, a tenth of 1000, a hundred-thousandth, a sum of 0: an advantage for each, of its sign."""
     for rewards in (
         [1.0, 1.001],
         [1000.1, 1000.2],

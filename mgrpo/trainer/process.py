@@ -218,8 +218,8 @@ class TrainerProcess:
             self._commit(saved)
 
     def _commit(self, checkpoint: Checkpoint) -> None:
-        """Tell the store: nothing up to here is handed out again, unless this trainer comes back with an older checkpoint.
-        The spool keeps what the oldest of those that are kept would need."""
+        """Tell the store: nothing up to here is handed out again, unless this trainer comes back with an older
+        checkpoint. The spool keeps what the oldest of those that are kept would need."""
         try:
             cursors = {lane.role: lane.store.commit(step=checkpoint.step - 1) for lane in self._lanes}
         except (DeadlineError, PeerError):

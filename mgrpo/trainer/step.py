@@ -114,8 +114,8 @@ def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.
     bad = int((~found.isfinite()).sum())
     if bad:
         raise NumericsError(
-            f"{bad} of {len(found)} sampled tokens have no finite log-prob under the policy that the loss compares with "
-            "(its old or reference policy); the step was not taken"
+            f"{bad} of {len(found)} sampled tokens have no finite log-prob under the policy that the loss compares "
+            "with (its old or reference policy); the step was not taken"
         )
     return found
 
