@@ -112,8 +112,8 @@ def test_interpreted_rim(small_blocks: None) -> None:
 
 @numpy_warns
 def test_interpreted_rewards_at_the_rim(small_blocks: None) -> None:
-    """Rewards equal but for rounding, close ones that are not, huge and tiny ones: the reference's advantages, alone and
-    inside the loss kernel."""
+    """Rewards equal but for rounding, close ones that are not, huge and tiny ones: the reference's advantages, alone
+    and inside the loss kernel."""
     from mgrpo import group_advantage
     from tests.loss_grid import error, grid_batch, run_logits, settings
 

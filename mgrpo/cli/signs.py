@@ -31,7 +31,8 @@ class Signs:
         """One report in the order of the run; a line that names the sign where there is one."""
         step = int(payload.get("step", 0))
         if kind == "step" and payload["role"] == MAIN:
-            self._correct[step] = float(payload["metrics"][f"{MAIN}/reward/correct"])
+            if math.isfinite(correct := float(payload["metrics"].get(f"{MAIN}/reward/correct", math.nan))):
+                self._correct[step] = correct
         if kind != "eval" or payload["split"] != "validation":
             return None
         since, self._evaluated = self._evaluated, step
