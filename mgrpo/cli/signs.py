@@ -30,9 +30,8 @@ class Signs:
     def take(self, kind: str, payload: Mapping[str, Any]) -> str | None:
         """One report in the order of the run; a line that names the sign where there is one."""
         step = int(payload.get("step", 0))
-        if kind == "step" and payload["role"] == MAIN:
-            if math.isfinite(correct := float(payload["metrics"].get(f"{MAIN}/reward/correct", math.nan))):
-                self._correct[step] = correct
+        if kind == "step" and (correct := payload["metrics"].get(f"{MAIN}/reward/correct")) is not None:
+            self._correct[step] = float(correct)
         if kind != "eval" or payload["split"] != "validation":
             return None
         since, self._evaluated = self._evaluated, step
