@@ -74,7 +74,7 @@ def moments(
     bottom = tl.min(low, axis=0)
     top = tl.max(high, axis=0)
     spread = top - bottom
-    varied = spread > EQUAL_WITHIN * tl.maximum(tl.abs(bottom), tl.abs(top))
+    varied = spread > tl.maximum(tl.abs(bottom), tl.abs(top)) * EQUAL_WITHIN
     some = spread > 0
     mass = tl.sum(count, axis=0) * tl.max(heaviest, axis=0)
     # Without members the range is (inf, -inf): harmless numbers in its place.

@@ -24,11 +24,12 @@ numpy_warns = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.mark.skipif(INTERPRETING, reason="is the process that it starts")
+@pytest.mark.timeout(900)
 def test_the_grid_under_the_interpreter() -> None:
     """Run this file's interpreter tests with TRITON_INTERPRET=1; their failures are printed."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
@@ -104,10 +105,10 @@ def test_interpreted_group_advantage(small_blocks: None) -> None:
 
 @numpy_warns
 def test_interpreted_rim(small_blocks: None) -> None:
-    """Ratios that overflow or are 0, under a third of the settings that the CPU's test goes through."""
+    """Ratios that overflow or are 0, under a fifth of the settings that the CPU's test goes through."""
     from tests.loss_rim import check_rim, rim_configs
 
-    check_rim(("triton",), rim_configs()[::3])
+    check_rim(("triton",), rim_configs()[::5])
 
 
 @numpy_warns
