@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from mgrpo.errors import InfrastructureError
+from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.model.policy import Policy, save_policy, state_bytes, state_of
 from mgrpo.rollout.engine import Generation, SamplingParams
 from mgrpo.rollout.hf import HfEngine
@@ -325,7 +325,7 @@ def test_windows_the_cache_cannot_serve_are_refused():
     with pytest.raises(ValueError, match="attends within 16 tokens"):
         HfEngine(policy)
     config.layer_types = ["chunked_attention", "full_attention"]
-    with pytest.raises(ValueError, match="chunked_attention"):
+    with pytest.raises(ConfigError, match="cannot serve LlamaForCausalLM: it has chunked_attention layers"):
         HfEngine(policy)
     config.layer_types = ["sliding_attention", "full_attention"]
     HfEngine(policy, max_length=16)
