@@ -85,13 +85,21 @@ std::vector<float> group_advantages(std::span<const RewardRow> rows, Estimator e
     if (!base.flat()) {
       const double gap = base.gap(row);
       switch (estimator) {
-        case Estimator::grpo: advantage = gap / (group.deviation + group.scaled(eps)); break;
-        case Estimator::dr_grpo: advantage = group.unscaled(gap); break;
-        case Estimator::rloo: advantage = group.unscaled(gap * (group.w / (group.w - row.weight))); break;
+        case Estimator::grpo:
+          advantage = gap / (group.deviation + group.scaled(eps));
+          break;
+        case Estimator::dr_grpo:
+          advantage = group.unscaled(gap);
+          break;
+        case Estimator::rloo:
+          advantage = group.unscaled(gap * (group.w / (group.w - row.weight)));
+          break;
         case Estimator::batch:
           advantage = std::ldexp(gap, group.exponent - family.exponent) / (family.deviation + family.scaled(eps));
           break;
-        case Estimator::agent: advantage = gap / (family.deviation + family.scaled(eps)); break;
+        case Estimator::agent:
+          advantage = gap / (family.deviation + family.scaled(eps));
+          break;
       }
     }
     advantages.push_back(float(advantage));

@@ -44,7 +44,7 @@ class Arena {
  private:
   struct Block {
     int64_t offset = 0;  // tokens, as everything here that is not called bytes
-    int64_t size = 0;  // 0 = free handle
+    int64_t size = 0;    // 0 = free handle
     uint32_t generation = 0;
   };
   // before: bytes a token of the columns in front of it.

@@ -45,8 +45,13 @@ std::vector<Source> sources_of(const Arena& arena, const Plan& plan, int32_t beg
   for (int32_t i = begin; i < end; ++i) {
     const int32_t item = plan.packing.items[i];
     const PlanRow& row = plan.rows[plan.item_row[item]];
-    sources[size_t(i - begin)] = {arena.ids(row.handle), arena.logprobs(row.handle), arena.masks(row.handle), row.id,
-                                  row.length,            plan.item_row[item],        row.advantage,
+    sources[size_t(i - begin)] = {arena.ids(row.handle),
+                                  arena.logprobs(row.handle),
+                                  arena.masks(row.handle),
+                                  row.id,
+                                  row.length,
+                                  plan.item_row[item],
+                                  row.advantage,
                                   plan.item_weight[item]};
   }
   return sources;
@@ -122,8 +127,8 @@ void write_packed(const Batcher& batcher, const Plan& plan, int rank, const Pack
               plan.packing.n_mb, " a rank");
   MGRPO_CHECK(out.capacity >= plan.capacity, "buffer rows hold ", out.capacity, " tokens, the capacity is ",
               plan.capacity);
-  MGRPO_CHECK(out.segments >= plan.max_segments, "buffers hold ", out.segments, " segments a micro-batch, the plan has ",
-              plan.max_segments);
+  MGRPO_CHECK(out.segments >= plan.max_segments, "buffers hold ", out.segments,
+              " segments a micro-batch, the plan has ", plan.max_segments);
   const auto lock = batcher.read_lock();
   const int64_t first = int64_t{rank} * plan.packing.n_mb;
   if (plan.packing.n_mb > 0)
@@ -150,8 +155,7 @@ void write_padded(const Batcher& batcher, const Plan& plan, const PaddedLayout& 
   MGRPO_CHECK(out.rows >= end - begin && out.width >= layout.width[bin], "buffers hold ", out.rows, " rows of ",
               out.width, " tokens, the micro-batch has ", end - begin, " rows of ", layout.width[bin]);
   const auto lock = batcher.read_lock();
-  for (int32_t i = begin; i < end; ++i)
-    check_alive(batcher, plan, plan.rows[plan.item_row[layout.items[i]]]);
+  for (int32_t i = begin; i < end; ++i) check_alive(batcher, plan, plan.rows[plan.item_row[layout.items[i]]]);
   for (int64_t r = 0; r < out.rows; ++r) {
     const bool real = begin + r < end;
     const int32_t item = real ? layout.items[begin + r] : -1;

@@ -80,9 +80,9 @@ void validate(const BatcherOptions& o) {
   MGRPO_CHECK(o.vote == Vote::per_rollout || o.mode == Mode::none,
               "vote='per_invocation' belongs to mode='none': the aligned modes give every rollout one vote");
   MGRPO_CHECK(std::isfinite(o.eps) && o.eps >= 0, "eps=", o.eps, " is not finite and >= 0");
-  MGRPO_CHECK(std::isfinite(o.cost_a) && std::isfinite(o.cost_b) && o.cost_a >= 0 && o.cost_b >= 0 &&
-                  o.cost_a + o.cost_b > 0,
-              "cost=(", o.cost_a, ", ", o.cost_b, ") needs finite parts >= 0, not both 0");
+  MGRPO_CHECK(
+      std::isfinite(o.cost_a) && std::isfinite(o.cost_b) && o.cost_a >= 0 && o.cost_b >= 0 && o.cost_a + o.cost_b > 0,
+      "cost=(", o.cost_a, ", ", o.cost_b, ") needs finite parts >= 0, not both 0");
   MGRPO_CHECK(o.max_segments >= 0, "max_segments=", o.max_segments, " is below 1");
   MGRPO_CHECK(o.threads >= 1 && o.threads <= 256, "threads=", o.threads, " is outside [1, 256]");
   MGRPO_CHECK(o.vocab_size >= 0 && o.vocab_size <= (int64_t{1} << 31), "vocab_size=", o.vocab_size,
@@ -142,8 +142,7 @@ bool any_outside(const int32_t* tokens, int64_t n, uint32_t limit) {
 
 bool any_infinite(const float* values, int64_t n) {
   uint32_t infinite = 0;  // on the bits: IEEE comparisons would not
-  for (int64_t i = 0; i < n; ++i)
-    infinite |= uint32_t((std::bit_cast<int32_t>(values[i]) & 0x7fffffff) >= 0x7f800000);
+  for (int64_t i = 0; i < n; ++i) infinite |= uint32_t((std::bit_cast<int32_t>(values[i]) & 0x7fffffff) >= 0x7f800000);
   return infinite;
 }
 
@@ -223,8 +222,8 @@ bool Batcher::add(const TrajectoryView& t, double now) {
   const Query* known = find(t.query);
   if (const Entry* e = find_entry(known, cell_index(t.role, t.rollout), t.invocation)) {
     if (!same_content(*e, t, length))
-      reject("duplicate", t.query, t.rollout, t.id, "invocation ", t.invocation, " is already here as trajectory ", e->id,
-             " with other content");
+      reject("duplicate", t.query, t.rollout, t.id, "invocation ", t.invocation, " is already here as trajectory ",
+             e->id, " with other content");
     ++counters_.redelivered;
     return false;
   }

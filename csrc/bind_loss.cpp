@@ -38,8 +38,8 @@ void* logits_at(const char* name, Address address, bool bfloat16, int64_t n) {
 // The member of an enumeration whose codes run from `first` to `last`.
 template <typename E>
 E member(const char* name, int code, E first, E last) {
-  MGRPO_CHECK(code >= int(first) && code <= int(last), name, ": code ", code, " is not in [", int(first), ", ", int(last),
-              "]");
+  MGRPO_CHECK(code >= int(first) && code <= int(last), name, ": code ", code, " is not in [", int(first), ", ",
+              int(last), "]");
   return E(code);
 }
 
@@ -72,20 +72,19 @@ void register_loss(py::module_& m) {
       .def(py::init([](int loss_type, double clip_eps_low, double clip_eps_high, double delta, double log_ratio_clip,
                        double sapo_pos, double sapo_neg, double kl_coef, int kl_estimator, double entropy_coef,
                        int correction, double correction_low, double correction_high) {
-             return TokenSettings{
-                 member("loss_type", loss_type, LossType::clipped, LossType::sapo),
-                 number("clip_eps_low", clip_eps_low),
-                 number("clip_eps_high", clip_eps_high),
-                 number("delta", delta),
-                 number("log_ratio_clip", log_ratio_clip),
-                 number("sapo_temperature_pos", sapo_pos),
-                 number("sapo_temperature_neg", sapo_neg),
-                 number("kl_coef", kl_coef),
-                 member("kl_estimator", kl_estimator, KlEstimator::k1, KlEstimator::k3),
-                 number("entropy_coef", entropy_coef),
-                 member("correction", correction, Correction::none, Correction::mis),
-                 number("correction_low", correction_low),
-                 number("correction_high", correction_high)};
+             return TokenSettings{member("loss_type", loss_type, LossType::clipped, LossType::sapo),
+                                  number("clip_eps_low", clip_eps_low),
+                                  number("clip_eps_high", clip_eps_high),
+                                  number("delta", delta),
+                                  number("log_ratio_clip", log_ratio_clip),
+                                  number("sapo_temperature_pos", sapo_pos),
+                                  number("sapo_temperature_neg", sapo_neg),
+                                  number("kl_coef", kl_coef),
+                                  member("kl_estimator", kl_estimator, KlEstimator::k1, KlEstimator::k3),
+                                  number("entropy_coef", entropy_coef),
+                                  member("correction", correction, Correction::none, Correction::mis),
+                                  number("correction_low", correction_low),
+                                  number("correction_high", correction_high)};
            }),
            py::kw_only(), py::arg("loss_type"), py::arg("clip_eps_low"), py::arg("clip_eps_high"), py::arg("delta"),
            py::arg("log_ratio_clip"), py::arg("sapo_temperature_pos"), py::arg("sapo_temperature_neg"),
@@ -98,7 +97,8 @@ void register_loss(py::module_& m) {
         const LossInputs inputs{at<float>("policy_weight", in[0], x.rows), at<float>("weight", in[1], x.rows),
                                 at<float>("advantages", in[2], x.rows),    maybe<float>("old_logprobs", in[3]),
                                 maybe<float>("ref_logprobs", in[4]),       maybe<float>("rollout_logprobs", in[5])};
-        MGRPO_CHECK(s.kl_coef == 0.0 || inputs.ref_logprobs || !x.rows, "ref_logprobs: missing, with kl_coef ", s.kl_coef);
+        MGRPO_CHECK(s.kl_coef == 0.0 || inputs.ref_logprobs || !x.rows, "ref_logprobs: missing, with kl_coef ",
+                    s.kl_coef);
         MGRPO_CHECK(s.correction == Correction::none || inputs.rollout_logprobs || !x.rows,
                     "rollout_logprobs: missing, with correction ", int(s.correction));
         loss_rows(x, inputs, s, grad ? logits_at("grad", grad, x.bfloat16, x.rows) : nullptr,
@@ -115,8 +115,8 @@ void register_loss(py::module_& m) {
                      at<float>("sum", sum, x.rows), at<float>("weighted", weighted, x.rows),
                      at<float>("target", target, x.rows));
       },
-      py::arg("rows"), py::arg("live"), py::arg("maximum"), py::arg("sum"), py::arg("weighted"), py::arg("target"), unlocked,
-      "Partial softmax statistics of each row (see loss_rows.hpp).");
+      py::arg("rows"), py::arg("live"), py::arg("maximum"), py::arg("sum"), py::arg("weighted"), py::arg("target"),
+      unlocked, "Partial softmax statistics of each row (see loss_rows.hpp).");
   m.def(
       "row_gradients",
       [](const LogitRows& x, const std::array<Address, 5>& in, Address grad) {

@@ -140,8 +140,8 @@ void write_packed(const mgrpo::Batcher& batcher, const mgrpo::Plan& plan, int ra
 
 void write_padded(const mgrpo::Batcher& batcher, const mgrpo::Plan& plan, int rank, int micro_batch,
                   const py::dict& out) {
-  reject_unknown(out, {"ids", "loss_mask", "logprobs", "lengths", "seg_advantage", "seg_weight", "seg_traj",
-                       "seg_row"});
+  reject_unknown(out,
+                 {"ids", "loss_mask", "logprobs", "lengths", "seg_advantage", "seg_weight", "seg_traj", "seg_row"});
   mgrpo::PaddedBuffers b;
   b.rows = b.width = -1;
   b.ids = output<int32_t>(out, "ids", true, {&b.rows, &b.width});
@@ -230,9 +230,8 @@ void register_plan(py::module_& m) {
       .def_property_readonly("group_mean", [](const Plan& p) { return to_numpy(p.group_mean); })
       .def_property_readonly("group_std", [](const Plan& p) { return to_numpy(p.group_std); })
       .def_property_readonly("rows", &plan_rows)
-      .def_property_readonly("slots", [](const Plan& p) {
-        return to_numpy(p.slots, {py::ssize_t(p.group_query.size()), p.k, p.depth});
-      });
+      .def_property_readonly(
+          "slots", [](const Plan& p) { return to_numpy(p.slots, {py::ssize_t(p.group_query.size()), p.k, p.depth}); });
 }
 
 mgrpo::TrajectoryView place(std::string_view query, int role, int64_t rollout, int64_t invocation, int64_t id) {
@@ -362,18 +361,21 @@ void register_batcher(py::module_& m) {
       .def(py::init(&make_batcher), "options"_a)
       .def("add", &add)
       .def("add_many", &add_many)
-      .def("seal",
-           [](Batcher& b, const std::string& query, const std::string& role, int64_t rollout, int64_t d, double now) {
-             b.seal(query, b.role_index(role), rollout, d, now);
-           },
-           Released())
-      .def("fail",
-           [](Batcher& b, const std::string& query, const std::string& role, int64_t rollout, int64_t invocation,
-              double now) { b.fail(query, b.role_index(role), rollout, invocation, now); },
-           Released())
+      .def(
+          "seal",
+          [](Batcher& b, const std::string& query, const std::string& role, int64_t rollout, int64_t d, double now) {
+            b.seal(query, b.role_index(role), rollout, d, now);
+          },
+          Released())
+      .def(
+          "fail",
+          [](Batcher& b, const std::string& query, const std::string& role, int64_t rollout, int64_t invocation,
+             double now) { b.fail(query, b.role_index(role), rollout, invocation, now); },
+          Released())
       .def("ready", &Batcher::ready, Released())
       .def("wait_ready", &Batcher::wait_ready, Released())
-      .def("drop", [](Batcher& b, const std::string& query) { return b.drop(query); }, Released())
+      .def(
+          "drop", [](Batcher& b, const std::string& query) { return b.drop(query); }, Released())
       .def("expire", &Batcher::expire, Released())
       .def("plan", &mgrpo::make_plan, Released())
       .def("write", &write_packed)
@@ -391,8 +393,8 @@ void register_batcher(py::module_& m) {
     try {
       if (thrown) std::rethrow_exception(thrown);
     } catch (const mgrpo::BatcherError& e) {
-      const py::object error = py::module_::import("mgrpo.errors").attr("trajectory_error")(
-          e.what(), e.kind, e.query, e.rollout, e.trajectory);
+      const py::object error = py::module_::import("mgrpo.errors")
+                                   .attr("trajectory_error")(e.what(), e.kind, e.query, e.rollout, e.trajectory);
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
     }
   });

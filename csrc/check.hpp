@@ -17,7 +17,7 @@ std::string concat(const Parts&... parts) {
 }  // namespace mgrpo
 
 // std::invalid_argument reaches Python as ValueError; `...` are streamed, so values need no formatting by the caller.
-#define MGRPO_CHECK(condition, ...)                                 \
-  do {                                                              \
+#define MGRPO_CHECK(condition, ...)                                              \
+  do {                                                                           \
     if (!(condition)) throw std::invalid_argument(::mgrpo::concat(__VA_ARGS__)); \
   } while (0)

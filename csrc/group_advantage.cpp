@@ -129,8 +129,8 @@ void check_finite(const Rows& rows, int64_t n) {
     MGRPO_CHECK(std::isfinite(rows.rewards[i]), "rewards: ", rows.rewards[i], " at [", i, "] is not finite");
     MGRPO_CHECK(std::fabs(rows.rewards[i]) <= kLargestReward, "rewards: ", rows.rewards[i], " at [", i, "] is beyond ",
                 kLargestReward, ", half of float32's range");
-    MGRPO_CHECK(!rows.weight || (rows.weight[i] >= 0.0f && std::isfinite(rows.weight[i])), "weight: ",
-                rows.weight ? rows.weight[i] : 0.0f, " at [", i, "] is not finite or is below 0");
+    MGRPO_CHECK(!rows.weight || (rows.weight[i] >= 0.0f && std::isfinite(rows.weight[i])),
+                "weight: ", rows.weight ? rows.weight[i] : 0.0f, " at [", i, "] is not finite or is below 0");
   }
 }
 
@@ -184,8 +184,8 @@ MGRPO_INLINE double centred_square(const Rows& rows, int64_t i, const Group& g) 
   return rows.vote(i) > 0 ? snap(double(rows.vote(i)) * (d * d), g.grid2) : 0.0;
 }
 
-MGRPO_INLINE void finish_run(const Rows& rows, int64_t begin, int64_t end, const Group& g, const Finish& finish, double factor,
-                float* out) {
+MGRPO_INLINE void finish_run(const Rows& rows, int64_t begin, int64_t end, const Group& g, const Finish& finish,
+                             double factor, float* out) {
   const double shift = g.shift();
   int64_t i = begin;
   if (!rows.weight && finish.estimator != AdvantageEstimator::rloo) {
@@ -295,7 +295,8 @@ void scattered(const Rows& rows, const Ids& ids, int64_t n, const Finish& finish
     const Group& g = groups[j];
     if (!g.varied()) continue;
     const double variance = g.variance();
-    scales[j] = {g.shift(), finish.factor(variance), g.low, variance < 0 && finish.estimator == AdvantageEstimator::grpo};
+    scales[j] = {g.shift(), finish.factor(variance), g.low,
+                 variance < 0 && finish.estimator == AdvantageEstimator::grpo};
     if (scales[j].again && squares.empty()) squares.resize(groups.size());
   }
   if (!squares.empty()) {

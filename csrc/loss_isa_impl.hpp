@@ -18,7 +18,7 @@ typedef uint16_t Half __attribute__((vector_size(2 * MGRPO_LANES)));
 static_assert(kBlock % (4 * kLanes) == 0);
 
 constexpr int64_t kAhead = 4 * kBlock;  // elements between what is computed and what is fetched
-constexpr float kFloor = -126.0f;  // 2^t below the normal range counts as 0
+constexpr float kFloor = -126.0f;       // 2^t below the normal range counts as 0
 
 // A cast between vector types of one size keeps the bits.
 inline Vec splat(float x) { return Vec{} + x; }
@@ -88,7 +88,7 @@ inline Vec exp2_neg(Vec t) {
   t = tiny ? splat(kFloor) : t;
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec shifted = t + magic;
-  const Vec f = t - (shifted - magic);  // [-0.5, 0.5]
+  const Vec f = t - (shifted - magic);   // [-0.5, 0.5]
   Vec p = splat(1.534579205326736e-4f);  // minimax over [-0.5, 0.5], degree 6
   p = p * f + 1.3399929734e-3f;
   p = p * f + 9.6184890717e-3f;
@@ -173,8 +173,7 @@ RowStats stats_of(const void* z, int64_t n, float k, float* scratch, float* bloc
 }
 
 template <bool kBf16, bool kStream>
-void gradient_of(const void* z, int64_t n, const RowScale& s, const float* scratch, const float* block_max,
-                 void* out) {
+void gradient_of(const void* z, int64_t n, const RowScale& s, const float* scratch, const float* block_max, void* out) {
   constexpr float kLn2 = 0.69314718055994531f;
   const float inverse_sum = float(1.0 / __builtin_exp2(s.log2_sum)), log2_sum = float(s.log2_sum);
   for (int64_t at = 0, block = 0; at < n; at += kBlock, ++block) {
@@ -224,8 +223,8 @@ RowStats stats(const void* z, bool bf16, int64_t n, float k, float* scratch, flo
   return bf16 ? stats_of<true>(z, n, k, scratch, block_max) : stats_of<false>(z, n, k, scratch, block_max);
 }
 
-void gradient(const void* z, bool bf16, int64_t n, const RowScale& scale, const float* scratch,
-              const float* block_max, void* out, bool stream) {
+void gradient(const void* z, bool bf16, int64_t n, const RowScale& scale, const float* scratch, const float* block_max,
+              void* out, bool stream) {
   if (bf16) {
     gradient_of<true, false>(z, n, scale, scratch, block_max, out);
   } else if (stream) {

@@ -30,8 +30,10 @@ struct Isa {
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {"avx512", &isa_avx512,
-     [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }},
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
     {"avx2", &isa_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {"scalar", &isa_scalar, [] { return true; }},
@@ -128,7 +130,9 @@ double policy_slope(const TokenSettings& s, double log_ratio, double advantage) 
   // The gradient flows through the branch that wins; on a tie half through each, as torch.minimum does.
   const double slope_free = ratio <= s.delta ? 1.0 : 0.0;
   const double slope_clipped = ratio >= low && ratio <= high ? 1.0 : 0.0;
-  const double slope = free < clipped ? slope_free : clipped < free ? slope_clipped : 0.5 * (slope_free + slope_clipped);
+  const double slope = free < clipped   ? slope_free
+                       : clipped < free ? slope_clipped
+                                        : 0.5 * (slope_free + slope_clipped);
   return -slope * advantage * ratio;
 }
 
@@ -195,16 +199,15 @@ void loss_rows(const LogitRows& x, const LossInputs& in, const TokenSettings& s,
       for (int64_t row = begin; row < end; ++row) {
         logp[row] = entropy[row] = 0.0f;
         moved[row] = 0;
-        const bool live = (in.policy_weight[row] != 0.0f && in.advantages[row] != 0.0f) ||
-                          (other_terms && in.weight[row] != 0.0f);
+        const bool live =
+            (in.policy_weight[row] != 0.0f && in.advantages[row] != 0.0f) || (other_terms && in.weight[row] != 0.0f);
         if (!live || !one_row(row, scratch)) zero_row(x, grad, row);
       }
     };
   });
 }
 
-void row_partials(const LogitRows& x, const uint8_t* live, float* maximum, float* sum, float* weighted,
-                  float* target) {
+void row_partials(const LogitRows& x, const uint8_t* live, float* maximum, float* sum, float* weighted, float* target) {
   const float k = float(kLog2e / x.temperature);
   parallel_for(x.rows, kGrain, x.threads, [&] {
     return [&, scratch = Scratch(x.vocabulary)](int64_t begin, int64_t end) mutable {
@@ -234,12 +237,8 @@ void row_gradients(const LogitRows& x, const RowCoefficients& in, void* grad) {
     if ((c == 0.0 && e == 0.0) || !std::isfinite(log2_sum) || !std::isfinite(m)) return zero_row(x, grad, row);
     const void* z = row_of(x, row);
     const int64_t id = x.target_ids[row];
-    const RowScale scale{k,
-                         in.maximum[row],
-                         log2_sum,
-                         float(c / x.temperature),
-                         float(e / x.temperature),
-                         float(entropy)};
+    const RowScale scale{
+        k, in.maximum[row], log2_sum, float(c / x.temperature), float(e / x.temperature), float(entropy)};
     const double logp = in_shard(x, id) ? kLn2 * ((element(x, z, id) - m) * double(k) - log2_sum) : 0.0;
     write_gradient(x, z, scale, id, logp, nullptr, nullptr, row_of(x, grad, row));
   };

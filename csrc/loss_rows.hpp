@@ -29,7 +29,7 @@ struct TokenSettings {
 };
 
 struct LogitRows {
-  const void* logits;   // rows x stride, float or bfloat16
+  const void* logits;  // rows x stride, float or bfloat16
   bool bfloat16;
   int64_t rows, vocabulary, stride;  // stride in elements
   const int64_t* target_ids;         // rows; outside [0, vocabulary) = not in this shard

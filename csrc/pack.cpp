@@ -10,10 +10,10 @@ namespace mgrpo {
 
 namespace {
 
-constexpr double kTight = 0.995;       // micro-steps fuller than this have no room to be dealt anew
-constexpr double kEven = 1.0005;       // dearest bin over mean below which a micro-step is even
-constexpr size_t kSecondPlan = 1024;   // bins up to which a second starting plan is worth its time
-constexpr int kRankSwaps = 8;          // per rank
+constexpr double kTight = 0.995;      // micro-steps fuller than this have no room to be dealt anew
+constexpr double kEven = 1.0005;      // dearest bin over mean below which a micro-step is even
+constexpr size_t kSecondPlan = 1024;  // bins up to which a second starting plan is worth its time
+constexpr int kRankSwaps = 8;         // per rank
 
 size_t rounded_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -62,9 +62,8 @@ Steps into_steps(const Sequences& s, Bins bins, int dp) {
   all.resize(rounded_up(all.size(), dp));
   steps.order.resize(all.size());
   std::iota(steps.order.begin(), steps.order.end(), 0);
-  std::sort(steps.order.begin(), steps.order.end(), [&](int32_t a, int32_t b) {
-    return all[a].cost != all[b].cost ? all[a].cost > all[b].cost : a < b;
-  });
+  std::sort(steps.order.begin(), steps.order.end(),
+            [&](int32_t a, int32_t b) { return all[a].cost != all[b].cost ? all[a].cost > all[b].cost : a < b; });
   deal_anew(s, steps, dp);
   for (size_t step = 0; step < steps.order.size() / dp; ++step) {
     double dearest = 0;

@@ -8,9 +8,9 @@
 namespace mgrpo {
 
 struct PackOptions {
-  int64_t capacity;      // tokens a micro-batch
-  int dp = 1;            // ranks
-  double cost_a = 1;     // cost of a sequence of length L: a*L + b*L^2
+  int64_t capacity;   // tokens a micro-batch
+  int dp = 1;         // ranks
+  double cost_a = 1;  // cost of a sequence of length L: a*L + b*L^2
   double cost_b = 0;
   int max_segments = 0;  // sequences a micro-batch; 0 = no bound
 };

@@ -93,9 +93,8 @@ Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> n
     MGRPO_CHECK(q == 0 || plan.queries[q] != plan.queries[q - 1], "query ", plan.queries[q], " is asked for twice");
     const auto found = batcher.queries().find(plan.queries[q]);
     MGRPO_CHECK(found != batcher.queries().end(), "query ", plan.queries[q], " is not in the batcher");
-    MGRPO_CHECK(found->second.ready(), "query ", plan.queries[q],
-                " is not ready: ", found->second.complete_cells, " of ", found->second.cells.size(),
-                " rollouts are complete");
+    MGRPO_CHECK(found->second.ready(), "query ", plan.queries[q], " is not ready: ", found->second.complete_cells,
+                " of ", found->second.cells.size(), " rollouts are complete");
     queries.push_back(&found->second);
   }
   plan.depth = slot_depth(batcher, queries);
@@ -163,8 +162,10 @@ PaddedLayout pad_rows(const std::vector<int32_t>& lengths, int64_t capacity, int
       widest = c;
     }
     // Fewer rows than ranks: the last ranks get nothing.
-    if (best == 0) cuts.push_back(int32_t(order.size()));
-    else cuts.insert(cuts.begin() + widest + 1, (cuts[widest] + cuts[widest + 1] + 1) / 2);
+    if (best == 0)
+      cuts.push_back(int32_t(order.size()));
+    else
+      cuts.insert(cuts.begin() + widest + 1, (cuts[widest] + cuts[widest + 1] + 1) / 2);
   }
   PaddedLayout out;
   out.n_mb = int(cuts.size() - 1) / dp;

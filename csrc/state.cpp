@@ -40,8 +40,8 @@ void load_state(Batcher& batcher, const State& s, double now) {
   MGRPO_CHECK(batcher.n_queries() == 0, "load_state_dict needs an empty batcher, this one holds ", batcher.n_queries(),
               " queries");
   MGRPO_CHECK(s.ages.size() == s.queries.size() && s.sealed.size() == s.queries.size() * cells,
-              "state: ", s.queries.size(), " queries, ", s.ages.size(), " ages, ", s.sealed.size(), " sealed counts of ",
-              cells, " a query");
+              "state: ", s.queries.size(), " queries, ", s.ages.size(), " ages, ", s.sealed.size(),
+              " sealed counts of ", cells, " a query");
   MGRPO_CHECK(s.places.size() == 4 * n && s.rewards.size() == n && s.versions.size() == n && s.offsets.size() == n + 1,
               "state: the columns of ", n, " trajectories differ in length");
   MGRPO_CHECK(s.counters.size() == 6, "state: ", s.counters.size(), " counters, expected 6");
@@ -50,9 +50,9 @@ void load_state(Batcher& batcher, const State& s, double now) {
                   s.offsets[n] == total,
               "state: the token columns differ in length");
   for (size_t i = 0; i < n; ++i) {
-    MGRPO_CHECK(s.offsets[i] <= s.offsets[i + 1] && s.offsets[i + 1] <= total, "state: offsets[", i + 1, "]=",
-                s.offsets[i + 1], " is out of order");
-    const int32_t *place = &s.places[4 * i];
+    MGRPO_CHECK(s.offsets[i] <= s.offsets[i + 1] && s.offsets[i + 1] <= total, "state: offsets[", i + 1,
+                "]=", s.offsets[i + 1], " is out of order");
+    const int32_t* place = &s.places[4 * i];
     MGRPO_CHECK(place[0] >= 0 && size_t(place[0]) < s.queries.size() && place[1] >= 0 &&
                     size_t(place[1]) < batcher.options().roles.size(),
                 "state: trajectory ", s.ids[i], " names query ", place[0], ", role ", place[1]);
@@ -68,8 +68,10 @@ void load_state(Batcher& batcher, const State& s, double now) {
     t.logprobs = s.logprobs.data() + s.offsets[i];
     t.reward = s.rewards[i];
     t.policy_version = s.versions[i];
-    if (t.n_tokens) batcher.add(t, now);
-    else batcher.restore_absent(t, now);
+    if (t.n_tokens)
+      batcher.add(t, now);
+    else
+      batcher.restore_absent(t, now);
   }
   for (size_t q = 0; q < s.queries.size(); ++q) {
     for (size_t c = 0; c < cells; ++c) {

@@ -152,8 +152,10 @@ CASE(state_survives_a_round_trip) {
     for (int64_t k = 0; k < 4; ++k) {
       const int64_t d = random(0, 4);
       for (int64_t i = 0; i < d; ++i)
-        if (random(0, 9)) batcher.add(Arrival(std::to_string(q), k, i, q * 100 + k * 10 + i, random).view(), double(q));
-        else batcher.fail(std::to_string(q), 0, k, i, double(q));
+        if (random(0, 9))
+          batcher.add(Arrival(std::to_string(q), k, i, q * 100 + k * 10 + i, random).view(), double(q));
+        else
+          batcher.fail(std::to_string(q), 0, k, i, double(q));
       if (random(0, 9)) batcher.seal(std::to_string(q), 0, k, d, double(q));
     }
   }

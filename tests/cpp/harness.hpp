@@ -38,7 +38,7 @@ class Random {
 }  // namespace harness
 
 #define REQUIRE(condition) ((condition) ? void() : ::harness::fail(__FILE__, __LINE__, #condition))
-#define CASE(name)                                            \
-  static void case_##name();                                  \
+#define CASE(name)                                              \
+  static void case_##name();                                    \
   static harness::Register register_##name(#name, case_##name); \
   static void case_##name()

@@ -82,8 +82,10 @@ void soak(int64_t arrivals) {
     now += 1;
     if (random(0, 15) == 0) train(batcher, uint64_t(query), ids, weight, totals);
     if (random(0, 63) == 0) totals.expired += int64_t(batcher.expire(50, now).size());
-    if (totals.arrivals < arrivals / 10) baseline = std::max(baseline, resident_bytes());
-    else if (random(0, 255) == 0) peak = std::max(peak, resident_bytes());
+    if (totals.arrivals < arrivals / 10)
+      baseline = std::max(baseline, resident_bytes());
+    else if (random(0, 255) == 0)
+      peak = std::max(peak, resident_bytes());
   }
   train(batcher, 0, ids, weight, totals);
   totals.expired += int64_t(batcher.expire(-1, now).size());
