@@ -19,11 +19,12 @@ from mgrpo.model.policy import Policy, state_of
 from mgrpo.trainer.crew import Crew
 from mgrpo.trainer.ranks import Ranks
 from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch
-from tests.models import tiny_policy
+from tests.models import tiny_model, tiny_policy, tiny_tokenizer
 from tests.rows import ROWS, rows_of
 from tests.runs import RELAY
 
 STEPS, MIDDLE = 5, 2
+TOKENS = 80  # of the tokenizer of a padded head
 CUTS = ([range(ROWS)], [range(3), range(3, ROWS)], [[0], [1, 9], [2, 3, 4], [5, 8], [6, 7]])
 
 # What is trained -> (kind of model, overrides of agents.main)
@@ -62,6 +63,14 @@ def batches_of(step: int) -> list[MiniBatch]:
         cut(rows_of(10 * step + 1, near=True), CUTS[0], 2),
         cut(idle, CUTS[1], 2),
     ]
+
+
+def padded(kind: str) -> tuple[Policy, MiniBatch]:
+    """A policy whose head has more rows than its tokenizer has tokens, and rows of its tokens."""
+    policy = Policy(tiny_model(kind), tiny_tokenizer(TOKENS), kind)  # type: ignore[arg-type]
+    rows = rows_of(1, near=True)
+    rows.ids.remainder_(TOKENS)
+    return policy, cut(rows, CUTS[1], 2)
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:
@@ -117,6 +126,10 @@ def main(folder: Path) -> None:
                 policy = ShardedPolicy(tiny_policy(kind), ranks)  # type: ignore[arg-type]
                 batch = cut(rows_of(1, near=True), parts, 2)
                 found[f"gradient/{kind}/{number}"] = gradient(policy, batch, ranks, whole_tensor)
+            policy, batch = padded(kind)
+            found[f"gradient/{kind}/padded"] = gradient(
+                ShardedPolicy(policy, ranks), batch, ranks, whole_tensor
+            )
         if ranks.leads:
             torch.save(found, folder / "found.pt")
 

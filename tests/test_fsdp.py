@@ -24,7 +24,7 @@ from mgrpo.trainer.crew import Crew
 from mgrpo.trainer.ranks import Ranks
 from mgrpo.trainer.replay import Replayer
 from mgrpo.trainer.step import MiniBatch
-from tests.fsdp_ranks import CUTS, MIDDLE, VARIANTS, config_of, cut, gradient, start_of, train
+from tests.fsdp_ranks import CUTS, MIDDLE, TOKENS, VARIANTS, config_of, cut, gradient, padded, start_of, train
 from tests.models import tiny_policy
 from tests.rows import rows_of
 from tests.runs import (
@@ -141,6 +141,18 @@ def test_cuts_and_ranks_do_not_change_the_gradient(together: Found, kind: str) -
     for number in range(len(CUTS)):
         found = together[f"gradient/{kind}/{number}"]
         assert max(float((a - b).abs().max()) for a, b in zip(found, whole, strict=True)) < 1e-6 * scale
+
+
+@pytest.mark.parametrize("kind", ["shift", "llama"])
+def test_ranks_leave_spare_rows_of_the_head_alone(together: Found, kind: str) -> None:
+    """A padded head, tied or not, gets the gradient of one process, which is 0 where there is no token."""
+    policy, batch = padded(kind)
+    whole = gradient(policy, batch, Ranks(), lambda g: g)
+    found = together[f"gradient/{kind}/padded"]
+    scale = max(float(g.abs().max()) for g in whole)
+    assert max(float((a - b).abs().max()) for a, b in zip(found, whole, strict=True)) < 1e-6 * scale
+    heads = [g for g in found if g.shape == policy.head_weight.shape]
+    assert not heads[-1][TOKENS:].any() and heads[-1][:TOKENS].any()
 
 
 def test_another_number_of_ranks_is_refused() -> None:
