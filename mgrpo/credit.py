@@ -29,6 +29,7 @@ from mgrpo.types import MAIN
 
 FORMAT = "format"
 """The score that the gate looks at."""
+_OUTCOMES = ("correct", "outcome")  # what the main agent's and a sub-agent's part of it are called
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,9 @@ def check_names(role: str, weights: RewardConfig, names: Collection[str]) -> Non
             f"(its scores: {given}); set {where}.gate = false"
         )
     for name in sorted(names):
-        if name == outcome:
+        if name in _OUTCOMES:
             raise ConfigError(
-                f"the task gives role {role!r} a score {name!r}, which is the name of the rollout's outcome"
+                f"the task gives role {role!r} a score {name!r}, which is a name of the rollout's outcome"
             )
         if name not in parts and not (weights.gate and name == FORMAT):
             raise ConfigError(
@@ -94,9 +95,9 @@ def check_scores(role: str, weights: RewardConfig, scores: Mapping[str, float]) 
     """check_names() of one trajectory. An invalid one may lack the scores that cannot change its reward."""
     names = set(scores)
     if is_gated(weights, scores):
-        names |= {name for name in weights.parts if name != _outcome(role)}
+        names |= weights.parts.keys() - set(_OUTCOMES)
     check_names(role, weights, names)
 
 
 def _outcome(role: str) -> str:
-    return "correct" if role == MAIN else "outcome"
+    return _OUTCOMES[role != MAIN]

@@ -68,7 +68,8 @@ def test_a_missing_score_is_an_error_only_where_it_counts() -> None:
     with pytest.raises(ConfigError, match="does not score 'expert'"):
         trajectory_reward("sub", open_gate(SUB), {"format": 0.0}, 1.0)
     assert trajectory_reward("sub", SUB, {"format": 0.0}, 1.0) == 0.0
-    unpaid = RewardConfig.model_validate({"format": 1.0, "expert": 0.0})
+    unpaid = RewardConfig.model_validate({"format": 1.0, "expert": 0.0, "correct": 0.0})
+    assert trajectory_reward("sub", unpaid, {"format": 0.0}, 1.0) == 0.0
     assert trajectory_reward("sub", unpaid, {"format": 1.0}, 1.0) == 1.0
 
 
@@ -83,7 +84,13 @@ def test_a_missing_score_is_an_error_only_where_it_counts() -> None:
         ("sub", {"outcome": 1.0}, {"format", "expert"}, "set agents.sub.reward.expert (0: known, not paid)"),
         ("main", {"correct": 1.0, "gate": False}, {"format"}, "set agents.main.reward.format (0: known"),
         ("main", {"correct": 1.0}, set(), "set agents.main.reward.gate = false"),
-        ("sub", {"outcome": 1.0}, {"format", "outcome"}, "which is the name of the rollout's outcome"),
+        ("sub", {"outcome": 1.0}, {"format", "outcome"}, "which is a name of the rollout's outcome"),
+        (
+            "sub",
+            {"outcome": 1.0, "correct": 0.0},
+            {"format", "correct"},
+            "which is a name of the rollout's outcome",
+        ),
     ],
 )
 def test_parts_and_scores_are_the_same_names(

@@ -1,9 +1,9 @@
 """A fresh policy for the task: a token-shift decoder and a tokenizer with one token per word.
 
-The learning rate of the warm start falls with the width. One update of Adam changes each weight by about the learning
-rate, and so a product with `width` inputs by width times as much. With 4e-3 at width 96 the attention logits of the
-warm start run away: every head puts all its weight on one place, a softmax has no gradient there, and RL can no longer
-find a rule such as "open what was asked for", only answers by name.
+The learning rate of the warm start falls with the width. One update of Adam changes each weight by about the
+learning rate, and so a product with `width` inputs by width times as much. With 4e-3 at width 96 the attention
+logits of the warm start run away: every head puts all its weight on one place, a softmax has no gradient there,
+and RL can no longer find a rule such as "open what was asked for", only answers by name.
 """
 
 from __future__ import annotations
