@@ -18,7 +18,7 @@ def no_thread_is_left_running() -> Iterator[None]:
     """Servers, clients and renewers that a test opened are closed when it ends."""
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 2.0
+    deadline = time.monotonic() + 30.0
     while left := [t for t in threading.enumerate() if t.name.startswith("mgrpo-") and t not in before]:
         if time.monotonic() > deadline:
             pytest.fail(f"left running: {[thread.name for thread in left]}")

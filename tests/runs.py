@@ -21,13 +21,13 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "mgrpo", *arguments]
 
 
-def train(config: Path, out: Path, *overrides: str, timeout: float = 240) -> str:
+def train(config: Path, out: Path, *overrides: str, timeout: float = 800) -> str:
     """A whole run; returns its output. Fails the test with that output when the run does."""
     sets = [f"--set={o}" for o in overrides]
     return finish(command("train", str(config), "--out", str(out), *sets), timeout)
 
 
-def resume(out: Path, *overrides: str, timeout: float = 240) -> str:
+def resume(out: Path, *overrides: str, timeout: float = 800) -> str:
     return finish(command("train", "--resume", str(out), *[f"--set={o}" for o in overrides]), timeout)
 
 
@@ -58,10 +58,10 @@ def started(
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(30)
+                process.wait(300)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(10)
+                process.wait(60)
         if process.stdout is not None:
             process.stdout.close()
 

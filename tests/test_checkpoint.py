@@ -302,7 +302,7 @@ def test_a_run_on_a_full_disk_says_so_and_can_be_resumed(tmp_path: Path) -> None
     dump_config(load_config(RELAY, sets), RunFolder(out).config)
     with small_disk(out / "agents" / "main" / "checkpoints", "640k") as root:
         with started(command("train", "--resume", str(out))) as process:
-            output, _ = process.communicate(timeout=200)
+            output, _ = process.communicate(timeout=800)
         assert process.returncode == 2, output
         said = output.splitlines()[-1]
         assert "step-00000002" in said and "No space left on device" in said, output

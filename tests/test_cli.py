@@ -40,7 +40,7 @@ def test_help_names_every_command_and_imports_little() -> None:
         "try: main()\n"
         "finally: print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout.strip().endswith("False"), done.stderr
     for command in ("train", "eval", "store", "trainer", "rollout"):
         assert command in done.stdout

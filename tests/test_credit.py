@@ -124,7 +124,7 @@ def test_a_reward_that_does_not_fit_ends_the_run_by_name(
     a rollout that is scored 0."""
     out = tmp_path / "run"
     with started(command("train", config, "--out", str(out), "--set", override)) as process:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=800)
     assert process.returncode == 2 and message in output.splitlines()[-1]
     assert out.exists() == (config == str(RELAY))
     assert not list(out.glob("agents/*/final"))

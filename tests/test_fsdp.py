@@ -75,7 +75,7 @@ def together(folder: Path, alone: Found) -> Found:
     with ExitStack() as stack:
         processes = [stack.enter_context(rank(r, port, str(folder))) for r in range(2)]
         for process in processes:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=800)
             assert process.returncode == 0, output
     found: Found = torch.load(folder / "found.pt", weights_only=True)
     return found
@@ -218,7 +218,7 @@ def test_a_run_with_ranks_survives_the_loss_of_one(recorded: Path, tmp_path: Pat
     with started(command("train", str(RELAY), "--out", str(two), *sets)) as process:
         wait_for(lambda: steps_of(two) >= 3 or process.poll() is not None, "step 3", 150)
         os.kill(ranks_of(two)[1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=800)
     assert process.returncode == 0, output
     assert "trainer-main ended by error" in output and "rank 1 of 2: ended by signal SIGKILL" in output
     assert re.search(r"main: resumed at step [2468]", output), output

@@ -99,7 +99,7 @@ def test_memory_above_the_gradients_is_the_chunk() -> None:
     """A call's peak is its two gradients (40.25 MiB), a chunk of logits (5 MiB) and small change: no second d
     weight, no [T, V] (40 MiB each)."""
     command = [sys.executable, "-c", MEASURE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert 0.0 < float(done.stdout) < 12.0, done.stdout
 
 

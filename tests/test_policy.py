@@ -163,7 +163,7 @@ def test_models_the_fused_loss_cannot_train_are_refused():
 def test_importing_the_package_loads_no_transformers():
     """Neither mgrpo nor mgrpo.model.policy imports transformers."""
     code = "import sys, mgrpo, mgrpo.model.policy; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=600, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["shift", "llama"])
@@ -349,7 +349,7 @@ def test_the_vocabulary_never_exists_for_all_tokens():
         command = [sys.executable, "-m", "bench.bench_head_memory", "--child", kind, "--recompute"]
         command += ["--tokens", "2048", "--layers", "2"]
         done = subprocess.run(
-            command, cwd=Path(__file__).parent.parent, timeout=280, check=True, capture_output=True, text=True
+            command, cwd=Path(__file__).parent.parent, timeout=600, check=True, capture_output=True, text=True
         )
         peaks.append(float(done.stdout))
     assert 0.7 < peaks[0] <= peaks[1] * 1.05  # GB: weights, gradients and optimizer state alone are 0.57

@@ -47,7 +47,7 @@ def test_a_type_checker_sees_the_public_names(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path / "cache"),
          "--config-file", "", "right.py", "wrong.py"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     right = [line for line in done.stdout.splitlines() if line.startswith("right.py")]
     assert not [line for line in right if ": error:" in line], done.stdout
@@ -80,7 +80,7 @@ def test_importing_the_package_warns_of_nothing_and_loads_nothing_heavy() -> Non
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         check=False,
         cwd="/",
     )

@@ -52,7 +52,7 @@ def test_a_full_disk_ends_the_recording_only(tmp_path: Path) -> None:
         [sys.executable, "-c", LIMITED, str(folder)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         cwd=ROOT,
     )

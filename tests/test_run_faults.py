@@ -49,7 +49,7 @@ def test_a_stopped_store_is_named_and_the_run_goes_on(undisturbed: Path, tmp_pat
             wait_for(lambda: any(map(named.search, last_words(out))), "a named error", 40)
         finally:
             os.kill(store, signal.SIGCONT)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=800)
     assert process.returncode == 0, output
     assert "started again" in output
     assert final_weights(out) == final_weights(undisturbed)
@@ -65,7 +65,7 @@ def test_a_part_that_is_stopped_by_hand_comes_back(undisturbed: Path, tmp_path: 
         found = processes_of(out)
         for name in ("store", "trainer-left", "rollout"):
             os.kill(found[name], signal.SIGTERM)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=800)
     assert process.returncode == 0, output
     assert output.count("ended with status 0 before the run was over; started again (restart 1)") == 3, output
     assert final_weights(out) == final_weights(undisturbed)

@@ -44,7 +44,7 @@ def test_a_group_travels_from_worker_to_both_trainers_once(store: StoreServer) -
         fill(worker, "a", index=0)
         worker.flush()
         for trainer, per_group in ((main, [(0, 0), (1, 0)]), (sub, [(1, 0)])):
-            groups = trainer.claim(2, timeout=5)
+            groups = trainer.claim(2, timeout=60)
             assert queries(groups) == ["a", "b"]
             for group in groups:
                 assert [(i.rollout, i.invocation) for i in group.invocations] == per_group
@@ -71,11 +71,11 @@ def test_a_store_restart_keeps_every_acknowledged_record(tmp_path: Path) -> None
     open_group = worker.open_group(query="b", k=2, d_max={}, index=1)
     worker.invocation_done(open_group, 0, role="main", n_tokens=5, versions=(0, 0))
     worker.flush()
-    held = main.claim(1, timeout=5)
+    held = main.claim(1, timeout=60)
     server.close()
     with StoreServer(f"ipc://{tmp_path}/s", path) as server:
         main.apply(0, held)
-        assert queries(sub.claim(1, timeout=5)) == ["a"]
+        assert queries(sub.claim(1, timeout=60)) == ["a"]
         assert [(g.query, g.finished) for g in worker.open_groups(worker="w")] == [("b", [])]
         worker.rollout_final(open_group, 0, reward=0.5, correct=1.0, d_k={"sub": 0}).result(5)
         assert [g.finished for g in worker.open_groups(worker="w")] == [[0]]
@@ -116,9 +116,9 @@ def test_a_worker_that_comes_back_replays_under_a_new_attempt(store: StoreServer
                 old.rollout_final(group, 1, reward=1.0, correct=1.0, d_k={"sub": 1}).result(5)
             new.invocation_done(again, 1, role="main", n_tokens=9)
             new.rollout_final(again, 1, reward=1.0, correct=1.0, d_k={"sub": 0}).result(5)
-        (claimed,) = main.claim(1, timeout=5)
+        (claimed,) = main.claim(1, timeout=60)
         assert [(i.rollout, i.n_tokens) for i in claimed.invocations] == [(0, 1), (1, 9)]
-        (claimed,) = sub.claim(1, timeout=5)
+        (claimed,) = sub.claim(1, timeout=60)
         assert claimed.invocations == []
 
 
@@ -136,7 +136,7 @@ def test_admission_follows_the_slowest_trainer_by_index(store: StoreServer) -> N
         with pytest.raises(RetryAfterError, match="sub"):
             worker.open_group(query="q2", k=2, d_max={}, index=2, timeout=0.1)
         threading.Timer(0.3, lambda: sub.status(version=1, step=0, checkpoint_step=0)).start()
-        assert worker.open_group(query="q2", k=2, d_max={}, index=2, timeout=10).index == 2
+        assert worker.open_group(query="q2", k=2, d_max={}, index=2, timeout=60).index == 2
 
 
 def test_resume_fences_the_zombie_and_returns_what_the_checkpoint_lacks(store: StoreServer) -> None:
@@ -146,15 +146,15 @@ def test_resume_fences_the_zombie_and_returns_what_the_checkpoint_lacks(store: S
         for i in range(2):
             fill(worker, f"q{i}", index=i)
         worker.flush()
-        first = zombie.claim(1, timeout=5)
+        first = zombie.claim(1, timeout=60)
         zombie.apply(0, first)
         zombie.commit(0)
-        second = zombie.claim(1, timeout=5)
+        second = zombie.claim(1, timeout=60)
         zombie.apply(1, second)
         with publish(store.url, "main", version=0, checkpoint_step=0) as heir:
             with pytest.raises(FencedError):
                 zombie.commit(1)
-            assert queries(heir.claim(1, timeout=5)) == ["q1"]
+            assert queries(heir.claim(1, timeout=60)) == ["q1"]
             assert [(t.step, t.query) for t in heir.trained("main")] == [(0, "q0")]
 
 
@@ -172,7 +172,7 @@ def test_failed_rollouts_make_partial_or_dropped_groups_and_admission_replaces_t
         fill(worker, "b", index=1)
         fill(worker, "c", index=2)
         worker.flush()
-        assert queries(main.claim(2, timeout=5)) == ["b", "c"]
+        assert queries(main.claim(2, timeout=60)) == ["b", "c"]
 
 
 def test_reports_and_run_state_reach_whoever_waits(store: StoreServer) -> None:
@@ -180,10 +180,10 @@ def test_reports_and_run_state_reach_whoever_waits(store: StoreServer) -> None:
     with connect(store, "launcher") as launcher, connect(store, "observer") as observer:
         assert observer.reports(after=0) == []
         launcher.report("step", {"loss": 0.5, "role": "main"})
-        (report,) = observer.reports(after=0, timeout=5)
+        (report,) = observer.reports(after=0, timeout=60)
         assert (report.kind, report.payload) == ("step", {"loss": 0.5, "role": "main"})
         threading.Timer(0.2, lambda: launcher.set_control("stopping", "enough")).start()
-        world = observer.wait(not_state="running", timeout=10)
+        world = observer.wait(not_state="running", timeout=60)
         assert (world.control.state, world.control.reason) == ("stopping", "enough")
         with pytest.raises(DeadlineError, match="versions"):
             observer.wait(versions={"main": 3}, timeout=0.3)
@@ -242,14 +242,14 @@ def test_frozen_roles_serve_but_neither_claim_nor_hold_up_admission(
             publish(store.url, "sub") as sub,
             connect(store, "worker") as worker,
         ):
-            assert worker.wait(versions={"main": 0, "sub": 0}, timeout=5).roles[0].role == "sub"
+            assert worker.wait(versions={"main": 0, "sub": 0}, timeout=60).roles[0].role == "sub"
             sub.status(version=1, step=0, checkpoint_step=0)
             group = worker.open_group(query="a", k=2, d_max={}, index=3, timeout=0)
             for rollout in range(2):
                 worker.invocation_done(group, rollout, role="sub", n_tokens=1)
                 worker.rollout_final(group, rollout, reward=0.0, correct=0.0, d_k={"sub": 1})
             worker.flush()
-            assert queries(sub.claim(1, timeout=5)) == ["a"]
+            assert queries(sub.claim(1, timeout=60)) == ["a"]
             with pytest.raises(PeerError, match="not a training role"):
                 main.claim(1, timeout=0.2)
 
@@ -260,11 +260,11 @@ def test_a_claim_that_was_granted_but_not_answered_is_granted_again(store: Store
         fill(worker, "a", index=0)
         fill(worker, "b", index=1)
         worker.flush()
-        first = main.claim(1, timeout=5)
+        first = main.claim(1, timeout=60)
         main._claim_seq -= 1
-        assert queries(main.claim(1, timeout=5)) == queries(first) == ["a"]
+        assert queries(main.claim(1, timeout=60)) == queries(first) == ["a"]
         main._claim_seq -= 1
-        both = main.claim(2, timeout=5)
+        both = main.claim(2, timeout=60)
         assert queries(both) == ["a", "b"]
         main.apply(0, both)
         assert main.stats()["roles"]["main"]["ready"] == 0
@@ -278,6 +278,6 @@ def test_the_embedded_store_works_without_a_port(tmp_path: Path, scheme: str) ->
         with publish(store.url, "sub"), connect(store, "worker") as worker:
             fill(worker, "a", index=0)
             worker.flush()
-            assert queries(main.claim(1, timeout=5)) == ["a"]
+            assert queries(main.claim(1, timeout=60)) == ["a"]
             with pytest.raises(DeadlineError):
                 main.claim(1, timeout=0.2)

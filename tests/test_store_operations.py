@@ -46,8 +46,8 @@ def test_three_nacks_quarantine_a_group_until_it_is_requeued(tmp_path: Path) -> 
             fill(worker, "b", index=1)
             worker.flush()
             for _ in range(3):
-                main.nack(main.claim(1, timeout=5), "log-probs do not match")
-            assert queries(main.claim(1, timeout=5)) == ["b"]
+                main.nack(main.claim(1, timeout=60), "log-probs do not match")
+            assert queries(main.claim(1, timeout=60)) == ["b"]
             shown = from_outside(tmp_path / "s.db", 1)
             assert "groups: 2 sealed" in shown
             assert "role sub: 2 ready" in shown
@@ -56,7 +56,7 @@ def test_three_nacks_quarantine_a_group_until_it_is_requeued(tmp_path: Path) -> 
                 inspect(tmp_path / "s.db")
             mended = RUN.invoke(store_app, ["requeue", "bad", "--url", store.url, "--role", "main"])
             assert mended.output == "bad: ready\n"
-            assert queries(main.claim(1, timeout=5)) == ["bad"]
+            assert queries(main.claim(1, timeout=60)) == ["bad"]
         main.close()
         sub.close()
 
@@ -109,7 +109,7 @@ def test_a_backup_taken_while_running_is_a_store(tmp_path: Path) -> None:
         assert RUN.invoke(store_app, ["backup", str(copy), "--url", store.url]).exit_code == 0
     assert copy.stat().st_mode & 0o077 == 0
     with StoreServer("tcp://127.0.0.1:0", copy) as store, publish(store.url, "main") as main:
-        assert queries(main.claim(1, timeout=5)) == ["a"]
+        assert queries(main.claim(1, timeout=60)) == ["a"]
 
 
 def test_sigterm_ends_a_store_in_order(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_sigterm_ends_a_store_in_order(tmp_path: Path) -> None:
     with running_store(tmp_path) as store:
         publish(store.url, "main").close()
         store.process.send_signal(signal.SIGTERM)
-        assert store.process.wait(10) == 0
+        assert store.process.wait(60) == 0
         wal = tmp_path / "s.db-wal"
         assert not wal.exists() or wal.stat().st_size == 0
         store.start()
@@ -133,7 +133,7 @@ def test_prometheus_can_read_the_numbers(tmp_path: Path) -> None:
         with mgrpo.connect(store.url, role="worker", run=DIGEST) as worker:
             fill(worker, "a", index=0)
             worker.flush()
-            worker.wait(sealed=1, timeout=5)
+            worker.wait(sealed=1, timeout=60)
         store._measured = 0.0
         endpoint = MetricsEndpoint(store.metrics, 0)
         try:

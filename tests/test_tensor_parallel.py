@@ -66,7 +66,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     try:
         context = mp.start_processes(work, args=(str(tmp_path),), nprocs=2, join=False, start_method="spawn")
         assert context is not None
-        assert context.join(timeout=120) or context.join(timeout=1), "the ranks are still at work after 120 s"
+        assert context.join(timeout=600) or context.join(timeout=1), "the ranks are still at work after 600 s"
     finally:
         os.environ.pop("GLOO_SOCKET_IFNAME")
         if previous is not None:

@@ -99,7 +99,7 @@ def test_no_ack_without_commit_and_recovery_when_the_disk_is_back(tmp_path: Path
             for future in futures:
                 future.result(10)
             assert store.counters()["UNAVAILABLE"] > 0
-            assert [g.query for g in main.claim(1, timeout=5)] == ["a"]
+            assert [g.query for g in main.claim(1, timeout=60)] == ["a"]
         main.close()
 
 

@@ -37,13 +37,13 @@ def produce(folder: Path, producers: int, window: int, n: int) -> tuple[int, flo
     taker = start(TAKER, url)
     try:
         each = [start(PRODUCER, url, str(window), str(n), str(RECORD)) for _ in range(producers)]
-        said = [process.communicate(timeout=120)[0].split() for process in each]
-        taken, _ = taker.communicate(timeout=30)
+        said = [process.communicate(timeout=800)[0].split() for process in each]
+        taken, _ = taker.communicate(timeout=800)
     finally:
         for process in (taker, *each):
             if process.poll() is None:
                 process.kill()
-                process.wait(10)
+                process.wait(60)
     return sum(int(count) for count, _ in said), max(float(mb) for _, mb in said), float(taken)
 
 

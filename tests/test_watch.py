@@ -21,7 +21,7 @@ from tests.test_run import free_ports
 
 def output(*arguments: str) -> str:
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+        command(*arguments), capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -106,6 +106,6 @@ def test_no_text_reaches_the_terminal_as_a_command(recorded: Path) -> None:
 def test_mistakes_are_one_line(arguments: list[str], expected: str) -> None:
     """Exit status 2 and a line that says what was expected."""
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        command(*arguments), capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -229,6 +229,6 @@ def test_sigterm_while_rollouts_are_played(tmp_path: Path) -> None:
     with started([sys.executable, "-c", code, str(tmp_path)]) as process:
         assert process.stdout is not None and process.stdout.readline() == "playing\n"
         process.terminate()
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=800)
     assert process.returncode == 0, output
     assert output.splitlines() == ["playing", "cancelled", "cancelled", "left"]
