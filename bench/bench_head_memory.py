@@ -46,7 +46,8 @@ def child(kind: str, tokens: int, layers: int, recompute: bool) -> float:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    vocabulary = {str(i): i for i in range(config.vocab_size)}
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")))
     held = PolicyConfig(attention="varlen", gradient_checkpointing=recompute)
     policy = Policy(LlamaForCausalLM(config), words, "bench", held)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, foreach=True)
