@@ -20,12 +20,12 @@ SHORT = (
 )
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_two_agents_learn_together(tmp_path: Path) -> None:
     """From a valid start, 80 steps lift held-out accuracy by far more than chance could, for both ways of decoding; the
     trainer's log-probs stay the sampler's, and no token is ever re-tokenised."""
     out = tmp_path / "run"
-    train(ATLAS, out, *SHORT, timeout=880)
+    train(ATLAS, out, *SHORT, timeout=1750)
     data = summary(out)
     assert data["valid"], data["gate"]
     warm, final = data["heldout"]["warm"], data["heldout"]["final"]

@@ -80,16 +80,12 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _trajectories(rollout: Rollout) -> list[Trajectory]:
-    return [rollout.main, *(t for role in sorted(rollout.invocations) for t in rollout.invocations[role])]
-
-
 def _head(
     query: str, number: int, place: tuple[int, int], how: tuple[str, str], asked: tuple[str, str],
     rollout: Rollout | None,
 ) -> RolloutHead:  # fmt: skip
     tokens: dict[str, int] = {}
-    for trajectory in _trajectories(rollout) if rollout else []:
+    for trajectory in rollout.trajectories() if rollout else []:
         tokens[trajectory.role] = tokens.get(trajectory.role, 0) + len(trajectory)
     answer = rollout.info.get("answer") if rollout else None
     return RolloutHead(
@@ -123,7 +119,7 @@ def clean(value: object) -> str:
 def _body(rollout: Rollout | None, failure: str, keep: bool) -> RolloutBody:
     if rollout is None:
         return RolloutBody([], {}, clean(failure))
-    return RolloutBody([_record(t, keep) for t in _trajectories(rollout)], dict(rollout.info))
+    return RolloutBody([_record(t, keep) for t in rollout.trajectories()], dict(rollout.info))
 
 
 def _record(trajectory: Trajectory, keep: bool) -> TrajectoryRecord:

@@ -16,7 +16,7 @@ from mgrpo.rollout.attempt import Attempt
 from mgrpo.rollout.episode import Agent, Episode, mix
 from mgrpo.rollout.failure import Failure, Kind, failure_of
 from mgrpo.rollout.task import Question, Task
-from mgrpo.types import Rollout
+from mgrpo.types import Rollout, Trajectory
 
 ATTEMPTS = 3
 
@@ -47,6 +47,10 @@ class Played:
     failure: str = ""
     kind: Kind | None = None  # of the failure
     drift: int = 0
+
+    def trajectories(self) -> list[Trajectory]:
+        """Those of the rollout; none where there is none."""
+        return [] if self.rollout is None else self.rollout.trajectories()
 
 
 def question_of(task: Task, index: int, seed: int) -> Question:

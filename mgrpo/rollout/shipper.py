@@ -143,7 +143,7 @@ class Shipper:
         The store's client lets a rollout's end leave only after its invocations are acknowledged."""
         batch = [work for work in batch if work.group.query not in self._closed]
         written: list[list[tuple[Trajectory, Future[SpoolRef] | None]]] = [
-            [(t, self._append(work.group, t)) for t in _trajectories(work.played.rollout)] for work in batch
+            [(t, self._append(work.group, t)) for t in work.played.trajectories()] for work in batch
         ]
         answers: list[tuple[_Work, Future[Answer]]] = []
         for work, trajectories in zip(batch, written, strict=True):
@@ -215,9 +215,3 @@ class Shipper:
             scores=rollout.main.scores,
             versions=rollout.main.version_span(),
         )
-
-
-def _trajectories(rollout: Rollout | None) -> list[Trajectory]:
-    if rollout is None:
-        return []
-    return [rollout.main, *(t for role in sorted(rollout.invocations) for t in rollout.invocations[role])]
