@@ -170,16 +170,7 @@ class Conversation:
         self.agent.engine.release(self._session)
 
     def trajectory(self) -> Trajectory:
-        """What was said, as arrays. Raises RolloutError where it cannot be trained on."""
-        if not self.closed:
-            raise RolloutError(f"{self._session} was opened and never closed; close() it with its scores")
-        if not any(self._mask):
-            raise RolloutError(
-                f"{self._session} has no sampled token among {len(self)}: nothing of it can be trained"
-            )
-        if not all(map(math.isfinite, self._logprobs)):
-            at = next(i for i, x in enumerate(self._logprobs) if not math.isfinite(x))
-            raise RolloutError(f"{self._session}: the log-prob of token {at} is {self._logprobs[at]}")
+        """What was said so far, as arrays."""
         return Trajectory(
             query=self.query,
             rollout=self.rollout,
@@ -191,6 +182,19 @@ class Conversation:
             versions=np.asarray(self._versions, np.int32),
             scores=dict(self.scores),
         )
+
+    def final_trajectory(self) -> Trajectory:
+        """The whole of it. Raises RolloutError where it cannot be trained on."""
+        if not self.closed:
+            raise RolloutError(f"{self._session} was opened and never closed; close() it with its scores")
+        if not any(self._mask):
+            raise RolloutError(
+                f"{self._session} has no sampled token among {len(self)}: nothing of it can be trained"
+            )
+        if not all(map(math.isfinite, self._logprobs)):
+            at = next(i for i, x in enumerate(self._logprobs) if not math.isfinite(x))
+            raise RolloutError(f"{self._session}: the log-prob of token {at} is {self._logprobs[at]}")
+        return self.trajectory()
 
 
 def unit_score(value: object, what: str) -> float:
@@ -313,13 +317,18 @@ class Episode:
                 f"{self.query}/{self.rollout} has no main trajectory: open({MAIN!r}) was not called"
             )
         (main,) = self._open[MAIN]
-        subs = {r: [c.trajectory() for c in cs] for r, cs in self._open.items() if r != MAIN}
+        subs = {r: [c.final_trajectory() for c in cs] for r, cs in self._open.items() if r != MAIN}
         try:  # as the record will
             msgspec.msgpack.encode(info, enc_hook=str)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise RolloutError(f"info of {self.query}/{self.rollout} cannot be recorded: {error}") from None
         self._finished = Rollout(
-            self.query, self.rollout, main.trajectory(), subs, outcome, info | {"opened_at": self._opened_at}
+            self.query,
+            self.rollout,
+            main.final_trajectory(),
+            subs,
+            outcome,
+            info | {"opened_at": self._opened_at},
         )
         return self._finished
 
