@@ -73,13 +73,11 @@ def test_an_engine_that_nobody_wrote_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_server_holds_one_policy() -> None:
-    """Two policies would replace each other's weights: refused with the address, also where it is written twice."""
+    """Two policies would replace each other's weights: refused with the address, and so is a repeated one."""
     one = 'agents.left.engine={kind="vllm", sync="fs", urls=["http://h:1"]}'
-    with pytest.raises(
-        ConfigError, match=r"urls: http://h:1/? serves '(left|main)' already; a server holds one policy's"
-    ):
+    with pytest.raises(ConfigError, match=r"urls: http://h:1/? already serves the policy of '(left|main)'"):
         load_config(RELAY, [one, 'agents.main.engine={kind="vllm", sync="fs", urls=["http://h:1/"]}'])
-    with pytest.raises(ConfigError, match=r"agents\.left\.engine\.urls: http://h:1 serves 'left' already"):
+    with pytest.raises(ConfigError, match=r"agents\.left\.engine\.urls: http://h:1 stands there 2 times"):
         load_config(RELAY, [one.replace('["http://h:1"]', '["http://h:1", "http://h:1"]')])
     load_config(RELAY, [one, 'agents.main.engine={kind="vllm", sync="fs", urls=["http://h:2"]}'])
 

@@ -24,10 +24,10 @@ class Bare(TrainerProcess):
         self._lanes = []
         self._step = self._begun = self._checkpointed = begun
         self._stop_at = stop_at
-        self._role, self._folder = "main", Path()
+        self._role, self._folder, self._task = "main", Path(), SimpleNamespace(chat=False)  # type: ignore[assignment]
         self._agent = SimpleNamespace(frozen=False, model="folder")  # type: ignore[assignment]
         self._crew = SimpleNamespace(  # type: ignore[assignment]
-            begin=lambda start: begun,
+            begin=lambda start: SimpleNamespace(step=begun, passed_over=()) if begun else None,
             policy=lambda: None,
             alive=lambda: None,
             checkpoint=lambda step: self.events.append(f"checkpoint {step}"),
@@ -58,6 +58,7 @@ class Bare(TrainerProcess):
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test's own signal handlers come back."""
     monkeypatch.setattr("mgrpo.trainer.process.shell_files", lambda policy: {})
+    monkeypatch.setattr("mgrpo.trainer.process.note_cursors", lambda checkpoint, cursors: cursors)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
@@ -75,7 +76,7 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_stop_while_waiting_saves_the_last_step(begun: int, stop_at: int, events: list[str]) -> None:
     """Wherever the loop is when the stop is noticed: the steps since the last checkpoint are saved before it leaves."""
     trainer = Bare(begun, stop_at)
-    trainer._lanes = [lane(resume=lambda checkpoint_step: SimpleNamespace(again=0))]  # type: ignore[list-item]
+    trainer._lanes = [lane(commit=lambda step: 0)]  # type: ignore[list-item]
     trainer.run()
     assert trainer.events == events
 
@@ -90,10 +91,7 @@ def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
     trainer = Bare(0, 7)
     trainer.settle = lambda wait: SimpleNamespace(step=5)  # type: ignore[method-assign]
     trainer._crew.settle = trainer.settle  # type: ignore[method-assign]
-    resume = {"resume": lambda checkpoint_step: SimpleNamespace(again=0)}
-    trainer._lanes = [lane(commit=silent, **resume)]  # type: ignore[list-item]
-    trainer._lanes[0].recorder = SimpleNamespace(keep=lambda saved: None)  # type: ignore[assignment]
-    trainer._lanes[0].spool = SimpleNamespace(truncate=lambda cursor: None)  # type: ignore[assignment]
+    trainer._lanes = [lane(commit=silent)]  # type: ignore[list-item]
     trainer.run()
     assert trainer.events == ["checkpoint 7", "end"]
     trainer._told_to_stop = False
@@ -102,8 +100,14 @@ def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
 
 
 def lane(**store: object) -> SimpleNamespace:
-    hurried = {"hurry": lambda seconds: None}
-    return SimpleNamespace(store=SimpleNamespace(**hurried, **store), check=lambda: None)
+    usual = {"hurry": lambda seconds: None, "resume": lambda checkpoint_step: SimpleNamespace(again=0)}
+    return SimpleNamespace(
+        role="main",
+        store=SimpleNamespace(**usual, **store),
+        spool=SimpleNamespace(truncate=lambda cursor: None, segments=lambda: [1], path=Path()),
+        recorder=SimpleNamespace(begin=lambda step: None, keep=lambda saved: None),
+        check=lambda: None,
+    )
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint() -> None:
