@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from mgrpo.cli.parts import RunFolder
 from mgrpo.cli.processes import Supervisor
 from mgrpo.config import load_config
 from mgrpo.model.policy import Policy, load_policy
+from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.rollout.engine import Engine, Generation, SamplingParams
 from mgrpo.rollout.engines import open_sync
 from mgrpo.rollout.hf import HfEngine
 from mgrpo.rollout.replicas import Replicas
 from mgrpo.rollout.server import VllmServer
 from mgrpo.rollout.vllm import VllmEngine
+from mgrpo.types import version_label
 from mgrpo.weights import Weights
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +92,7 @@ class Served:
             Replicas([self.server], way, timeout=START_SECONDS, max_length=LENGTH, say=self.said.append),
             way,
             name="SmolLM2",
-            vocab_size=49152,
+            vocabulary=Vocabulary(AutoTokenizer.from_pretrained(MODEL), 49152, "SmolLM2"),
             max_length=LENGTH,
             patience=START_SECONDS,
         )
@@ -111,9 +114,14 @@ class Served:
         self.do(self.bring(data))
         return self.version
 
+    @property
+    def label(self) -> str:
+        """Of the version that was brought last."""
+        return version_label("main", 1, self.version)
+
     async def bring(self, data: bytes) -> None:
         self.version += 1
-        await self.engine.load(Weights(f"e1.v{self.version}", self.version, data), self.version)
+        await self.engine.load(Weights(self.label, self.version, data), self.version)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         return self.do(generate(self.engine, prompts, params))

@@ -125,7 +125,7 @@ def test_an_update_shows_in_the_output_and_in_the_label_and_is_undone_exactly(
     after = live.generate(asked, GREEDY)
     assert [o.token_ids.tolist() for o in after] != [o.token_ids.tolist() for o in before]
     assert {int(v) for o in after for v in o.versions} == {version}
-    assert str(live.do(held_label(live.server))) == f"e1.v{version}"
+    assert str(live.do(held_label(live.server))) == live.label
     assert_greedy_agrees(live, changed)
     version = live.load(start)
     restored = live.one_by_one(asked, GREEDY)
@@ -221,7 +221,7 @@ def test_a_killed_server_is_named_started_again_and_brought_up_to_date(
     assert any(
         "engine-main-0 ended by signal SIGKILL; started again (restart 1)" in line for line in live.said
     )
-    assert f"{live.url} is back, with weights e1.v{version}" in live.said
+    assert f"{live.url} is back, with weights {live.label}" in live.said
     assert out.versions.tolist() == [version] * 200
     assert out.token_ids[:32].tolist() == expected.token_ids.tolist()
 
