@@ -144,7 +144,7 @@ def served(
     """Started; its processes are gone when the block ends. arguments: of the server, beside those of the launcher."""
     made = Served(folder, sync, dtype, main, arguments)
     try:
-        with made.children, made.run.sockets():
+        with made.children, made.run.sockets(made.config):
             yield made
     finally:
         made.loop.run_until_complete(made.engine.close())
