@@ -149,7 +149,7 @@ def test_a_request_across_an_update_has_tokens_of_both(
         await live.bring(data)
         return await task
 
-    for seconds in (0.6, 1.5, 4.0, 10.0, 0.2):  # how far the server gets in that time is the machine's matter
+    for seconds in (0.6, 0.2, 0.0, 1.5, 4.0):  # how far the server gets in that time is the machine's matter
         was = live.load(start)
         out = live.do(interrupted(seconds))
         now = live.version
