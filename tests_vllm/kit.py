@@ -86,7 +86,7 @@ class Served:
         self.loop = asyncio.new_event_loop()
         arguments = ["engine", str(path), "--agent", "main", "--replica", "0", "--out", str(self.run.root)]
         self.children.start("engine-main-0", arguments, healthy=START_SECONDS)
-        way = open_sync(self.config, "main", self.run.weights / "main")
+        self.way = way = open_sync(self.config, "main", self.run.weights / "main")
         self.server = VllmServer(self.url, START_SECONDS)
         self.engine = VllmEngine(
             Replicas([self.server], way, timeout=START_SECONDS, max_length=LENGTH, say=self.said.append),
@@ -118,6 +118,11 @@ class Served:
     def label(self) -> str:
         """Of the version that was brought last."""
         return version_label("main", 1, self.version)
+
+    async def place(self, data: bytes) -> None:
+        """Make the next version ready, so that a bring() of the same data only updates the server."""
+        version = self.version + 1
+        await self.way.prepare(Weights(version_label("main", 1, version), version, data))
 
     async def bring(self, data: bytes) -> None:
         self.version += 1

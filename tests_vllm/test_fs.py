@@ -135,9 +135,6 @@ def test_an_update_shows_in_the_output_and_in_the_label_and_is_undone_exactly(
     assert {int(v) for o in restored for v in o.versions} == {version}
 
 
-@pytest.mark.xfail(
-    reason="open fault: the server is paused only once the request has ended, so all tokens are old"
-)
 def test_a_request_across_an_update_has_tokens_of_both(
     live: Served, policy: Policy, changed: Policy, start: bytes
 ) -> None:
@@ -154,6 +151,7 @@ def test_a_request_across_an_update_has_tokens_of_both(
 
     for seconds in (0.6, 0.2, 0.0, 1.5, 4.0):  # how far the server gets in that time is the machine's matter
         was = live.load(start)
+        live.do(live.place(data))  # written beside a busy server it takes longer than the request
         out = live.do(interrupted(seconds))
         now = live.version
         split = int((out.versions == was).sum())
