@@ -23,12 +23,13 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from bench.common import Report, interleave, parser, ratio
+from mgrpo.engines.base import Generation, SamplingParams
+from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.model.chat import ChatFormat
 from mgrpo.model.policy import Policy, load_policy, load_state_bytes, state_bytes
 from mgrpo.model.shift_decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
-from mgrpo.rollout.engine import Generation, SamplingParams
-from mgrpo.rollout.hf import HfEngine
-from mgrpo.trainer.step import MicroBatch, logprobs_of
+from mgrpo.trainers.base import MicroBatch
+from mgrpo.trainers.torch.learner import logprobs_of
 
 PROMPT, NEW = 20, 40
 ROWS = 96
@@ -184,7 +185,7 @@ def language_model(report: Report, rounds: int, path: str) -> None:
     report.figure("greedy replies that differ from generate's", differing, "of 50", at_most=0)
     sampled = replies(prompts, SamplingParams(CHAT_NEW, 1.0))
     batch = _batch(prompts, sampled)
-    difference = (logprobs_of(ours, batch, 1.0) - batch.live().rollout_logprobs).abs().max()
+    difference = (logprobs_of(ours, batch, 1.0) - batch.active().rollout_logprobs).abs().max()
     report.figure("log-probs, engine against trainer", float(difference), "nats", at_most=1e-4)
 
     params = SamplingParams(CHAT_NEW, 1.0)

@@ -22,15 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.common import Report, parser
-from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.config import RunConfig
+from mgrpo.pipeline.replay import Replayer
+from mgrpo.pipeline.step_record import StepRecorder
 from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.record.schema import RolloutBody
 from mgrpo.record.segments import SegmentWriter
-from mgrpo.trainer.checkpoint import Checkpoint, step_folders, step_of
-from mgrpo.trainer.record import StepRecorder
-from mgrpo.trainer.replay import Replayer
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.trainers.base import Checkpoint
+from mgrpo.trainers.torch.checkpoint import step_folders, step_of
 from mgrpo.types import MAIN, Rollout, Trajectory
 from tests.runs import ROOT, final_weights, train
 

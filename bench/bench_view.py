@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from bench.common import Report, parser
-from mgrpo.cli.viewdata import RunView
-from mgrpo.cli.viewer import export
+from mgrpo.view.data import RunView
+from mgrpo.view.server import export
 from tests.big_run import multiply
 from tests.browser import MISSING, browser
 from tests.runs import RELAY, train

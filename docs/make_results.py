@@ -24,8 +24,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from mgrpo.cli.summary import series
 from mgrpo.metrics import read_metrics
+from mgrpo.run.summary import series
 
 DOCS = Path(__file__).parent
 CLOSE = 0.03  # accuracies that differ by less are called as good as each other

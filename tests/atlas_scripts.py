@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mgrpo.rollout.engine import Engine, Generation, SamplingParams
-from mgrpo.rollout.episode import Agent
+from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.environments.episode import Agent
 from mgrpo.tasks.atlas.facts import NONE
 from mgrpo.tasks.atlas.protocol import vocabulary
 from mgrpo.tasks.atlas.questions import plan_of
@@ -69,7 +69,7 @@ def scripted(role: str, script: Script, max_length: int = 64) -> Agent:
 def gold_main(said: list[str]) -> str:
     """Follows the plan innermost first and answers with the last result."""
     question = " ".join(said[1 : said.index("<go>")])
-    from mgrpo.rollout.task import Question
+    from mgrpo.environments.task import Question
 
     plan = plan_of(Question(question, ""))
     results = [said[i + 1] for i, word in enumerate(said) if word == "<res>"]

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from mgrpo.cli.ranks import as_rank
 from mgrpo.config import RunConfig, load_config
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.model.policy import Policy, state_of
-from mgrpo.trainer.crew import Crew
-from mgrpo.trainer.ranks import Ranks
-from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch
+from mgrpo.run.torchrun import as_rank
+from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.torch.learner import Learner
+from mgrpo.trainers.torch.ranks import Ranks
+from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.models import tiny_model, tiny_policy, tiny_tokenizer
 from tests.rows import ROWS, rows_of
 from tests.runs import RELAY
@@ -77,18 +78,18 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state_of(policy.model).items()}
 
 
-def train(crew: Crew, start: Path, last: int = STEPS, save: bool = False) -> dict[str, Any]:
-    """From where the crew's checkpoint stands up to `last`: metrics of each step, weights before and after all."""
-    checkpoint = crew.begin(start)
+def train(trainer: TorchTrainer, start: Path, last: int = STEPS, save: bool = False) -> dict[str, Any]:
+    """From where the trainer's checkpoint stands up to `last`: metrics of each step, weights before and after all."""
+    checkpoint = trainer.load(start)
     step = checkpoint.step if checkpoint else 0
-    found: dict[str, Any] = {"from": step, "before": weights(crew.policy()), "metrics": []}
+    found: dict[str, Any] = {"from": step, "before": weights(trainer.gathered()), "metrics": []}
     while step < last:
-        found["metrics"].append(crew.train(batches_of(step), recompute_old=step % 2 == 1))
+        found["metrics"].append(trainer.train(batches_of(step), recompute_old=step % 2 == 1))
         step += 1
         if save and step == MIDDLE:
-            crew.checkpoint(step)  # written while the next steps are taken
-    crew.settle(wait=True)
-    return found | {"after": weights(crew.policy())}
+            trainer.save(step)  # written while the next steps are taken
+    trainer.saved(wait=True)
+    return found | {"after": weights(trainer.gathered())}
 
 
 def gradient(
@@ -101,12 +102,12 @@ def gradient(
         lambda *_: seen.extend(whole(p.grad).clone() for p in policy.parameters() if p.grad is not None)
     )
     learner = Learner(policy, optimizer, GrpoLossConfig(), 1e9, ranks=ranks)
-    learner.step(batch.share(ranks.rank, ranks.size))
+    learner.step(batch.shard(ranks.rank, ranks.size))
     return seen
 
 
 def main(folder: Path) -> None:
-    from mgrpo.trainer.shard import ShardedPolicy, whole_tensor
+    from mgrpo.trainers.torch.shard import ShardedPolicy, whole_tensor
 
     with Ranks(2) as ranks:
         found: dict[str, Any] = {}
@@ -115,12 +116,12 @@ def main(folder: Path) -> None:
         lives += [(f"resumed/{v}", v, f"two/{v}", False) for v in VARIANTS]
         lives += [(f"from one/{v}", v, f"one/{v}", False) for v in VARIANTS]
         for name, variant, place, save in lives:
-            crew = Crew(config_of(variant, 2), "main", folder / place, ranks)
-            if ranks.leads:
-                found[name] = train(crew, start_of(folder, variant), save=save)
-                crew.end()
+            trainer = TorchTrainer(config_of(variant, 2), "main", folder / place, ranks)
+            if ranks.is_main:
+                found[name] = train(trainer, start_of(folder, variant), save=save)
+                trainer.close()
             else:
-                crew.follow()
+                trainer.run_commands()
         for kind in ("shift", "llama"):
             for number, parts in enumerate(CUTS):
                 policy = ShardedPolicy(tiny_policy(kind), ranks)  # type: ignore[arg-type]
@@ -130,7 +131,7 @@ def main(folder: Path) -> None:
             found[f"gradient/{kind}/padded"] = gradient(
                 ShardedPolicy(policy, ranks), batch, ranks, whole_tensor
             )
-        if ranks.leads:
+        if ranks.is_main:
             torch.save(found, folder / "found.pt")
 
 

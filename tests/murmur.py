@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mgrpo.rollout.episode import Chat, Episode
-from mgrpo.rollout.task import Question, Split, Task
+from mgrpo.environments.episode import Chat, Episode
+from mgrpo.environments.task import Question, Split, Task
 from mgrpo.types import Rollout
 
 

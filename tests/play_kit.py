@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
-from mgrpo.rollout.engine import Engine, Generation, SamplingParams
-from mgrpo.rollout.episode import Agent, Episode
-from mgrpo.rollout.play import Ask, Played, play
-from mgrpo.rollout.task import Question, Split, Task
+from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.environments.episode import Agent, Episode
+from mgrpo.environments.task import Question, Split, Task
+from mgrpo.pipeline.play import Ask, Played, play
 from mgrpo.types import Rollout
 
 ASK = Ask("q", Question("q", "a"), 0)

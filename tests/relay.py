@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mgrpo.environments.episode import Agent, Episode
+from mgrpo.environments.task import GateReport, Question, Split, Task
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.policy import save_policy
-from mgrpo.rollout.episode import Agent, Episode
-from mgrpo.rollout.task import GateReport, Question, Split, Task
 from mgrpo.types import Rollout
 from tests.models import tiny_policy
 

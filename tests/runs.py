@@ -125,7 +125,7 @@ def kill(out: Path, name: str) -> None:
 
 def leftovers(out: Path) -> list[str]:
     """Processes, sockets and locks that a run left behind."""
-    from mgrpo.cli.parts import RunFolder
+    from mgrpo.run.folder import RunFolder
 
     sockets = RunFolder(out).socket_folder
     left = [f"process {name} ({pid})" for name, pid in processes_of(out).items()]

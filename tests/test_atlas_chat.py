@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.environments.episode import Agent, Episode
+from mgrpo.environments.loader import load_task
+from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError
-from mgrpo.rollout.engine import Engine, Generation, SamplingParams
-from mgrpo.rollout.episode import Agent, Episode
-from mgrpo.rollout.task import Question
-from mgrpo.tasks import load_task
 from mgrpo.tasks.atlas.chat import AtlasChatTask
 from mgrpo.tasks.atlas.chat_calls import MAX_VALUE, TOOLS, parse, render
 from mgrpo.tasks.atlas.questions import plan_of

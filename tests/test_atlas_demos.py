@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mgrpo.rollout.episode import Conversation, Episode
-from mgrpo.rollout.task import Question
+from mgrpo.environments.episode import Conversation, Episode
+from mgrpo.environments.task import Question
 from mgrpo.tasks.atlas.facts import NONE, RELATIONS, entities
 from mgrpo.tasks.atlas.play import play_sub
 from mgrpo.tasks.atlas.protocol import Call, parse_main, parse_sub, vocabulary

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mgrpo.config import config_digest, load_config
-from mgrpo.rollout.episode import Agent
-from mgrpo.rollout.task import GateReport
+from mgrpo.environments.episode import Agent
+from mgrpo.environments.task import GateReport
 from mgrpo.tasks.atlas.task import AtlasTask
 from tests.atlas_scripts import Script, Words, gold_main, gold_sub, scripted
 
@@ -75,8 +75,8 @@ def test_half_a_plan_scores_between() -> None:
 def test_built_policies_play_and_fail_the_gate(tmp_path: Path) -> None:
     """Fresh policies load from their folders, speak the task's vocabulary, and are no valid start."""
     pytest.importorskip("transformers")
+    from mgrpo.engines.hf.engine import HfEngine
     from mgrpo.model.policy import load_policy
-    from mgrpo.rollout.hf import HfEngine
 
     agents: dict[str, Agent] = {}
     for i, role in enumerate(TASK.roles):

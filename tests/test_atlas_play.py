@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mgrpo.environments.episode import Agent, Conversation, Episode
+from mgrpo.environments.loader import load_task
+from mgrpo.environments.task import Question, Task
 from mgrpo.errors import ConfigError
-from mgrpo.rollout.episode import Agent, Conversation, Episode
-from mgrpo.rollout.task import Question, Task
-from mgrpo.tasks import load_task
 from mgrpo.tasks.atlas.facts import entities
 from mgrpo.tasks.atlas.play import Finding, play_sub
 from mgrpo.tasks.atlas.protocol import Call, parse_main, parse_sub, vocabulary

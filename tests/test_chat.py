@@ -11,10 +11,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.environments.episode import Agent, Chat, Episode
 from mgrpo.errors import ConfigError
 from mgrpo.model.chat import ChatFormat
-from mgrpo.rollout.engine import Engine, Generation, SamplingParams
-from mgrpo.rollout.episode import Agent, Chat, Episode
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mgrpo.cli.launch import start
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ChatError, ConfigError
 from mgrpo.model.chat import ChatFormat
@@ -20,6 +19,7 @@ from mgrpo.model.chat_check import ChatUse, check_chat
 from mgrpo.model.folder import check_chat_folder, check_folder
 from mgrpo.model.policy import Policy, load_policy, save_policy
 from mgrpo.model.shell import policy_from_shell, shell_files, tokenizer_from_shell
+from mgrpo.run.launch import start
 from tests.chat_templates import COHERE, GLM4, GPT_OSS, LLAMA3, MISTRAL, QWEN3, QWEN25, Family
 from tests.test_chat import CHATML, chat_with, tokenizer
 from tests.test_chat_templates import CALL, NEXT, RESULT, SYSTEM, TOOLS, USER, encode

@@ -15,14 +15,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mgrpo.cli.parts import RunFolder
 from mgrpo.config import dump_config, load_config
 from mgrpo.errors import CheckpointError, CorruptionError
 from mgrpo.model.policy import Policy
+from mgrpo.pipeline.trainer_loop import TrainerLoop
+from mgrpo.run.folder import RunFolder
 from mgrpo.spool import Meta, Spool
-from mgrpo.trainer import checkpoint
-from mgrpo.trainer.checkpoint import (
-    Checkpoint,
+from mgrpo.trainers.base import Checkpoint
+from mgrpo.trainers.torch import checkpoint
+from mgrpo.trainers.torch.checkpoint import (
     CheckpointWriter,
     latest_checkpoint,
     note_cursors,
@@ -31,7 +32,6 @@ from mgrpo.trainer.checkpoint import (
     save_checkpoint,
     snapshot,
 )
-from mgrpo.trainer.process import TrainerProcess
 from tests.models import tiny_policy
 from tests.runs import RELAY, command, leftovers, resume, started, steps_of, summary
 
@@ -187,7 +187,7 @@ def test_tokens_are_kept_for_the_oldest_checkpoint(tmp_path: Path) -> None:
 
 
 class Committed:
-    """A lane's store: every group of the steps up to a commit is committed, two groups a step."""
+    """A role stream's store: every group of the steps up to a commit is committed, two groups a step."""
 
     def commit(self, *, step: int) -> int:
         return 2 * (step + 1)
@@ -201,8 +201,9 @@ def test_a_trainer_cuts_its_spool_for_the_oldest_checkpoint(tmp_path: Path) -> N
         spool.append(Meta(f"{index}", 0, "main", 0, 0, index, {}, 1), bytes(13))
     kept: list[int] = []
     recorder = SimpleNamespace(keep=lambda c: kept.append(c.step))
-    trainer = object.__new__(TrainerProcess)
-    trainer._lanes = [SimpleNamespace(role="main", spool=spool, store=Committed(), recorder=recorder)]  # type: ignore[list-item]
+    trainer = object.__new__(TrainerLoop)
+    trainer._trainer = SimpleNamespace(note_cursors=note_cursors)  # type: ignore[assignment]
+    trainer._streams = [SimpleNamespace(role="main", spool=spool, store=Committed(), recorder=recorder)]  # type: ignore[list-item]
 
     def left() -> int:
         return min(index for index in range(20) if (f"{index}", 0, 0, 0) in spool._index)
@@ -232,12 +233,12 @@ def test_steps_go_on_while_bytes_are_written(tmp_path: Path, monkeypatch: pytest
     try:
         for step in (3, 4):
             advance(policy, optimizer, step)
-        assert writer.settle(wait=False) is None and latest_checkpoint(tmp_path) is None
+        assert writer.saved(wait=False) is None and latest_checkpoint(tmp_path) is None
     finally:
         go_on.set()
-        saved = writer.settle(wait=True)
+        saved = writer.saved(wait=True)
     assert saved == latest_checkpoint(tmp_path) == Checkpoint(tmp_path / "step-00000003", 3)
-    assert writer.settle(wait=True) is None
+    assert writer.saved(wait=True) is None
     other, other_optimizer = trained(1, 0)
     restore_checkpoint(saved, other, other_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(expected, weights(other), strict=True))

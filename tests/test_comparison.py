@@ -15,11 +15,11 @@ import pytest
 
 from mgrpo.cli.comparison import jobs, verdict
 from mgrpo.cli.comparison.variants import COTRAIN, WARM, Variant, chosen, scores, variants
-from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.config import load_config
 from mgrpo.errors import ConfigError
+from mgrpo.pipeline.replay import Replayer
 from mgrpo.record.reader import Recording
-from mgrpo.trainer.replay import Replayer
+from mgrpo.run.folder import RunFolder, recorded_run
 from tests.runs import RELAY, ROOT, command, finish
 
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"

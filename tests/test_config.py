@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.cli.parts import run_params
 from mgrpo.config import config_digest, dump_config, load_config
 from mgrpo.errors import ConfigError
+from mgrpo.run.processes import run_params
 
 ROOT = Path(__file__).parent.parent
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"

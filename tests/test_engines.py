@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgrpo.config.addresses import Addresses
+from mgrpo.addresses import Addresses
 from mgrpo.config.load import load_config
+from mgrpo.engines.base import Generation, SamplingParams
+from mgrpo.engines.hf.engine import HfEngine
+from mgrpo.engines.registry import open_engine, open_sync
+from mgrpo.engines.vllm.engine import VllmEngine
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import state_bytes
 from mgrpo.model.shell import shell_files
-from mgrpo.rollout.engine import Generation, SamplingParams
-from mgrpo.rollout.engines import open_engine, open_sync
-from mgrpo.rollout.hf import HfEngine
-from mgrpo.rollout.vllm import VllmEngine
 from mgrpo.weights import Weights
 from tests.fake_vllm import FakeVllm, token
 from tests.models import tiny_policy

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mgrpo.engines.base import Generation, SamplingParams
+from mgrpo.environments.episode import Agent, Conversation, Episode
 from mgrpo.errors import ContextOverflowError, RolloutError
-from mgrpo.rollout.engine import Generation, SamplingParams
-from mgrpo.rollout.episode import Agent, Conversation, Episode
 from mgrpo.types import Rollout
 from tests.play_kit import SlowEngine, one_turn, played, team
 from tests.test_tokens import STARTS, tokenizer

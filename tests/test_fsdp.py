@@ -15,15 +15,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import save_policy
+from mgrpo.pipeline.batch import merge_streams
+from mgrpo.pipeline.replay import Replayer
 from mgrpo.record.reader import Recording
-from mgrpo.trainer.batch import joined
-from mgrpo.trainer.crew import Crew
-from mgrpo.trainer.ranks import Ranks
-from mgrpo.trainer.replay import Replayer
-from mgrpo.trainer.step import MiniBatch
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.trainers.base import MiniBatch
+from mgrpo.trainers.torch.ranks import Ranks
+from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.fsdp_ranks import CUTS, MIDDLE, TOKENS, VARIANTS, config_of, cut, gradient, padded, start_of, train
 from tests.models import tiny_policy
 from tests.rows import rows_of
@@ -63,8 +63,8 @@ def alone(folder: Path) -> Found:
     """One process trains every variant and leaves a checkpoint of the middle."""
     found = {}
     for variant in VARIANTS:
-        crew = Crew(config_of(variant, 1), "main", folder / "one" / variant, Ranks())
-        found[variant] = train(crew, start_of(folder, variant), save=True)
+        trainer = TorchTrainer(config_of(variant, 1), "main", folder / "one" / variant, Ranks())
+        found[variant] = train(trainer, start_of(folder, variant), save=True)
     return found
 
 
@@ -119,10 +119,12 @@ def test_a_checkpoint_fits_any_number_of_ranks(
     bound = 1e-5 if variant != "last" else 2e-3
     two = together[f"from one/{variant}"]
     one = train(
-        Crew(config_of(variant, 1), "main", folder / "two" / variant, Ranks()), start_of(folder, variant)
+        TorchTrainer(config_of(variant, 1), "main", folder / "two" / variant, Ranks()),
+        start_of(folder, variant),
     )
     again = train(
-        Crew(config_of(variant, 1), "main", folder / "one" / variant, Ranks()), start_of(folder, variant)
+        TorchTrainer(config_of(variant, 1), "main", folder / "one" / variant, Ranks()),
+        start_of(folder, variant),
     )
     assert one["from"] == two["from"] == again["from"] == MIDDLE
     assert furthest(one["before"], together[f"resumed/{variant}"]["before"]) == 0.0
@@ -199,10 +201,10 @@ def test_the_batcher_deals_a_step_out_to_the_ranks(recorded: Path) -> None:
             batch, whole = replayer._build(role, 1, body)
             assert batch is not None and whole
             parts.append(batch)
-        return joined(parts)
+        return merge_streams(parts)
 
     for one, two in zip(step(1), step(2), strict=True):
-        shares = [two.share(rank, 2) for rank in range(2)]
+        shares = [two.shard(rank, 2) for rank in range(2)]
         assert one.denominator == two.denominator == shares[1].denominator
         assert len(shares[0].micro) == len(shares[1].micro) > 1
         assert rows(one) == rows(two) == sorted(rows(shares[0]) + rows(shares[1]))

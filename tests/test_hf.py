@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from mgrpo.engines.base import Generation, SamplingParams
+from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.model.policy import Policy, save_policy, state_bytes, state_of
-from mgrpo.rollout.engine import Generation, SamplingParams
-from mgrpo.rollout.hf import HfEngine
 from tests.models import VOCAB, tiny_policy
 
 RNG = np.random.default_rng(0)

@@ -9,12 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORDER = [
     *("_C", "kernels"),
-    *("errors", "files", "types", "metrics", "config"),
+    *("errors", "files", "types", "metrics", "addresses", "plugins", "config"),
     *("ops", "alignment", "credit"),
     *("batcher", "transport"),
-    *("model", "weights", "spool", "store", "record", "rollout"),
-    *("trainer",),
-    *("tasks", "integrations"),
+    *("model", "weights", "spool", "store", "record"),
+    *("engines", "environments", "trainers"),
+    *("pipeline",),
+    *("tasks",),
+    *("run", "view"),
     *("cli", "__main__"),
 ]
 LEVEL = {name: level for level, name in enumerate(ORDER)}

@@ -28,7 +28,8 @@ from mgrpo.model.policy import (
     trained_state,
 )
 from mgrpo.model.shell import policy_from_shell, shell_files
-from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch, logprobs_of
+from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 
 RANK, ALPHA = 3, 12.0
@@ -208,7 +209,7 @@ def test_adapters_learn(dtype: str) -> None:
     assert all(p.dtype == torch.float32 for p in policy.parameters())
     batch = micro_batch()
     batch.advantages = batch.advantages.abs() + 0.5
-    batch.rollout_logprobs[:, 1:][batch.live().mask] = before = logprobs_of(policy, batch, 1.0)
+    batch.rollout_logprobs[:, 1:][batch.active().mask] = before = logprobs_of(policy, batch, 1.0)
     learner = Learner(policy, torch.optim.AdamW(policy.parameters(), lr=0.02), GrpoLossConfig(), 1.0)
     for _ in range(5):
         learner.step(MiniBatch([batch], 4.0))

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mgrpo.cli import monitor as module
-from mgrpo.cli.monitor import Monitor, Outcome
-from mgrpo.cli.parts import RunFolder
-from mgrpo.cli.progress import Display
-from mgrpo.cli.reports import every_report
 from mgrpo.config import load_config
 from mgrpo.metrics import read_metrics
+from mgrpo.run import monitor as module
+from mgrpo.run.folder import RunFolder
+from mgrpo.run.monitor import Monitor, Outcome
+from mgrpo.run.progress import Display
+from mgrpo.run.reports import every_report
 from mgrpo.store.records import Control, Reported, World
 from tests.runs import RELAY, summary
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
+from mgrpo.environments.episode import Episode
+from mgrpo.environments.failure import shortened
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.rollout.episode import Episode
-from mgrpo.rollout.failure import shortened
-from mgrpo.rollout.play import ATTEMPTS, Played, evaluate, play_all
+from mgrpo.pipeline.play import ATTEMPTS, Played, evaluate, play_all
 from mgrpo.types import Rollout
 from tests.play_kit import ASK, GivenTask, SlowEngine, one_turn, played, team
 
@@ -190,7 +190,7 @@ def test_the_place_is_in_the_tasks_code() -> None:
 
 
 def _broken_assertion() -> None:
-    scope = {"__name__": "mgrpo.rollout.episode"}
+    scope = {"__name__": "mgrpo.environments.episode"}
     exec("def check():\n    assert False, 'our own'", scope)
     scope["check"]()  # type: ignore[operator]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from tests.test_step import denominator_of, relative
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from mgrpo.config.loss import GrpoLossConfig
@@ -27,10 +28,10 @@ from mgrpo.model.policy import (
     state_of,
     trained_state,
 )
-from mgrpo.trainer.step import Learner, MiniBatch
+from mgrpo.trainers.base import MiniBatch
+from mgrpo.trainers.torch.learner import Learner
 from tests.models import VOCAB, tiny_model, tiny_policy, tiny_tokenizer
 from tests.rows import ROWS, rows_of
-from tests.test_step import denominator_of, relative
 
 IDS = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.cli.parts import RunFolder
-from mgrpo.cli.viewdata import RunView
 from mgrpo.config import dump_config, load_config
 from mgrpo.config.run import RecordConfig
+from mgrpo.pipeline import step_record as trainer_record
+from mgrpo.pipeline.step_record import StepRecorder
 from mgrpo.record import segments
 from mgrpo.record.notes import Notes, read_notes
 from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.record.segments import SegmentReader
 from mgrpo.record.writer import RecordWriter
-from mgrpo.trainer import record as trainer_record
-from mgrpo.trainer.checkpoint import Checkpoint
-from mgrpo.trainer.record import StepRecorder
+from mgrpo.run.folder import RunFolder
+from mgrpo.trainers.base import Checkpoint
+from mgrpo.view.data import RunView
 from tests.runs import RELAY, ROOT, command, finish, leftovers, steps_of, summary
 from tests.test_checkpoint import small_disk
 from tests.test_record import rollout

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.cli.replay import replay_run
+from mgrpo.pipeline.batch import StepBatch, merge_streams
+from mgrpo.pipeline.replay import DIFFERS, EQUAL, UNKNOWN, Replayer, Stage
 from mgrpo.record.notes import Notes
 from mgrpo.record.reader import Recording
 from mgrpo.record.schema import RolloutBody, RolloutHead, StepBody, StepHead
 from mgrpo.record.segments import SegmentWriter
-from mgrpo.trainer.batch import StepBatch, joined
-from mgrpo.trainer.replay import DIFFERS, EQUAL, UNKNOWN, Replayer, Stage
-from mgrpo.trainer.step import MiniBatch
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.trainers.base import MiniBatch
 from tests.runs import RELAY, final_weights, resume, train
 
 STAGES = ["reward", "advantage", "alignment", "batch", "loss"]
@@ -334,6 +334,6 @@ def test_denominators_of_shared_minibatches_add_up() -> None:
         batches = [MiniBatch([m], d) for m, d in zip(micro, denominators, strict=True)]  # type: ignore[list-item]
         return StepBatch(0, [], [], [], batches, {})
 
-    first, second = joined([step(["a", "b"], (2.0, 3.0)), step(["c", "d"], (5.0, 7.0))])
+    first, second = merge_streams([step(["a", "b"], (2.0, 3.0)), step(["c", "d"], (5.0, 7.0))])
     assert (first.micro, first.denominator) == (["a", "c"], 7.0)
     assert (second.micro, second.denominator) == (["b", "d"], 10.0)

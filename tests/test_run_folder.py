@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.cli import launch
-from mgrpo.cli.lock import is_locked, take_lock
-from mgrpo.cli.parts import RunFolder, run_params
-from mgrpo.cli.viewdata import RunView
 from mgrpo.config import check_same_run, dump_config, load_config
 from mgrpo.errors import ConfigError
+from mgrpo.run import launch
+from mgrpo.run.folder import RunFolder
+from mgrpo.run.lock import is_locked, take_lock
+from mgrpo.run.processes import run_params
 from mgrpo.store.server import StoreServer
+from mgrpo.view.data import RunView
 from tests.runs import RELAY, wait_for
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from mgrpo.environments.episode import Episode
 from mgrpo.errors import DeadlineError, PeerError
-from mgrpo.rollout.episode import Episode
-from mgrpo.rollout.play import Ask, Played
-from mgrpo.rollout.shipper import Shipper
+from mgrpo.pipeline.play import Ask, Played
+from mgrpo.pipeline.shipper import Shipper
 from mgrpo.spool import SpoolClient
 from mgrpo.types import Rollout
 from tests.play_kit import ASK, SlowEngine, one_turn, team
@@ -58,7 +58,7 @@ def test_the_rest_of_a_dropped_group_is_left_out() -> None:
 
 def test_a_silent_spool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The role, its address and how many rollouts wait; whoever ships or waits afterwards hears the same."""
-    monkeypatch.setattr("mgrpo.rollout.shipper.GRACE", 0.0)
+    monkeypatch.setattr("mgrpo.pipeline.shipper.GRACE", 0.0)
     with shipping(FakeStore(), FakeSpool("main", silent=True), timeout=0.2) as shipper:
         shipper.ship(group("q"), result("q"))
         words = (

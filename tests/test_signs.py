@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mgrpo.cli.signs import Signs
+from mgrpo.run.signs import Signs
 
 
 def warnings(training: Sequence[float], validation: Sequence[float], every: int, n: int = 60) -> list[int]:

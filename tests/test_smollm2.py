@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from mgrpo.config import load_config
+from mgrpo.environments.loader import load_task
 from mgrpo.model.policy import load_policy
-from mgrpo.tasks import load_task
 from tests.runs import train
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.cli.parts import RunFolder
 from mgrpo.config import RunConfig, load_config
 from mgrpo.errors import ConfigError
+from mgrpo.run.folder import RunFolder
 from mgrpo.transport.address import IPC_PATH_LIMIT
 from tests.runs import RELAY
 

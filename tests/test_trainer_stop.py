@@ -10,29 +10,30 @@ from types import SimpleNamespace
 import pytest
 
 from mgrpo.errors import DeadlineError, MgrpoError
-from mgrpo.trainer.process import Stopped, TrainerProcess
+from mgrpo.pipeline.trainer_loop import Shutdown, TrainerLoop
 from mgrpo.transport.server import Server
 from tests.runs import wait_for
 
 
-class Bare(TrainerProcess):
+class Bare(TrainerLoop):
     """A trainer without processes around it: its stations are written down, the first claim of `stop_at` stops it."""
 
     def __init__(self, begun: int, stop_at: int) -> None:
         self.events: list[str] = []
-        self._told_to_stop = False
-        self._lanes = []
+        self._stop_requested = False
+        self._streams = []
         self._step = self._begun = self._checkpointed = begun
         self._stop_at = stop_at
         self._role, self._folder, self._task = "main", Path(), SimpleNamespace(chat=False)  # type: ignore[assignment]
         self._agent = SimpleNamespace(frozen=False, model="folder")  # type: ignore[assignment]
-        self._crew = SimpleNamespace(  # type: ignore[assignment]
-            begin=lambda start: SimpleNamespace(step=begun, passed_over=()) if begun else None,
-            policy=lambda: None,
-            alive=lambda: None,
-            checkpoint=lambda step: self.events.append(f"checkpoint {step}"),
-            settle=self.settle,
-            end=lambda: self.events.append("end"),
+        self._trainer = SimpleNamespace(  # type: ignore[assignment]
+            load=lambda start: SimpleNamespace(step=begun, passed_over=()) if begun else None,
+            policy_files=dict,
+            heartbeat=lambda: None,
+            save=lambda step: self.events.append(f"checkpoint {step}"),
+            saved=self.settle,
+            close=lambda: self.events.append("end"),
+            note_cursors=lambda checkpoint, cursors: cursors,
         )
         self._weights = SimpleNamespace(describe=lambda files: None)  # type: ignore[assignment]
 
@@ -55,10 +56,8 @@ class Bare(TrainerProcess):
 
 
 @pytest.fixture(autouse=True)
-def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def handlers() -> Iterator[None]:
     """The test's own signal handlers come back."""
-    monkeypatch.setattr("mgrpo.trainer.process.shell_files", lambda policy: {})
-    monkeypatch.setattr("mgrpo.trainer.process.note_cursors", lambda checkpoint, cursors: cursors)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
@@ -76,7 +75,7 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_stop_while_waiting_saves_the_last_step(begun: int, stop_at: int, events: list[str]) -> None:
     """Wherever the loop is when the stop is noticed: the steps since the last checkpoint are saved before it leaves."""
     trainer = Bare(begun, stop_at)
-    trainer._lanes = [lane(commit=lambda step: 0)]  # type: ignore[list-item]
+    trainer._streams = [stream(commit=lambda step: 0)]  # type: ignore[list-item]
     trainer.run()
     assert trainer.events == events
 
@@ -90,16 +89,16 @@ def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
 
     trainer = Bare(0, 7)
     trainer.settle = lambda wait: SimpleNamespace(step=5)  # type: ignore[method-assign]
-    trainer._crew.settle = trainer.settle  # type: ignore[method-assign]
-    trainer._lanes = [lane(commit=silent)]  # type: ignore[list-item]
+    trainer._trainer.saved = trainer.settle  # type: ignore[method-assign]
+    trainer._streams = [stream(commit=silent)]  # type: ignore[list-item]
     trainer.run()
     assert trainer.events == ["checkpoint 7", "end"]
-    trainer._told_to_stop = False
+    trainer._stop_requested = False
     with pytest.raises(DeadlineError):
-        trainer._settle(wait=True)
+        trainer._finish_checkpoint(wait=True)
 
 
-def lane(**store: object) -> SimpleNamespace:
+def stream(**store: object) -> SimpleNamespace:
     usual = {"hurry": lambda seconds: None, "resume": lambda checkpoint_step: SimpleNamespace(again=0)}
     return SimpleNamespace(
         role="main",
@@ -115,8 +114,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint() -> None:
     trainer = Bare(0, 1)
     signal.signal(signal.SIGINT, trainer._on_signal)
     trainer._on_signal(signal.SIGINT, None)
-    assert trainer._told_to_stop and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    with pytest.raises(Stopped):
+    assert trainer._stop_requested and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    with pytest.raises(Shutdown):
         trainer._check_stop()
 
 
@@ -129,7 +128,7 @@ def test_a_trainer_whose_address_is_served_no_more_ends(tmp_path: Path) -> None:
 
     trainer = Bare(0, 1)
     with Server(f"ipc://{tmp_path}/main", {}, tick=tick) as server:
-        trainer._lanes = [SimpleNamespace(check=server.check)]  # type: ignore[list-item]
+        trainer._streams = [SimpleNamespace(check=server.check)]  # type: ignore[list-item]
         wait_for(lambda: server.failure is not None, "the end of the thread")
         with pytest.raises(MgrpoError, match=r"ipc://.*main.*KeyError: 'no such record'"):
             trainer._check_stop()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.pool import SLACK
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.rollout.engine import SamplingParams
-from mgrpo.rollout.replicas import SLACK
 from tests.fake_vllm import VOCAB
 from tests.vllm_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
 

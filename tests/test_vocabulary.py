@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.engines.base import Generation, SamplingParams
+from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.model.policy import Policy
 from mgrpo.model.vocabulary import Vocabulary
-from mgrpo.rollout.engine import Generation, SamplingParams
-from mgrpo.rollout.hf import HfEngine
-from mgrpo.trainer.step import Learner, MicroBatch, MiniBatch, logprobs_of
+from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from tests.families import family
 
 PADDED = 40  # rows of the head

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.cli.parts import run_params
-from mgrpo.cli.text import clean
-from mgrpo.cli.top import Watcher
-from mgrpo.cli.viewdata import RunView
 from mgrpo.config import config_digest, load_config
+from mgrpo.run.processes import run_params
+from mgrpo.run.text import clean
 from mgrpo.store.client import LauncherClient, WorkerClient
+from mgrpo.view.data import RunView
+from mgrpo.view.top import Watcher
 from tests.runs import RELAY, command, records, started, wait_for
 from tests.test_run import free_ports
 

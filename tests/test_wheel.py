@@ -48,10 +48,10 @@ def test_wheel_installs_only_mgrpo(wheel: Path) -> None:
     tops = {n.split("/")[0] for n in names}
     assert tops == {"mgrpo", next(t for t in tops if t.endswith(".dist-info"))}
     assert any(n.startswith("mgrpo/_C.") and n.endswith(".so") for n in names)
-    assert {"mgrpo/py.typed", "mgrpo/_C.pyi", "mgrpo/trainer/process.py"} <= set(names)
+    assert {"mgrpo/py.typed", "mgrpo/_C.pyi", "mgrpo/pipeline/trainer_loop.py"} <= set(names)
     kernels = {f"mgrpo/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     assert kernels and kernels <= set(names)
-    page = {f"mgrpo/cli/page/{p.name}" for p in (ROOT / "mgrpo" / "cli" / "page").iterdir()}
+    page = {f"mgrpo/view/page/{p.name}" for p in (ROOT / "mgrpo" / "view" / "page").iterdir()}
     assert len(page) >= 8 and page <= set(names)
 
 

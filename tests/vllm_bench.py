@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.pool import EnginePool
+from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.engines.vllm.engine import VllmEngine
+from mgrpo.engines.vllm.weight_sync import FolderSync, WeightSync
 from mgrpo.model.vocabulary import Vocabulary
-from mgrpo.rollout.engine import SamplingParams
-from mgrpo.rollout.replicas import Replicas
-from mgrpo.rollout.server import VllmServer
-from mgrpo.rollout.sync import FolderSync, WeightSync
-from mgrpo.rollout.vllm import VllmEngine
 from mgrpo.weights import Weights
 from tests.fake_vllm import VOCAB, FakeVllm, token
 from tests.models import tiny_tokenizer
@@ -42,8 +42,8 @@ class Bench:
     ) -> VllmEngine:
         """tokens: of the tokenizer; the servers' head has VOCAB rows."""
         sync = sync or FolderSync(self.folder / "weights", timeout)
-        self.replicas = Replicas(
-            [VllmServer(s.url, timeout) for s in self.servers],
+        self.replicas = EnginePool(
+            [VllmClient(s.url, timeout) for s in self.servers],
             sync,
             timeout=timeout,
             max_length=max_length,

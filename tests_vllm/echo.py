@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mgrpo.rollout.episode import Episode
-from mgrpo.rollout.task import Question, Split, Task
+from mgrpo.environments.episode import Episode
+from mgrpo.environments.task import Question, Split, Task
 from mgrpo.types import Rollout
 
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from mgrpo.cli.parts import RunFolder
-from mgrpo.cli.processes import Supervisor
 from mgrpo.config import load_config
+from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.engines.hf.engine import HfEngine
+from mgrpo.engines.pool import EnginePool
+from mgrpo.engines.registry import open_sync
+from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.engines.vllm.engine import VllmEngine
 from mgrpo.model.policy import Policy, load_policy
 from mgrpo.model.vocabulary import Vocabulary
-from mgrpo.rollout.engine import Engine, Generation, SamplingParams
-from mgrpo.rollout.engines import open_sync
-from mgrpo.rollout.hf import HfEngine
-from mgrpo.rollout.replicas import Replicas
-from mgrpo.rollout.server import VllmServer
-from mgrpo.rollout.vllm import VllmEngine
+from mgrpo.run.folder import RunFolder
+from mgrpo.run.supervisor import Supervisor
 from mgrpo.types import version_label
 from mgrpo.weights import Weights
 
@@ -87,9 +87,9 @@ class Served:
         arguments = ["engine", str(path), "--agent", "main", "--replica", "0", "--out", str(self.run.root)]
         self.children.start("engine-main-0", arguments, healthy=START_SECONDS)
         self.way = way = open_sync(self.config, "main", self.run.weights / "main")
-        self.server = VllmServer(self.url, START_SECONDS)
+        self.server = VllmClient(self.url, START_SECONDS)
         self.engine = VllmEngine(
-            Replicas([self.server], way, timeout=START_SECONDS, max_length=LENGTH, say=self.said.append),
+            EnginePool([self.server], way, timeout=START_SECONDS, max_length=LENGTH, say=self.said.append),
             way,
             name="SmolLM2",
             vocabulary=Vocabulary(AutoTokenizer.from_pretrained(MODEL), 49152, "SmolLM2"),

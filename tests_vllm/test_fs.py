@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from mgrpo.config.policy import PolicyConfig
+from mgrpo.engines.base import Generation, SamplingParams
+from mgrpo.engines.vllm.weight_sync import held_label
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy, state_bytes
-from mgrpo.rollout.engine import Generation, SamplingParams
-from mgrpo.rollout.sync import held_label
 from tests_vllm.kit import Served, below, logprobs, ours, prompts, reference, served, wait_gone
 
 pytestmark = pytest.mark.timeout(900)  # a server may take its time to start on a busy machine

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from mgrpo.rollout.engine import SamplingParams
+from mgrpo.engines.base import SamplingParams
 from tests_vllm.kit import logprobs, prompts, reference, served
 
 pytestmark = pytest.mark.timeout(900)

@@ -50,7 +50,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run that --out already holds.")] = False,
 ) -> None:
     """Train all agents: starts the store, the trainers and the rollout workers, and shows their progress."""
-    from mgrpo.cli import launch
+    from mgrpo.run import launch
 
     if resume is not None:
         if config is not None or out is not None or fresh:
@@ -107,7 +107,7 @@ def view(
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8400,
 ) -> None:
     """The run page: curves, the alignment of each step, rollout trees with their credit, before and after."""
-    from mgrpo.cli import viewer
+    from mgrpo.view import server as viewer
 
     if export is not None:
         viewer.export(run, export, trees)
@@ -127,7 +127,7 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Show the run a single time.")] = False,
 ) -> None:
     """How all agents of a run stand: reward, accuracy, alignment, speed, lag, queues, time left."""
-    from mgrpo.cli.top import watch
+    from mgrpo.view.top import watch
 
     watch(run, every, once)
 
@@ -171,7 +171,7 @@ def trainer(
     parent: Parent = None,
 ) -> None:
     """Run one agent's trainer (the launcher does this for you on one machine)."""
-    from mgrpo.cli.parts import run_trainer_process
+    from mgrpo.run.processes import run_trainer_process
 
     run_trainer_process(config, agent, out, overrides or [], parent)
 
@@ -185,7 +185,7 @@ def rollout(
     parent: Parent = None,
 ) -> None:
     """Run one rollout worker (the launcher does this for you on one machine)."""
-    from mgrpo.cli.parts import run_worker_process
+    from mgrpo.run.processes import run_worker_process
 
     run_worker_process(config, worker, out, overrides or [], parent)
 
@@ -200,7 +200,7 @@ def engine(
     parent: Parent = None,
 ) -> None:
     """Run one vLLM server of an agent (the launcher does this for you on one machine)."""
-    from mgrpo.cli.parts import run_engine_process
+    from mgrpo.run.processes import run_engine_process
 
     run_engine_process(config, agent, replica, out, overrides or [], parent)
 

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from mgrpo.cli.evaluate import load_agents, policy_paths
-from mgrpo.cli.parts import RunFolder, load_run_task, recorded_run
-from mgrpo.cli.text import clean
+from mgrpo.engines.base import SamplingParams
+from mgrpo.environments.episode import Agent, Conversation, Episode
+from mgrpo.environments.failure import failure_of
+from mgrpo.environments.task import Question, Task
 from mgrpo.errors import ConfigError
-from mgrpo.rollout.engine import SamplingParams
-from mgrpo.rollout.episode import Agent, Conversation, Episode
-from mgrpo.rollout.failure import failure_of
-from mgrpo.rollout.task import Question, Task
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.run.processes import load_run_task
+from mgrpo.run.text import clean
 from mgrpo.types import MAIN, Rollout
 
 Show = Callable[[Conversation, bool, str], None]  # (who, did they say it themselves, what)

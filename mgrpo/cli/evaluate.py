@@ -11,14 +11,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mgrpo.cli.parts import RunFolder, load_run_task, recorded_run
 from mgrpo.config import RunConfig
+from mgrpo.engines.hf.engine import HfEngine
+from mgrpo.environments.episode import Agent
+from mgrpo.environments.task import Split
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import load_policy
-from mgrpo.rollout.episode import Agent
-from mgrpo.rollout.hf import HfEngine
-from mgrpo.rollout.play import Accuracy, evaluate
-from mgrpo.rollout.task import Split
+from mgrpo.pipeline.play import Accuracy, evaluate
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.run.processes import load_run_task
 
 
 def evaluate_run(run: Path, n: int, split: str, seed: int) -> None:

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mgrpo.cli.parts import RunFolder, recorded_run
 from mgrpo.errors import ConfigError
+from mgrpo.pipeline.replay import DIFFERS, EQUAL, UNKNOWN, Replayer, Stage
 from mgrpo.record.reader import Recording
-from mgrpo.trainer.replay import DIFFERS, EQUAL, UNKNOWN, Replayer, Stage
+from mgrpo.run.folder import RunFolder, recorded_run
 
 
 def replay_run(run: Path, rollouts: Sequence[str], sample: int, seed: int) -> None:

@@ -39,7 +39,7 @@ def store(
     if context.invoked_subcommand is not None:
         return
     if config is not None and out is not None:  # as a part of a run on one machine
-        from mgrpo.cli.parts import run_store_process
+        from mgrpo.run.processes import run_store_process
 
         run_store_process(config, out, overrides or [], parent)
         return

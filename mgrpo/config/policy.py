@@ -32,6 +32,8 @@ class LoraConfig(Settings):
 class PolicyConfig(Settings):
     """How the trainer holds and computes one agent's policy."""
 
+    trainer: str = "torch"
+    """The backend: torch, the name that an installed package gives one, or "package.module:Class"."""
     device: Device = "cpu"
     """Where the trainer computes."""
     dtype: Precision = "float32"

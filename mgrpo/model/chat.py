@@ -8,7 +8,7 @@
     conversation.append_ids(chat.observe("user", "Result: 42", last=ids[-1], opening=opening))
     ids = await conversation.sample_ids(...)
 
-or, the same with mgrpo.rollout.episode.Chat, which keeps these together:
+or, the same with mgrpo.environments.episode.Chat, which keeps these together:
 
     chat = Chat(episode.open("main"))
     chat.begin([{"role": "user", "content": question}])

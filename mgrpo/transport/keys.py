@@ -21,7 +21,7 @@ from pathlib import Path
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from mgrpo.config.addresses import Addresses
+from mgrpo.addresses import Addresses
 from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, write_atomic
 from mgrpo.transport.address import Socket

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from mgrpo.cli.interrupts import Interrupts
-from mgrpo.cli.monitor import Monitor, Outcome
-from mgrpo.cli.parts import RunFolder, recorded_run
-from mgrpo.cli.progress import Display
 from mgrpo.errors import DeadlineError, GateError, MgrpoError
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.run.interrupts import Interrupts
+from mgrpo.run.monitor import Monitor, Outcome
+from mgrpo.run.progress import Display
 
 LOOK_SECONDS = 1.0
 

@@ -17,9 +17,10 @@ from mgrpo.cli.cluster.k8s import k8s
 from mgrpo.cli.cluster.plan import Plan, Site, make_plan
 from mgrpo.cli.cluster.slurm import scripts
 from mgrpo.cli.cluster.text import toml
-from mgrpo.cli.parts import RunFolder, load_run_task
 from mgrpo.config import dump_config
 from mgrpo.errors import ConfigError, MgrpoError
+from mgrpo.run.folder import RunFolder
+from mgrpo.run.processes import load_run_task
 from mgrpo.transport.keys import add_key, init_keys
 
 MOUNT = Path("/mgrpo")  # the run's folder inside containers

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mgrpo.config import RunConfig, load_config
+from mgrpo.engines.vllm.process import server_command, starts_servers
 from mgrpo.errors import ConfigError
-from mgrpo.rollout.serve import server_command, starts_servers
 from mgrpo.types import MAIN
 
 STORE, MONITOR, TRAINER, VLLM, ROLLOUT = "store", "monitor", "trainer", "vllm", "rollout"

@@ -17,12 +17,12 @@ from rich.table import Table
 from mgrpo.cli.comparison import jobs, verdict
 from mgrpo.cli.comparison.scores import score
 from mgrpo.cli.comparison.variants import COTRAIN, Variant, chosen, scores
-from mgrpo.cli.progress import Display
-from mgrpo.cli.text import clean
 from mgrpo.config import RunConfig, load_config
 from mgrpo.errors import ConfigError
 from mgrpo.files import remove_partials, write_atomic
 from mgrpo.metrics import read_metrics
+from mgrpo.run.progress import Display
+from mgrpo.run.text import clean
 
 
 def compare(

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgrpo.cli.comparison.variants import COTRAIN, Variant
-from mgrpo.cli.interrupts import Interrupts
-from mgrpo.cli.parts import RunFolder, recorded_run
-from mgrpo.cli.processes import last_words
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.metrics import read_metrics
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.run.interrupts import Interrupts
+from mgrpo.run.supervisor import last_words
 
 LAUNCHER_SECONDS = 60.0  # for a launcher to end, beside what its trainers may take to write their checkpoints
 

@@ -16,12 +16,13 @@ import torch
 from mgrpo.cli.comparison.jobs import run_folder
 from mgrpo.cli.comparison.variants import Score
 from mgrpo.cli.evaluate import load_agents, policy_path
-from mgrpo.cli.parts import RunFolder, load_run_task, recorded_run
 from mgrpo.config import RunConfig
+from mgrpo.environments.task import Task
 from mgrpo.files import remove_partials, write_atomic
-from mgrpo.rollout.play import Played, evaluate
-from mgrpo.rollout.task import Task
-from mgrpo.rollout.worker import EVAL_SEED
+from mgrpo.pipeline.play import Played, evaluate
+from mgrpo.pipeline.rollout_worker import EVAL_SEED
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.run.processes import load_run_task
 
 
 def score_file(out: Path, seed: int, score: Score) -> Path:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mgrpo.cli.comparison.variants import COTRAIN, WARM
-from mgrpo.cli.summary import save_figure
 from mgrpo.metrics import read_metrics
+from mgrpo.run.summary import save_figure
 
 RESAMPLES = 5000
 MODES = ("sampled", "greedy")

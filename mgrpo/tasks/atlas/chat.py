@@ -20,11 +20,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mgrpo.environments.episode import Agent, Chat, Conversation, Episode, mix
+from mgrpo.environments.task import GateReport, Question, Split, Task
 from mgrpo.errors import ConfigError
 from mgrpo.model.chat import ChatFormat
 from mgrpo.model.chat_check import ChatUse
-from mgrpo.rollout.episode import Agent, Chat, Conversation, Episode, mix
-from mgrpo.rollout.task import GateReport, Question, Split, Task
 from mgrpo.tasks.atlas.chat_calls import (
     Message,
     ToolCall,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mgrpo.rollout.task import Question
+from mgrpo.environments.task import Question
 from mgrpo.tasks.atlas.facts import FIELDS, NONE, RELATIONS, World, entities
 from mgrpo.tasks.atlas.play import Library
 from mgrpo.tasks.atlas.protocol import (

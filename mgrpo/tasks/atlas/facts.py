@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mgrpo.rollout.task import Split
+from mgrpo.environments.task import Split
 
 FactsMode = Literal["real", "permuted"]
 

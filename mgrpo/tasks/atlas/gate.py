@@ -17,8 +17,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mgrpo.rollout.episode import Agent, Conversation, Episode, mix
-from mgrpo.rollout.task import GateReport, Question
+from mgrpo.environments.episode import Agent, Conversation, Episode, mix
+from mgrpo.environments.task import GateReport, Question
 from mgrpo.tasks.atlas.facts import NONE
 from mgrpo.tasks.atlas.play import Finding, Library, MainTrace, play, play_main, play_sub
 from mgrpo.tasks.atlas.protocol import Call

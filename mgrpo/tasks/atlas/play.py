@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from mgrpo.rollout.episode import Conversation, Episode
-from mgrpo.rollout.task import Question
+from mgrpo.environments.episode import Conversation, Episode
+from mgrpo.environments.task import Question
 from mgrpo.tasks.atlas.documents import Document
 from mgrpo.tasks.atlas.facts import NONE, World
 from mgrpo.tasks.atlas.protocol import (

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mgrpo.rollout.task import Question, Split
+from mgrpo.environments.task import Question, Split
 from mgrpo.tasks.atlas.facts import FIELDS, World
 
 HOP_WEIGHTS = (0.25, 0.5, 0.25)

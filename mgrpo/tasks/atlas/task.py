@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mgrpo.rollout.episode import Agent, Episode
-from mgrpo.rollout.task import GateReport, Question, Split, Task
+from mgrpo.environments.episode import Agent, Episode
+from mgrpo.environments.task import GateReport, Question, Split, Task
 from mgrpo.tasks.atlas.demos import Demonstrations
 from mgrpo.tasks.atlas.documents import build_documents
 from mgrpo.tasks.atlas.facts import FactsMode, World

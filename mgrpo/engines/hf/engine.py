@@ -1,0 +1,352 @@
+"""In-process engine over a Hugging Face model: continuous batching on a slot cache.
+
+Each step feeds every running request at once: its whole prompt (in chunks), what its session's history gained
+since the last turn, or the one token it sampled before. Requests of similar width share a forward. Those fed
+to their end sample.
+
+- Noise: request tokens use u_0, u_1, ... = numpy's Philox(seed), one uniform a token, by inverse CDF;
+  neighbours and arrival order do not matter. Logits depend on the batch in the last bits only (matrix kernels
+  differ by shape).
+- Log-probs are of the sampled distribution, log_softmax(logits / temperature) in fp32; of temperature 1 when
+  greedy. Logits are those of the tokenizer's tokens: spare rows of the head are never sampled.
+- A session keeps its slot between turns; only new tokens are fed. The least recently used idle session makes
+  room when slots run out, and is fed afresh when it comes back.
+- `load` swaps weights between steps. Requests in flight go on with the new weights on the keys and values of
+  the old ones (their tokens say which version sampled them); every idle session is fed afresh on its next
+  turn, so that a turn which began under some weights and was not interrupted has exactly the log-probs these
+  weights give.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.engines.hf.forward import check_served, feed
+from mgrpo.engines.hf.kv_cache import SlotCache
+from mgrpo.engines.hf.scheduler import Stepper
+from mgrpo.engines.hf.slots import SlotArrays, sample
+from mgrpo.errors import InfrastructureError
+from mgrpo.model.groups import Int64, width_groups
+from mgrpo.model.policy import Policy, load_policy, load_state, load_state_bytes, state_of
+from mgrpo.weights import Weights
+
+FORWARD_COST = 64
+"""What starting one more forward costs, in token positions: decides which widths share a forward."""
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    prompt: Int64
+    params: SamplingParams
+    seed: int
+    session: str | None
+    future: asyncio.Future[Generation]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One row of the cache. `tokens` are the ids whose keys and values it holds when idle."""
+
+    session: str | None = None
+    request: _Request | None = None
+    tokens: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    feed: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))  # of the prompt, not yet in the cache
+    epoch: int = -1  # count of loads when these keys and values were computed
+    used: int = 0
+
+
+class HfEngine(Engine):
+    """Serves one policy in this process. Steps run on the event loop's own thread."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        version: int = 0,
+        slots: int = 128,
+        max_length: int | None = None,
+        prefill_chunk: int = 256,
+    ) -> None:
+        """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch.
+        max_length: tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a
+        row and forward. Raises ConfigError for a model that this engine cannot serve (slot_forward.py)."""
+        context = policy.context_length
+        max_length = context if max_length is None else max_length
+        if max_length is None:
+            raise ValueError(f"{policy.name} names no context length; give max_length")
+        if slots < 1 or prefill_chunk < 1:
+            raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
+        if not 1 < max_length <= (context or max_length):
+            raise ValueError(
+                f"max_length {max_length} of {policy.name} is outside 2..{context}, its context length"
+            )
+        layers = len(policy.layers)
+        check_served(policy, layers, max_length)
+        self.policy, self.max_length, self.prefill_chunk = policy, max_length, prefill_chunk
+        self._version = version
+        self._slots = [_Slot() for _ in range(slots)]
+        self._by_session: dict[str, int] = {}
+        self._waiting: list[_Request] = []
+        self._talking: set[str] = set()  # sessions with a request in hand
+        self._arrays = SlotArrays(slots)
+        self._cache = SlotCache(layers, slots, min(64, max_length))
+        self._clock = self._epoch = 0
+        self._closed = False
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
+    ) -> Generation:
+        """See Engine. ValueError also when a session is running or its prompt does not extend its history."""
+        prompt = self._checked(prompt_ids, params, seed, session)
+        request = _Request(prompt, params, seed, session, asyncio.get_running_loop().create_future())
+        self._waiting.append(request)
+        Stepper.running().submit(self)
+        if session is not None:
+            self._talking.add(session)
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            self._drop(request)
+            raise
+        finally:
+            if session is not None:
+                self._talking.discard(session)
+
+    async def load(self, path_or_state: object, version: int) -> None:
+        """Swap the weights: a policy folder (str, Path), Weights, safetensors bytes or a state dict. See the module's
+        docstring for what becomes of cached keys and values. Raises ValueError or ConfigError and keeps the
+        old weights where the new do not fit."""
+        if isinstance(path_or_state, str | Path):
+            load_state(self.policy.model, state_of(load_policy(path_or_state).model))
+        elif isinstance(path_or_state, bytes | bytearray | memoryview | Weights):
+            data = path_or_state.data if isinstance(path_or_state, Weights) else bytes(path_or_state)
+            load_state_bytes(self.policy.model, data)
+        elif isinstance(path_or_state, Mapping):
+            load_state(self.policy.model, path_or_state)
+        else:
+            raise TypeError(
+                f"cannot load weights from {type(path_or_state).__name__}: a path, bytes or state dict"
+            )
+        self._version = version
+        self._epoch += 1
+
+    def release(self, session: str) -> None:
+        """Forget the session's history. Unknown sessions are ignored; a running one goes when it is done."""
+        index = self._by_session.pop(session, None)
+        if index is not None:
+            self._slots[index].session = None
+
+    async def close(self) -> None:
+        self._closed = True
+        self._fail_all(f"engine of {self.policy.name} was closed")
+        for layer in self._cache.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+    # -- stepping --
+
+    def requests(self) -> int:
+        """Requests that are running or waiting."""
+        return len(self._waiting) + int(self._arrays.running.sum())
+
+    def step(self) -> bool:
+        """Feed and sample once; True when a request was answered."""
+        try:
+            with torch.inference_mode():
+                self._admit()
+                return self._advance()
+        except Exception as error:  # the callers must hear of it, whatever it is
+            self._fail_all(
+                f"engine of {self.policy.name} failed at version {self._version}: {error!r}", error
+            )
+            return True
+
+    def _admit(self) -> None:
+        """Give waiting requests slots, returning sessions first: theirs must not be taken from them."""
+        if not self._waiting:
+            return
+        waiting = self._waiting
+        own = [r for r in waiting if r.session is not None and r.session in self._by_session]
+        for request in own:
+            self._start(self._by_session[request.session], request)  # type: ignore[index]
+        others = [r for r in waiting if r.session is None or r.session not in self._by_session]
+        free = [i for i, s in enumerate(self._slots) if s.request is None and s.session is None]
+        if len(free) < len(others):
+            idle = [i for i, s in enumerate(self._slots) if s.request is None and s.session is not None]
+            free += sorted(idle, key=lambda i: self._slots[i].used)
+        for index, request in zip(free, others, strict=False):
+            self._evict(index)
+            self._start(index, request)
+        self._waiting = others[len(free) :]
+
+    def _evict(self, index: int) -> None:
+        slot = self._slots[index]
+        if slot.session is not None:
+            del self._by_session[slot.session]
+        slot.session, slot.tokens = None, slot.tokens[:0]
+
+    def _start(self, index: int, request: _Request) -> None:
+        slot = self._slots[index]
+        # Always fewer than the prompt's, or there would be nothing to feed: _check_session.
+        cached = len(slot.tokens) if slot.epoch == self._epoch else 0
+        slot.request, slot.session, slot.epoch = request, request.session, self._epoch
+        slot.feed = request.prompt[cached:]
+        if request.session is not None:
+            self._by_session[request.session] = index
+        self._arrays.start(index, request.params, request.seed, len(request.prompt), cached)
+
+    def _advance(self) -> bool:
+        arrays = self._arrays
+        active = np.flatnonzero(arrays.running)
+        if not len(active):
+            return False
+        width = np.minimum(arrays.feeding[active], self.prefill_chunk)
+        ready, logits = [], []
+        for group in width_groups(width, FORWARD_COST):
+            rows = active[group]
+            hidden = self._forward(rows, width[group])
+            done = arrays.feeding[rows] == 0
+            if done.any():
+                ready.append(rows[done])
+                hidden = hidden if done.all() else hidden[torch.from_numpy(done)]
+                logits.append(self.policy.vocabulary.logits(hidden, self.policy.head_weight))
+        if not ready:
+            return False
+        return self._sample(np.concatenate(ready), torch.cat(logits).float())
+
+    def _forward(self, rows: Int64, counts: Int64) -> Tensor:
+        """Feed counts[i] tokens of slot rows[i]; hidden states (R, H) of each row's last."""
+        arrays = self._arrays
+        new = int(counts.max())
+        ids = arrays.last[rows][:, None] if new == 1 else np.zeros((len(rows), new), np.int64)
+        for i, row in enumerate(rows):
+            slot = self._slots[row]
+            if len(slot.feed):
+                ids[i, : counts[i]] = slot.feed[: counts[i]]
+                slot.feed = slot.feed[counts[i] :]
+            elif new > 1:
+                ids[i, 0] = arrays.last[row]
+        states = feed(self.policy, self._cache, rows, arrays.length[rows], ids, counts)
+        arrays.length[rows] += counts
+        arrays.feeding[rows] -= counts
+        return states[torch.arange(len(rows)), torch.from_numpy(counts - 1)] if new > 1 else states[:, 0]
+
+    def _sample(self, rows: Int64, logits: Tensor) -> bool:
+        """Draw one token for each of rows from logits (R, N) of the tokens; finish those that are done."""
+        arrays = self._arrays
+        count = arrays.count[rows]
+        classes, logprobs = sample(
+            logits, torch.from_numpy(arrays.temperature[rows]), torch.from_numpy(arrays.uniforms[rows, count])
+        )
+        tokens = self.policy.vocabulary.tokens(torch.from_numpy(classes)).numpy()
+        if not np.isfinite(logprobs).all():
+            bad = self._slots[int(rows[np.flatnonzero(~np.isfinite(logprobs))[0]])].request
+            raise InfrastructureError(f"log-probs are not finite, first for session {bad and bad.session}")
+        arrays.tokens[rows, count] = tokens
+        arrays.logprobs[rows, count] = logprobs
+        arrays.versions[rows, count] = self._version
+        arrays.last[rows] = tokens
+        arrays.count[rows] += 1
+        arrays.feeding[rows] = 1
+        stopped = (arrays.stop[rows] == tokens[:, None]).any(axis=1)
+        over = stopped | (arrays.count[rows] == arrays.limit[rows])
+        for row, stop in zip(rows[over].tolist(), stopped[over].tolist(), strict=True):
+            self._finish(row, "stop" if stop else "length")
+        return bool(over.any())
+
+    def _finish(self, index: int, reason: Literal["stop", "length"] | None) -> None:
+        """Answer the slot's request (drop it if reason is None); the slot stays with its session, if any."""
+        slot, arrays = self._slots[index], self._arrays
+        request = slot.request
+        assert request is not None
+        n = int(arrays.count[index])
+        answered = reason is not None and not request.future.done()
+        history = np.concatenate([request.prompt, arrays.tokens[index, :n]])
+        # Forgotten after a cancellation, so that the caller may ask the same again.
+        slot.tokens = history[: arrays.length[index] if answered else 0]
+        slot.request, slot.feed = None, slot.feed[:0]
+        self._clock += 1
+        slot.used = self._clock
+        arrays.running[index] = False
+        if reason is not None and answered:
+            request.future.set_result(
+                Generation(
+                    arrays.tokens[index, :n].copy(),
+                    arrays.logprobs[index, :n].copy(),
+                    arrays.versions[index, :n].copy(),
+                    reason,
+                )
+            )
+
+    def _drop(self, request: _Request) -> None:
+        """The caller of `request` has gone."""
+        self._waiting = [r for r in self._waiting if r is not request]
+        for index, slot in enumerate(self._slots):
+            if slot.request is request:
+                self._finish(index, None)
+
+    def _fail_all(self, message: str, cause: Exception | None = None) -> None:
+        """Answer every request with an InfrastructureError and forget every history."""
+        requests = self._waiting + [s.request for s in self._slots if s.request is not None]
+        self._waiting, self._by_session = [], {}
+        self._slots = [_Slot() for _ in self._slots]
+        self._arrays.running[:] = False
+        for request in requests:
+            if not request.future.done():
+                failure = InfrastructureError(message)
+                failure.__cause__ = cause
+                request.future.set_exception(failure)
+
+    def _checked(
+        self, prompt_ids: Sequence[int], params: SamplingParams, seed: int, session: str | None
+    ) -> Int64:
+        prompt = np.asarray(prompt_ids, np.int64)
+        if self._closed:
+            raise InfrastructureError(f"engine of {self.policy.name} is closed")
+        if prompt.ndim != 1 or not len(prompt):
+            raise ValueError(f"the prompt has shape {prompt.shape}; expected at least one token id")
+        if prompt.view(np.uint64).max() >= self.policy.vocab_size:  # negative ids are the largest of all
+            raise ValueError(
+                f"token ids {prompt.min()}..{prompt.max()} of the prompt are outside "
+                f"0..{self.policy.vocab_size - 1}"
+            )
+        if params.max_tokens < 1 or not 0 <= params.temperature < math.inf:
+            raise ValueError(
+                f"max_tokens {params.max_tokens} must be >= 1, temperature {params.temperature} finite, >= 0"
+            )
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed {seed} is outside 0..2**64 - 1")
+        if len(prompt) + params.max_tokens > self.max_length:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} need "
+                f"{len(prompt) + params.max_tokens} positions; {self.policy.name} has {self.max_length}"
+            )
+        if session is not None:
+            self._check_session(prompt, session)
+        return prompt
+
+    def _check_session(self, prompt: Int64, session: str) -> None:
+        if session in self._talking:
+            raise ValueError(f"session {session!r} already has a request running")
+        if session in self._by_session:
+            slot = self._slots[self._by_session[session]]
+            n = len(slot.tokens)
+            if len(prompt) <= n or not np.array_equal(prompt[:n], slot.tokens):
+                raise ValueError(
+                    f"the prompt of session {session!r} ({len(prompt)} tokens) does not extend "
+                    f"its history of {n}"
+                )

@@ -1,0 +1,148 @@
+"""Engine over vLLM servers: the interface of mgrpo/engines/base.py, spoken over HTTP.
+
+- Noise: the server draws from (weights, prompt, seed), whichever server it is; its logits depend on the batch in the
+  last bits, so a token may differ where two are equally likely.
+- Log-probs are of the sampled distribution, log_softmax(logits / temperature), of temperature 1 when greedy. A server
+  that reports others is refused when it is first asked. There is no top_p or top_k: they would make a second
+  distribution that the trainer does not know.
+- Ids that are no token of the tokenizer (spare rows of a padded head) are biased away by each request; an answer that
+  holds one fails.
+- Versions are the server's own record of which weights sampled which token, so they are true also for a request that an
+  update has interrupted, whoever made the update.
+- A cancelled call closes its own connection, which ends its own request; other clients' requests are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.engines.pool import EnginePool
+from mgrpo.engines.vllm.client import COOLEST, HOTTEST, PATIENCE_SECONDS, Completion, VllmClient
+from mgrpo.engines.vllm.weight_sync import Label, WeightSync, parse_label
+from mgrpo.errors import InfrastructureError
+from mgrpo.model.vocabulary import Vocabulary
+from mgrpo.weights import Weights
+
+
+class VllmEngine(Engine):
+    """Serves one policy from one or more servers."""
+
+    def __init__(
+        self,
+        replicas: EnginePool,
+        sync: WeightSync,
+        *,
+        name: str,
+        vocabulary: Vocabulary,
+        max_length: int,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        """name: how errors call the policy. vocabulary: which ids may be sampled. max_length: tokens of a history at
+        most. patience: seconds that load() waits for a first server, which may still be starting."""
+        self._replicas, self._sync = replicas, sync
+        self._name, self._vocab_size, self._max_length = name, vocabulary.rows, max_length
+        self._unnamed = vocabulary.unnamed()
+        self._patience = patience
+        self._version = -1
+        self._closed = False
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
+    ) -> Generation:
+        """See Engine."""
+        self._check(prompt_ids, params, seed)
+        prompt = [int(token) for token in prompt_ids]
+
+        async def send(server: VllmClient, model: str) -> Completion:
+            return await server.generate(model, prompt, params, seed, self._unnamed)
+
+        answer, label = await self._replicas.ask(send, session)
+        ids = np.asarray(answer.token_ids, np.int32)
+        if strange := set(answer.token_ids).intersection(self._unnamed):
+            raise InfrastructureError(
+                f"{self._name}: a server sampled token id {min(strange)}, which its tokenizer does not have"
+            )
+        return Generation(
+            ids,
+            np.minimum(np.asarray(answer.logprobs, np.float32), 0.0),  # the server's rounding may end above 0
+            self._versions(answer, label, len(ids)),
+            answer.finish_reason,
+        )
+
+    def _versions(
+        self, answer: Completion, asked: Label, n: int
+    ) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """(n,) version of each token: from the server's spans, or of the weights that the request named."""
+        if not self._sync.labels_tokens:
+            return np.full(n, asked.version, np.int32)
+        versions = np.full(n, -1, np.int32)
+        for span in answer.spans:
+            label = parse_label(span.label)
+            assert label is not None  # EnginePool has checked it
+            versions[span.start : span.end] = label.version
+        if (versions < 0).any():
+            raise InfrastructureError(
+                f"{self._name}: spans {answer.spans} leave some of {n} tokens without a version"
+            )
+        return versions
+
+    async def load(self, path_or_state: object, version: int) -> None:
+        """Bring weights to all servers: the trainer's Weights, safetensors bytes, or a policy folder (str, Path).
+        Servers that cannot be reached get them when they return. Raises InfrastructureError naming the servers when
+        none took them within `patience` seconds."""
+        weights = _weights_of(path_or_state, version)
+        label = parse_label(weights.label)
+        await self._sync.prepare(weights)
+        assert label is not None  # prepare has checked it
+        self._version = (await self._replicas.update(label, self._patience)).version
+
+    def release(self, session: str) -> None:
+        self._replicas.forget(session)
+
+    async def close(self) -> None:
+        self._closed = True
+        await self._replicas.close()
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> None:
+        if self._closed:
+            raise InfrastructureError(f"engine of {self._name} is closed")
+        if not len(prompt):
+            raise ValueError("the prompt is empty; expected at least one token id")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise ValueError(
+                f"token ids {min(prompt)}..{max(prompt)} of the prompt are outside 0..{self._vocab_size - 1}"
+            )
+        if params.max_tokens < 1:
+            raise ValueError(f"max_tokens {params.max_tokens} must be at least 1")
+        if params.temperature != 0 and not COOLEST <= params.temperature <= HOTTEST:
+            raise ValueError(f"temperature {params.temperature} must be 0 or {COOLEST:g}..{HOTTEST:g}")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed {seed} is outside 0..2**64 - 1")
+        if len(prompt) + params.max_tokens > self._max_length:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_tokens {params.max_tokens} need "
+                f"{len(prompt) + params.max_tokens} positions; {self._name} has {self._max_length}"
+            )
+
+
+def _weights_of(source: object, version: int) -> Weights:
+    if isinstance(source, Weights):
+        return source
+    if isinstance(source, str | Path):
+        file = Path(source) / "model.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{source}: no weights to load, {file.name} is missing")
+        source = file.read_bytes()
+    if not isinstance(source, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"cannot load weights from {type(source).__name__}: Weights, a path or safetensors bytes"
+        )
+    return Weights(f"e0.v{version}", version, bytes(source))

@@ -1,0 +1,95 @@
+"""What a task must offer a run. The engine room knows tasks only through this interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from mgrpo.environments.episode import Agent, Episode
+from mgrpo.model.chat_check import ChatUse
+from mgrpo.types import Int32, Rollout, UInt8
+
+Split = Literal["train", "validation", "heldout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question and its gold answer. `info` is for people and for the task's own scoring."""
+
+    text: str
+    answer: str
+    info: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport:
+    """Are warm-started policies a valid start? figures: name -> (value, low, high); valid iff all are inside."""
+
+    figures: Mapping[str, tuple[float, float, float]]
+
+    @property
+    def valid(self) -> bool:
+        return all(low <= value <= high for value, low, high in self.figures.values())
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {value:.3f} ({'ok' if low <= value <= high else f'outside {low:g}..{high:g}'})"
+            for name, (value, low, high) in self.figures.items()
+        )
+
+
+class Task(ABC):
+    """Questions, tools and scoring. Everything is a pure function of its arguments; nothing reads a clock."""
+
+    roles: tuple[str, ...]
+    """All roles, "main" first."""
+    chat = False
+    """Whether its agents are spoken to through their models' chat templates; a model without one is then refused."""
+    chat_use = ChatUse()
+    """What they are told of through them: tried before a run starts, so that a model whose template cannot say it is
+    refused by name."""
+    scores: Mapping[str, frozenset[str]] = MappingProxyType({})
+    """Role -> names of the scores with which play() closes its conversations, e.g. {"main": frozenset({"format"})}.
+    What is declared is compared with agents.<role>.reward before a run starts, what is not at its first rollout."""
+
+    @abstractmethod
+    def question(self, index: int, seed: int) -> Question:
+        """Training question number `index` of the endless stream of `seed`."""
+
+    @abstractmethod
+    def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]:
+        """n fixed questions of a split, the same for every policy."""
+
+    @abstractmethod
+    async def play(self, question: Question, episode: Episode) -> Rollout:
+        """Run one rollout to its end: the agents talk, tools answer, conversations are closed with their scores.
+        Returns what episode.finish() returned.
+
+        Every trajectory of a role has the same scores; an invalid one (`format` 0) that the gate pays nothing need not
+        be judged. Raises InfrastructureError where an engine, tool or judge does not answer, never scores 0: the
+        rollout is played again. Any other exception fails this rollout, which is counted and never scored 0. asyncio
+        tasks that it starts end with it: what still runs when it returns or raises is cancelled and awaited.
+        """
+
+    # -- policies that start from scratch (a task over pretrained models need not override the rest) --
+
+    def build_policy(self, role: str, seed: int, path: str) -> None:
+        """Write a fresh policy of `role` (model and tokenizer, Hugging Face layout) to the folder `path`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no built-in policy; set agents.{role}.model to a path"
+        )
+
+    def demo_batch(self, role: str, step: int, size: int, seed: int) -> Sequence[tuple[Int32, UInt8]]:
+        """Demonstrations for the warm start: (tokens i32[L], loss_mask u8[L]) of `size` sequences."""
+        raise NotImplementedError(f"{type(self).__name__} has no demonstrations")
+
+    def warm_start_lr(self, role: str) -> float:
+        """Highest learning rate of the warm start of a built-in policy, where the config leaves it open."""
+        return 1e-3
+
+    async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
+        """Check the warm-started policies; the default accepts any."""
+        return GateReport({})

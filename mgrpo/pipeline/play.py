@@ -1,0 +1,196 @@
+"""Rollouts as coroutines: many at once on one event loop, batched by the engines.
+
+A failure of an engine, tool or judge (InfrastructureError) is tried again with another attempt number. If it stays, or
+if anything else is raised (see failure.py), the rollout is a failed one: it leaves its group, is counted and is never
+scored. What play() starts ends with its attempt: asyncio tasks that still run are cancelled and awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mgrpo.environments.attempt import Attempt
+from mgrpo.environments.episode import Agent, Episode, mix
+from mgrpo.environments.failure import Failure, Kind, failure_of
+from mgrpo.environments.task import Question, Task
+from mgrpo.errors import InfrastructureError
+from mgrpo.types import Rollout, Trajectory
+
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Unasked(Question):
+    """A question that the task failed to give: its rollouts fail with the same reason."""
+
+    failure: Failure = field(kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One rollout to be played: rollout number `rollout` of `question`, known to the store as `query`."""
+
+    query: str
+    question: Question
+    rollout: int
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of an Ask: a rollout, or the reason why there is none."""
+
+    ask: Ask
+    attempt: int
+    rollout: Rollout | None
+    failure: str = ""
+    kind: Kind | None = None  # of the failure
+    drift: int = 0
+
+    def trajectories(self) -> list[Trajectory]:
+        """Those of the rollout; none where there is none."""
+        return [] if self.rollout is None else self.rollout.trajectories()
+
+
+def question_of(task: Task, index: int, seed: int) -> Question:
+    """Training question number `index` of `seed`; Unasked where the task raises, or returns something else."""
+    try:
+        question: object = task.question(index, seed)
+        if not isinstance(question, Question):
+            raise TypeError(f"question({index}) returned an object of type {type(question).__name__}")
+        for name, text in (("text", question.text), ("answer", question.answer)):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"the {name} of question({index}) is of type {type(text).__name__}, expected str"
+                )
+        return question
+    except Exception as error:
+        return Unasked("", "", failure=failure_of(error, task))
+
+
+async def play(
+    task: Task,
+    ask: Ask,
+    agents: Mapping[str, Agent],
+    seed: int,
+    accept: Callable[[Rollout], object] | None = None,
+) -> Played:
+    """Play one rollout, with up to ATTEMPTS attempts. The seed names the noise: same seed and weights, same rollout.
+    accept: raises for a rollout that cannot be used, which is then a failed one."""
+    if isinstance(ask.question, Unasked):
+        return Played(ask, 0, None, ask.question.failure.text, ask.question.failure.kind)
+    failure: Failure | None = None
+    for attempt in range(ATTEMPTS):
+        episode = Episode(ask.query, ask.rollout, agents, mix(seed, attempt), attempt)
+        try:
+            rollout = await _attempt(task, ask.question, episode)
+            if accept is not None:
+                accept(rollout)
+        except asyncio.CancelledError:
+            if (running := asyncio.current_task()) is None or running.cancelling():
+                raise
+            text = f"play() of {ask.query}/{ask.rollout} was cancelled by something it awaited"
+            failure = Failure("task", text)
+        except (Exception, SystemExit) as error:  # a tool that exits ends its rollout, not the worker
+            failure = failure_of(error, task)
+        else:
+            return Played(ask, attempt, rollout, drift=episode.drift())
+        if failure.kind != "infrastructure":
+            break
+    assert failure is not None
+    return Played(ask, attempt, None, failure.text, failure.kind)
+
+
+async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:
+    """Play one attempt. Whatever its end, no task of it runs afterwards and the engines hold nothing of it."""
+    attempt = Attempt()
+    try:
+        with attempt:
+            return episode.check(await task.play(question, episode))
+    finally:
+        episode.end()
+        try:
+            await attempt.end()
+        finally:
+            episode.release()
+
+
+async def play_all(
+    task: Task,
+    asks: Sequence[Ask],
+    agents: Mapping[str, Agent],
+    seed: Callable[[Ask], int],
+    done: Callable[[Played], Awaitable[None]],
+    accept: Callable[[Rollout], object] | None = None,
+) -> None:
+    """Play all rollouts concurrently; `done` is awaited for each as it ends. accept: as in play. The first error that
+    is the program's cancels the rest."""
+
+    async def one(ask: Ask) -> None:
+        await done(await play(task, ask, agents, seed(ask), accept))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for ask in asks:
+                group.create_task(one(ask))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None  # the others are the same bug, or the cancellation it caused
+
+
+@dataclass(slots=True)
+class Accuracy:
+    """Mean outcome over the questions of an evaluation, and how often each sub-agent role was called."""
+
+    correct: float = 0.0
+    n: int = 0
+    failed: int = 0
+    failure: str = ""  # why the last of the failed did
+    calls: dict[str, dict[int, int]] = field(default_factory=dict)  # role -> {d_k: number of rollouts}
+
+    @property
+    def mean(self) -> float:
+        return self.correct / self.n if self.n else float("nan")
+
+
+async def evaluate(
+    task: Task,
+    questions: Sequence[Question],
+    agents: Mapping[str, Agent],
+    *,
+    greedy: bool,
+    seed: int,
+    seen: Callable[[int, Played], None] | None = None,
+    accept: Callable[[Rollout], object] | None = None,
+) -> Accuracy:
+    """One rollout of each question. Failed rollouts are counted beside the mean, not in it. `seen` is called with each
+    rollout as it ends and the number of its question. accept: as in play. Raises InfrastructureError where none
+    succeeded."""
+    if greedy:
+        agents = {role: replace(agent, temperature=0.0) for role, agent in agents.items()}
+    result = Accuracy()
+
+    async def count(played: Played) -> None:
+        if seen is not None:
+            seen(numbers[played.ask.query], played)
+        if played.rollout is None:
+            result.failed += 1
+            result.failure = played.failure
+            return
+        result.n += 1
+        result.correct += played.rollout.correct
+        for role, d in played.rollout.d_k().items():
+            histogram = result.calls.setdefault(role, {})
+            histogram[d] = histogram.get(d, 0) + 1
+
+    asks = [Ask(f"eval/{'greedy' if greedy else 'sampled'}/{i}", q, 0) for i, q in enumerate(questions)]
+    numbers = {ask.query: i for i, ask in enumerate(asks)}
+    await play_all(task, asks, agents, lambda ask: mix(seed, numbers[ask.query]), count, accept)
+    if result.failed and not result.n:
+        raise InfrastructureError(all_failed(result.failed, "an evaluation", result.failure))
+    return result
+
+
+def all_failed(n: int, where: str, failure: str) -> str:
+    """What to say where nothing was played: something is down, and it is none of the rollouts' doing."""
+    return f"all {n} rollouts of {where} failed, the last with: {failure}"

@@ -1,0 +1,84 @@
+"""One role's way through a trainer: its address and spool, its part of the store, its batches and its record.
+
+A trainer has one role stream, or several where roles share a policy: then one learner steps on the minibatches of all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mgrpo.addresses import Addresses
+from mgrpo.config import RunConfig, config_digest
+from mgrpo.errors import DeadlineError
+from mgrpo.pipeline.batch import BatchBuilder
+from mgrpo.pipeline.step_record import StepRecorder
+from mgrpo.spool import Spool
+from mgrpo.store.client import TrainerClient
+from mgrpo.store.records import ClaimedGroup
+from mgrpo.transport.keys import client_keys, server_keys
+from mgrpo.transport.server import Server
+from mgrpo.weights import WeightsServer
+
+POLL_SECONDS = 1.0  # how soon a waiting trainer notices that it is to stop
+
+
+class RoleStream:
+    """Binds the role's address when it is made, so a taken one fails before any work."""
+
+    def __init__(
+        self, config: RunConfig, role: str, folder: Path, addresses: Addresses, weights: WeightsServer
+    ) -> None:
+        """folder: this role's own, on this server. weights: what the role's address serves."""
+        self.role, self._config = role, config
+        digest = config_digest(config)
+        self.spool = Spool(folder / "spool", role=role, digest=digest)
+        self._server = Server(
+            addresses.agents[role],
+            {**self.spool.handlers(), **weights.handlers()},
+            barrier=self.spool.sync,
+            security=server_keys(addresses),
+            insecure=addresses.insecure,
+        )
+        self.store = TrainerClient(
+            addresses.store,
+            f"trainer:{role}",
+            name=f"trainer-{role}",
+            run=digest,
+            key=client_keys(addresses, role),
+            timeout=config.store.timeout,
+        )
+        self.builder = BatchBuilder(config, role, self.spool, config.ranks(role))
+        self.recorder = StepRecorder(config.record, folder / "record", role, self._say)
+
+    def claim(self, step: int, check: Callable[[], None]) -> list[ClaimedGroup]:
+        """The groups of this step; waits for them in slices, so that `check` notices the end of the run. Time in which
+        workers have groups in hand does not count: the store closes those of which nothing arrives."""
+        limit = self._config.store.idle_timeout
+        busy = time.monotonic()
+        while True:
+            try:
+                return list(self.store.claim(n=self._config.trainer.questions, timeout=POLL_SECONDS))
+            except DeadlineError:
+                if time.monotonic() - busy > limit:
+                    raise DeadlineError(
+                        f"trainer {self.role} at step {step}: no {self._config.trainer.questions} finished groups in "
+                        f"the store's claim queue, and no worker had any in hand for {limit:g} s (store.idle_timeout)"
+                    ) from None
+            check()
+            if self.store.world().open:
+                busy = time.monotonic()
+
+    def check(self) -> None:
+        """Raises MgrpoError when this role's address is not served any more."""
+        self._server.check()
+
+    def _say(self, line: str) -> None:
+        self.store.report("phase", {"text": line})
+
+    def close(self) -> None:
+        self._server.close()
+        self.spool.close()
+        self.store.close()
+        self.recorder.close()

@@ -1,0 +1,409 @@
+"""A rollout worker: admission -> newest weights -> a wave of rollouts -> tokens and numbers shipped.
+
+A wave is the groups of one step that the store admits together; all its rollouts are played at once, batched by the
+engines. Which questions a wave holds follows from (seed, index) alone, and a restarted worker plays the unfinished wave
+again as a whole: the same batches, so the same tokens to the last bit, of which only the missing ones are shipped.
+
+Worker 0 also checks the gate before RL and evaluates: with the weights of a step, between two waves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+
+from mgrpo.addresses import Addresses
+from mgrpo.config import RunConfig, config_digest
+from mgrpo.credit import check_scores, trajectory_reward
+from mgrpo.environments.episode import mix
+from mgrpo.environments.failure import KINDS, encodable, shortened
+from mgrpo.environments.task import Question, Split, Task
+from mgrpo.errors import (
+    ConfigError,
+    DeadlineError,
+    GroupClosedError,
+    InfrastructureError,
+    MgrpoError,
+    RetryAfterError,
+)
+from mgrpo.pipeline.play import Accuracy, Ask, Played, all_failed, evaluate, play_all, question_of
+from mgrpo.pipeline.shipper import Shipper
+from mgrpo.pipeline.team import WAIT_SLICE, Team
+from mgrpo.pipeline.worker_loop import Over, WorkerLoop
+from mgrpo.record.rollouts import RolloutRecorder
+from mgrpo.spool import SpoolClient
+from mgrpo.store.client import WorkerClient, WorkerGroup
+from mgrpo.store.records import World
+from mgrpo.transport.client import Client
+from mgrpo.transport.codec import Sender
+from mgrpo.transport.keys import client_keys
+from mgrpo.types import MAIN, Rollout
+
+LOST_WAVES = 3  # a wave can be one question that nothing answers; that many in a row are an outage
+EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
+STOP_SECONDS = 10.0  # for one answer of a peer, once the process is told to leave
+
+
+Wave = list[tuple[WorkerGroup, Question]]
+
+
+class RolloutWorker:
+    """Use as a context manager; leaving it closes every connection."""
+
+    def __init__(
+        self, config: RunConfig, number: int, task: Task, addresses: Addresses, folder: Path
+    ) -> None:
+        """folder: this worker's own, for its record."""
+        torch.set_num_threads(config.rollout.threads)
+        self._config, self._number, self._task = config, number, task
+        self._timeout = config.store.timeout
+        digest = config_digest(config)
+        key = client_keys(addresses, "worker")
+        self._store = WorkerClient(
+            addresses.store, "worker", name=f"rollout-{number}", run=digest, timeout=self._timeout, key=key
+        )
+        sender = Sender(digest, "worker", f"rollout-{number}", "")
+        self._clients = {
+            role: Client(url, peer=f"trainer {role}", timeout=self._timeout, sender=sender, security=key)
+            for role, url in addresses.agents.items()
+        }
+        self._spools = {
+            role: SpoolClient(
+                addresses.agents[role], digest=digest, role=role, timeout=self._timeout, security=key
+            )
+            for role in config.training_roles
+        }
+        self._shipper = Shipper(self._store, self._spools, self._main_reward, self._timeout)
+        self._recorder = RolloutRecorder(config.record, folder, self._say)
+        self._loop = WorkerLoop(lambda: self._store.world().control.state == "running")
+        self._team = Team(config, addresses, self._clients, self._loop)
+        self._cursor = number  # index of the next group this worker may open
+        self._evaluated = -1  # step of the last evaluation
+        self._skipped = 0  # groups that the store had closed incomplete, since the last report
+        self._scored: set[str] = set()  # roles whose scores have fitted their reward
+        self._lost_waves = 0  # waves without a rollout since the last one that had some
+
+    def __enter__(self) -> RolloutWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._shipper.stop()
+        for spool in self._spools.values():
+            spool.close()
+        for client in self._clients.values():
+            client.close()
+        self._store.close()
+        self._shipper.close()
+        self._recorder.close()
+        self._loop.close(self._team.close())
+
+    def run(self) -> None:
+        """Roll out until every trainer has made its last step, the run is stopped, or leave() was called."""
+        try:
+            self._team.connect(self._say, self._recorder.tokenizer)
+            version = self._wait_for_version(0)
+            if self._number == 0 and version == 0 and not self._gate():
+                return
+            self._cursor += version * self._config.trainer.questions // self._workers * self._workers
+            idle_since = time.monotonic()
+            while (version := self._published()) < self._config.trainer.steps:
+                self._loop.check_stop()
+                if wave := self._open_wave():
+                    self._play(wave)
+                    idle_since = time.monotonic()
+                else:
+                    self._wait_a_little(version + 1, idle_since)
+            if self._number == 0:
+                self._finish(version)
+        except Over:
+            return
+        except MgrpoError:
+            if not self._loop.stopped:  # otherwise it was cut short because we leave
+                raise
+
+    # -- stations ------------------------------------------------------------------------------------------------
+
+    def _gate(self) -> bool:
+        """Check the policies RL starts from; False ends the run. A run without the gate goes on, and is not valid."""
+        n = self._config.eval.gate
+        self._team.sync({})
+        self._evaluate("heldout", 0)
+        self._evaluate("validation", 0)
+        if not n:
+            self._store.report(
+                "gate", {"valid": False, "figures": {}, "text": "skipped (eval.gate = 0): not valid"}
+            )
+            return True
+        report = self._loop.run(self._task.gate(self._team.agents, n, self._config.seed))
+        figures = {name: list(values) for name, values in report.figures.items()}
+        self._store.report("gate", {"valid": report.valid, "figures": figures, "text": str(report)})
+        if not report.valid:
+            self._store.set_control("stopping", f"not a valid start, RL was not begun: {report}")
+        return report.valid
+
+    def _open_wave(self) -> Wave:
+        """The groups that the store admits now, at most one step's share; [] when there is no work yet.
+
+        Groups that are complete already (after a restart) stay in the wave as long as one of it is not, so that the
+        engines see the batches they saw before. What the store has closed incomplete is left out.
+        """
+        share = max(1, self._config.trainer.questions // self._workers)
+        while True:
+            wave: Wave = []
+            opened = 0
+            while opened < share and not self._is_beyond_the_run(self._cursor + opened * self._workers):
+                index = self._cursor + opened * self._workers
+                question = question_of(self._task, index, self._config.seed)
+                try:
+                    group = self._open_group(index, question)
+                except RetryAfterError:
+                    break
+                opened += 1
+                if group is None or (_is_closed(group) and len(group.finished) < group.k):
+                    self._skipped += 1
+                else:
+                    wave.append((group, question))
+            self._cursor += opened * self._workers
+            if any(len(group.finished) < group.k for group, _ in wave) or not opened:
+                return wave
+
+    def _open_group(self, index: int, question: Question) -> WorkerGroup | None:
+        """Group number `index`, opened again after a restart; None where the store has closed it."""
+        try:
+            return self._store.open_group(
+                query=f"{index // self._config.trainer.questions}/{index}",
+                k=self._config.trainer.group_size,
+                d_max={role: self._config.agents[role].d_max for role in self._config.roles},
+                index=index,
+                meta={"question": shortened(question.text[:200])},
+                seed=self._config.seed,
+                timeout=0.0,
+            )
+        except GroupClosedError:
+            return None
+
+    def _is_beyond_the_run(self, index: int) -> bool:
+        """No step will claim this group: it comes after those of the last step, and no group that was lost to some role
+        left room."""
+        planned = self._config.trainer.steps * self._config.trainer.questions
+        if index < planned:
+            return False
+        return index >= planned + max(int(role["lost"]) for role in self._store.stats()["roles"].values())
+
+    def _play(self, wave: Wave) -> None:
+        oldest = {
+            role: max(group.oldest.get(role, 0) for group, _ in wave) for role in self._config.training_roles
+        }
+        version = self._team.sync(oldest)
+        if self._number == 0:
+            self._evaluate_if_due(version)
+        began = time.monotonic()
+        groups = {group.query: group for group, _ in wave}
+        tokens = drift = 0
+        failed: Counter[str] = Counter()
+        failure = ""
+
+        async def done(played: Played) -> None:
+            nonlocal tokens, drift, failure
+            group = groups[played.ask.query]
+            drift += played.drift
+            if played.kind is not None:
+                failed[played.kind] += 1
+                failure = played.failure
+            tokens += _sampled_tokens(played.rollout)
+            if played.ask.rollout not in group.finished:
+                self._record(group, played)
+                self._shipper.ship(group, played)
+
+        asks = [Ask(group.query, question, k) for group, question in wave for k in range(group.k)]
+        self._loop.run(
+            play_all(
+                self._task,
+                asks,
+                self._team.agents,
+                lambda ask: self._seed(groups[ask.query].index),
+                done,
+                self._check_rewards,
+            )
+        )
+        self._shipper.drain(self._loop.check_stop)
+        lost = failed.total() == len(asks)
+        self._lost_waves = self._lost_waves + 1 if lost else 0
+        if self._lost_waves == LOST_WAVES:  # the next would fare no better: the process ends with the reason
+            raise InfrastructureError(all_failed(len(asks), f"each of {LOST_WAVES} waves", failure))
+        seconds = time.monotonic() - began
+        metrics = {
+            "rollout/perf/tok_per_s": tokens / seconds,
+            "rollout/time/wave": seconds,
+            "rollout/retoken_drift": drift,
+            "rollout/failed": failed.total(),
+            **{f"rollout/failed_by_{kind}": failed[kind] for kind in KINDS},
+            "rollout/closed_groups": self._skipped + self._shipper.closed_groups(),
+        }
+        self._skipped = 0
+        self._store.report("rollouts", {"step": version, "metrics": metrics})
+
+    def _finish(self, version: int) -> None:
+        """The last evaluation, with the weights of the last step; then the run is over."""
+        self._team.sync(dict.fromkeys(self._config.training_roles, version))
+        self._evaluate("validation", version)
+        self._evaluate("heldout", version)
+        self._store.set_control("finished", "all steps done")
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluate_if_due(self, version: int) -> None:
+        every = self._config.eval.every
+        if version and version // every > max(0, self._evaluated) // every:
+            self._evaluate("validation", version)
+
+    def _evaluate(self, split: Split, step: int) -> None:
+        n = self._config.eval.validation if split == "validation" else self._config.eval.heldout
+        questions = self._task.questions(split, n)
+
+        def accuracy(greedy: bool) -> Accuracy:
+            mode = "greedy" if greedy else "sampled"
+
+            def seen(number: int, played: Played) -> None:
+                asked = _asked(played.ask.question)
+                self._recorder.evaluation(step, split, mode, number, asked, played.rollout)
+
+            return self._loop.run(
+                evaluate(
+                    self._task,
+                    questions,
+                    self._team.agents,
+                    greedy=greedy,
+                    seed=EVAL_SEED,
+                    seen=seen,
+                    accept=self._check_rewards,
+                )
+            )
+
+        greedy, sampled = accuracy(True), accuracy(False)
+        self._evaluated = step
+        self._store.report(
+            "eval",
+            {
+                "step": step,
+                "split": split,
+                "n": len(questions),
+                "greedy": greedy.mean,
+                "sampled": sampled.mean,
+                "failed": greedy.failed + sampled.failed,
+                "d_k": {role: {str(d): n for d, n in sorted(h.items())} for role, h in sampled.calls.items()},
+            },
+        )
+
+    def _record(self, group: WorkerGroup, played: Played) -> None:
+        step = group.index // self._config.trainer.questions
+        ask = played.ask
+        self._recorder.train(
+            step,
+            group.index,
+            group.query,
+            ask.rollout,
+            _asked(ask.question),
+            played.rollout,
+            played.failure,
+        )
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    @property
+    def _workers(self) -> int:
+        return self._config.rollout.workers
+
+    def _seed(self, index: int) -> int:
+        return mix(self._config.seed, index)
+
+    def _say(self, line: str) -> None:
+        self._store.report("phase", {"text": line})
+
+    def _main_reward(self, rollout: Rollout) -> float:
+        weights = self._config.agents[MAIN].reward
+        return trajectory_reward(MAIN, weights, rollout.main.scores, rollout.correct)
+
+    def _check_rewards(self, rollout: Rollout) -> None:
+        """Raise for a rollout that could not be paid. Where the names of its scores never fitted the reward, that would
+        be so in every rollout: ConfigError. Where they did, or the task declared them, it is this rollout's failure."""
+        for t in rollout.trajectories():
+            try:
+                check_scores(t.role, self._config.agents[t.role].reward, t.scores)
+            except ConfigError as error:
+                if t.role in self._task.scores or t.role in self._scored:
+                    raise ValueError(str(error)) from None
+                raise
+            self._scored.add(t.role)
+
+    def _published(self) -> int:
+        """The oldest version that the training roles have published (-1 before the first)."""
+        return _oldest(self._store.world())
+
+    def _wait_for_version(self, version: int) -> int:
+        """The oldest published version, once it is at least `version`."""
+        began = time.monotonic()
+        while (published := self._published()) < version:
+            self._wait_a_little(version, began)
+        return published
+
+    def _wait_a_little(self, version: int, since: float) -> None:
+        """Wait for a version, but not for long: a dropped group may have left room for another one meanwhile. Raises
+        DeadlineError when nothing has come for idle_timeout seconds."""
+        if time.monotonic() - since > self._config.store.idle_timeout:
+            raise DeadlineError(
+                f"worker {self._number}: version {version} of {', '.join(self._config.training_roles)} was not "
+                f"published within {self._config.store.idle_timeout:g} s"
+            )
+        with contextlib.suppress(DeadlineError):
+            wanted = dict.fromkeys(self._config.training_roles, version)
+            self._store.wait(versions=wanted, timeout=WAIT_SLICE)
+        self._loop.check()
+
+    def leave(self) -> None:
+        """End as soon as possible: what is being played is cancelled. A signal handler may call it."""
+        # Where the store has ended too (the launcher was killed), its answer is not waited for as long as usual.
+        self._loop.stop()
+        self._store.hurry(STOP_SECONDS)
+        for client in self._clients.values():
+            client.hurry(STOP_SECONDS)
+
+
+def run_worker(config: RunConfig, number: int, task: Task, addresses: Addresses, folder: Path) -> None:
+    """Run rollout worker `number` until the run is over; its record goes to `folder`."""
+    worker = RolloutWorker(config, number, task, addresses, folder)
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        worker.leave()
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    with worker:
+        worker.run()
+
+
+def _is_closed(group: WorkerGroup) -> bool:
+    """Whether the store takes nothing more for this group."""
+    return group.state != "open"
+
+
+def _asked(question: Question) -> tuple[str, str]:
+    """A question and its gold answer, as the record can write them."""
+    return encodable(str(question.text)), encodable(str(question.answer))
+
+
+def _oldest(world: World) -> int:
+    return min(-1 if role.version is None else role.version for role in world.roles)
+
+
+def _sampled_tokens(rollout: Rollout | None) -> int:
+    if rollout is None:
+        return 0
+    return sum(int(t.loss_mask.sum()) for t in rollout.trajectories())

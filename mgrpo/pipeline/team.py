@@ -1,0 +1,112 @@
+"""A rollout worker's agents: the engine of each role, and the newest weights of its trainer in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from mgrpo.addresses import Addresses
+from mgrpo.config import RunConfig
+from mgrpo.engines.base import Engine
+from mgrpo.engines.registry import open_engine
+from mgrpo.environments.episode import Agent
+from mgrpo.errors import DeadlineError
+from mgrpo.pipeline.worker_loop import WorkerLoop
+from mgrpo.transport.client import Client
+from mgrpo.weights import Progress, Pull, Weights, fetch_shell, fetch_weights
+
+PULL_REPORT_SECONDS = 10.0  # between two reports of weights that are long under way
+WAIT_SLICE = 1.0  # seconds between two looks at the run's state while waiting
+
+
+@dataclass(slots=True)
+class _Source:
+    """Where one role's weights come from, and which the engine holds."""
+
+    client: Client
+    engine: Engine
+    label: str = ""
+    pull: Pull = field(default_factory=Pull)
+
+
+class Team:
+    """`agents` are there once connect() has returned. close() ends their engines."""
+
+    def __init__(
+        self, config: RunConfig, addresses: Addresses, clients: Mapping[str, Client], loop: WorkerLoop
+    ) -> None:
+        """clients: of each role's trainer."""
+        self.agents: dict[str, Agent] = {}
+        self._config, self._addresses, self._clients, self._loop = config, addresses, clients, loop
+        self._sources: dict[str, _Source] = {}
+
+    def connect(
+        self, say: Callable[[str], None], tokenizer: Callable[[str, Mapping[str, bytes]], None]
+    ) -> None:
+        """Build each role's engine from what its trainer says of the policy; trainers may still be warming up. say:
+        takes a line for people; tokenizer: takes each role's policy files."""
+        for role in self._config.roles:
+            client = self._clients[role]
+            files = self._shell(client)
+            tokenizer(role, files)
+            agent = self._config.agents[role]
+            engine, words = open_engine(self._config, role, files, self._addresses, say)
+            self._sources[role] = _Source(client, engine, pull=Pull(self._pull_progress(role, say)))
+            self.agents[role] = Agent(role, engine, words, agent.loss.temperature, agent.max_length)
+
+    def _shell(self, client: Client) -> dict[str, bytes]:
+        """The policy's files without weights. Its trainer may be warming up, for any time, or be between two lives, for
+        idle_timeout seconds."""
+        heard = time.monotonic()
+        while True:
+            try:
+                if files := fetch_shell(client, WAIT_SLICE):
+                    return files
+                heard = time.monotonic()
+            except DeadlineError:
+                if time.monotonic() - heard > self._config.store.idle_timeout:
+                    raise
+            self._loop.check()
+
+    def sync(self, at_least: Mapping[str, int]) -> int:
+        """Bring every engine to its trainer's newest weights, those of a role in `at_least` to this version or a later
+        one; returns the oldest version of the training roles."""
+        versions = []
+        for role, source in self._sources.items():
+            weights = self._fetch(source, at_least.get(role, 0))
+            if weights is not None:
+                self._loop.run(source.engine.load(weights, weights.version))
+                source.label = weights.label
+            if role in self._config.training_roles:
+                versions.append(source.engine.version)
+        return min(versions)
+
+    def _fetch(self, source: _Source, at_least: int) -> Weights | None:
+        since, received = time.monotonic(), source.pull.received
+        while True:
+            try:
+                return fetch_weights(source.client, source.label, at_least, WAIT_SLICE, source.pull)
+            except DeadlineError:
+                if source.pull.received != received:  # a slow link, but it moves
+                    since, received = time.monotonic(), source.pull.received
+                if time.monotonic() - since > self._config.store.idle_timeout:
+                    raise
+            self._loop.check()
+
+    def _pull_progress(self, role: str, say: Callable[[str], None]) -> Progress:
+        """Called each second while weights arrive: a slow link is reported, and the end of the run noticed."""
+        reported = 0.0
+
+        def progress(received: int, size: int) -> None:
+            nonlocal reported
+            self._loop.check()
+            if time.monotonic() - reported > PULL_REPORT_SECONDS:
+                reported = time.monotonic()
+                say(f"weights of {role}: {received / 2**20:.0f} of {size / 2**20:.0f} MiB arrived")
+
+        return progress
+
+    async def close(self) -> None:
+        for source in self._sources.values():
+            await source.engine.close()

@@ -1,0 +1,259 @@
+"""One agent's trainer, station after station:
+
+    start policy -> (warm start) -> serve weights -> [ claim -> read spool -> credit -> advantage -> align -> rows
+      -> loss -> optimizer step -> apply -> publish weights -> status -> record -> (checkpoint -> commit) ]
+      -> final policy
+
+Everything it needs of other agents arrives through the store as rewards, counts and versions. A restarted trainer goes
+back to its last checkpoint; the store hands it the groups it had applied since then once more, in the same order, and
+the spool still holds their tokens. Roles that share this agent's policy are trained here too: each comes through a
+role stream of its own, and their minibatches make one optimizer step with the agent's.
+
+With policy.ranks > 1 this is rank 0, which alone talks to store, spool and engines; what all ranks do is the
+PolicyTrainer's matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from mgrpo.addresses import Addresses
+from mgrpo.config import RunConfig
+from mgrpo.environments.task import Task
+from mgrpo.errors import ConfigError, DeadlineError, PeerError
+from mgrpo.model.chat_check import check_chat
+from mgrpo.pipeline.batch import merge_streams
+from mgrpo.pipeline.role_stream import RoleStream
+from mgrpo.record.schema import StepSettings
+from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
+from mgrpo.trainers.torch.schedule import learning_rate
+from mgrpo.types import version_label
+from mgrpo.weights import Weights, WeightsServer
+
+STOP_SECONDS = 5.0  # for one answer of the store, once the process is asked to stop
+
+
+class Shutdown(Exception):
+    """The run was ended, or this process was asked to stop."""
+
+
+class TrainerLoop:
+    """Use as a context manager; leaving it closes the endpoint, the spool and the store connection."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        role: str,
+        task: Task,
+        agents: Path,
+        addresses: Addresses,
+        trainer: PolicyTrainer,
+    ) -> None:
+        """agents: folder of the agents' folders on this server, one a role."""
+        self._trainer = trainer
+        self._config, self._agent, self._role, self._task = config, config.agents[role], role, task
+        self._folder = agents / role
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._stop_requested = False
+        self._step = 0  # optimizer steps that the policy has taken
+        # Step of the last checkpoint that was begun, and of the last that is durable.
+        self._begun = self._checkpointed = 0
+        self._weights = WeightsServer()
+        self._streams = [
+            RoleStream(config, r, agents / r, addresses, self._weights) for r in config.served_by(role)
+        ]
+        self._store = self._streams[0].store
+
+    def __enter__(self) -> TrainerLoop:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for stream in self._streams:
+            stream.close()
+
+    def run(self) -> None:
+        """Train until the last step, serve the final weights until the run is over."""
+        with contextlib.suppress(Shutdown):
+            self._run()
+        self._trainer.close()
+
+    # -- stations ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        checkpoint = self._trainer.load(self._start_policy())
+        step = checkpoint.step if checkpoint else 0
+        if checkpoint is None and (
+            cut := [stream.spool.path for stream in self._streams if stream.spool.segments()[0] > 1]
+        ):
+            raise ConfigError(
+                f"{cut[0]} holds no tokens of the first steps any more, and no checkpoint is left in "
+                f"{self._folder / 'checkpoints'}: put one back, or begin again with --fresh"
+            )
+        if self._task.chat:
+            check_chat(self._trainer.tokenizer, self._task.chat_use, f"policy of {self._role}")
+        # Also tries what is saved at the end: a tokenizer that cannot be would otherwise say so after the last step.
+        self._weights.describe(self._trainer.policy_files())
+        self._step = self._begun = self._checkpointed = step
+        for stream in self._streams:
+            resumed = stream.store.resume(checkpoint_step=step - 1)
+            stream.recorder.begin(step)
+        if checkpoint is not None:
+            for damage in checkpoint.passed_over:
+                self._report("phase", {"text": f"{self._role}: a checkpoint was passed over: {damage}"})
+            self._commit(checkpoint)
+            self._report(
+                "phase", {"text": f"{self._role}: resumed at step {step}, {resumed.again} groups again"}
+            )
+        self._publish(step)
+        if not self._agent.frozen:
+            # From here on there is something to save; before, a signal ends the process at once.
+            for number in (signal.SIGTERM, signal.SIGINT):  # the latter where it was started by hand
+                signal.signal(number, self._on_signal)
+            try:
+                self._train()
+            except Shutdown:
+                # Wherever the loop was, mostly waiting for rollouts: the weights are those of a whole step.
+                if self._step > self._begun:
+                    self._checkpoint()
+                self._finish_checkpoint(wait=True)
+                raise
+            self._finish_checkpoint(wait=True)
+            self._trainer.export(self._folder / "final")
+            self._report("phase", {"text": f"{self._role}: final policy in {self._folder / 'final'}"})
+        self._trainer.close()
+        self._serve_until_over()
+
+    def _start_policy(self) -> Path:
+        """The policy RL starts from: the given model, or the task's own after its warm start (kept in start/)."""
+        if self._agent.model is not None:
+            return Path(self._agent.model)
+        start = self._folder / "start"
+        if not start.exists():
+            self._task.build_policy(self._role, self._config.seed, str(self._folder / "fresh"))
+            self._warm_start(self._folder / "fresh", start)
+        return start
+
+    def _warm_start(self, fresh: Path, start: Path) -> None:
+        config, seed = self._agent.warm_start, self._config.seed
+
+        def demos(step: int) -> Demos:
+            return [
+                demo
+                for stream in self._streams
+                for demo in self._task.demo_batch(stream.role, step, config.batch_size, seed)
+            ]
+
+        def progress(step: int, loss: float) -> None:
+            self._report("warm", {"role": self._role, "step": step, "steps": config.steps, "loss": loss})
+            self._check_stop()
+
+        lr = self._task.warm_start_lr(self._role) if config.lr is None else config.lr
+        self._trainer.warm_start(fresh, start, demos, config, lr, progress)
+
+    def _train(self) -> None:
+        trainer = self._config.trainer
+        while (step := self._step) < trainer.steps:
+            began = time.monotonic()
+            claimed_groups = [stream.claim(step, self._check_stop) for stream in self._streams]
+            claimed = time.monotonic()
+            batches = [
+                stream.builder.build(step, groups)
+                for stream, groups in zip(self._streams, claimed_groups, strict=True)
+            ]
+            built = time.monotonic()
+            lr = learning_rate(self._agent.optimizer, step, trainer.steps)
+            settings = StepSettings(lr, trainer.threads, self._config.ranks(self._role))
+            learned = self._trainer.train(merge_streams(batches), trainer.old_logprobs == "recompute", lr)
+            for stream, groups in zip(self._streams, claimed_groups, strict=True):
+                stream.store.apply(step=step, groups=groups)
+            self._step = step = step + 1
+            trained = time.monotonic()
+            due = step % trainer.checkpoint_every == 0 or step == trainer.steps
+            self._publish(step)
+            for stream, batch in zip(self._streams, batches, strict=True):
+                stream.recorder.step(batch, batch.metrics | learned, settings)
+            if due:
+                self._checkpoint()
+            else:
+                self._finish_checkpoint(wait=False)
+            times = {
+                "time/wait_batch": claimed - began,
+                "time/build": built - claimed,
+                "time/train": trained - built,
+                "time/sync": time.monotonic() - trained,
+                "time/step": time.monotonic() - began,
+            }
+            for stream, batch in zip(self._streams, batches, strict=True):
+                metrics = batch.metrics | learned | times
+                named = {f"{stream.role}/{name}": float(value) for name, value in metrics.items()}
+                self._report("step", {"role": stream.role, "step": step, "metrics": named})
+            self._check_stop()
+
+    def _checkpoint(self) -> None:
+        """Begin to write a checkpoint of the last step; the steps go on meanwhile."""
+        self._finish_checkpoint(wait=True)  # the one before
+        self._begun = self._step
+        self._trainer.save(self._step)
+
+    def _finish_checkpoint(self, wait: bool) -> None:
+        """Commit the checkpoint that is being written once it is durable."""
+        saved = self._trainer.saved(wait)
+        if saved is not None:
+            self._commit(saved)
+
+    def _commit(self, checkpoint: Checkpoint) -> None:
+        """Commit at the store: nothing up to here is handed out again, unless this trainer comes back with an older
+        checkpoint. The spool keeps what the oldest of those that are kept would need."""
+        try:
+            cursors = {stream.role: stream.store.commit(step=checkpoint.step - 1) for stream in self._streams}
+        except (DeadlineError, PeerError):
+            if not self._stop_requested:
+                raise
+            # The store has ended too: it learns of this checkpoint when the trainer comes back.
+        else:
+            needed = self._trainer.note_cursors(checkpoint, cursors)
+            for stream in self._streams:
+                stream.spool.truncate(needed[stream.role])
+        self._streams[0].recorder.keep(checkpoint)
+        self._checkpointed = checkpoint.step
+
+    def _publish(self, version: int) -> None:
+        """Serve the weights first, announce the version afterwards."""
+        data = self._trainer.weights()
+        self._weights.publish(Weights(version_label(self._role, self._store.epoch, version), version, data))
+        for stream in self._streams:
+            stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
+
+    def _serve_until_over(self) -> None:
+        """Workers still need the weights for the last evaluation."""
+        while True:
+            self._check_stop()
+            time.sleep(0.1)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _report(self, kind: str, payload: dict[str, object]) -> None:
+        self._store.report(kind, payload)
+
+    def _check_stop(self) -> None:
+        self._trainer.heartbeat()
+        for stream in self._streams:
+            stream.check()
+        if self._stop_requested or self._store.world().control.state != "running":
+            raise Shutdown
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Only a mark: an optimizer step is never torn apart; the loop looks at the mark between steps. Where the store
+        # has ended too (the launcher was killed), its answer is not waited for as long as usual. No Event: its lock is
+        # not reentrant, and the kernel sends the death of a launcher several times, also into this handler.
+        self._stop_requested = True
+        if number == signal.SIGINT:  # another Ctrl-C does not wait for the checkpoint
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for stream in self._streams:
+            stream.store.hurry(STOP_SECONDS)

@@ -1,0 +1,165 @@
+"""The processes of a run, one function each."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from mgrpo.config import RunConfig, config_digest, load_config
+from mgrpo.credit import check_names
+from mgrpo.engines.vllm.process import check_startable, keep, server_command, starts_servers
+from mgrpo.environments.task import Task
+from mgrpo.errors import ConfigError, MgrpoError
+from mgrpo.run.folder import RunFolder
+from mgrpo.run.supervisor import die_with_parent
+from mgrpo.store.records import RunParams
+
+
+def load_run_task(config: RunConfig) -> Task:
+    """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it."""
+    from mgrpo.environments.loader import load_task
+
+    task = load_task(config.task.name, config.task.options, config.roles)
+    for role, names in task.scores.items():
+        if role in config.agents:
+            check_names(role, config.agents[role].reward, names)
+    return task
+
+
+def run_params(config: RunConfig) -> RunParams:
+    """What the store must know of a run to admit, deliver and refuse."""
+    return RunParams(
+        run=config.task.name,
+        digest=config_digest(config),
+        roles=list(config.roles),
+        training_roles=list(config.training_roles),
+        k=config.trainer.group_size,
+        batch=config.trainer.questions,
+        max_lag=config.trainer.max_lag,
+        lease_s=config.store.lease,
+        group_timeout_s=config.store.group_timeout,
+        in_order=True,
+    )
+
+
+def run_store_process(config_path: Path, out: Path, overrides: Sequence[str], parent: int | None) -> None:
+    """The run's store, until SIGTERM. Raises MgrpoError when its serving thread ends by itself."""
+    from mgrpo.store.server import run_store
+    from mgrpo.transport.keys import server_keys
+
+    config = _begin(config_path, overrides, parent, _leave_at_once)
+    folder = RunFolder(out)
+    folder.make_room_for_sockets(config)
+    out.mkdir(parents=True, exist_ok=True)
+    addresses = folder.addresses(config)
+    run_store(
+        addresses.store,
+        folder.database,
+        run_params(config),
+        security=server_keys(addresses),
+        insecure=addresses.insecure,
+    )
+
+
+def run_trainer_process(
+    config_path: Path, role: str, out: Path, overrides: Sequence[str], parent: int | None
+) -> None:
+    """One agent's trainer, until the run is over."""
+    config = _begin(config_path, overrides, parent, _leave_at_once)
+    signal.signal(signal.SIGINT, _leave_at_once)
+    if role not in config.agents:
+        raise ConfigError(f"--agent {role}: unknown role; the config has {', '.join(config.roles)}")
+    if config.owner(role) != role:
+        raise ConfigError(f"--agent {role}: it shares a policy; start the trainer of {config.owner(role)!r}")
+    folder = RunFolder(out)
+    folder.make_room_for_sockets(config)
+    if config.ranks(role) == 1:
+        _train(config, role, folder)
+        return
+    from mgrpo.run.torchrun import as_rank, run_ranks
+    from mgrpo.trainers.torch.ranks import under_torchrun
+
+    if under_torchrun():
+        as_rank(lambda: _train(config, role, folder))
+    else:
+        sets = [f"--set={o}" for o in overrides]
+        arguments = ["trainer", str(config_path), "--agent", role, "--out", str(out), *sets]
+        run_ranks(config.ranks(role), arguments, config.trainer.threads, config.trainer.stop_timeout)
+
+
+def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
+    """Rank 0 of a trainer, or one of the others."""
+    from mgrpo.pipeline.trainer_loop import TrainerLoop
+    from mgrpo.trainers.registry import open_trainer
+
+    with open_trainer(config, role, folder.agent(role)) as trainer:
+        if not trainer.is_main:
+            trainer.run_commands()
+            return
+        task, addresses = load_run_task(config), folder.addresses(config)
+        with TrainerLoop(config, role, task, folder.agents, addresses, trainer) as loop:
+            loop.run()
+
+
+def run_worker_process(
+    config_path: Path, worker: int, out: Path, overrides: Sequence[str], parent: int | None
+) -> None:
+    """One rollout worker, until the run is over."""
+    from mgrpo.pipeline.rollout_worker import run_worker
+
+    config = _begin(config_path, overrides, parent, _unwind)
+    if not 0 <= worker < config.rollout.workers:
+        raise ConfigError(f"--worker {worker}: expected 0 to {config.rollout.workers - 1} (rollout.workers)")
+    folder = RunFolder(out)
+    run_worker(config, worker, load_run_task(config), folder.addresses(config), folder.rollouts(worker))
+
+
+def run_engine_process(
+    config_path: Path, role: str, replica: int, out: Path, overrides: Sequence[str], parent: int | None
+) -> None:
+    """One vLLM server of `role`'s policy, until it ends or SIGTERM."""
+    config = _begin(config_path, overrides, parent, _unwind)
+    if role not in config.policy_roles:
+        raise ConfigError(f"--agent {role}: expected one with a policy: {', '.join(config.policy_roles)}")
+    engine = config.agents[role].engine
+    if not starts_servers(engine) or not 0 <= replica < engine.replicas:
+        raise ConfigError(f"--replica {replica}: the config starts no such server for {role!r}")
+    check_startable(config, role)
+    folder = RunFolder(out)
+    folder.make_room_for_sockets(config)
+    socket = folder.engine_socket(role, replica)
+    code = keep(server_command(config, role, ("--uds", str(socket))), socket)
+    if code == 0:  # its engine has died, for instance; nobody told it to end
+        raise MgrpoError(f"the vLLM server of {role!r} ended by itself; its last words are above")
+    if code < 0:  # end as it ended, so that who watches us sees a signal and no error
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    raise SystemExit(code)
+
+
+def _begin(
+    config_path: Path,
+    overrides: Sequence[str],
+    parent: int | None,
+    on_sigterm: Callable[[int, FrameType | None], None],
+) -> RunConfig:
+    if parent is not None:  # a rank has no use for a last word: those who would hear it end as well
+        die_with_parent(parent, signal.SIGKILL if "RANK" in os.environ else signal.SIGTERM)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    return load_config(config_path, overrides)
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    """For as long as a part has nothing to save: an exception could come up in any line, even of a library's callback
+    that swallows it. A part with something to save replaces this by a mark that its loop looks at."""
+    os._exit(0)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """For parts whose context managers end other processes. Once: the kernel may send the launcher's death twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(0)

@@ -1,0 +1,25 @@
+"""The trainers by name. A new backend: a folder beside torch/ and a line here, or a class in a package of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mgrpo.config import RunConfig
+from mgrpo.plugins import find_class
+from mgrpo.trainers.base import PolicyTrainer
+
+BUILT_IN = {"torch": "mgrpo.trainers.torch.trainer:TorchTrainer"}
+GROUP = "mgrpo.trainers"
+
+
+def find_trainer(config: RunConfig, role: str) -> type[PolicyTrainer]:
+    """The class that agents.<role>.policy.trainer names. Raises ConfigError for a name that is not known."""
+    name = config.agents[role].policy.trainer
+    where = f"agents.{role}.policy.trainer"
+    return find_class(where, name, BUILT_IN, GROUP, PolicyTrainer)  # type: ignore[type-abstract]
+
+
+def open_trainer(config: RunConfig, role: str, folder: Path) -> PolicyTrainer:
+    """The trainer of `role`'s policy, on this rank. folder: the agent's, the same on all ranks (on several servers: a
+    shared file system). Raises ConfigError as find_trainer()."""
+    return find_trainer(config, role).open(config, role, folder)

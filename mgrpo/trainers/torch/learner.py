@@ -1,0 +1,207 @@
+"""One optimizer step on one minibatch: rows -> hidden states -> sampled tokens -> fused loss -> gradient -> update.
+
+What cannot change the gradient is not computed: a trajectory with advantage 0 needs no forward pass (unless a KL or an
+entropy term acts on it), and masked tokens never reach the vocabulary. The denominators are those of the whole
+minibatch, so the gradient does not depend on how it is cut into micro-batches, or divided among ranks: every rank
+steps through its own micro-batches, and the gradients are summed over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mgrpo.config import AgentConfig
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.errors import NumericsError
+from mgrpo.model.policy import Policy
+from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
+from mgrpo.ops.selective_logprob import selective_logprob
+from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.torch.ranks import Ranks
+
+_NAMES = {  # what the loss reports -> what the run calls it
+    "policy_loss": "loss/pg",
+    "clip_frac_low": "loss/clip_ratio_low",
+    "clip_frac_high": "loss/clip_ratio_high",
+    "entropy": "policy/entropy",
+    "kl": "policy/kl",
+    "mismatch_kl": "policy/mismatch_kl",
+    "grad_norm": "policy/grad_norm",
+}
+
+
+def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.Tensor:
+    """Log-probs f32[T] of the sampled tokens under `policy`, on its device, without a graph. NumericsError where one is
+    not finite: the policy's numbers are not, or it gives a sampled token probability 0."""
+    active = batch.active().to(policy.device)
+    with torch.no_grad():
+        hidden = policy.hidden_before(batch.ids, batch.lengths, active.mask)
+        targets = policy.vocabulary.classes(active.targets)
+        found = selective_logprob(hidden, policy.token_head, targets, temperature=temperature)[0]
+    bad = int((~found.isfinite()).sum())
+    if bad:
+        raise NumericsError(
+            f"{bad} of {len(found)} sampled tokens have no finite log-prob under the policy that the loss compares "
+            "with (its old or reference policy); the step was not taken"
+        )
+    return found
+
+
+class Learner:
+    """A policy with its optimizer, its loss and, where the loss has a KL term, its frozen reference.
+
+    With several ranks each has a learner, and all take the same steps: train() is a collective.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        loss: GrpoLossConfig,
+        grad_clip: float,
+        reference: Policy | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        if (reference is None) == (loss.kl_coef > 0):
+            raise ValueError(f"reference policy given: {reference is not None}, with kl_coef={loss.kl_coef}")
+        self.policy, self.optimizer, self.loss, self.grad_clip = policy, optimizer, loss, grad_clip
+        self.reference, self.ranks = reference, ranks or Ranks()
+
+    def train(
+        self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
+    ) -> dict[str, float]:
+        """One RL step: an optimizer step on each minibatch in turn; the means of their metrics.
+
+        lr: learning rate of this step; None leaves the optimizer's.
+        recompute_old: take the ratio's denominator from this policy before the first update instead of the sampler's
+        report. `policy/logprob_diff_max` compares this policy with that report, either way, on the first minibatch,
+        where nothing has been updated yet: in synchronous mode it is the numerical difference of sampler and trainer.
+        It is in nats, so it says how far apart they are where a ratio is 0 or held at its bound.
+        """
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
+        if recompute_old:
+            for micro in (m for batch in batches for m in batch.micro):
+                micro.old_logprobs = torch.zeros_like(micro.rollout_logprobs)
+                rows = micro if len(micro.lengths) else _blank()
+                found = logprobs_of(self.policy, rows, self.loss.temperature)
+                if rows is micro:
+                    micro.old_logprobs[:, 1:][micro.active().mask] = found.to(micro.old_logprobs.device)
+        results = [result for batch in batches if (result := self.step(batch))]
+        if not results:
+            return {}
+        out = {ours: sum(r[theirs] for r in results) / len(results) for theirs, ours in _NAMES.items()}
+        out["policy/is_ratio_max"] = max(r["ratio_max"] for r in results)
+        out["policy/is_ratio_min"] = min(r["ratio_min"] for r in results)
+        out["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
+        out["policy/logprob_diff_max"] = results[0]["logprob_diff_max"]
+        return out
+
+    def step(self, batch: MiniBatch) -> dict[str, float]:
+        """One optimizer step; returns the loss metrics of the minibatch. A minibatch that cannot move the policy
+        (no trajectory with an advantage) leaves weights and optimizer state untouched and returns {}."""
+        every_row_acts = self.loss.kl_coef > 0 or self.loss.entropy_coef > 0
+        means = _Means()
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in batch.micro:
+            rows = micro if every_row_acts else micro.rows(micro.advantages != 0)
+            if len(rows.lengths):
+                means.add(self._backward(rows, batch.denominator))
+            elif self.ranks.size > 1:  # the others gather weights in this micro-step, which takes every rank
+                self._backward(_blank(), batch.denominator)
+        means.join(self.ranks)
+        if not means.tokens:
+            return {}
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip, foreach=True)
+        if self.ranks.size > 1:
+            norm = norm.full_tensor()  # type: ignore[attr-defined]  # of the gradient on all ranks
+        result = means.result()
+        if not torch.isfinite(norm) or result["nonfinite_rows"]:
+            raise NumericsError(
+                f"gradient norm {float(norm)}, {result['nonfinite_rows']:.0f} tokens with non-finite log-probs; "
+                "the step was not taken"
+            )
+        self.optimizer.step()
+        return result | {"grad_norm": float(norm)}
+
+    def _backward(self, rows: MicroBatch, denominator: float) -> tuple[int, dict[str, torch.Tensor]]:
+        device = self.policy.device
+        active = rows.active().to(device)
+        hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask)  # (T, H)
+        loss, metrics = linear_grpo_loss(
+            hidden,
+            self.policy.token_head,
+            self.policy.vocabulary.classes(active.targets),
+            cu_seqlens=active.cu_seqlens,
+            advantages=rows.advantages.to(device),
+            seq_weight=rows.weights.to(device),
+            old_logprobs=active.old_logprobs,
+            ref_logprobs=None
+            if self.reference is None
+            else logprobs_of(self.reference, rows, self.loss.temperature),
+            rollout_logprobs=active.rollout_logprobs,
+            denominator=denominator,
+            config=self.loss,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        return len(active.targets), metrics
+
+
+def _blank() -> MicroBatch:
+    """One row without weight: it moves no gradient and counts nowhere."""
+    mask = torch.tensor([[False, True]])
+    zeros = torch.zeros(1, 2)
+    return MicroBatch(
+        torch.zeros(1, 2, dtype=torch.int64),
+        mask,
+        zeros,
+        torch.tensor([2]),
+        torch.zeros(1),
+        torch.zeros(1),
+    )
+
+
+def new_learner(
+    agent: AgentConfig, policy: Policy, reference: Policy | None, ranks: Ranks | None = None
+) -> Learner:
+    """A learner with the optimizer that the agent's config asks for, before its first step."""
+    o = agent.optimizer
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, foreach=True
+    )
+    return Learner(policy, optimizer, agent.loss, o.grad_clip, reference, ranks)
+
+
+class _Means:
+    """Loss metrics of several micro-batches: sums, extremes and token-weighted means, read once at the end."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._parts: list[tuple[int, Mapping[str, torch.Tensor | float]]] = []
+
+    def add(self, part: tuple[int, dict[str, torch.Tensor]]) -> None:
+        self.tokens += part[0]
+        self._parts.append(part)
+
+    def join(self, ranks: Ranks) -> None:
+        """Take in what the other ranks have, in the order of ranks."""
+        if ranks.size > 1:
+            mine = [(n, {name: float(value) for name, value in part.items()}) for n, part in self._parts]
+            self._parts = [part for parts in ranks.gather(mine) for part in parts]
+            self.tokens = sum(n for n, _ in self._parts)
+
+    def result(self) -> dict[str, float]:
+        out: dict[str, float] = {}
+        for name in self._parts[0][1]:
+            values = [(n, float(metrics[name])) for n, metrics in self._parts]
+            if name.endswith("_max"):
+                out[name] = max(v for _, v in values)
+            elif name.endswith("_min"):
+                out[name] = min(v for _, v in values)
+            elif name in ("policy_loss", "nonfinite_rows"):  # parts of one sum: they share the denominator
+                out[name] = sum(v for _, v in values)
+            else:
+                out[name] = sum(n * v for n, v in values) / self.tokens
+        return out

@@ -1,0 +1,216 @@
+"""The torch backend: learner, sharding over ranks with FSDP2, and distributed checkpoints behind PolicyTrainer.
+
+Rank 0 broadcasts a command with each call; the other ranks run the same part of it (`run_commands`). With one rank
+nothing is broadcast, and the policy is whole where it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mgrpo.config import RunConfig
+from mgrpo.config.policy import LoraConfig, PolicyConfig
+from mgrpo.config.run import WarmStartConfig
+from mgrpo.model.policy import (
+    Policy,
+    adapter_bytes,
+    load_policy,
+    load_reference,
+    save_policy,
+    state_bytes,
+)
+from mgrpo.model.shell import shell_files
+from mgrpo.model.tokens import Tokenizer
+from mgrpo.trainers.base import Checkpoint, Demos, MiniBatch, PolicyTrainer
+from mgrpo.trainers.torch.checkpoint import (
+    CheckpointWriter,
+    latest_checkpoint,
+    note_cursors,
+    prepare_folder,
+    restore_checkpoint,
+    snapshot,
+)
+from mgrpo.trainers.torch.learner import Learner, new_learner
+from mgrpo.trainers.torch.ranks import Ranks
+from mgrpo.trainers.torch.sft import warm_start
+
+
+class TorchTrainer(PolicyTrainer):
+    """One rank's part of the policy; see PolicyTrainer."""
+
+    def __init__(self, config: RunConfig, role: str, folder: Path, ranks: Ranks) -> None:
+        """folder: the agent's, the same on all ranks (on several servers: a shared file system)."""
+        torch.set_num_threads(config.trainer.threads)
+        torch.manual_seed(config.seed)
+        self._config, self._agent, self._ranks = config, config.agents[role], ranks
+        self._root = folder / "checkpoints"
+        self._writer = CheckpointWriter(
+            self._root, config.trainer.keep_checkpoints, ranks.files, is_main=ranks.is_main
+        )
+        self._learner: Learner | None = None
+        self._whole: Policy | None = None
+        self._closed = False
+        self.is_main = ranks.is_main
+
+    @classmethod
+    def open(cls, config: RunConfig, role: str, folder: Path) -> TorchTrainer:
+        limits = (config.store.idle_timeout, config.trainer.stop_timeout)
+        ranks = Ranks(config.ranks(role), config.agents[role].policy.device, *limits)
+        return cls(config, role, folder, ranks)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ranks.__exit__(kind, error, trace)
+
+    # -- rank 0 ----------------------------------------------------------------------------------------------------
+
+    def warm_start(
+        self,
+        fresh: Path,
+        start: Path,
+        demos: Callable[[int], Demos],
+        config: WarmStartConfig,
+        lr: float,
+        progress: Callable[[int, float], None],
+    ) -> None:
+        everything = self._agent.policy.model_copy(update={"lora": LoraConfig(), "last_layers": 0})
+        policy = load_policy(fresh, everything)
+        if config.steps:
+            warm_start(policy, demos, config, lr, progress)
+        save_policy(policy, start)
+
+    def load(self, start: Path) -> Checkpoint | None:
+        checkpoint = latest_checkpoint(self._root)
+        self._broadcast("load", (start, checkpoint))
+        if self._ranks.size > 1:
+            self._whole = load_policy(start, on_host(self._agent.policy))
+        self._load(start, checkpoint)
+        return checkpoint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer: Tokenizer = self._own.policy.tokenizer
+        return tokenizer
+
+    def policy_files(self) -> dict[str, bytes]:
+        return shell_files(self.gathered())
+
+    def train(
+        self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
+    ) -> dict[str, float]:
+        """See PolicyTrainer. lr None leaves the optimizer's."""
+        size = self._ranks.size
+        shards = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
+        self._ranks.broadcast("train", shards)
+        return self._train(*shards[0])
+
+    def gathered(self) -> Policy:
+        """The policy as it is now, whole: a collective. It changes with the next call, and with the next step."""
+        self._broadcast("gather")
+        self._gather()
+        return self._whole if self._whole is not None else self._own.policy
+
+    def weights(self) -> bytes:
+        model = self.gathered().model
+        return adapter_bytes(model) if self._agent.engine.sync == "lora" else state_bytes(model)
+
+    def save(self, step: int) -> None:
+        prepare_folder(self._root, step)
+        self._broadcast("save", step)
+        self._save(step)
+
+    def saved(self, wait: bool) -> Checkpoint | None:
+        return self._writer.saved(wait)
+
+    def note_cursors(self, checkpoint: Checkpoint, cursors: Mapping[str, int]) -> dict[str, int]:
+        return note_cursors(checkpoint, cursors)
+
+    def export(self, folder: Path) -> None:
+        save_policy(self.gathered(), folder)
+
+    def heartbeat(self) -> None:
+        self._ranks.heartbeat()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._broadcast("close")
+
+    # -- the others ------------------------------------------------------------------------------------------------
+
+    def run_commands(self) -> None:
+        """See PolicyTrainer. Raises DeadlineError or PeerError when rank 0 is gone."""
+        self._ranks.defer_signals()
+        while True:
+            command, part = self._ranks.receive()
+            if command == "close":
+                break
+            if command == "load":
+                self._load(*part)
+            elif command == "train":
+                self._train(*part)
+            elif command == "gather":
+                self._gather()
+            else:
+                assert command == "save", f"rank 0 sent {command!r}"
+                self._writer.saved(wait=True)
+                self._save(part)
+        self._writer.saved(wait=True)
+
+    # -- every rank ------------------------------------------------------------------------------------------------
+
+    @property
+    def _own(self) -> Learner:
+        assert self._learner is not None, "load() comes first"
+        return self._learner
+
+    def _load(self, start: Path, checkpoint: Checkpoint | None) -> None:
+        policy = self._sharded(load_policy(start, self._agent.policy))
+        reference = None
+        if self._agent.loss.kl_coef > 0:
+            reference = load_reference(policy, start)
+            if reference.model is not policy.model:
+                reference = self._sharded(reference)
+        self._learner = new_learner(self._agent, policy, reference, self._ranks)
+        if checkpoint is not None:
+            restore_checkpoint(checkpoint, policy, self._learner.optimizer, self._ranks.files)
+
+    def _sharded(self, policy: Policy) -> Policy:
+        if self._ranks.size == 1:
+            return policy
+        from mgrpo.trainers.torch.shard import ShardedPolicy
+
+        return ShardedPolicy(policy, self._ranks)
+
+    def _train(self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None) -> dict[str, float]:
+        return self._own.train(batches, recompute_old, lr)
+
+    def _gather(self) -> None:
+        if self._ranks.size > 1:
+            self._own.policy.gather_into(self._whole)  # type: ignore[attr-defined]
+
+    def _save(self, step: int) -> None:
+        if self._ranks.size > 1:
+            self._own.policy.let_go()  # type: ignore[attr-defined]
+        self._writer.begin(step, snapshot(self._own.policy, self._own.optimizer))
+
+    def _broadcast(self, command: str, part: Any = None) -> None:
+        self._ranks.broadcast(command, [part] * self._ranks.size)
+
+
+def on_host(policy: PolicyConfig) -> PolicyConfig:
+    """The same weights in main memory, never trained there."""
+    return policy.model_copy(
+        update={
+            "device": "cpu",
+            "attention": "auto",
+            "activation_offload": False,
+            "gradient_checkpointing": False,
+        }
+    )

@@ -1,0 +1,183 @@
+"""`mgrpo top`: how all agents of a run stand, live in the terminal.
+
+Asks the run's store where it answers (on this machine or on another address) and reads metrics.jsonl where it does not:
+a run that has ended, or one that has not begun.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mgrpo.config import RunConfig, config_digest, load_config
+from mgrpo.errors import ConfigError, DeadlineError, PeerError
+from mgrpo.metrics import read_metrics
+from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.run.progress import clock
+from mgrpo.run.reports import every_report, values_of
+from mgrpo.run.text import clean
+from mgrpo.store.client import StoreClient
+from mgrpo.transport.keys import client_keys
+
+RECENT = 20  # steps that the time left is estimated from
+ASK_SECONDS = 2.0
+
+
+class Standing:
+    """The last known value of every metric of a run, and what its store says."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.values: dict[str, tuple[int, float]] = {}  # name -> (step, value)
+        self.steps: dict[str, int] = dict.fromkeys(config.roles, 0)
+        self.stats: dict[str, Any] | None = None  # None: the store does not answer
+        self.state = ""
+        self._durations: dict[str, list[float]] = {role: [] for role in config.roles}
+
+    def take(self, step: int, values: Mapping[str, Any]) -> None:
+        """One report or one line of metrics.jsonl."""
+        for name, value in values.items():
+            if value is None:
+                continue
+            self.values[name] = (step, float(value))
+            role, _, rest = name.partition("/")
+            if rest == "reward/mean" and role in self.steps:
+                self.steps[role] = step
+            if rest == "time/step" and role in self._durations:
+                self._durations[role] = [*self._durations[role], float(value)][-RECENT:]
+
+    def value(self, name: str) -> float:
+        """NaN while unknown."""
+        return self.values.get(name, (0, math.nan))[1]
+
+    def left(self) -> float:
+        """Seconds to the end of the slowest role; NaN while unknown."""
+        longest = math.nan
+        for role in self.config.training_roles:
+            known = self._durations[role]
+            if known:
+                rest = (self.config.trainer.steps - self.steps[role]) * sum(known) / len(known)
+                longest = rest if math.isnan(longest) else max(longest, rest)
+        return longest
+
+
+class Watcher:
+    """Brings a Standing up to date. Use as a context manager."""
+
+    def __init__(self, run: Path) -> None:
+        """run: a run's folder, or the TOML file of a run on several addresses."""
+        config = load_config(run) if run.is_file() else recorded_run(run)
+        if run.is_file() and config.store.url is None:
+            raise ConfigError(f"{run}: store.url is not set, so the run is known by its folder only")
+        self.standing = Standing(config)
+        self._folder = None if run.is_file() else run
+        addresses = RunFolder(run).addresses(config)
+        self._client = StoreClient(
+            addresses.store, "observer", timeout=ASK_SECONDS, run=config_digest(config),
+            key=client_keys(addresses, "observer"),
+        )  # fmt: skip
+        self._seen = -1
+        self._lines = 0
+
+    def refresh(self) -> None:
+        standing = self.standing
+        try:
+            standing.stats = self._client.stats()
+            standing.state = str(standing.stats["control"])
+            for report in every_report(self._client, self._seen):
+                self._seen = report.seq
+                standing.take(*values_of(report.kind, report.payload))
+        except (DeadlineError, PeerError):
+            standing.stats, standing.state = None, "no answer from the store"
+        if self._folder is not None:
+            # A resumed run's store keeps its latest reports only; the file has all of them.
+            for number, record in enumerate(read_metrics(self._folder)):
+                if number >= self._lines:
+                    self._lines = number + 1
+                    standing.take(int(record.pop("step")), record)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def picture(standing: Standing) -> Group:
+    """The whole screen."""
+    config = standing.config
+    table = Table(box=None, pad_edge=False)
+    for title in ("agent", "step", "reward", "correct", "expert", "d_k", "copies", "dropped", "zero-adv", "entropy",
+                  "clip", "lag", "ready", "taken"):  # fmt: skip
+        table.add_column(title, justify="left" if title == "agent" else "right")
+    roles: Mapping[str, Any] = (standing.stats or {}).get("roles", {})
+    for role in config.roles:
+        if role not in config.training_roles:
+            table.add_row(role, "frozen")
+            continue
+
+        def show(name: str, form: str = ".3f", role: str = role) -> str:
+            value = standing.value(f"{role}/{name}")
+            return "-" if math.isnan(value) else f"{value:{form}}"
+
+        queue = roles.get(role, {})
+        table.add_row(
+            role, f"{standing.steps[role]}/{config.trainer.steps}", show("reward/mean"), show("reward/correct", ".2f"),
+            show("reward/expert", ".2f"), show("d_k/mean", ".2f"), show("align/dup_ratio", ".0%"),
+            show("align/drop_ratio", ".0%"), show("advantage/frac_zero", ".0%"), show("policy/entropy", ".2f"),
+            show("loss/clip_ratio_high", ".3f"), show("staleness/max", ".0f"), str(queue.get("ready", "-")),
+            str(queue.get("leased", "-")),
+        )  # fmt: skip
+    return Group(table, Text(_evaluations(standing)), Text(_foot(standing)))
+
+
+def _evaluations(standing: Standing) -> str:
+    parts = []
+    for split in ("validation", "heldout"):
+        found = [(m, standing.values.get(f"eval/{split}/{m}")) for m in ("sampled", "greedy")]
+        texts = [f"{mode} {known[1]:.3f}" for mode, known in found if known]
+        step = next((known[0] for _, known in found if known), 0)
+        if texts:
+            parts.append(f"{split} at step {step}: {', '.join(texts)}")
+    return "accuracy  " + ("; ".join(parts) or "not evaluated yet")
+
+
+def _foot(standing: Standing) -> str:
+    speed, left = standing.value("rollout/perf/tok_per_s"), standing.left()
+    parts = [] if math.isnan(speed) else [f"{speed:.0f} sampled tokens/s"]
+    if standing.stats is not None:
+        parts.append(f"groups: {standing.stats['open']} in the making, {standing.stats['sealed']} sealed")
+        if standing.stats["dropped"]:
+            parts.append(f"{standing.stats['dropped']} dropped")
+    if not math.isnan(left) and left > 0 and standing.state == "running":
+        parts.append(f"{clock(left)} left")
+    parts.append(clean(standing.state))
+    return "; ".join(parts)
+
+
+def watch(run: Path, every: float, once: bool) -> None:
+    """Show the run until Ctrl-C; once, or where the output is no terminal, a single time."""
+    if every <= 0:
+        raise ConfigError(f"--every {every:g}: expected more than 0 seconds")
+    console = Console(highlight=False)
+    with Watcher(run) as watcher:
+        watcher.refresh()
+        if once or not console.is_terminal:
+            Console(highlight=False, width=max(console.width, 120)).print(picture(watcher.standing))
+            return
+        with Live(picture(watcher.standing), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(every)
+                watcher.refresh()
+                live.update(picture(watcher.standing), refresh=True)
