@@ -10,7 +10,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from typer.testing import CliRunner
 
 from mgrpo.cli import app
 from mgrpo.cli.cluster.plan import Part, Plan, Site, gpus_of_vllm, make_plan
-from mgrpo.cli.cluster.text import toml
-from mgrpo.cli.cluster.text import yaml as to_yaml
+from mgrpo.cli.cluster.text import document
 from mgrpo.config import config_digest, load_config
 from mgrpo.errors import ConfigError, MgrpoError
 from tests.runs import RELAY, summary, wait_for
@@ -105,7 +103,7 @@ def test_the_plan_has_the_numbers_of_the_config(team: Path) -> None:
         **{f"rollout-{i}": ("n1", 0, 5, ()) for i in range(3)},
     }
     assert parts["trainer-main"].command[:7] == (
-        "python", "-m", "mgrpo", "trainer", "/run/run.toml", "--agent", "main",
+        "python", "-m", "mgrpo", "trainer", "/run/config.json", "--agent", "main",
     )  # fmt: skip
     assert "--tensor-parallel-size" in parts["vllm-main-1"].command
     assert parts["vllm-main-1"].environment["VLLM_SERVER_DEV_MODE"] == "1"
@@ -171,26 +169,16 @@ def test_an_hf_engine_on_a_gpu_gives_the_workers_one(team: Path) -> None:
 # -- text ---------------------------------------------------------------------------------------------------
 
 
-ODD = {
-    "a": 'quote " and \\ and \n and \x7f é', "b.c": {"empty": {}, "list": [1, 2.5, True, "x"], "inf": 1e-6},
-    "none": None, "deep": {"er": {"v": [{"k": 1}, {"k": "no"}]}},
-}  # fmt: skip
-
-
-def test_toml_comes_back_as_it_was() -> None:
-    """Quotes, control characters, dotted keys, tables in lists; None is left out."""
-    assert tomllib.loads(toml(ODD)) == {k: v for k, v in ODD.items() if v is not None}
-
-
-def test_yaml_comes_back_as_it_was() -> None:
-    """What another reader makes of it: no string becomes a number, a truth value or a date."""
+def test_a_document_is_read_as_it_was_by_json_and_by_yaml() -> None:
+    """No string becomes a number, a truth value or a date; characters that YAML refuses are escaped."""
     tree = {
-        **{key: ODD[key] for key in ("a", "none", "deep")},
+        "a": 'quote " and \\ and \n and \x7f \u2028 é 😀',
+        "deep": {"er": {"v": [{"k": 1}, {"k": "no"}]}},
         "traps": ["no", "1e3", "0644", "2024-01-01", "null", ": #"],
-        "e": [],
-        "multi": [{"a": [{"b": 1}]}],
+        "none": None,
+        "empty": [{}, []],
     }
-    assert yaml.safe_load(to_yaml(tree)) == tree
+    assert yaml.safe_load(document(tree)) == json.loads(document(tree)) == tree
 
 
 # -- files --------------------------------------------------------------------------------------------------
@@ -217,21 +205,19 @@ def test_slurm_scripts_are_valid_and_say_what_each_job_needs(team: Path, tmp_pat
     )
     assert {"--nodelist=n4", "--gpus-per-task=2"} <= set(headers["vllm-main-1.sh"])
     assert not any("gpus" in line for line in headers["trainer-sub.sh"] + headers["rollout-0.sh"])
-    shared = load_config(out / "run.toml")
-    assert shared == load_config(out / "config.json") and shared.link.keys == str(out / "keys")
+    assert load_config(out / "config.json").link.keys == str(out / "keys")
     assert (out / "keys" / "server.secret").stat().st_mode & 0o777 == 0o600
     names = {path.stem for path in (out / "keys").glob("*.key")}
     assert names == {"main", "sub", "worker", "launcher", "observer"}
 
 
-def test_compose_names_each_service_once_and_no_gpu_twice(team: Path, tmp_path: Path) -> None:
+def test_compose_has_a_service_a_part_and_no_gpu_twice(team: Path, tmp_path: Path) -> None:
     """Services find each other by name, and each has devices of its own."""
     out = tmp_path / "out"
     launched(team, "--out", out, "--target", "compose", "--image", "ours:1")
-    text = (out / "compose.yaml").read_text()
-    services: dict[str, Any] = yaml.safe_load(text)["services"]
-    names = re.findall(r"^  ([a-z0-9-]+):$", text, re.M)
-    assert names == list(services) and len(names) == 9
+    services: dict[str, Any] = json.loads((out / "compose.json").read_text())["services"]
+    names = list(services)
+    assert len(names) == 9
     assert all(set(service.get("depends_on", [])) <= set(names) for service in services.values())
     taken = [
         number
@@ -245,7 +231,7 @@ def test_compose_names_each_service_once_and_no_gpu_twice(team: Path, tmp_path: 
     assert sorted(taken, key=int) == [str(i) for i in range(4 + 2 + 2)]
     assert services["trainer-main"]["image"] == "ours:1" != services["vllm-main-0"]["image"]
     assert f"{out}:/mgrpo" in services["store"]["volumes"]
-    config = load_config(out / "run.toml")
+    config = load_config(out / "config.json")
     assert config.store.url == "tcp://store:5600" and config.agents["sub"].url == "tcp://trainer-sub:5602"
     assert config.link.keys == "/mgrpo/keys"
 
@@ -254,12 +240,12 @@ def test_k8s_has_a_service_for_whatever_listens(team: Path, tmp_path: Path) -> N
     """Each address of the config is a service, whose selector meets one workload's pods, at its port."""
     out = tmp_path / "out"
     launched(team, "--out", out, "--target", "k8s", "--claim", "big")
-    documents = list(yaml.safe_load_all((out / "k8s.yaml").read_text()))
+    documents = json.loads((out / "k8s.json").read_text())["items"]
     kinds = [(d["kind"], d["metadata"]["name"]) for d in documents]
     assert len(set(kinds)) == len(kinds) == 9 + 5
     services = {d["metadata"]["name"]: d["spec"] for d in documents if d["kind"] == "Service"}
     pods = {d["metadata"]["name"]: d["spec"]["template"] for d in documents if d["kind"] != "Service"}
-    config = load_config(out / "run.toml")
+    config = load_config(out / "config.json")
     urls = [config.store.url, *(a.url for a in config.agents.values()), *config.agents["main"].engine.urls]
     for url in urls:
         host, port = str(url).rpartition("/")[2].split(":")

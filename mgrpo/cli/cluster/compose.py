@@ -1,4 +1,4 @@
-"""compose.yaml: every part a service, on one machine with containers."""
+"""compose.json: every part a service, on one machine with containers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgrpo.cli.cluster.plan import Part, Plan
-from mgrpo.cli.cluster.text import yaml
+from mgrpo.cli.cluster.text import document
 
 RESTARTS = 5
 
@@ -30,7 +30,7 @@ def compose(plan: Plan, out: Path, image: str, vllm_image: str) -> str:
             devices = [{"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}]
             services[part.name]["deploy"] = {"resources": {"reservations": {"devices": devices}}}
             gpu += part.gpus
-    return yaml({"services": services})
+    return document({"services": services})
 
 
 def _service(part: Part, image: str, volumes: list[str], root: str) -> Mapping[str, Any]:

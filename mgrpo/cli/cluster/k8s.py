@@ -1,4 +1,4 @@
-"""k8s.yaml: what serves for ever is a Deployment, what ends with the run a Job; one volume, claimed by all."""
+"""k8s.json: what serves for ever is a Deployment, what ends with the run a Job; one volume, claimed by all."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import math
 from typing import Any
 
 from mgrpo.cli.cluster.plan import Part, Plan
-from mgrpo.cli.cluster.text import yaml
+from mgrpo.cli.cluster.text import document
 
 RETRIES = 5
 
 
 def k8s(plan: Plan, image: str, vllm_image: str, claim: str) -> str:
-    """The file's text: documents for `kubectl apply -f`. claim: name of a ReadWriteMany volume claim."""
-    documents: list[dict[str, Any]] = []
+    """The file's text, for `kubectl apply -f`. claim: name of a ReadWriteMany volume claim."""
+    items: list[dict[str, Any]] = []
     for part in plan.parts:
         if part.ports:
-            documents.append(_service(part))
+            items.append(_service(part))
         pod = _pod(part, vllm_image if part.is_vllm else image, claim, str(plan.site.root))
         pod["terminationGracePeriodSeconds"] = math.ceil(plan.config.trainer.stop_timeout)
-        documents.append(_workload(part, pod))
-    return "---\n".join(yaml(document) for document in documents)
+        items.append(_workload(part, pod))
+    return document({"apiVersion": "v1", "kind": "List", "items": items})
 
 
 def _service(part: Part) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from mgrpo.cli.cluster.compose import compose
 from mgrpo.cli.cluster.k8s import k8s
 from mgrpo.cli.cluster.plan import Plan, Site, make_plan
 from mgrpo.cli.cluster.slurm import scripts
-from mgrpo.cli.cluster.text import toml
 from mgrpo.config import dump_config
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.run.folder import RunFolder
@@ -55,7 +54,7 @@ def launch(order: Order, dry_run: bool) -> None:
         return
     texts = _texts(order, plan)
     _write(order.out, plan, texts)
-    print(f"wrote {order.out}: run.toml, {', '.join(sorted(texts))}")
+    print(f"wrote {order.out}: config.json, {', '.join(sorted(texts))}")
     print(_next(order))
     if order.submit:
         _submit(order.out / "launch" / "submit.sh")
@@ -139,9 +138,9 @@ def _show(plan: Plan) -> None:
 def _texts(order: Order, plan: Plan) -> Mapping[str, str]:
     """Name below the run's folder -> text."""
     if order.target == "compose":
-        return {"compose.yaml": compose(plan, order.out, order.image, order.vllm_image)}
+        return {"compose.json": compose(plan, order.out, order.image, order.vllm_image)}
     if order.target == "k8s":
-        return {"k8s.yaml": k8s(plan, order.image, order.vllm_image, order.claim)}
+        return {"k8s.json": k8s(plan, order.image, order.vllm_image, order.claim)}
     return {f"launch/{name}": text for name, text in scripts(plan, order.sbatch).items()}
 
 
@@ -151,9 +150,7 @@ def _write(out: Path, plan: Plan, texts: Mapping[str, str]) -> None:
         folder.logs.mkdir(parents=True, exist_ok=True)
         if str(plan.config.link.keys) == str(plan.site.root / "keys"):
             _make_keys(out / "keys", plan)
-        head = "# Shared by all parts of the run; every address is filled in.\n"
-        (out / "run.toml").write_text(head + toml(plan.config.model_dump(mode="json", exclude_unset=True)))
-        dump_config(plan.config, folder.config)  # what `mgrpo monitor`, `top`, `view` and `eval` go by
+        dump_config(plan.config, folder.config)  # every part's, with every address
         for name, text in texts.items():
             path = out / name
             path.parent.mkdir(exist_ok=True)
@@ -173,13 +170,13 @@ def _make_keys(folder: Path, plan: Plan) -> None:
 
 def _next(order: Order) -> str:
     if order.target == "compose":
-        file = order.out / "compose.yaml"
+        file = order.out / "compose.json"
         return (
             f"start: docker compose -f {file} up -d && docker compose -f {file} wait monitor; "
             f"docker compose -f {file} down"
         )
     if order.target == "k8s":
-        return f"copy {order.out} to the volume of {order.claim}, then: kubectl apply -f {order.out / 'k8s.yaml'}"
+        return f"copy {order.out} to the volume of {order.claim}, then: kubectl apply -f {order.out / 'k8s.json'}"
     return f"start: {order.out / 'launch' / 'submit.sh'}"
 
 

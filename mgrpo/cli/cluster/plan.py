@@ -1,7 +1,7 @@
 """From a config to the parts of its run: where each runs, what it listens at, what it needs, what starts before it.
 
-All parts share one folder, which every machine sees at the same path, and in it one TOML file with every address filled
-in. A part that listens binds all addresses of its machine at its port; the others reach it by its host's name.
+All parts share one folder, which every machine sees at the same path, and in it one config file that has every address.
+A part that listens binds all addresses of its machine at its port; the others reach it by its host's name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Site:
 
     @property
     def config(self) -> Path:
-        return self.root / "run.toml"
+        return self.root / "config.json"
 
     def host(self, name: str, *places: str) -> str:
         """Host of the part `name`: its own name, or the node given for the first of the places that has one."""
