@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line a record for machines, tensorboard for people who use it.
+"""Metrics of a run: one JSON line a record, and the same to the sinks that the config names (mgrpo/sinks).
 
 Names are `<agent>/<group>/<name>` (main/reward/mean, sub/align/dup_ratio, store/depth); see docs/metrics.md.
 """
@@ -12,43 +12,45 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
+
+from mgrpo.sinks.base import MetricSink
 
 WAITING = 20_000  # lines that are held for a disk that takes none
 
 
 class MetricsWriter:
-    """Appends to <folder>/metrics.jsonl and, where tensorboard is installed, to <folder>/tensorboard.
+    """Appends to <folder>/metrics.jsonl, and writes to sinks.
 
     A record is {"step": int, "time": seconds since the run began, name: number, ...}; non-finite numbers are written as
     null, since JSON has none. A disk that takes nothing is reported, never raised: the lines wait for the next write
     that it takes.
     """
 
-    def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
-        """report: takes one line when something is not written, and when it is written again."""
+    def __init__(
+        self,
+        folder: Path,
+        report: Callable[[str], None],
+        sinks: Mapping[str, MetricSink] = MappingProxyType({}),
+    ) -> None:
+        """report: takes one line when something is not written, and when it is written again. sinks: by name; the
+        writer closes them, and goes on without one that fails."""
         self._path, self._report = folder / "metrics.jsonl", report
         self._file = -1
         self._waiting: deque[bytes] = deque(maxlen=WAITING)
         self._refused = False
         self._flush()
-        self._board: Any = None
-        try:
-            from tensorboard.summary import Writer
-        except ImportError:
-            return  # an extra: the JSON lines hold everything
-        with self._without_board():
-            self._board = Writer(str(folder / "tensorboard"))
+        self._sinks = dict(sinks)
 
     def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
         record: dict[str, float | None] = {"step": step, "time": round(seconds, 3)}
         record |= {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         self._waiting.append(json.dumps(record).encode() + b"\n")
         self._flush()
-        with self._without_board():
-            for name, value in values.items() if self._board is not None else ():
-                self._board.add_scalar(name, value, step)
+        for name in list(self._sinks):
+            with self._without_a_failing(name):
+                self._sinks[name].write(step, values)
 
     def close(self) -> None:
         """Idempotent."""
@@ -59,10 +61,10 @@ class MetricsWriter:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-        board, self._board = self._board, None
-        with self._without_board():
-            if board is not None:
-                board.close()
+        for name in list(self._sinks):
+            with self._without_a_failing(name):
+                self._sinks[name].close()
+        self._sinks.clear()
 
     def _flush(self) -> None:
         try:
@@ -81,12 +83,12 @@ class MetricsWriter:
         self._refused = False
 
     @contextlib.contextmanager
-    def _without_board(self) -> Iterator[None]:
+    def _without_a_failing(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever file system lies below a library that is not ours
-            self._board = None
-            self._report(f"{self._path.parent / 'tensorboard'}: not written any more: {error}")
+        except Exception as error:  # of a library, a server or a file system that is not ours
+            self._sinks.pop(name, None)
+            self._report(f"metrics go on without {name}: {error}")
 
     def __enter__(self) -> MetricsWriter:
         return self

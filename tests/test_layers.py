@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORDER = [
     *("_C", "kernels"),
-    *("errors", "files", "types", "metrics", "addresses", "plugins", "config"),
+    *("errors", "files", "types", "addresses", "plugins", "sinks", "metrics", "config"),
     *("ops", "alignment", "credit"),
     *("batcher", "transport"),
     *("model", "weights", "spool", "store", "record"),

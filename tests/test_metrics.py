@@ -75,13 +75,3 @@ def test_a_file_that_cannot_be_opened_ends_nothing(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, said.append) as writer:
         writer.write(1, 1.0, {"a": 1.0})
     assert "Is a directory" in said[0] and "1 lines were not written" in said[-1]
-
-
-def test_tensorboard_may_fail_alone(tmp_path: Path) -> None:
-    """Its folder cannot be made: metrics.jsonl is written all the same."""
-    pytest.importorskip("tensorboard")
-    (tmp_path / "tensorboard").write_text("a file")
-    said: list[str] = []
-    with MetricsWriter(tmp_path, said.append) as writer:
-        writer.write(1, 1.0, {"a": 1.0})
-    assert steps(tmp_path) == [1] and len(said) == 1 and "tensorboard" in said[0]

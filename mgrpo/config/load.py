@@ -17,7 +17,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.files import write_atomic
 
 MAY_CHANGE = (
-    *("store", "link", "rollout", "eval", "record"),
+    *("store", "link", "rollout", "eval", "record", "metrics"),
     *("trainer.steps", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
     *("trainer.stop_timeout", "trainer.threads"),
     *("agents.<role>.url", "agents.<role>.policy.ranks"),

@@ -249,6 +249,21 @@ class RecordConfig(Settings):
     """Bound on one agent's checkpoints that are kept for replay (hard links; the oldest go first; 0: none)."""
 
 
+class MetricsConfig(Settings):
+    """Where the metrics of a run go beside metrics.jsonl, which is always written."""
+
+    sinks: tuple[str, ...] = ("tensorboard",)
+    """tensorboard, wandb, mlflow or trackio (where the library is installed), the name that an installed package gives
+    one, or "package.module:Class". Accounts and servers are set as each library wants it, mostly by environment
+    variables. A sink that fails is reported, and the run goes on without it."""
+    project: str = "mgrpo"
+    """What wandb and trackio call the project, and mlflow the experiment."""
+    name: str | None = None
+    """Name of the run in them. Unset: that of its folder."""
+
+    _tuples = field_validator("sinks", mode="before")(lambda v: tuple(v) if isinstance(v, list) else v)
+
+
 class StoreConfig(Settings):
     """The shared store."""
 
@@ -290,6 +305,7 @@ class RunConfig(Settings):
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig = EvalConfig()
     record: RecordConfig = RecordConfig()
+    metrics: MetricsConfig = MetricsConfig()
     store: StoreConfig = StoreConfig()
     link: LinkConfig = LinkConfig()
 

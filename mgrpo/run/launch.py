@@ -24,7 +24,7 @@ from mgrpo.run.folder import RunFolder, recorded_run, started_engines
 from mgrpo.run.interrupts import Interrupts
 from mgrpo.run.lock import take_lock
 from mgrpo.run.monitor import Monitor, Outcome
-from mgrpo.run.processes import load_run_task
+from mgrpo.run.processes import check_names_of_kinds, load_run_task
 from mgrpo.run.progress import Display
 from mgrpo.run.supervisor import HEALTHY_SECONDS, Supervisor
 
@@ -73,6 +73,7 @@ def resume(out: Path, overrides: Sequence[str]) -> None:
 def _check(config: RunConfig, folder: RunFolder) -> None:
     """What can be known to fail fails here, before a folder or a process exists."""
     folder.check_sockets(config)
+    check_names_of_kinds(config)
     task = load_run_task(config)
     for role in config.policy_roles:
         agent, where = config.agents[role], f"agents.{role}"

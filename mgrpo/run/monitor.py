@@ -1,7 +1,7 @@
 """What the launcher knows of a run: only what the processes report through the store.
 
-The monitor turns reports into terminal lines, metrics.jsonl, tensorboard, curves.png and summary.json. It remembers the
-last report it has written down, so a resumed run appends and repeats nothing.
+The monitor turns reports into terminal lines, metrics (metrics.jsonl and sinks), curves.png and summary.json. It
+remembers the last report it has written down, so a resumed run appends and repeats nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from mgrpo.run.progress import Display, step_line
 from mgrpo.run.reports import MALFORMED, every_report, values_of
 from mgrpo.run.signs import Signs
 from mgrpo.run.summary import draw_curves, read_summary, write_summary
+from mgrpo.sinks.base import MetricSink, RunInfo
+from mgrpo.sinks.registry import open_sinks
 from mgrpo.store.client import LauncherClient
 from mgrpo.transport.keys import client_keys
 
@@ -74,7 +76,7 @@ class Monitor:
                     raise
                 self._complain(error, began)
         self.answered = time.monotonic()
-        self._metrics = MetricsWriter(self._folder.root, self._warn)
+        self._metrics = MetricsWriter(self._folder.root, self._warn, self._open_sinks())
         self._client.set_control("running", "")
         with contextlib.suppress(OSError):
             remove_partials(self._folder.root)
@@ -85,6 +87,12 @@ class Monitor:
                 break
             self._summary.take(report.kind, report.payload)
             self._signs.take(report.kind, report.payload)
+
+    def _open_sinks(self) -> dict[str, MetricSink]:
+        metrics, root = self._config.metrics, self._folder.root
+        name = metrics.name or root.resolve().name
+        run = RunInfo(root, metrics.project, name, self._config.model_dump(mode="json"))
+        return open_sinks(metrics.sinks, run, self._warn)
 
     def poll(self) -> Outcome:
         """Take in what is new and say how the run stands."""

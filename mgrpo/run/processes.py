@@ -18,6 +18,16 @@ from mgrpo.run.supervisor import die_with_parent
 from mgrpo.store.records import RunParams
 
 
+def check_names_of_kinds(config: RunConfig) -> None:
+    """Raise ConfigError where the config names a trainer or a metric sink that does not exist."""
+    from mgrpo.sinks.registry import find_sinks
+    from mgrpo.trainers.registry import find_trainer
+
+    find_sinks(config.metrics.sinks)
+    for role in config.policy_roles:
+        find_trainer(config, role)
+
+
 def load_run_task(config: RunConfig) -> Task:
     """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it."""
     from mgrpo.environments.loader import load_task

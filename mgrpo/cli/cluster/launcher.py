@@ -19,7 +19,7 @@ from mgrpo.cli.cluster.slurm import scripts
 from mgrpo.config import dump_config
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.run.folder import RunFolder
-from mgrpo.run.processes import load_run_task
+from mgrpo.run.processes import check_names_of_kinds, load_run_task
 from mgrpo.transport.keys import add_key, init_keys
 
 MOUNT = Path("/mgrpo")  # the run's folder inside containers
@@ -98,6 +98,7 @@ def _check_run(order: Order, plan: Plan) -> None:
     """What can be known to fail fails here, before a folder or a job exists."""
     if order.out.exists() and (not order.out.is_dir() or any(order.out.iterdir())):
         raise ConfigError(f"{order.out} is not an empty folder; choose another --out")
+    check_names_of_kinds(plan.config)
     load_run_task(plan.config)
     for role, agent in plan.config.agents.items():
         if agent.model is not None and order.target != "k8s" and not Path(agent.model).is_dir():
