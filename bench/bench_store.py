@@ -23,8 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.common import Report, parser
-from mgrpo.store.client import LauncherClient, TrainerClient, WorkerClient
+from mgrpo.store.client import LauncherClient
 from mgrpo.store.records import RunParams
+from mgrpo.store.trainer_client import TrainerClient
+from mgrpo.store.worker_client import WorkerClient
 from mgrpo.transport.keys import ClientKeys, add_key, init_keys
 
 WINDOW = 1024

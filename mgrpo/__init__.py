@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
-    from mgrpo.store.client import connect
+    from mgrpo.store.connect import connect
     from mgrpo.types import Rollout, Trajectory
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _PUBLIC = {  # name -> module that defines it
     "Alignment": "mgrpo.alignment",
     "Batcher": "mgrpo.batcher",
     "Plan": "mgrpo.batcher",
-    "connect": "mgrpo.store.client",
+    "connect": "mgrpo.store.connect",
 }
 
 __all__ = [

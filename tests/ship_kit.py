@@ -8,7 +8,7 @@ from typing import Any
 
 from mgrpo.errors import GroupClosedError
 from mgrpo.spool import SpoolRef
-from mgrpo.store.client import WorkerGroup
+from mgrpo.store.worker_client import WorkerGroup
 from mgrpo.types import Trajectory
 
 

@@ -9,6 +9,8 @@ import numpy as np
 
 import mgrpo
 from mgrpo.store.records import ClaimedGroup, RunParams
+from mgrpo.store.trainer_client import TrainerClient
+from mgrpo.store.worker_client import WorkerClient
 from mgrpo.types import Trajectory
 
 DIGEST = "digest-1"
@@ -47,9 +49,7 @@ def same(a: Trajectory, b: Trajectory) -> bool:
     )
 
 
-def publish(
-    url: str, role: str, version: int = 0, checkpoint_step: int = -1
-) -> mgrpo.store.client.TrainerClient:
+def publish(url: str, role: str, version: int = 0, checkpoint_step: int = -1) -> TrainerClient:
     """A trainer that has resumed and published."""
     trainer = mgrpo.connect(url, role=f"trainer:{role}", run=DIGEST)
     trainer.resume(checkpoint_step)
@@ -57,9 +57,7 @@ def publish(
     return trainer
 
 
-def fill(
-    worker: mgrpo.store.client.WorkerClient, query: str, index: int | None = None, subs: int = 1
-) -> None:
+def fill(worker: WorkerClient, query: str, index: int | None = None, subs: int = 1) -> None:
     """Open a group and finish every rollout; rollout k has k * subs invocations of "sub"."""
     group = worker.open_group(query=query, k=2, d_max={"sub": 4}, index=index, policy={"main": 0, "sub": 0})
     for rollout in range(2):

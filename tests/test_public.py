@@ -27,7 +27,8 @@ loss, metrics = mgrpo.grpo_loss(
 value: torch.Tensor = loss
 reveal_type(mgrpo.group_advantage(torch.ones(2), torch.zeros(2, dtype=torch.int32)))
 reveal_type(mgrpo.Rollout)
-reveal_type(mgrpo.connect)
+reveal_type(mgrpo.connect("tcp://127.0.0.1:5600", "worker", timeout=5.0))
+reveal_type(mgrpo.connect("tcp://127.0.0.1:5600", "trainer:sub"))
 """
 
 WRONG = {
@@ -52,7 +53,9 @@ def test_a_type_checker_sees_the_public_names(tmp_path: Path) -> None:
     right = [line for line in done.stdout.splitlines() if line.startswith("right.py")]
     assert not [line for line in right if ": error:" in line], done.stdout
     revealed = " ".join(line for line in right if "Revealed type" in line)
-    assert len(right) == 3 and "Tensor" in revealed and '"object"' not in revealed and '"Any"' not in revealed
+    assert len(right) == 4 and "Tensor" in revealed
+    assert "WorkerClient" in revealed and "TrainerClient" in revealed
+    assert '"object"' not in revealed and '"Any"' not in revealed
     for number, (use, kind) in enumerate(WRONG.items(), 2):
         assert any(
             line.startswith(f"wrong.py:{number}: error:") and f"[{kind}]" in line

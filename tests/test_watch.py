@@ -12,7 +12,8 @@ import pytest
 from mgrpo.config import config_digest, load_config
 from mgrpo.run.processes import run_params
 from mgrpo.run.text import clean
-from mgrpo.store.client import LauncherClient, WorkerClient
+from mgrpo.store.client import LauncherClient
+from mgrpo.store.worker_client import WorkerClient
 from mgrpo.view.data import RunView
 from mgrpo.view.top import Watcher
 from tests.runs import RELAY, command, records, started, wait_for

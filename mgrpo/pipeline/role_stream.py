@@ -15,8 +15,8 @@ from mgrpo.errors import DeadlineError
 from mgrpo.pipeline.batch import BatchBuilder
 from mgrpo.pipeline.step_record import StepRecorder
 from mgrpo.spool import Spool
-from mgrpo.store.client import TrainerClient
 from mgrpo.store.records import ClaimedGroup
+from mgrpo.store.trainer_client import TrainerClient
 from mgrpo.transport.keys import client_keys, server_keys
 from mgrpo.transport.server import Server
 from mgrpo.weights import WeightsServer

@@ -38,8 +38,8 @@ from mgrpo.pipeline.team import WAIT_SLICE, Team
 from mgrpo.pipeline.worker_loop import Over, WorkerLoop
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.spool import SpoolClient
-from mgrpo.store.client import WorkerClient, WorkerGroup
 from mgrpo.store.records import World
+from mgrpo.store.worker_client import WorkerClient, WorkerGroup
 from mgrpo.transport.client import Client
 from mgrpo.transport.codec import Sender
 from mgrpo.transport.keys import client_keys

@@ -21,7 +21,7 @@ from mgrpo.environments.failure import shortened
 from mgrpo.errors import DeadlineError, GroupClosedError, PeerError
 from mgrpo.pipeline.play import Played
 from mgrpo.spool import SpoolClient, SpoolRef
-from mgrpo.store.client import WorkerClient, WorkerGroup
+from mgrpo.store.worker_client import WorkerClient, WorkerGroup
 from mgrpo.transport.client import Answer
 from mgrpo.types import Rollout, Trajectory
 

@@ -19,8 +19,8 @@ import numpy as np
 
 import mgrpo
 from mgrpo.errors import MgrpoError
-from mgrpo.store.client import WorkerClient, WorkerGroup
 from mgrpo.store.engine import Engine
+from mgrpo.store.worker_client import WorkerClient, WorkerGroup
 from tests.store_kit import DIGEST
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,0 +1,173 @@
+"""The store from a rollout worker's side: it opens groups and fills them.
+
+worker = mgrpo.connect(url, role="worker")
+group = worker.open_group(query="q7/0", k=8, d_max={"sub": 4})
+worker.invocation_done(group, 0, role="sub", invocation=0, n_tokens=31, versions=(4, 4), ref=ref)
+worker.rollout_final(group, 0, reward=1.0, correct=1.0, d_k={"sub": 1})
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from mgrpo.errors import GroupClosedError, RetryAfterError
+from mgrpo.spool import SpoolRef
+from mgrpo.store import records as rec
+from mgrpo.store.client import SLICE_S, StoreClient
+from mgrpo.transport.client import Answer
+from mgrpo.transport.codec import Record
+
+
+@dataclass(slots=True)
+class WorkerGroup:
+    """An open group in a worker's hands. `finished`: rollouts that already ended and need no replay. `oldest`: of each
+    training role, the oldest version to sample it with. `closed`: the store takes no more of its records, because it is
+    complete, its time was up, or too few of its rollouts had a reward; it becomes true as soon as a record is refused
+    for that reason."""
+
+    query: str
+    index: int
+    attempt: int
+    state: str
+    k: int
+    finished: list[int]
+    oldest: dict[str, int] = field(default_factory=dict)
+    closed: bool = False
+    _waiting: dict[int, list[Future[Answer]]] = field(default_factory=dict)
+
+
+class WorkerClient(StoreClient):
+    """Opens groups and fills them. Records are pipelined: the methods return futures that raise the typed
+    errors, and flush raises the first of them."""
+
+    def __init__(self, url: str, role: str = "worker", **options: Any) -> None:
+        self._failed: list[BaseException] = []
+        super().__init__(url, role, **options)
+
+    def open_group(
+        self, *, query: str, k: int, d_max: Mapping[str, int], index: int | None = None,
+        meta: Mapping[str, str | int | float | bool | None] | None = None, seed: int = 0,
+        policy: Mapping[str, int] | None = None, timeout: float | None = None,
+    ) -> WorkerGroup:  # fmt: skip
+        """Open a group, or open it again after a crash (a new attempt). Waits while the store refuses new
+        groups and raises RetryAfterError after `timeout` (0: at once)."""
+        limit = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            request = rec.OpenGroup(
+                query, k, dict(d_max), index, dict(meta or {}), seed, dict(policy or {}), min(left, SLICE_S)
+            )
+            try:
+                opened: rec.Opened = self._call(
+                    "open_group",
+                    request,
+                    rec.Opened,
+                    timeout=self.timeout + left,
+                    queue=f"open_group({query!r})",
+                )
+            except RetryAfterError:
+                if time.monotonic() >= deadline:
+                    raise
+            else:
+                return WorkerGroup(
+                    opened.query, opened.index, opened.attempt, opened.state, opened.k, opened.finished,
+                    opened.oldest, opened.state != "open",
+                )  # fmt: skip
+
+    def invocation_done(
+        self, group: WorkerGroup, rollout: int, *, role: str, invocation: int = 0, n_tokens: int,
+        versions: tuple[int, int] = (-1, -1), scores: Mapping[str, float] | None = None,
+        ref: SpoolRef | None = None,
+    ) -> Future[Answer]:  # fmt: skip
+        """One trajectory is done and lies in its role's spool at `ref` (role "main": invocation 0)."""
+        record = rec.InvocationDone(
+            group.query,
+            rollout,
+            group.attempt,
+            role,
+            invocation,
+            n_tokens,
+            *versions,
+            dict(scores or {}),
+            ref,
+        )
+        queue = f"invocation_done({group.query!r})"
+        future = self._watch(group, self._link.submit("invocation_done", record, queue=queue))
+        group._waiting.setdefault(rollout, []).append(future)
+        return future
+
+    def rollout_final(
+        self, group: WorkerGroup, rollout: int, *, reward: float, correct: float, d_k: Mapping[str, int],
+        scores: Mapping[str, float] | None = None, versions: tuple[int, int] = (-1, -1), status: str = "ok",
+    ) -> Future[Answer]:  # fmt: skip
+        """The rollout ended. Leaves once all its invocations are acknowledged; if one was refused, so is
+        this."""
+        record = rec.RolloutFinal(
+            group.query,
+            rollout,
+            group.attempt,
+            reward,
+            correct,
+            dict(d_k),
+            dict(scores or {}),
+            *versions,
+            status,
+        )
+        return self._after(group, rollout, "rollout_final", record)
+
+    def rollout_fail(self, group: WorkerGroup, rollout: int, reason: str) -> Future[Answer]:
+        """The rollout ended without a reward: an engine, tool or judge failed."""
+        return self._after(
+            group, rollout, "rollout_fail", rec.RolloutFail(group.query, rollout, group.attempt, reason)
+        )
+
+    def _after(self, group: WorkerGroup, rollout: int, method: str, record: Record) -> Future[Answer]:
+        """Submit `record` when the rollout's invocations are acknowledged. Callbacks run on the link's I/O
+        thread, which must not wait for room in its own window: the record's place is taken by
+        submit_later."""
+        waiting = [
+            future for future in group._waiting.pop(rollout, []) if not future.done() or future.exception()
+        ]
+        queue = f"{method}({group.query!r})"
+        if not waiting:
+            return self._watch(group, self._link.submit(method, record, queue=queue))
+        start, result = self._link.submit_later(method, record, queue=queue)
+        self._watch(group, result)
+        left = len(waiting)
+        lock = threading.Lock()
+
+        def arrived(future: Future[Answer]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = left == 0
+            if last:
+                start(next((f.exception() for f in waiting if f.exception() is not None), None))
+
+        for future in waiting:
+            future.add_done_callback(arrived)
+        return result
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until every record is acknowledged; raises the first error of those since the last flush."""
+        self._link.flush(timeout)
+        failed, self._failed = self._failed, []
+        if failed:
+            raise failed[0]
+
+    def _watch(self, group: WorkerGroup, future: Future[Answer]) -> Future[Answer]:
+        def remember(done: Future[Answer]) -> None:
+            error = done.exception()
+            if isinstance(error, GroupClosedError):
+                group.closed = True
+            if error is not None:
+                self._failed.append(error)
+
+        future.add_done_callback(remember)
+        return future
