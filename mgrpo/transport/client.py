@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from mgrpo.errors import (
     ConflictError,
@@ -42,6 +41,7 @@ from mgrpo.errors import (
 from mgrpo.transport import codec
 from mgrpo.transport.address import Socket, check_url, needs_ipv6
 from mgrpo.transport.codec import BadMessage, Buffer, Limits, Sender
+from mgrpo.transport.connection import Connection
 from mgrpo.transport.keys import ClientKeys
 from mgrpo.transport.server import HEARTBEAT_TIMEOUT_MS, pack_counted
 
@@ -50,7 +50,6 @@ T = TypeVar("T")
 SEND_ITEMS = 256
 CHECK_S = 0.05
 RETRY_S = 0.2  # after UNAVAILABLE
-AUTH_GRACE_S = 1.2  # connections that open and close without a handshake for this long are a refusal
 
 _ERRORS: dict[str, type[MgrpoError]] = {
     "CLOSED": GroupClosedError,
@@ -58,13 +57,6 @@ _ERRORS: dict[str, type[MgrpoError]] = {
     "FENCED": FencedError,
     "RETRY_AFTER": RetryAfterError,
 }
-_EVENTS = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_DISCONNECTED
-)
 
 
 @dataclass(slots=True)
@@ -113,9 +105,6 @@ class Client:
         self.url, self.peer, self.window, self.timeout = url, peer, window, timeout
         self.sender = sender or Sender(session=secrets.token_hex(8))
         self._resend_s, self._limits = resend_s, limits or Limits()
-        self._secured = security is not None
-        self._watched = scheme != "inproc"  # inproc has no connection events
-        self._connected = not self._watched
         self._socket: Socket = zmq.Context.instance().socket(zmq.DEALER)
         for option, value in (
             (zmq.LINGER, 0), (zmq.MAXMSGSIZE, self._limits.frame), (zmq.IMMEDIATE, 1), (zmq.RECONNECT_IVL,
@@ -126,7 +115,7 @@ class Client:
             self._socket.setsockopt(option, value)
         if security is not None:
             security.attach(self._socket)
-        self._monitor: Socket | None = self._socket.get_monitor_socket(_EVENTS) if self._watched else None
+        self._connection = Connection(self._socket, scheme, security is not None)
         self._socket.connect(url)
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
@@ -137,9 +126,6 @@ class Client:
         self._deferred: set[int] = set()
         self._pending: dict[int, _Pending] = {}
         self._unsent: deque[_Pending] = deque()  # the I/O thread's own: taken over, not yet on the wire
-        self._refused: str | None = None
-        self._suspect = 0.0  # when handshakes began to fail
-        self._proven = False  # one has succeeded: later failures are faults of the network, not of the keys
         self._awake = False
         self._hurried: tuple[float, float] | None = None  # (when, seconds)
         self._closed = False
@@ -276,7 +262,7 @@ class Client:
             raise ValueError(f"{method}: message of {total} bytes, the limit is {self._limits.message}")
 
     def _late(self, where: str, limit: float, why: str, said: str = "") -> str:
-        link = "" if self._connected else ", the link is down"
+        link = "" if self._connection.connected else ", the link is down"
         said = f"; its last answer: {said}" if said else ""
         return f"{self.peer} at {self.url}: {where}: {why} within {limit:g} s{link}{said}"
 
@@ -285,16 +271,17 @@ class Client:
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._wake_read, zmq.POLLIN)
-        if self._monitor is not None:
-            poller.register(self._monitor, zmq.POLLIN)
+        if self._connection.monitor is not None:
+            poller.register(self._connection.monitor, zmq.POLLIN)
         checked = 0.0
         try:
             while not self._closed:
-                writing = zmq.POLLOUT if self._unsent and self._connected else 0
+                writing = zmq.POLLOUT if self._unsent and self._connection.connected else 0
                 poller.register(self._socket, zmq.POLLIN | writing)
                 poller.poll(int(CHECK_S * 1000))
                 self._take_fresh()
-                self._read_monitor()
+                if self._connection.read():
+                    self._resend_all()
                 self._receive()
                 now = time.monotonic()
                 if now - checked >= CHECK_S:
@@ -307,9 +294,7 @@ class Client:
             self._take_fresh()
             for pending in list(self._pending.values()):
                 self._fail(pending, PeerError(f"the link to {self.peer} at {self.url} was closed"))
-            if self._monitor is not None:
-                self._socket.disable_monitor()
-                self._monitor.close(linger=0)
+            self._connection.close()
             self._socket.close(linger=0)
 
     def _take_fresh(self) -> None:
@@ -321,24 +306,6 @@ class Client:
         for pending in fresh:
             self._pending[pending.id] = pending
         self._unsent.extend(fresh)
-
-    def _read_monitor(self) -> None:
-        if self._monitor is None:
-            return
-        while self._monitor.poll(0):
-            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
-            now = time.monotonic()
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connected, self._proven, self._suspect, self._refused = True, True, 0.0, None
-                self._resend_all()
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._refused = "refused our key (not in its allow-list)"
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                self._refused = "one side is encrypted and the other is not"
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                self._suspect = self._suspect or now
-            elif event == zmq.EVENT_DISCONNECTED:
-                self._connected = False
 
     def _resend_all(self) -> None:
         queued = {pending.id for pending in self._unsent}
@@ -398,15 +365,8 @@ class Client:
 
     def _check(self, now: float) -> None:
         """Deadlines, resends, and connections that never get through their handshake."""
-        if self._suspect and not self._proven and now - self._suspect > AUTH_GRACE_S:
-            what = (
-                "wrong server key, or the server is not encrypted"
-                if self._secured
-                else "the server is encrypted"
-            )
-            self._refused = self._refused or f"closes every connection during the handshake ({what}?)"
-        if self._refused is not None:
-            self._fail_all(PeerError(f"{self.peer} at {self.url}: {self._refused}"))
+        if (refusal := self._connection.refusal(now)) is not None:
+            self._fail_all(PeerError(f"{self.peer} at {self.url}: {refusal}"))
         again = []
         for pending in list(self._pending.values()):
             since, limit = max(pending.started, self._moved if pending.bulk else 0.0), pending.timeout
@@ -415,7 +375,7 @@ class Client:
             if now > since + limit:
                 why = f"no answer to {pending.method}"
                 self._fail(pending, DeadlineError(self._late(pending.where, limit, why, pending.said)))
-            elif pending.again and now > pending.again and self._connected:
+            elif pending.again and now > pending.again and self._connection.connected:
                 again.append(pending)
                 pending.again = 0.0
         if again:
@@ -425,7 +385,7 @@ class Client:
             self._unsent.extend(again)
 
     def _send(self, now: float) -> None:
-        while self._unsent and self._connected:
+        while self._unsent and self._connection.connected:
             live: list[_Pending] = []
             while self._unsent and len(live) < SEND_ITEMS:
                 pending = self._unsent.popleft()
@@ -440,7 +400,7 @@ class Client:
                     self._unsent.extendleft(reversed(live[sent:]))
                     return
                 for pending in live[sent : sent + count]:
-                    pending.again = 0.0 if self._watched else now + self._resend_s
+                    pending.again = 0.0 if self._connection.watched else now + self._resend_s
                 sent += count
 
     def _fail(self, pending: _Pending, error: Exception) -> None:
