@@ -85,7 +85,7 @@ soak: setup
 	@ASAN_OPTIONS=quarantine_size_mb=1 build/asan/tests/cpp/core_tests soak 10000000
 
 # The core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: its C++ tests, and the batcher's and
-# the spool's Python tests on a sanitized module. Part of `make test` too.
+# the trajectory log's Python tests on a sanitized module. Part of `make test` too.
 sanitize: setup
 	@$(BIN)/python -m pytest tests/test_core_sanitizers.py
 

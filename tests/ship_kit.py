@@ -1,4 +1,4 @@
-"""A store and spools in memory that answer as they are told, for tests of what a worker sends."""
+"""A store and trajectory logs in memory that answer as they are told, for tests of what a worker sends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from mgrpo.errors import GroupClosedError
-from mgrpo.spool import SpoolRef
 from mgrpo.store.worker_client import WorkerGroup
+from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import Trajectory
 
 
@@ -21,7 +21,7 @@ def answered(value: Any) -> Future[Any]:
     return future
 
 
-class FakeSpool:
+class FakeLog:
     """Keeps what it is sent; with `silent` it never answers."""
 
     def __init__(self, role: str, silent: bool = False) -> None:
@@ -29,7 +29,7 @@ class FakeSpool:
         self.role, self.silent = role, silent
         self.kept: list[Trajectory] = []
 
-    def append(self, trajectory: Trajectory, *, attempt: int = 0, index: int = 0) -> Future[SpoolRef]:
+    def append(self, trajectory: Trajectory, *, attempt: int = 0, index: int = 0) -> Future[LogRef]:
         self.kept.append(trajectory)
         return Future() if self.silent else answered(SimpleNamespace(role=self.role))
 

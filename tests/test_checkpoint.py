@@ -20,7 +20,6 @@ from mgrpo.errors import CheckpointError, CorruptionError
 from mgrpo.model.policy import Policy
 from mgrpo.pipeline.trainer_loop import TrainerLoop
 from mgrpo.run.folder import RunFolder
-from mgrpo.spool import Meta, Spool
 from mgrpo.trainers.base import Checkpoint
 from mgrpo.trainers.torch import checkpoint
 from mgrpo.trainers.torch.checkpoint import (
@@ -32,6 +31,8 @@ from mgrpo.trainers.torch.checkpoint import (
     save_checkpoint,
     snapshot,
 )
+from mgrpo.trajectory_log.format import Meta
+from mgrpo.trajectory_log.log import TrajectoryLog
 from tests.models import tiny_policy
 from tests.runs import RELAY, command, leftovers, resume, started, steps_of, summary
 
@@ -171,8 +172,8 @@ def test_names_are_durable_with_their_bytes(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_tokens_are_kept_for_the_oldest_checkpoint(tmp_path: Path) -> None:
-    """Two checkpoints are kept: the spool is cut to what the older one would need, whichever of them is written, read
-    again after a restart, or gone; without its note nothing is deleted."""
+    """Two checkpoints are kept: the trajectory log is cut to what the older one would need, whichever of them is
+    written, read again after a restart, or gone; without its note nothing is deleted."""
     policy, optimizer = trained(0, 1)
     first = save_checkpoint(tmp_path, 2, policy, optimizer, keep=2)
     assert note_cursors(first, {"main": 8, "left": 7}) == {"main": 8, "left": 7}
@@ -193,22 +194,24 @@ class Committed:
         return 2 * (step + 1)
 
 
-def test_a_trainer_cuts_its_spool_for_the_oldest_checkpoint(tmp_path: Path) -> None:
-    """What an older kept checkpoint would train on again is still in the spool, also after a restart."""
+def test_a_trainer_cuts_its_trajectory_log_for_the_oldest_checkpoint(tmp_path: Path) -> None:
+    """What an older kept checkpoint would train on again is still in the trajectory log, also after a restart."""
     policy, optimizer = trained(0, 1)
-    spool = Spool(tmp_path / "spool", role="main", digest="d", segment_bytes=1)
+    trajectory_log = TrajectoryLog(tmp_path / "trajectories", role="main", digest="d", segment_bytes=1)
     for index in range(20):
-        spool.append(Meta(f"{index}", 0, "main", 0, 0, index, {}, 1), bytes(13))
+        trajectory_log.append(Meta(f"{index}", 0, "main", 0, 0, index, {}, 1), bytes(13))
     kept: list[int] = []
     recorder = SimpleNamespace(keep=lambda c: kept.append(c.step))
     trainer = object.__new__(TrainerLoop)
     trainer._trainer = SimpleNamespace(note_cursors=note_cursors)  # type: ignore[assignment]
-    trainer._streams = [SimpleNamespace(role="main", spool=spool, store=Committed(), recorder=recorder)]  # type: ignore[list-item]
+    trainer._streams = [
+        SimpleNamespace(role="main", trajectory_log=trajectory_log, store=Committed(), recorder=recorder)
+    ]  # type: ignore[list-item]
 
     def left() -> int:
-        return min(index for index in range(20) if (f"{index}", 0, 0, 0) in spool._index)
+        return min(index for index in range(20) if (f"{index}", 0, 0, 0) in trajectory_log._index)
 
-    with spool:
+    with trajectory_log:
         for step, first in ((2, 4), (4, 4), (4, 4), (6, 8)):
             trainer._commit(save_checkpoint(tmp_path / "c", step, policy, optimizer, keep=2))
             assert left() == first and trainer._checkpointed == step

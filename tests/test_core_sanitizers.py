@@ -1,5 +1,5 @@
-"""The core under sanitizers: its C++ tests, and the batcher's and the spool's Python tests on a sanitized module, since
-the border between the two is where memory is shared."""
+"""The core under sanitizers: its C++ tests, and the batcher's and the trajectory log's Python tests on a sanitized
+module, since the border between the two is where memory is shared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-BORDER = [f"tests/test_{name}.py" for name in ("batcher", "batcher_border", "alignment", "prefetch", "spool")]
+BORDER = [
+    f"tests/test_{name}.py"
+    for name in ("batcher", "batcher_border", "alignment", "prefetch", "trajectory_log")
+]
 
 
 def run(*command: str, **env: str) -> str:

@@ -12,7 +12,7 @@ ORDER = [
     *("errors", "files", "types", "addresses", "plugins", "sinks", "metrics", "config"),
     *("ops", "alignment", "credit"),
     *("batcher", "transport"),
-    *("model", "weights", "spool", "store", "record"),
+    *("model", "weights", "trajectory_log", "store", "record"),
     *("engines", "environments", "trainers"),
     *("pipeline",),
     *("tasks",),

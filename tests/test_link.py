@@ -16,9 +16,10 @@ import zmq
 
 import mgrpo
 from mgrpo.errors import ConfigError, DeadlineError, GroupClosedError, MgrpoError, PeerError
-from mgrpo.spool import Spool, SpoolClient
 from mgrpo.store.engine import connect_sqlite
 from mgrpo.store.server import StoreServer
+from mgrpo.trajectory_log.client import TrajectoryLogClient
+from mgrpo.trajectory_log.log import TrajectoryLog
 from mgrpo.transport import codec
 from mgrpo.transport.address import Socket, check_url, is_private, needs_ipv6
 from mgrpo.transport.client import Client
@@ -65,10 +66,10 @@ def test_an_answer_that_is_long_under_way_is_asked_for_once() -> None:
 def test_trajectories_over_a_slow_link_are_sent_once_and_moving_ones_are_not_late(tmp_path: Path) -> None:
     """Nine trajectories of 520 KB at 1 MiB/s: four and a half seconds, with a deadline of three. It counts from the
     last answer, so none is late and none is sent twice."""
-    with Spool(tmp_path / "spool", role="sub", digest=DIGEST) as spool:
-        with Server("tcp://127.0.0.1:0", spool.handlers(), barrier=spool.sync) as server:
+    with TrajectoryLog(tmp_path / "trajectories", role="sub", digest=DIGEST) as trajectory_log:
+        with Server("tcp://127.0.0.1:0", trajectory_log.handlers(), barrier=trajectory_log.sync) as server:
             proxy = Proxy(int(server.url.rpartition(":")[2]), MIB)
-            with SpoolClient(
+            with TrajectoryLogClient(
                 f"tcp://127.0.0.1:{proxy.port}", digest=DIGEST, role="sub", timeout=3.0
             ) as client:
                 sent = [make_trajectory("q", i, "sub", 0, 40_000) for i in range(9)]
@@ -77,7 +78,7 @@ def test_trajectories_over_a_slow_link_are_sent_once_and_moving_ones_are_not_lat
                 assert time.monotonic() - began > 3.0, "the link was not slow"
                 assert client._link.resent == 0
             proxy.close()
-        assert all(same(spool.read(ref), t) for ref, t in zip(refs, sent, strict=True))
+        assert all(same(trajectory_log.read(ref), t) for ref, t in zip(refs, sent, strict=True))
 
 
 def test_answers_for_a_peer_that_does_not_read_wait_for_it() -> None:
@@ -249,7 +250,7 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_stores_and_spools_are_served_and_reached_over_ipv6(tmp_path: Path) -> None:
+def test_stores_and_trajectory_logs_are_served_and_reached_over_ipv6(tmp_path: Path) -> None:
     """Plain and encrypted; the bound address has brackets and its port."""
     init_keys(tmp_path / "keys")
     key = ClientKeys.load(add_key(tmp_path / "keys", "t", "trainer:main"))

@@ -22,7 +22,7 @@ from mgrpo.pipeline.worker_loop import Over
 from mgrpo.types import Rollout
 from tests.play_kit import GivenTask, Letters, SlowEngine
 from tests.runs import RELAY, started
-from tests.ship_kit import FakeSpool, FakeStore, group
+from tests.ship_kit import FakeLog, FakeStore, group
 
 ROLES = ("main", "left", "right")
 
@@ -44,7 +44,7 @@ class FakeTeam:
 
 
 class Worker:
-    """A RolloutWorker between a store and spools in memory."""
+    """A RolloutWorker between a store and trajectory logs in memory."""
 
     def __init__(self, folder: Path, task: GivenTask) -> None:
         config = load_config(RELAY, ["eval.every=1000", "trainer.group_size=2"])
@@ -53,8 +53,8 @@ class Worker:
         self.worker._store.close()
         self.worker._shipper.close()
         self.store = self.worker._store = FakeStore()
-        spools = {role: FakeSpool(role) for role in ROLES}
-        self.worker._shipper = Shipper(self.store, spools, self.worker._main_reward, 60.0)  # type: ignore[arg-type]
+        logs = {role: FakeLog(role) for role in ROLES}
+        self.worker._shipper = Shipper(self.store, logs, self.worker._main_reward, 60.0)  # type: ignore[arg-type]
         self.worker._team = FakeTeam()
 
     def open(self, *states: str) -> None:

@@ -14,15 +14,15 @@ from mgrpo.environments.episode import Episode
 from mgrpo.errors import DeadlineError, PeerError
 from mgrpo.pipeline.play import Ask, Played
 from mgrpo.pipeline.shipper import Shipper
-from mgrpo.spool import SpoolClient
+from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.types import Rollout
 from tests.play_kit import ASK, SlowEngine, one_turn, team
-from tests.ship_kit import FakeSpool, FakeStore, group
+from tests.ship_kit import FakeLog, FakeStore, group
 
 
 @contextmanager
-def shipping(store: FakeStore, spool: Any, timeout: float = 60.0) -> Iterator[Shipper]:
-    shipper = Shipper(store, {"main": spool}, lambda rollout: 1.0, timeout)  # type: ignore[arg-type]
+def shipping(store: FakeStore, trajectory_log: Any, timeout: float = 60.0) -> Iterator[Shipper]:
+    shipper = Shipper(store, {"main": trajectory_log}, lambda rollout: 1.0, timeout)  # type: ignore[arg-type]
     try:
         yield shipper
     finally:
@@ -42,9 +42,9 @@ def result(query: str, rollout: int = 0) -> Played:
 
 def test_the_rest_of_a_dropped_group_is_left_out() -> None:
     """Its records are refused once and not sent any more; the other group arrives, and the dropped one is counted."""
-    store, spool = FakeStore(closed=("old",)), FakeSpool("main")
+    store, trajectory_log = FakeStore(closed=("old",)), FakeLog("main")
     old, new = group("old"), group("new")
-    with shipping(store, spool) as shipper:
+    with shipping(store, trajectory_log) as shipper:
         shipper.ship(old, result("old", 0))
         shipper.drain()
         sent = len(store.records)
@@ -52,17 +52,18 @@ def test_the_rest_of_a_dropped_group_is_left_out() -> None:
         shipper.ship(new, result("new", 0))
         shipper.drain()
         assert store.records[sent:] == [("invocation_done", "new", 0), ("rollout_final", "new", 0)]
-        assert [t.query for t in spool.kept] == ["old", "new"]
+        assert [t.query for t in trajectory_log.kept] == ["old", "new"]
         assert shipper.closed_groups() == 1 and shipper.closed_groups() == 0
 
 
-def test_a_silent_spool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_trajectory_log_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The role, its address and how many rollouts wait; whoever ships or waits afterwards hears the same."""
     monkeypatch.setattr("mgrpo.pipeline.shipper.GRACE", 0.0)
-    with shipping(FakeStore(), FakeSpool("main", silent=True), timeout=0.2) as shipper:
+    with shipping(FakeStore(), FakeLog("main", silent=True), timeout=0.2) as shipper:
         shipper.ship(group("q"), result("q"))
         words = (
-            r"the spool of 'main' at tcp://10\.0\.0\.7/main took no record within 0\.2 s; 1 finished rollouts"
+            r"the trajectory log of 'main' at tcp://10\.0\.0\.7/main took no record within 0\.2 s; "
+            r"1 finished rollouts"
         )
         with pytest.raises(DeadlineError, match=words):
             shipper.drain()
@@ -73,22 +74,24 @@ def test_a_silent_spool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trainer_that_is_gone_is_named(tmp_path: Path) -> None:
     """Over the real link: the client's own error, with the role, the address, and how many rollouts wait."""
     url = f"ipc://{tmp_path}/gone"
-    spool = SpoolClient(url, digest="d", role="main", timeout=0.3)
+    trajectory_log = TrajectoryLogClient(url, digest="d", role="main", timeout=0.3)
     try:
-        with shipping(FakeStore(), spool, timeout=0.3) as shipper:
+        with shipping(FakeStore(), trajectory_log, timeout=0.3) as shipper:
             for k in range(2):
                 shipper.ship(group("q"), result("q", k))
-            with pytest.raises(DeadlineError, match=f"spool of main at {url}.*finished rollouts wait for it"):
+            with pytest.raises(
+                DeadlineError, match=f"trajectory log of main at {url}.*finished rollouts wait for it"
+            ):
                 shipper.drain()
     finally:
-        spool.close()
+        trajectory_log.close()
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_leaving_waits_for_nothing(busy: bool, caplog: pytest.LogCaptureFixture) -> None:
     """close() ends the thread whatever it waits for, and says what was not delivered."""
     store = FakeStore()
-    with shipping(store, FakeSpool("main", silent=True), timeout=3600.0) as shipper:
+    with shipping(store, FakeLog("main", silent=True), timeout=3600.0) as shipper:
         if busy:
             shipper.ship(group("q"), result("q"))
         shipper.close()
@@ -99,7 +102,7 @@ def test_leaving_waits_for_nothing(busy: bool, caplog: pytest.LogCaptureFixture)
 
 
 def test_waiting_ends_with_what_the_caller_checks() -> None:
-    """A worker that is told to leave does not wait for the spool's deadline."""
+    """A worker that is told to leave does not wait for the trajectory log's deadline."""
 
     class Told(Exception):
         pass
@@ -107,7 +110,7 @@ def test_waiting_ends_with_what_the_caller_checks() -> None:
     def check() -> None:
         raise Told
 
-    with shipping(FakeStore(), FakeSpool("main", silent=True), timeout=3600.0) as shipper:
+    with shipping(FakeStore(), FakeLog("main", silent=True), timeout=3600.0) as shipper:
         shipper.ship(group("q"), result("q"))
         with pytest.raises(Told):
             shipper.drain(check)
@@ -117,7 +120,7 @@ def test_a_failure_in_any_language_reaches_the_store() -> None:
     """The store takes reasons of 256 bytes; a longer one keeps the place at its end."""
     store = FakeStore()
     place = " (task.py:7, in play)"
-    with shipping(store, FakeSpool("main")) as shipper:
+    with shipping(store, FakeLog("main")) as shipper:
         shipper.ship(group("q"), Played(ASK, 0, None, "\u5929\u6c14 \ud800" * 100 + place, "task"))
         shipper.drain()
     assert len(store.reasons[0].encode()) <= 256 and store.reasons[0].endswith(place)

@@ -103,7 +103,7 @@ def stream(**store: object) -> SimpleNamespace:
     return SimpleNamespace(
         role="main",
         store=SimpleNamespace(**usual, **store),
-        spool=SimpleNamespace(truncate=lambda cursor: None, segments=lambda: [1], path=Path()),
+        trajectory_log=SimpleNamespace(truncate=lambda cursor: None, segments=lambda: [1], path=Path()),
         recorder=SimpleNamespace(begin=lambda step: None, keep=lambda saved: None),
         check=lambda: None,
     )

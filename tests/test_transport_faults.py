@@ -19,9 +19,9 @@ import pytest
 
 import mgrpo
 from mgrpo.errors import DeadlineError, PeerError
-from mgrpo.spool import SpoolClient
 from mgrpo.store.engine import connect_sqlite
 from mgrpo.store.server import StoreServer
+from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.transport import codec
 from mgrpo.transport.client import Client
 from mgrpo.transport.codec import BadMessage, Limits, Sender
@@ -241,16 +241,16 @@ def test_a_full_socket_sends_nothing_twice() -> None:
     assert seen == list(range(600))
 
 
-SPOOL = """
+LOG_SERVER = """
 import sys
-from mgrpo.spool import Spool
+from mgrpo.trajectory_log.log import TrajectoryLog
 from mgrpo.transport.server import Server
 from mgrpo.weights import Weights, WeightsServer
 from tests.store_kit import DIGEST
 weights = WeightsServer()
 weights.publish(Weights("e1.v3", 3, b"x"))
-with Spool(sys.argv[2], role="sub", digest=DIGEST) as spool:
-    with Server(sys.argv[1], {**spool.handlers(), **weights.handlers()}, barrier=spool.sync):
+with TrajectoryLog(sys.argv[2], role="sub", digest=DIGEST) as trajectory_log:
+    with Server(sys.argv[1], {**trajectory_log.handlers(), **weights.handlers()}, barrier=trajectory_log.sync):
         sys.stdin.read()
 """
 
@@ -259,19 +259,21 @@ def test_a_stopped_trainer_is_a_deadline_error_to_its_workers(tmp_path: Path) ->
     """SIGSTOP while trajectories and weights are asked for: peer, queue and step, and both go on when it wakes."""
     url = f"ipc://{tmp_path}/sub"
     with subprocess.Popen(
-        [sys.executable, "-c", SPOOL, url, str(tmp_path / "spool")], stdin=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-c", LOG_SERVER, url, str(tmp_path / "trajectories")],
+        stdin=subprocess.PIPE,
+        cwd=ROOT,
     ) as process:
         try:
             with (
-                SpoolClient(url, digest=DIGEST, role="sub", timeout=30) as spool,
+                TrajectoryLogClient(url, digest=DIGEST, role="sub", timeout=30) as trajectory_log,
                 Client(url, peer="trainer sub", timeout=30) as weights,
             ):
-                spool.append(make_trajectory("7/56", 0, "sub", 0)).result(30)
+                trajectory_log.append(make_trajectory("7/56", 0, "sub", 0)).result(30)
                 os.kill(process.pid, signal.SIGSTOP)
-                spool._link.timeout = 1.0
+                trajectory_log._link.timeout = 1.0
                 started = time.monotonic()
-                with pytest.raises(DeadlineError, match=rf"spool of sub at {url}: append\('7/56'\)"):
-                    spool.append(make_trajectory("7/56", 1, "sub", 0)).result(30)
+                with pytest.raises(DeadlineError, match=rf"trajectory log of sub at {url}: append\('7/56'\)"):
+                    trajectory_log.append(make_trajectory("7/56", 1, "sub", 0)).result(30)
                 assert time.monotonic() - started < 2.0
                 weights.hurry(1.0)
                 started = time.monotonic()
@@ -279,8 +281,8 @@ def test_a_stopped_trainer_is_a_deadline_error_to_its_workers(tmp_path: Path) ->
                     fetch_weights(weights, "e1.v3", 4, 30.0)
                 assert time.monotonic() - started < 2.0
                 os.kill(process.pid, signal.SIGCONT)
-                spool._link.timeout = 30.0
-                assert spool.append(make_trajectory("7/56", 1, "sub", 0)).result(30).segment == 1
+                trajectory_log._link.timeout = 30.0
+                assert trajectory_log.append(make_trajectory("7/56", 1, "sub", 0)).result(30).segment == 1
             with Client(url, peer="trainer sub", timeout=30) as weights:
                 assert fetch_weights(weights, "", 3, 1.0) is not None
         finally:

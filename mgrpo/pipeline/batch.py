@@ -1,7 +1,7 @@
 """From claimed groups to minibatches: credit -> group advantage -> alignment -> right-padded rows of tokens.
 
-The batcher computes advantages, draw, weights and packing in C++; this file feeds it from the spool (memory to memory,
-token data never passes through Python objects) and wraps its buffers as tensors.
+The batcher computes advantages, draw, weights and packing in C++; this file feeds it from the trajectory log (memory to
+memory, token data never passes through Python objects) and wraps its buffers as tensors.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
 from mgrpo.credit import is_gated, trajectory_reward
-from mgrpo.spool import SpoolRef
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import MAIN, Trajectory
 
 ARENA_BYTES = 1 << 30
 
 
 class Trajectories(Protocol):
-    """Where the tokens are: the spool, or the record of a run that is replayed."""
+    """Where the tokens are: the trajectory log, or the record of a run that is replayed."""
 
-    def read(self, ref: SpoolRef) -> Trajectory: ...
+    def read(self, ref: LogRef) -> Trajectory: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,9 @@ def merge_streams(batches: Sequence[StepBatch]) -> list[MiniBatch]:
 class BatchBuilder:
     """Builds the minibatches of one role's steps."""
 
-    def __init__(self, config: RunConfig, role: str, spool: Trajectories, ranks: int) -> None:
+    def __init__(self, config: RunConfig, role: str, trajectory_log: Trajectories, ranks: int) -> None:
         """ranks: processes of the trainer that the micro-batches are dealt out to."""
-        self._config, self._role, self._spool = config, role, spool
+        self._config, self._role, self._trajectories = config, role, trajectory_log
         self._agent = config.agents[role]
         self._ranks = ranks
         loss = self._agent.loss
@@ -132,7 +132,7 @@ class BatchBuilder:
                 f"{query}/{invocation.rollout}/{self._role}/{invocation.invocation} has no tokens"
             )
         reward = trajectory_reward(self._role, self._agent.reward, invocation.scores, rollout.correct)
-        return Member(number, rollout, invocation, self._spool.read(invocation.ref), reward)
+        return Member(number, rollout, invocation, self._trajectories.read(invocation.ref), reward)
 
     def _shuffled(self, group: ClaimedGroup, members: Sequence[Member]) -> list[Member]:
         """The same trajectories with each other's rewards: a pure function of (seed, group, role)."""

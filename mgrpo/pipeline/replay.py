@@ -27,11 +27,11 @@ from mgrpo.pipeline.batch import BatchBuilder, StepBatch, merge_streams
 from mgrpo.pipeline.step_record import step_body
 from mgrpo.record.reader import RecordedRollout, Recording
 from mgrpo.record.schema import StepBody, StepSettings, TrajectoryRecord
-from mgrpo.spool import SpoolRef
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trainers.base import Checkpoint
 from mgrpo.trainers.torch.checkpoint import latest_checkpoint, restore_checkpoint
 from mgrpo.trainers.torch.learner import Learner, new_learner
+from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import MAIN, Trajectory
 
 EQUAL, DIFFERS, UNKNOWN = "equal", "differs", "not recorded"
@@ -240,18 +240,18 @@ _Pair = tuple[str, Any, Any, int, int]  # label, recorded row, rebuilt row, and 
 
 
 class _RecordedTokens:
-    """Stands in for the spool. A trajectory without recorded tokens gets blank ones of its length: enough for
+    """Stands in for the trajectory log. A trajectory without recorded tokens gets blank ones of its length: enough for
     everything before the batch."""
 
     def __init__(self) -> None:
         self._known: list[tuple[str, int, TrajectoryRecord]] = []
         self.whole = True
 
-    def add(self, query: str, rollout: int, record: TrajectoryRecord) -> SpoolRef:
+    def add(self, query: str, rollout: int, record: TrajectoryRecord) -> LogRef:
         self._known.append((query, rollout, record))
-        return SpoolRef(record.role, 0, len(self._known) - 1, record.n, 0)
+        return LogRef(record.role, 0, len(self._known) - 1, record.n, 0)
 
-    def read(self, ref: SpoolRef) -> Trajectory:
+    def read(self, ref: LogRef) -> Trajectory:
         query, rollout, record = self._known[ref.offset]
         if record.tokens:
             return record.trajectory(query, rollout)

@@ -1,4 +1,4 @@
-"""One role's way through a trainer: its address and spool, its part of the store, its batches and its record.
+"""One role's way through a trainer: its address and trajectory log, its part of the store, its batches and its record.
 
 A trainer has one role stream, or several where roles share a policy: then one learner steps on the minibatches of all.
 """
@@ -14,9 +14,9 @@ from mgrpo.config import RunConfig, config_digest
 from mgrpo.errors import DeadlineError
 from mgrpo.pipeline.batch import BatchBuilder
 from mgrpo.pipeline.step_record import StepRecorder
-from mgrpo.spool import Spool
 from mgrpo.store.records import ClaimedGroup
 from mgrpo.store.trainer_client import TrainerClient
+from mgrpo.trajectory_log.log import TrajectoryLog
 from mgrpo.transport.keys import client_keys, server_keys
 from mgrpo.transport.server import Server
 from mgrpo.weights import WeightsServer
@@ -33,11 +33,11 @@ class RoleStream:
         """folder: this role's own, on this server. weights: what the role's address serves."""
         self.role, self._config = role, config
         digest = config_digest(config)
-        self.spool = Spool(folder / "spool", role=role, digest=digest)
+        self.trajectory_log = TrajectoryLog(folder / "trajectories", role=role, digest=digest)
         self._server = Server(
             addresses.agents[role],
-            {**self.spool.handlers(), **weights.handlers()},
-            barrier=self.spool.sync,
+            {**self.trajectory_log.handlers(), **weights.handlers()},
+            barrier=self.trajectory_log.sync,
             security=server_keys(addresses),
             insecure=addresses.insecure,
         )
@@ -49,7 +49,7 @@ class RoleStream:
             key=client_keys(addresses, role),
             timeout=config.store.timeout,
         )
-        self.builder = BatchBuilder(config, role, self.spool, config.ranks(role))
+        self.builder = BatchBuilder(config, role, self.trajectory_log, config.ranks(role))
         self.recorder = StepRecorder(config.record, folder / "record", role, self._say)
 
     def claim(self, step: int, check: Callable[[], None]) -> list[ClaimedGroup]:
@@ -79,6 +79,6 @@ class RoleStream:
 
     def close(self) -> None:
         self._server.close()
-        self.spool.close()
+        self.trajectory_log.close()
         self.store.close()
         self.recorder.close()

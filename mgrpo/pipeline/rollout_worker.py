@@ -37,9 +37,9 @@ from mgrpo.pipeline.shipper import Shipper
 from mgrpo.pipeline.team import WAIT_SLICE, Team
 from mgrpo.pipeline.worker_loop import Over, WorkerLoop
 from mgrpo.record.rollouts import RolloutRecorder
-from mgrpo.spool import SpoolClient
 from mgrpo.store.records import World
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
+from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.transport.client import Client
 from mgrpo.transport.codec import Sender
 from mgrpo.transport.keys import client_keys
@@ -73,13 +73,13 @@ class RolloutWorker:
             role: Client(url, peer=f"trainer {role}", timeout=self._timeout, sender=sender, security=key)
             for role, url in addresses.agents.items()
         }
-        self._spools = {
-            role: SpoolClient(
+        self._logs = {
+            role: TrajectoryLogClient(
                 addresses.agents[role], digest=digest, role=role, timeout=self._timeout, security=key
             )
             for role in config.training_roles
         }
-        self._shipper = Shipper(self._store, self._spools, self._main_reward, self._timeout)
+        self._shipper = Shipper(self._store, self._logs, self._main_reward, self._timeout)
         self._recorder = RolloutRecorder(config.record, folder, self._say)
         self._loop = WorkerLoop(lambda: self._store.world().control.state == "running")
         self._team = Team(config, addresses, self._clients, self._loop)
@@ -96,8 +96,8 @@ class RolloutWorker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._shipper.stop()
-        for spool in self._spools.values():
-            spool.close()
+        for trajectory_log in self._logs.values():
+            trajectory_log.close()
         for client in self._clients.values():
             client.close()
         self._store.close()

@@ -1,6 +1,6 @@
-"""From a finished rollout to durable records: tokens to the owning trainers' spools, numbers to the store.
+"""From a finished rollout to durable records: tokens to the owning trainers' trajectory logs, numbers to the store.
 
-    trajectory --(spool.append)--> its trainer's disk --> reference --(invocation_done)--> store
+    trajectory --(trajectory_log.append)--> its trainer's disk --> reference --(invocation_done)--> store
     rollout    --(rollout_final, once every reference is durable)-----------------------> store
 
 Runs on a thread of its own, so that the engines go on while records travel. Everything is idempotent by its natural
@@ -20,8 +20,9 @@ from typing import TypeVar
 from mgrpo.environments.failure import shortened
 from mgrpo.errors import DeadlineError, GroupClosedError, PeerError
 from mgrpo.pipeline.play import Played
-from mgrpo.spool import SpoolClient, SpoolRef
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
+from mgrpo.trajectory_log.client import TrajectoryLogClient
+from mgrpo.trajectory_log.format import LogRef
 from mgrpo.transport.client import Answer
 from mgrpo.types import Rollout, Trajectory
 
@@ -51,13 +52,13 @@ class Shipper:
     def __init__(
         self,
         store: WorkerClient,
-        spools: Mapping[str, SpoolClient],
+        logs: Mapping[str, TrajectoryLogClient],
         reward: Callable[[Rollout], float],
         timeout: float,
     ) -> None:
-        """spools: of the roles that train; other roles' tokens are dropped. timeout: seconds that the store and the
-        spools may go without taking a record."""
-        self._store, self._spools, self._reward, self._timeout = store, spools, reward, timeout
+        """logs: of the roles that train; other roles' tokens are dropped. timeout: seconds that the store and the
+        logs may go without taking a record."""
+        self._store, self._logs, self._reward, self._timeout = store, logs, reward, timeout
         self._queue: deque[_Work] = deque()
         self._error: BaseException | None = None
         self._open = 0  # handed over, not durable yet
@@ -111,7 +112,7 @@ class Shipper:
         if self._error is not None:
             raise self._error
         if self._stopping:
-            raise PeerError(f"the way to the store and the spools is closed: {self._undelivered()}")
+            raise PeerError(f"the way to the store and the trajectory logs is closed: {self._undelivered()}")
 
     def _undelivered(self) -> str:
         return f"{self._open} finished rollouts were not delivered"
@@ -139,17 +140,19 @@ class Shipper:
             return batch
 
     def _ship(self, batch: list[_Work]) -> None:
-        """All spool writes of the batch travel together, then all records: two round trips, however many rollouts.
-        The store's client lets a rollout's end leave only after its invocations are acknowledged."""
+        """All trajectory log writes of the batch travel together, then all records: two round trips, however many
+        rollouts. The store's client lets a rollout's end leave only after its invocations are acknowledged."""
         batch = [work for work in batch if work.group.query not in self._closed]
-        written: list[list[tuple[Trajectory, Future[SpoolRef] | None]]] = [
+        written: list[list[tuple[Trajectory, Future[LogRef] | None]]] = [
             [(t, self._append(work.group, t)) for t in work.played.trajectories()] for work in batch
         ]
         answers: list[tuple[_Work, Future[Answer]]] = []
         for work, trajectories in zip(batch, written, strict=True):
             for trajectory, reference in trajectories:
                 if reference is not None:
-                    ref = self._result(reference, f"the spool of {trajectory.role!r}", trajectory.role)
+                    ref = self._result(
+                        reference, f"the trajectory log of {trajectory.role!r}", trajectory.role
+                    )
                     answers.append((work, self._invocation(work.group, trajectory, ref)))
             answers.append((work, self._end(work)))
         for work, answer in answers:
@@ -177,18 +180,22 @@ class Shipper:
                 raise DeadlineError(f"{late}; {waiting}") from late
         if self._stopping:
             raise PeerError(f"{peer} was not waited for any more: this worker ends")
-        url = self._store.url if role is None else self._spools[role].url
+        url = self._store.url if role is None else self._logs[role].url
         raise DeadlineError(f"{peer} at {url} took no record within {self._timeout:g} s; {waiting}")
 
     def _wake(self, _: object) -> None:
         with self._changed:
             self._changed.notify_all()
 
-    def _append(self, group: WorkerGroup, trajectory: Trajectory) -> Future[SpoolRef] | None:
-        spool = self._spools.get(trajectory.role)
-        return spool.append(trajectory, attempt=group.attempt, index=group.index) if spool else None
+    def _append(self, group: WorkerGroup, trajectory: Trajectory) -> Future[LogRef] | None:
+        trajectory_log = self._logs.get(trajectory.role)
+        return (
+            trajectory_log.append(trajectory, attempt=group.attempt, index=group.index)
+            if trajectory_log
+            else None
+        )
 
-    def _invocation(self, group: WorkerGroup, trajectory: Trajectory, ref: SpoolRef) -> Future[Answer]:
+    def _invocation(self, group: WorkerGroup, trajectory: Trajectory, ref: LogRef) -> Future[Answer]:
         return self._store.invocation_done(
             group,
             trajectory.rollout,
@@ -211,7 +218,7 @@ class Shipper:
             rollout.rollout,
             reward=self._reward(rollout),
             correct=rollout.correct,
-            d_k={role: n for role, n in rollout.d_k().items() if role in self._spools},
+            d_k={role: n for role, n in rollout.d_k().items() if role in self._logs},
             scores=rollout.main.scores,
             versions=rollout.main.version_span(),
         )

@@ -1,15 +1,15 @@
 """One agent's trainer, station after station:
 
-    start policy -> (warm start) -> serve weights -> [ claim -> read spool -> credit -> advantage -> align -> rows
-      -> loss -> optimizer step -> apply -> publish weights -> status -> record -> (checkpoint -> commit) ]
+    start policy -> (warm start) -> serve weights -> [ claim -> read trajectory log -> credit -> advantage -> align
+      -> rows -> loss -> optimizer step -> apply -> publish weights -> status -> record -> (checkpoint -> commit) ]
       -> final policy
 
 Everything it needs of other agents arrives through the store as rewards, counts and versions. A restarted trainer goes
 back to its last checkpoint; the store hands it the groups it had applied since then once more, in the same order, and
-the spool still holds their tokens. Roles that share this agent's policy are trained here too: each comes through a
-role stream of its own, and their minibatches make one optimizer step with the agent's.
+the trajectory log still holds their tokens. Roles that share this agent's policy are trained here too: each comes
+through a role stream of its own, and their minibatches make one optimizer step with the agent's.
 
-With policy.ranks > 1 this is rank 0, which alone talks to store, spool and engines; what all ranks do is the
+With policy.ranks > 1 this is rank 0, which alone talks to store, trajectory log and engines; what all ranks do is the
 PolicyTrainer's matter.
 """
 
@@ -42,7 +42,7 @@ class Shutdown(Exception):
 
 
 class TrainerLoop:
-    """Use as a context manager; leaving it closes the endpoint, the spool and the store connection."""
+    """Use as a context manager; leaving it closes the endpoint, the trajectory log and the store connection."""
 
     def __init__(
         self,
@@ -89,7 +89,11 @@ class TrainerLoop:
         checkpoint = self._trainer.load(self._start_policy())
         step = checkpoint.step if checkpoint else 0
         if checkpoint is None and (
-            cut := [stream.spool.path for stream in self._streams if stream.spool.segments()[0] > 1]
+            cut := [
+                stream.trajectory_log.path
+                for stream in self._streams
+                if stream.trajectory_log.segments()[0] > 1
+            ]
         ):
             raise ConfigError(
                 f"{cut[0]} holds no tokens of the first steps any more, and no checkpoint is left in "
@@ -209,7 +213,7 @@ class TrainerLoop:
 
     def _commit(self, checkpoint: Checkpoint) -> None:
         """Commit at the store: nothing up to here is handed out again, unless this trainer comes back with an older
-        checkpoint. The spool keeps what the oldest of those that are kept would need."""
+        checkpoint. The trajectory log keeps what the oldest of those that are kept would need."""
         try:
             cursors = {stream.role: stream.store.commit(step=checkpoint.step - 1) for stream in self._streams}
         except (DeadlineError, PeerError):
@@ -219,7 +223,7 @@ class TrainerLoop:
         else:
             needed = self._trainer.note_cursors(checkpoint, cursors)
             for stream in self._streams:
-                stream.spool.truncate(needed[stream.role])
+                stream.trajectory_log.truncate(needed[stream.role])
         self._streams[0].recorder.keep(checkpoint)
         self._checkpointed = checkpoint.step
 

@@ -60,7 +60,7 @@ class RunFolder:
         return self.root / "agents"
 
     def agent(self, role: str) -> Path:
-        """Checkpoints, spool and policies of one agent; exists on that agent's server only."""
+        """Checkpoints, trajectory log and policies of one agent; exists on that agent's server only."""
         return self.agents / role
 
     def rollouts(self, worker: int) -> Path:

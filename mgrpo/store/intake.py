@@ -141,7 +141,9 @@ class Intake:
         if record.role == MAIN and record.invocation != 0:
             raise BadMessage(f"invocation {record.invocation} of the main role, it has only 0")
         if record.ref is not None and record.ref.role != record.role:
-            raise BadMessage(f"trajectory of role {record.role!r} lies in the spool of {record.ref.role!r}")
+            raise BadMessage(
+                f"trajectory of role {record.role!r} lies in the trajectory log of {record.ref.role!r}"
+            )
         if (record.version_min, record.version_max) != (-1, -1) and not (
             0 <= record.version_min <= record.version_max
         ):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from mgrpo.spool import SpoolRef as SpoolRef
+from mgrpo.trajectory_log.format import LogRef as LogRef
 from mgrpo.transport.codec import Count, Name, Record, Scores, Signed, Small
 
 Rollouts = Annotated[int, msgspec.Meta(ge=1, le=4096)]
@@ -74,7 +74,7 @@ class InvocationDone(Record):
     version_min: Signed
     version_max: Signed
     scores: Scores
-    ref: SpoolRef | None
+    ref: LogRef | None
 
 
 class RolloutFinal(Record):
@@ -137,7 +137,7 @@ class ClaimedInvocation(Record):
     version_min: int
     version_max: int
     scores: dict[str, float]
-    ref: SpoolRef | None
+    ref: LogRef | None
 
 
 class ClaimedRollout(Record):

@@ -102,7 +102,7 @@ class TrainerClient(StoreClient):
 
     def commit(self, step: int) -> int:
         """A durable checkpoint holds every step up to `step`. Returns the cursor: trajectories of groups with
-        a lower index are needed only to roll back behind this checkpoint (see Spool.truncate)."""
+        a lower index are needed only to roll back behind this checkpoint (see TrajectoryLog.truncate)."""
         cursor: int = self._call("commit", rec.Commit(self.agent, self.epoch, step), int)
         return cursor
 

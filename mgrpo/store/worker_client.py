@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgrpo.errors import GroupClosedError, RetryAfterError
-from mgrpo.spool import SpoolRef
 from mgrpo.store import records as rec
 from mgrpo.store.client import SLICE_S, StoreClient
+from mgrpo.trajectory_log.format import LogRef
 from mgrpo.transport.client import Answer
 from mgrpo.transport.codec import Record
 
@@ -83,9 +83,9 @@ class WorkerClient(StoreClient):
     def invocation_done(
         self, group: WorkerGroup, rollout: int, *, role: str, invocation: int = 0, n_tokens: int,
         versions: tuple[int, int] = (-1, -1), scores: Mapping[str, float] | None = None,
-        ref: SpoolRef | None = None,
+        ref: LogRef | None = None,
     ) -> Future[Answer]:  # fmt: skip
-        """One trajectory is done and lies in its role's spool at `ref` (role "main": invocation 0)."""
+        """One trajectory is done and lies in its role's trajectory log at `ref` (role "main": invocation 0)."""
         record = rec.InvocationDone(
             group.query,
             rollout,

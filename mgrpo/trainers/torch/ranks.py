@@ -1,6 +1,6 @@
 """The processes of one trainer, which torchrun starts and ends together: rank 0 sends commands, the others run them.
 
-Rank 0 alone talks to store, spool and engines. The others wait for its commands (`receive`), take part in the
+Rank 0 alone talks to store, trajectory log and engines. The others wait for its commands (`receive`), take part in the
 collectives that follow, and leave when the command is to. A waiting rank looks at rank 0's heartbeat, which moves
 whenever rank 0 looks at the run; one that stands still longer than the deadline ends the rank with an error that names
 it.

@@ -1,0 +1,62 @@
+"""A rollout worker's way into a trajectory log."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgrpo.trajectory_log.format import Append, LogRef, Meta
+from mgrpo.transport import codec
+from mgrpo.transport.client import Answer, Client
+from mgrpo.transport.codec import Sender
+from mgrpo.types import Trajectory
+
+
+class TrajectoryLogClient:
+    """A worker's pipelined way into one role's trajectory log."""
+
+    def __init__(self, url: str, *, digest: str, role: str, name: str = "worker", **options: Any) -> None:
+        sender = Sender(digest, "worker", name, "")
+        self.url = url
+        self._link = Client(url, peer=f"trajectory log of {role}", sender=sender, **{"window": 64, **options})
+
+    def append(self, trajectory: Trajectory, *, attempt: int = 0, index: int = 0) -> Future[LogRef]:
+        """Send a trajectory; the future has its reference once it is durable. `index` is its group's."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "tokens": np.asarray(trajectory.tokens, np.int32),
+            "logprobs": np.asarray(trajectory.logprobs, np.float32),
+            "versions": np.asarray(trajectory.versions, np.int32),
+            "loss_mask": np.asarray(trajectory.loss_mask, np.uint8),
+        }
+        specs, frames = codec.pack_arrays(arrays)
+        t = trajectory
+        meta = Meta(t.query, t.rollout, t.role, t.invocation, attempt, index, t.scores, len(t))
+        answer = self._link.submit(
+            "append", Append(meta, specs), frames, queue=f"append({t.query!r})", bulk=True
+        )
+        result: Future[LogRef] = Future()
+        answer.add_done_callback(lambda done: _pass_on(done, result))
+        return result
+
+    def flush(self, timeout: float | None = None) -> None:
+        self._link.flush(timeout)
+
+    def close(self) -> None:
+        self._link.close()
+
+    def __enter__(self) -> TrajectoryLogClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pass_on(answer: Future[Answer], result: Future[LogRef]) -> None:
+    error = answer.exception()
+    if error is not None:
+        result.set_exception(error)
+    else:
+        result.set_result(answer.result().decode(LogRef))

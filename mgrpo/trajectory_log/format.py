@@ -1,0 +1,148 @@
+"""The bytes of a trajectory log.
+
+    segment = 16-byte head, then records
+    record  = magic u32 | meta length u32 | payload length u64 | crc32c u32 | 0 u32 | meta | payload
+    payload = tokens i32[n] | logprobs f32[n] | versions i32[n] | loss_mask u8[n], little-endian
+
+Record, meta and payload each begin at a multiple of 8 bytes, so the arrays are aligned in the file and in what is read.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from mgrpo.errors import CorruptionError
+from mgrpo.transport import codec
+from mgrpo.transport.codec import ArraySpec, BadMessage, Buffer, Count, Name, Record, Scores, Small
+from mgrpo.types import Trajectory
+
+KIND = b"mgrpo traj "
+FORMAT = b"3"
+HEAD = KIND + FORMAT + b"\n\0\0\0"
+FRAME = struct.Struct("<IIQII")
+MAGIC = 0x50534D47
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+MAX_META = 1 << 20  # bytes
+ARRAYS = {"tokens": "<i4", "logprobs": "<f4", "versions": "<i4", "loss_mask": "|u1"}
+ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in ARRAYS.items()}
+PER_TOKEN = sum(ITEM_BYTES.values())
+
+
+class LogRef(Record):
+    """Where a trajectory lies: segment and byte offset in its role's trajectory log, payload length and crc32c."""
+
+    role: Name
+    segment: Count
+    offset: Count
+    length: Count
+    crc: Count
+
+
+class Meta(Record):
+    query: Name
+    rollout: Small
+    role: Name
+    invocation: Small
+    attempt: Count
+    index: Count
+    scores: Scores
+    n: Count
+
+
+class Append(Record):
+    meta: Meta
+    arrays: dict[Name, ArraySpec]
+
+
+def mapped(path: Path) -> memoryview:
+    """The file's bytes, read page by page as they are touched."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
+
+
+def read_bytes(file: io.RawIOBase, size: int) -> memoryview:
+    """The next `size` bytes, or those up to the file's end, at an aligned address: numpy aligns what it allocates."""
+    buffer = np.empty(size, np.uint8).data
+    filled = 0
+    while filled < size and (got := file.readinto(buffer[filled:])):
+        filled += got
+    return buffer[:filled].toreadonly()
+
+
+def padding(length: int) -> int:
+    return -length % 8
+
+
+def payload_offset(meta_length: int) -> int:
+    """Where a record's payload begins, from the record's own beginning."""
+    return FRAME.size + meta_length + padding(meta_length)
+
+
+def next_record(view: memoryview, at: int) -> tuple[int, tuple[Meta, int, int, int]] | None:
+    """(start, what parse_record says of it) of the first whole record at or behind `at`; None when there is none."""
+    data: Any = view.obj  # bytes or a map: both can search
+    while (found := parse_record(view, at)) is None:
+        at = data.find(MAGIC_BYTES, at + 1)
+        while at % 8 and at >= 0:
+            at = data.find(MAGIC_BYTES, at + 1)
+        if at < 0:
+            return None
+    return at, found
+
+
+def parse_record(view: memoryview, at: int) -> tuple[Meta, int, int, int] | None:
+    """(meta, crc, payload length, where the next record starts) of the record at `at`, or None when it is not
+    whole."""
+    if at + FRAME.size > len(view):
+        return None
+    magic, meta_length, length, crc, _ = FRAME.unpack_from(view, at)
+    body = at + FRAME.size
+    end = at + payload_offset(meta_length) + length
+    if magic != MAGIC or end > len(view):
+        return None
+    if google_crc32c.value(bytes(view[body:end])) != crc:
+        return None
+    meta = codec.decode(view[body : body + meta_length], Meta)
+    return meta, crc, length, end + padding(end - at)
+
+
+def checked_payload(body: Append, frames: Sequence[Buffer]) -> bytes:
+    """The canonical payload of an append request; raises BadMessage for anything that is not a trajectory."""
+    meta = body.meta
+    codec.check_names([meta.query, *meta.scores])
+    codec.check_finite("score", meta.scores.values())
+    if set(body.arrays) != set(ARRAYS):
+        raise BadMessage(f"arrays {sorted(body.arrays)}, expected {sorted(ARRAYS)}")
+    arrays = codec.unpack_arrays(body.arrays, frames)
+    for name, dtype in ARRAYS.items():
+        if arrays[name].shape != (meta.n,) or arrays[name].dtype != np.dtype(dtype):
+            raise BadMessage(
+                f"{name} is {arrays[name].dtype}{arrays[name].shape}, expected {dtype}({meta.n},)"
+            )
+    if not np.isfinite(arrays["logprobs"]).all():
+        raise BadMessage("log-probs are not finite")
+    if meta.n and arrays["loss_mask"].max() > 1:
+        raise BadMessage("loss_mask holds more than 0 and 1")
+    return b"".join(arrays[name].tobytes() for name in ARRAYS)
+
+
+def trajectory(meta: Meta, payload: Buffer) -> Trajectory:
+    """A trajectory whose arrays are views of payload."""
+    if len(payload) != meta.n * PER_TOKEN:
+        raise CorruptionError(f"payload of {len(payload)} bytes for {meta.n} tokens")
+    views: dict[str, Any] = {}
+    at = 0
+    for name, dtype in ARRAYS.items():
+        views[name] = np.frombuffer(payload, dtype, meta.n, at)
+        at += meta.n * ITEM_BYTES[name]
+    return Trajectory(meta.query, meta.rollout, meta.role, meta.invocation, scores=dict(meta.scores), **views)
