@@ -55,6 +55,14 @@ class Task(ABC):
     """Role -> names of the scores with which play() closes its conversations, e.g. {"main": frozenset({"format"})}.
     What is declared is compared with agents.<role>.reward before a run starts, what is not at its first rollout."""
 
+    def __init__(self, options: Mapping[str, object], roles: Sequence[str]) -> None:
+        """options: the run's [task.options]; roles: the run's, "main" first. The default takes no options and the roles
+        of the class. Raises ValueError for what the task cannot serve."""
+        if options:
+            raise ValueError(f"options {sorted(options)} given, expected none")
+        if set(roles) != set(self.roles):
+            raise ValueError(f"roles {list(roles)} given, expected {list(self.roles)}")
+
     @abstractmethod
     def question(self, index: int, seed: int) -> Question:
         """Training question number `index` of the endless stream of `seed`."""
