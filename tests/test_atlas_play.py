@@ -235,7 +235,7 @@ def _opens_anything(said: list[str]) -> str:
         ({"facts": 3}, ["main", "sub"], "facts"),
         ({"turn_tokens": 1}, ["main", "sub"], "turn_tokens"),
         ({"width": 100}, ["main", "sub"], "options.width: Input should be a multiple of 8, got 100"),
-        ({}, ["main"], "roles"),
+        ({}, ["sub"], "roles"),
         ({}, ["main", "sub", "coder"], "coder"),
     ],
 )

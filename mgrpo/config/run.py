@@ -312,7 +312,7 @@ class RunConfig(Settings):
     """Everything random follows from it: questions, sampling, the draw, fresh policies."""
     task: TaskConfig = TaskConfig()
     agents: dict[str, AgentConfig]
-    """One section a role: agents.main and at least one sub-agent."""
+    """One section a role: agents.main and any number of sub-agents. agents.main alone is single-agent GRPO."""
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig = EvalConfig()
@@ -324,8 +324,6 @@ class RunConfig(Settings):
     def _roles_make_sense(self) -> RunConfig:
         if MAIN not in self.agents:
             raise ValueError(f"agents.{MAIN} is missing; found {sorted(self.agents)}")
-        if len(self.agents) < 2:
-            raise ValueError("agents needs at least one sub-agent beside agents.main")
         for role, agent in self.agents.items():
             wrong, right = ("outcome", "correct") if role == MAIN else ("correct", "outcome")
             if agent.reward.parts.get(wrong):
