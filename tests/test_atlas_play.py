@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.config.run import TaskConfig
+from mgrpo.config.task import TaskConfig
 from mgrpo.environments.episode import Agent, Conversation, Episode
 from mgrpo.environments.loader import load_task
 from mgrpo.environments.task import Question

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mgrpo.config import config_digest, dump_config, load_config
-from mgrpo.config.run import TaskConfig
+from mgrpo.config.task import TaskConfig
 from mgrpo.environments.loader import load_task
 from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mgrpo.config.run import TaskConfig
+from mgrpo.config.task import TaskConfig
 from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError
 from mgrpo.plugins import find_class

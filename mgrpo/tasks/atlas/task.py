@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mgrpo.environments.episode import Agent, Episode
-from mgrpo.environments.task import GateReport, Question, Split, Task
+from mgrpo.environments.task import Question, Split, StartReport, Task
 from mgrpo.tasks.atlas.demos import Demonstrations
 from mgrpo.tasks.atlas.documents import build_documents
 from mgrpo.tasks.atlas.facts import FactsMode, World
-from mgrpo.tasks.atlas.gate import gate
 from mgrpo.tasks.atlas.play import SCORES, Library, play
 from mgrpo.tasks.atlas.policy import build_policy, warm_start_lr
 from mgrpo.tasks.atlas.protocol import TURN_WORDS
 from mgrpo.tasks.atlas.questions import QuestionBank
 from mgrpo.tasks.atlas.search import Index, SearchMode
+from mgrpo.tasks.atlas.start import validate_start
 from mgrpo.types import Int32, Rollout, UInt8
 
 
@@ -101,5 +101,5 @@ class AtlasTask(Task):
         """4e-3 at width 64, and less the wider: see policy.py."""
         return warm_start_lr(self.options.width)
 
-    async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
-        return await gate(self.library, self.bank, agents, n, seed)
+    async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
+        return await validate_start(self.library, self.bank, agents, n, seed)

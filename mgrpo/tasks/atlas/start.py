@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mgrpo.environments.episode import Agent, Conversation, Episode, mix
-from mgrpo.environments.task import GateReport, Question
+from mgrpo.environments.task import Question, StartReport
 from mgrpo.tasks.atlas.play import Finding, Library, MainTrace, play, play_main, play_sub
 from mgrpo.tasks.atlas.protocol import Call
 from mgrpo.tasks.atlas.questions import QuestionBank, plan_of, start_of
@@ -33,21 +33,21 @@ BOUNDS = {
 """name -> (low, high)"""
 
 
-async def gate(
+async def validate_start(
     library: Library, bank: QuestionBank, agents: Mapping[str, Agent], n: int, seed: int
-) -> GateReport:
+) -> StartReport:
     """Measure the figures of BOUNDS on n validation questions."""
-    return await _Gate(library, bank, agents, seed).report(n)
+    return await _Validation(library, bank, agents, seed).report(n)
 
 
 @dataclass(frozen=True, slots=True)
-class _Gate:
+class _Validation:
     library: Library
     bank: QuestionBank
     agents: Mapping[str, Agent]
     seed: int
 
-    async def report(self, n: int) -> GateReport:
+    async def report(self, n: int) -> StartReport:
         questions = self.bank.fixed("validation", n, self.seed)
         # Each twice, and as many questions as there are: the lower bound is close to what a good start has.
         two_hops = 2 * self.bank.with_hops("validation", 2, 2 * n, self.seed)
@@ -65,7 +65,7 @@ class _Gate:
                 "joint_greedy": await self._team(questions, temperature=0.0),
             }
         bounds = {name: bound for name, bound in BOUNDS.items() if name in figures}
-        return GateReport({name: (figures[name], low, high) for name, (low, high) in bounds.items()})
+        return StartReport({name: (figures[name], low, high) for name, (low, high) in bounds.items()})
 
     async def _mains(self, questions: Sequence[Question], temperature: float) -> list[MainTrace]:
         """The main agent with a sub-agent that knows the corpus by heart."""
