@@ -67,6 +67,8 @@ class Rollout:
     info: Mapping[str, object] = field(
         default_factory=dict
     )  # answer, calls, ...: for people, never for the math
+    metrics: Mapping[str, list[float]] = field(default_factory=dict)
+    """The task's own numbers by name, e.g. "sub/task/searches": one for each conversation that reported it."""
 
     def trajectories(self) -> list[Trajectory]:
         """All of them: the main agent's, then those of each sub-agent role in order of name."""

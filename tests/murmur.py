@@ -6,7 +6,7 @@ the model, so that both roles have something to learn, and something different.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mgrpo.environments.episode import Chat, Episode
 from mgrpo.environments.task import Question, Split, Task
@@ -15,10 +15,6 @@ from mgrpo.types import Rollout
 
 class MurmurTask(Task):
     roles = ("main", "sub")
-
-    def __init__(self, options: Mapping[str, object], roles: Sequence[str]) -> None:
-        if options or set(roles) != set(self.roles):
-            raise ValueError(f"options {options}, roles {list(roles)}: expected none and {list(self.roles)}")
 
     def question(self, index: int, seed: int) -> Question:
         return Question(f"{index % 7}", "even")

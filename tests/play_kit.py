@@ -10,10 +10,10 @@ import numpy as np
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.episode import Agent, Episode
 from mgrpo.environments.task import Question, Split, Task
-from mgrpo.pipeline.play import Ask, Played, play
+from mgrpo.pipeline.play import RolloutRequest, RolloutResult, play
 from mgrpo.types import Rollout
 
-ASK = Ask("q", Question("q", "a"), 0)
+REQUEST = RolloutRequest("q", Question("q", "a"), 0)
 
 
 class Letters:
@@ -76,10 +76,10 @@ class GivenTask(Task):
         self._script = script
 
     def question(self, index: int, seed: int) -> Question:
-        return ASK.question
+        return REQUEST.question
 
     def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]:
-        return [ASK.question] * n
+        return [REQUEST.question] * n
 
     async def play(self, question: Question, episode: Episode) -> Rollout:
         return await self._script(episode)  # type: ignore[return-value]
@@ -101,7 +101,7 @@ def played(
     script: Callable[[Episode], Awaitable[object]],
     engine: Engine | None = None,
     accept: Callable[[Rollout], object] | None = None,
-) -> Played:
+) -> RolloutResult:
     """What comes of one rollout of `script`."""
     agents = team(engine or SlowEngine())
-    return asyncio.run(asyncio.wait_for(play(GivenTask(script), ASK, agents, 1, accept), 60))
+    return asyncio.run(asyncio.wait_for(play(GivenTask(script), REQUEST, agents, 1, accept), 60))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mgrpo.environments.episode import Agent, Episode
-from mgrpo.environments.task import GateReport, Question, Split, Task
+from mgrpo.environments.task import Question, Split, StartReport, Task
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.policy import save_policy
 from mgrpo.types import Rollout
@@ -20,14 +20,15 @@ ROLES = ("main", "left", "right")
 
 class RelayTask(Task):
     """options: {"fail_every": n} makes every n-th rollout of a query fail for good, {"lose_every": n} all rollouts of
-    every n-th query, {"outage": "waves" or "evaluations"} all of training or of the evaluations, {"gate": false} fails
-    the gate, {"bug": true} makes every rollout raise an error of the task's own code."""
+    every n-th query, {"outage": "batches" or "evaluations"} all of training or of the evaluations, {"gate": false}
+    fails the start validation, {"bug": true} makes every rollout raise an error of the task's own code."""
 
     roles = ROLES
 
     def __init__(self, options: Mapping[str, object], roles: Sequence[str]) -> None:
-        if set(roles) != set(ROLES):
-            raise ValueError(f"roles {list(roles)} given, expected {list(ROLES)}")
+        if set(roles) not in ({"main"}, set(ROLES)):
+            raise ValueError(f"roles {list(roles)} given, expected {list(ROLES)} or main alone")
+        self.roles = tuple(roles)
         self._fail_every = int(str(options.get("fail_every", 0)))
         self._lose_every = int(str(options.get("lose_every", 0)))
         self._outage = options.get("outage")
@@ -42,15 +43,15 @@ class RelayTask(Task):
     def build_policy(self, role: str, seed: int, path: str) -> None:
         save_policy(tiny_policy("shift", seed * 10 + ROLES.index(role)), path)
 
-    async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
-        return GateReport({"readiness": (float(self._gate), 0.5, 1.0)})
+    async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
+        return StartReport({"readiness": (float(self._gate), 0.5, 1.0)})
 
     async def play(self, question: Question, episode: Episode) -> Rollout:
         if self._bug:
             raise RuntimeError("the relay has a bug")
         if self._fail_every and episode.rollout % self._fail_every == self._fail_every - 1:
             raise InfrastructureError("the relay is down")
-        if self._outage == ("evaluations" if episode.query.startswith("eval/") else "waves"):
+        if self._outage == ("evaluations" if episode.query.startswith("eval/") else "batches"):
             raise InfrastructureError("the relay is gone")
         if self._lose_every and int(str(question.info["index"])) % self._lose_every == 1:
             raise InfrastructureError("nobody answers this question")
@@ -59,7 +60,7 @@ class RelayTask(Task):
         await main.sample(4, stop="w0")
         first = main.last_sampled()
         for role, calls in (("left", first % 4), ("right", first % 3)):
-            for call in range(calls):
+            for call in range(calls if role in self.roles else 0):
                 sub = episode.open(role)
                 sub.append(f"w{call + 1} w{first % 50}")
                 await sub.sample(3, stop="w0")

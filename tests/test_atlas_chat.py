@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mgrpo.config.task import TaskConfig
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.episode import Agent, Episode
 from mgrpo.environments.loader import load_task
@@ -129,7 +130,7 @@ def roll(
 ) -> Rollout:
     episode = Episode("q", 0, team(main, sub, max_length), 1)
     rollout = asyncio.run(task.play(question, episode))
-    assert episode.drift() == 0
+    assert episode.mismatches() == 0
     return rollout
 
 
@@ -429,7 +430,7 @@ def test_the_gate_tells_a_start_from_none() -> None:
     """A team that is sometimes right passes; one that always is, or that never speaks the format, does not."""
 
     def gate(main: Script, sub: Script) -> Any:
-        return asyncio.run(TASK.gate(team(main, sub), 8, 1))
+        return asyncio.run(TASK.validate_start(team(main, sub), 8, 1))
 
     def half(chat: str) -> str:
         title = chat.rsplit("Search for the ", 1)[1].split(".<|im_end")[0]
@@ -459,13 +460,13 @@ def test_the_gate_tells_a_start_from_none() -> None:
 def test_bad_options_are_named(options: dict[str, object], roles: list[str], message: str) -> None:
     """One line that names the field and what was expected."""
     with pytest.raises(ConfigError, match=message) as caught:
-        load_task("atlas-chat", options, roles)
+        load_task(TaskConfig(name="atlas-chat", options=options), roles)
     assert "\n" not in str(caught.value)
 
 
 def test_it_is_found_by_its_name() -> None:
     """And refuses to build policies: its models are pretrained."""
-    task = load_task("atlas-chat", {}, ["main", "sub"])
+    task = load_task(TaskConfig(name="atlas-chat"), ["main", "sub"])
     assert isinstance(task, AtlasChatTask)
     with pytest.raises(NotImplementedError, match=r"agents\.main\.model"):
         task.build_policy("main", 1, "nowhere")

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mgrpo.config.task import TaskConfig
 from mgrpo.environments.episode import Agent, Conversation, Episode
 from mgrpo.environments.loader import load_task
-from mgrpo.environments.task import Question, Task
+from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError
 from mgrpo.tasks.atlas.facts import entities
 from mgrpo.tasks.atlas.play import Finding, play_sub
@@ -234,30 +235,15 @@ def _opens_anything(said: list[str]) -> str:
         ({"facts": 3}, ["main", "sub"], "facts"),
         ({"turn_tokens": 1}, ["main", "sub"], "turn_tokens"),
         ({"width": 100}, ["main", "sub"], "options.width: Input should be a multiple of 8, got 100"),
-        ({}, ["main"], "roles"),
+        ({}, ["sub"], "roles"),
         ({}, ["main", "sub", "coder"], "coder"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], roles: list[str], message: str) -> None:
     """One line that names the field and what was expected."""
     with pytest.raises(ConfigError, match=message) as caught:
-        load_task("atlas", options, roles)
+        load_task(TaskConfig(name="atlas", options=options), roles)
     assert "\n" not in str(caught.value)
-
-
-def test_tasks_are_found_by_name_and_by_path() -> None:
-    """Built-in names and package.module:Class load; anything else says what was expected."""
-    assert isinstance(load_task("atlas", {}, ["main", "sub"]), AtlasTask)
-    assert isinstance(load_task("mgrpo.tasks.atlas.task:AtlasTask", {}, ["main", "sub"]), Task)
-    for name in (
-        "atlsa",
-        "no.such.module:Task",
-        "mgrpo.types:Trajectory",
-        "mgrpo.tasks.atlas.task:Nothing",
-        "",
-    ):
-        with pytest.raises(ConfigError, match=r"task\.name"):
-            load_task(name, {}, ["main", "sub"])
 
 
 def test_entities_are_names() -> None:

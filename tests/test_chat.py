@@ -118,7 +118,7 @@ def test_turn_by_turn_equals_the_template_at_once(template: str) -> None:
     sampled = trajectory.tokens[trajectory.loss_mask == 1].tolist()
     assert sampled == [*said("look up Suva"), *said("Suva")]
     assert (trajectory.versions[trajectory.loss_mask == 0] == -1).all()
-    assert episode.drift() == 0
+    assert episode.mismatches() == 0
 
 
 def test_a_template_that_rewrites_history_cannot() -> None:
@@ -140,7 +140,7 @@ def test_a_template_that_rewrites_history_cannot() -> None:
     assert engine.prompts[1][: len(history)] == history
     follows = "\n<|im_start|>tool\nyes<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert engine.prompts[1][len(history) :] == tok.encode(follows, add_special_tokens=False)
-    assert episode.drift() == 0
+    assert episode.mismatches() == 0
 
 
 def test_a_turn_cut_short_is_closed_as_context() -> None:
@@ -188,7 +188,7 @@ def test_a_rewritten_history_is_counted() -> None:
     chat.observe("user", "x")
     chat.conversation._ids[chat.conversation._mask.index(1)] = 6
     asyncio.run(chat.reply(9))
-    assert episode.drift() == 1
+    assert episode.mismatches() == 1
 
 
 def test_several_messages_at_once_and_tools() -> None:

@@ -153,8 +153,8 @@ def test_another_encoding_is_named(tmp_path: Path, encoding: str, words: str) ->
         load_config(tmp_path / "run.toml")
 
 
-def test_all_frozen_or_one_agent_is_no_run() -> None:
-    """A run trains something, and has a team."""
+def test_all_frozen_is_no_run() -> None:
+    """A run trains something."""
     with pytest.raises(ConfigError, match="every agent is frozen"):
         load_config(ATLAS, ["agents.main.frozen=true", "agents.sub.frozen=true"])
 

@@ -219,12 +219,53 @@ def test_a_conversation_reads_as_it_was_spoken(start: str) -> None:
             conversation.append(piece)
             texts.append(await conversation.sample(16, stop="</s>"))
         conversation.close()
-        return texts, words.decode(conversation.trajectory().tokens.tolist()), conversation.drift
+        return texts, words.decode(conversation.trajectory().tokens.tolist()), conversation.mismatches
 
-    texts, whole, drift = asyncio.run(run())
+    texts, whole, mismatches = asyncio.run(run())
     assert texts == [" x</s>", "x </s>", "x"]
     assert whole == "find(Fi x</s>ji)x </s> thenx"
-    assert drift == 0 and engine.stops == [(words.eos_token_id,)] * 3
+    assert mismatches == 0 and engine.stops == [(words.eos_token_id,)] * 3
+
+
+def test_a_task_reports_numbers_of_its_own() -> None:
+    """Each conversation's under its role, the rollout's under "rollout"; of the same name the last counts."""
+
+    async def script(episode: Episode) -> Rollout:
+        for words in (3, 5):
+            sub = episode.open("sub")
+            sub.append("hi")
+            await sub.sample(2, stop=".")
+            sub.metric("words", 99)
+            sub.metric("words", words)
+            sub.close()
+        episode.metric("hops", np.float32(0.5))
+        return await _finished(episode)
+
+    rollout = played(script).rollout
+    assert rollout is not None
+    assert rollout.metrics == {"rollout/task/hops": [0.5], "sub/task/words": [3.0, 5.0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("two words", 1, "metric 'two words' of q/0: expected a name of letters"),
+        ("a/b", 1, "metric 'a/b'"),
+        ("hops", float("nan"), "metric 'hops' of q/0 is nan, expected a finite number"),
+        ("hops", float("inf"), "is inf"),
+        ("hops", "3", "is '3'"),
+        ("hops", None, "is None"),
+    ],
+)
+def test_a_metric_that_is_no_number_fails_its_rollout(name: str, value: Any, words: str) -> None:
+    """By name and value, whoever reports it; nothing that cannot be averaged reaches a report."""
+
+    async def script(episode: Episode) -> Rollout:
+        episode.metric(name, value)
+        return await _finished(episode)
+
+    result = played(script)
+    assert result.kind == "task" and words in result.failure
 
 
 def test_a_turn_that_encodes_otherwise_is_counted() -> None:
@@ -239,6 +280,6 @@ def test_a_turn_that_encodes_otherwise_is_counted() -> None:
         for _ in range(2):
             conversation.append("x")
             await conversation.sample(16, stop="</s>")
-        return conversation.drift
+        return conversation.mismatches
 
     assert asyncio.run(run()) == 2

@@ -36,5 +36,5 @@ def test_two_agents_learn_together(tmp_path: Path) -> None:
     for role in ("main", "sub"):
         differences = [r[name] for r in rows if (name := f"{role}/policy/logprob_diff_max") in r]
         assert len(differences) >= 20 and max(differences) < 1e-4
-    assert data["retoken_drift"] == 0
+    assert data["retokenization_mismatch"] == 0
     assert leftovers(out) == []

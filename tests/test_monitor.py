@@ -75,7 +75,9 @@ def filled(store: Store, first: int, last: int) -> None:
         for role in ("main", "left", "right"):
             metrics = {f"{role}/reward/mean": 0.5, f"{role}/d_k/mean": 1.0}
             store.report("step", {"role": role, "step": step, "metrics": metrics})
-        store.report("rollouts", {"step": step, "metrics": {"rollout/retoken_drift": 3 if step == 5 else 0}})
+        store.report(
+            "rollouts", {"step": step, "metrics": {"rollout/retokenization_mismatch": 3 if step == 5 else 0}}
+        )
         if step % 25 == 0:
             store.report("eval", evaluation("validation", step, step / 1000))
 
@@ -100,7 +102,7 @@ def test_a_resumed_summary_knows_the_whole_run(
     store.report("eval", evaluation("heldout", 150, 0.75))
     life(tmp_path, store, monkeypatch, Outcome.FINISHED)
     found = summary(tmp_path)
-    assert found["valid"] and found["steps"] == 150 and found["retoken_drift"] == 3
+    assert found["valid"] and found["steps"] == 150 and found["retokenization_mismatch"] == 3
     assert found["heldout"]["warm"] == {"greedy": 0.25, "sampled": 0.125}
     assert found["heldout"]["final"] == {"greedy": 0.75, "sampled": 0.375}
     expected = {0: 0.125} | {step: step / 1000 for step in range(25, 151, 25)}

@@ -11,9 +11,9 @@ import pytest
 from mgrpo.environments.episode import Episode
 from mgrpo.environments.failure import shortened
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.pipeline.play import ATTEMPTS, Played, evaluate, play_all
+from mgrpo.pipeline.play import ATTEMPTS, RolloutResult, evaluate, play_all
 from mgrpo.types import Rollout
-from tests.play_kit import ASK, GivenTask, SlowEngine, one_turn, played, team
+from tests.play_kit import REQUEST, GivenTask, SlowEngine, one_turn, played, team
 
 
 async def _solo(episode: Episode) -> Rollout:
@@ -121,12 +121,12 @@ def test_what_play_leaves_behind_ends_with_the_rollout() -> None:
             kept.append(asyncio.create_task(wait(), context=contextvars.Context()))
             return await _solo(episode)
 
-        results: list[Played] = []
+        results: list[RolloutResult] = []
 
-        async def done(result: Played) -> None:
+        async def done(result: RolloutResult) -> None:
             results.append(result)
 
-        await play_all(GivenTask(script), [ASK], team(SlowEngine()), lambda ask: 1, done)
+        await play_all(GivenTask(script), [REQUEST], team(SlowEngine()), lambda request: 1, done)
         assert results[0].rollout is not None
         states = kept[0].cancelled(), kept[1].done()
         kept[1].cancel()
@@ -222,10 +222,12 @@ def test_cancelling_a_rollout_from_outside_cancels_it() -> None:
         await asyncio.gather(one_turn(episode, "main"), one_turn(episode, "sub"))
 
     async def run() -> None:
-        async def done(result: Played) -> None:
+        async def done(result: RolloutResult) -> None:
             raise AssertionError(f"a cancelled rollout is none: {result}")
 
-        work = asyncio.create_task(play_all(GivenTask(script), [ASK], team(engine), lambda ask: 1, done))
+        work = asyncio.create_task(
+            play_all(GivenTask(script), [REQUEST], team(engine), lambda request: 1, done)
+        )
         while len(engine.talking) < 2:
             await asyncio.sleep(0)
         work.cancel()
@@ -270,7 +272,7 @@ def test_an_evaluation_counts_failures_beside_the_mean() -> None:
         return await _solo(episode)
 
     async def run(n: int) -> tuple[int, int, float]:
-        questions = [ASK.question] * n
+        questions = [REQUEST.question] * n
         result = await evaluate(GivenTask(script), questions, team(SlowEngine()), greedy=False, seed=1)
         return result.n, result.failed, result.mean
 
@@ -282,7 +284,9 @@ def test_an_evaluation_counts_failures_beside_the_mean() -> None:
     with pytest.raises(
         InfrastructureError, match=r"all 2 rollouts of an evaluation .*'city' \(.*test_play\.py:\d+"
     ):
-        asyncio.run(evaluate(GivenTask(always), [ASK.question] * 2, team(SlowEngine()), greedy=True, seed=1))
+        asyncio.run(
+            evaluate(GivenTask(always), [REQUEST.question] * 2, team(SlowEngine()), greedy=True, seed=1)
+        )
 
 
 def test_reasons_are_cut_to_bytes_and_keep_their_place() -> None:

@@ -16,9 +16,9 @@ from mgrpo.environments.episode import Agent, Episode
 from mgrpo.environments.task import Question
 from mgrpo.errors import GroupClosedError, InfrastructureError, RetryAfterError
 from mgrpo.pipeline import rollout_worker as worker_module
-from mgrpo.pipeline.rollout_worker import LOST_WAVES, RolloutWorker, run_worker
+from mgrpo.pipeline.rollout_worker import MAX_FAILED_BATCHES, RolloutWorker, run_worker
 from mgrpo.pipeline.shipper import Shipper
-from mgrpo.pipeline.worker_loop import Over
+from mgrpo.pipeline.worker_loop import Shutdown
 from mgrpo.types import Rollout
 from tests.play_kit import GivenTask, Letters, SlowEngine
 from tests.runs import RELAY, started
@@ -63,9 +63,9 @@ class Worker:
         self.store.opened[len(states)] = RetryAfterError("too far ahead")
 
     def play(self) -> dict[str, float]:
-        """Play the next wave; its metrics."""
+        """Play the next batch; its metrics."""
         self.worker._cursor = 0
-        self.worker._play(self.worker._open_wave())
+        self.worker._play(self.worker._open_batch())
         metrics: dict[str, float] = self.store.reports[-1]["metrics"]
         return metrics
 
@@ -107,8 +107,32 @@ def test_failures_are_counted_by_kind_and_the_rest_arrives(worker: Worker) -> No
     assert sorted(q for m, q in ends if m == "rollout_fail") == ["0/1", "0/2", "0/3"]
     assert sorted(q for m, q in ends if m == "rollout_final") == ["0/0", "0/0", "0/1", "0/2", "0/3"]
     reasons = "\n".join(worker.store.reasons)
-    for words in ("agents.main.max_length", "KeyError: 'task'", "the search is down", "test_worker.py:"):
+    for words in (
+        "agents.main.max_length",
+        "KeyError: 'task'",
+        "the search is down",
+        "test_rollout_worker.py:",
+    ):
         assert words in reasons
+
+
+def test_the_numbers_of_a_task_are_reported_as_means(worker: Worker) -> None:
+    """Over the conversations of a rollout batch that reported one; nothing else has to know the name."""
+
+    async def script(episode: Episode) -> Rollout:
+        main = episode.open("main")
+        main.append("hi")
+        await main.sample(2, stop=".")
+        main.metric("words", 1 + episode.rollout)
+        if episode.rollout:
+            episode.metric("late", 7)
+        main.close(format=1.0)
+        return episode.finish(1.0)
+
+    worker.worker._task = GivenTask(script)
+    worker.open("open", "open")
+    metrics = worker.play()
+    assert (metrics["main/task/words"], metrics["rollout/task/late"]) == (1.5, 7.0)
 
 
 def test_a_score_that_the_reward_needs_is_missed_by_name(worker: Worker) -> None:
@@ -122,14 +146,14 @@ def test_a_score_that_the_reward_needs_is_missed_by_name(worker: Worker) -> None
 def test_closed_groups_are_left_out(worker: Worker) -> None:
     """What the store has dropped incomplete is not played again; its place in the order is passed."""
     worker.open("open", "dropped", "open", "sealed")
-    wave = worker.worker._open_wave()
-    assert [g.index for g, _ in wave] == [0, 2]
+    batch = worker.worker._open_batch()
+    assert [g.index for g, _ in batch] == [0, 2]
     worker.worker._skipped = 0
     assert worker.play()["rollout/closed_groups"] == 2 and worker.worker._cursor == 4
     worker.store.opened = {4: GroupClosedError("lost to every role"), 5: RetryAfterError("too far ahead")}
-    assert worker.worker._open_wave() == [] and worker.worker._cursor == 5
+    assert worker.worker._open_batch() == [] and worker.worker._cursor == 5
     worker.store.opened = {5: group("1/0", 5), 6: RetryAfterError("too far ahead")}
-    worker.worker._play(worker.worker._open_wave())
+    worker.worker._play(worker.worker._open_batch())
     assert worker.store.reports[-1]["metrics"]["rollout/closed_groups"] == 1
 
 
@@ -153,12 +177,13 @@ def test_a_group_that_is_dropped_while_it_is_played_is_counted(worker: Worker) -
 
 
 def test_what_fails_every_rollout_ends_the_run_with_its_place(worker: Worker) -> None:
-    """A few waves in a row without a rollout: the error carries the reason and the line of the task that raised it."""
+    """Rollout batches in a row without a rollout: the error carries the reason and the line that raised it."""
     worker.store.opened = {0: group("0/5", 0), 1: RetryAfterError("too far ahead")}
-    for _ in range(LOST_WAVES - 1):
+    for _ in range(MAX_FAILED_BATCHES - 1):
         assert worker.play()["rollout/failed"] == 2
     with pytest.raises(
-        InfrastructureError, match=r"each of 3 waves .* KeyError: 'all' \(.*test_worker\.py:\d+, in _"
+        InfrastructureError,
+        match=r"each of 3 rollout batches .* KeyError: 'all' \(.*test_rollout_worker\.py:\d+, in _",
     ):
         worker.play()
 
@@ -192,11 +217,11 @@ def test_a_question_that_the_task_cannot_give_fails_its_rollouts(worker: Worker,
     assert [q for m, q, k in worker.store.records if m == "rollout_final"] == ["1/0"] * 2
 
 
-def test_a_worker_that_is_told_to_leave_plays_nothing_more(worker: Worker) -> None:
-    """Neither a wave nor an evaluation is begun."""
+def test_a_stopped_worker_plays_nothing_more(worker: Worker) -> None:
+    """Neither a batch nor an evaluation is begun."""
     worker.open("open")
     worker.worker._loop.stop()
-    with pytest.raises(Over):
+    with pytest.raises(Shutdown):
         worker.play()
     assert not worker.store.records
 
@@ -225,7 +250,7 @@ def _play_for_ever(folder: str) -> None:
 
 def test_sigterm_while_rollouts_are_played(tmp_path: Path) -> None:
     """The rollouts are cancelled, the process ends well, and its log has no traceback."""
-    code = "import sys; from tests.test_worker import _play_for_ever; _play_for_ever(sys.argv[1])"
+    code = "import sys; from tests.test_rollout_worker import _play_for_ever; _play_for_ever(sys.argv[1])"
     with started([sys.executable, "-c", code, str(tmp_path)]) as process:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["playing\n"] * 2

@@ -45,7 +45,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_results_and_nothing_else(undisturbed: Path) -> None:
     """Summary, metrics, curves and policies are there; no process, socket or lock is."""
     data = summary(undisturbed)
-    assert data["finished"] and data["valid"] and data["steps"] == STEPS and data["retoken_drift"] == 0
+    assert (
+        data["finished"] and data["valid"] and data["steps"] == STEPS and data["retokenization_mismatch"] == 0
+    )
     for when in ("warm", "final"):
         assert set(data["heldout"][when]) == {"greedy", "sampled"}
     assert set(data["d_k"]) == {"left", "right"}
@@ -109,7 +111,7 @@ def test_interrupt_and_resume_change_nothing(undisturbed: Path, tmp_path: Path) 
         # One role may report a step before another has.
         wait_for(lambda: min(steps_of(out, r) for r in ROLES) >= 3 or process.poll() is not None, "step 3")
         worker = processes_of(out)["rollout"]
-        os.kill(worker, signal.SIGSTOP)  # in the middle of a wave, or before one
+        os.kill(worker, signal.SIGSTOP)  # in the middle of a batch, or before one
         process.send_signal(signal.SIGINT)
         try:
             wait_for(lambda: all(checkpoints(out, role) for role in ROLES), "the checkpoints")
@@ -176,7 +178,8 @@ def test_a_bug_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outage", "words"), [("waves", "each of 3 waves"), ("evaluations", "8 rollouts of an evaluation")]
+    ("outage", "words"),
+    [("batches", "each of 3 rollout batches"), ("evaluations", "8 rollouts of an evaluation")],
 )
 def test_an_outage_ends_the_run_with_its_own_error(tmp_path: Path, outage: str, words: str) -> None:
     """Where nothing is answered any more, the run does not go on for ever nor ends on a figure that nobody measured: it
@@ -200,8 +203,8 @@ def test_asynchronous_runs_keep_the_lag_and_survive_failures(tmp_path: Path) -> 
     rows = [r for r in records(out) if "main/reward/mean" in r]
     assert [r["step"] for r in rows] == list(range(1, 9))
     assert max(r["main/staleness/max"] for r in rows) <= 1
-    played = [r["rollout/time/wave"] for r in records(out) if "rollout/time/wave" in r]
-    assert len(played) == 8 * 2  # two workers, no wave beyond the last step
+    played = [r["rollout/time/batch"] for r in records(out) if "rollout/time/batch" in r]
+    assert len(played) == 8 * 2  # two workers, no batch beyond the last step
     assert all(r["main/rollouts/failed"] == 4 for r in rows)  # one of four rollouts in each of four groups
     assert leftovers(out) == []
 
@@ -224,7 +227,7 @@ def test_dropped_groups_are_replaced(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_stands_still_makes_nothing_stale(tmp_path: Path) -> None:
-    """max_lag = 1, one of two workers stopped for a while in the middle of its wave: the others wait for it, no
+    """max_lag = 1, one of two workers stopped for a while in the middle of its batch: the others wait for it, no
     group is passed over, and the run ends with every group trained once."""
     out = tmp_path / "run"
     with started(

@@ -12,11 +12,11 @@ import pytest
 
 from mgrpo.environments.episode import Episode
 from mgrpo.errors import DeadlineError, PeerError
-from mgrpo.pipeline.play import Ask, Played
+from mgrpo.pipeline.play import RolloutRequest, RolloutResult
 from mgrpo.pipeline.shipper import Shipper
 from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.types import Rollout
-from tests.play_kit import ASK, SlowEngine, one_turn, team
+from tests.play_kit import REQUEST, SlowEngine, one_turn, team
 from tests.ship_kit import FakeLog, FakeStore, group
 
 
@@ -29,7 +29,7 @@ def shipping(store: FakeStore, trajectory_log: Any, timeout: float = 60.0) -> It
         shipper.close()
 
 
-def result(query: str, rollout: int = 0) -> Played:
+def result(query: str, rollout: int = 0) -> RolloutResult:
     """A finished rollout without sub-agents."""
 
     async def run() -> Rollout:
@@ -37,7 +37,7 @@ def result(query: str, rollout: int = 0) -> Played:
         await one_turn(episode, "main")
         return episode.finish(1.0)
 
-    return Played(Ask(query, ASK.question, rollout), 0, asyncio.run(run()))
+    return RolloutResult(RolloutRequest(query, REQUEST.question, rollout), 0, asyncio.run(run()))
 
 
 def test_the_rest_of_a_dropped_group_is_left_out() -> None:
@@ -121,6 +121,6 @@ def test_a_failure_in_any_language_reaches_the_store() -> None:
     store = FakeStore()
     place = " (task.py:7, in play)"
     with shipping(store, FakeLog("main")) as shipper:
-        shipper.ship(group("q"), Played(ASK, 0, None, "\u5929\u6c14 \ud800" * 100 + place, "task"))
+        shipper.ship(group("q"), RolloutResult(REQUEST, 0, None, "\u5929\u6c14 \ud800" * 100 + place, "task"))
         shipper.drain()
     assert len(store.reasons[0].encode()) <= 256 and store.reasons[0].endswith(place)

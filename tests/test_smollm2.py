@@ -318,7 +318,7 @@ def test_configs_are_valid(name: str) -> None:
     """Both files load, name two policies of their own, and their task takes their options."""
     config = load_config(EXAMPLE / f"{name}.toml")
     assert {config.owner(role) for role in config.roles} == {"main", "sub"} == set(config.training_roles)
-    load_task(config.task.name, config.task.options, list(config.roles))
+    load_task(config.task, config.roles)
 
 
 def test_the_config_without_vllm_is_valid() -> None:

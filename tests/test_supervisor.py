@@ -230,7 +230,7 @@ def test_both_signals_are_counted_and_given_back() -> None:
 
 
 def test_progress_is_what_no_earlier_life_has_done() -> None:
-    """A step, a warm-up or an evaluation that is repeated after a restart is none, nor is a wave that failed."""
+    """A step, a warm-up or an evaluation that is repeated after a restart is none, nor is a batch that failed."""
     progress = Progress()
     main, again = "trainer:main/trainer-main#a1", "trainer:main/trainer-main#b2"
     assert part_of(main) == part_of(again) == "trainer-main"

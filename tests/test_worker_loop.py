@@ -10,7 +10,7 @@ import pytest
 
 from mgrpo.errors import DeadlineError
 from mgrpo.pipeline import worker_loop as module
-from mgrpo.pipeline.worker_loop import Over, WorkerLoop
+from mgrpo.pipeline.worker_loop import Shutdown, WorkerLoop
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def playing(running: Callable[[], bool], begun: Callable[[WorkerLoop], None]) ->
     loop = WorkerLoop(running)
     try:
         loop.run(work())
-    except Over:
+    except Shutdown:
         heard.append("over")
     finally:
         loop.close(last())
@@ -80,7 +80,7 @@ def test_results_and_errors_pass() -> None:
         loop.check()
         loop.stop()
         for call in (loop.check, loop.check_stop, lambda: loop.run(value())):
-            with pytest.raises(Over):
+            with pytest.raises(Shutdown):
                 call()
     finally:
         loop.close()

@@ -37,7 +37,8 @@ WIDE_MARKS = {  # the longer first: those of UTF-32 begin like those of UTF-16
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path` (.toml, or the .json that a run keeps of itself) and apply overrides such as "trainer.steps=40".
 
-    An override's value is read as TOML and, failing that, as a string. Raises ConfigError.
+    An override's value is read as TOML and, failing that, as a string. task.path becomes absolute, so that every
+    process of the run finds it. Raises ConfigError.
     """
     text = _text(path)
     try:
@@ -48,6 +49,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: expected a table at the top, got {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
+    _resolve_task(tree, path)
     try:
         # JSON mode: the kept copy of a config has lists where the tree has tuples.
         return RunConfig.model_validate(tree)
@@ -84,6 +86,8 @@ def check_same_run(recorded: RunConfig, wanted: RunConfig) -> None:
 def _computed(config: RunConfig) -> dict[str, Any]:
     """The part of a config on which the numbers of a run depend: all but MAY_CHANGE."""
     tree = config.model_dump(mode="json")
+    if config.task.path is not None:  # where the file lies may differ from server to server
+        tree["task"]["path"] = config.task.label
     for name in MAY_CHANGE:
         *sections, key = name.split(".")
         for section in _below(tree, sections):
@@ -154,6 +158,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parts[: depth + 1])} is not a section")
     node[parts[-1]] = value
+
+
+def _resolve_task(tree: dict[str, Any], path: Path) -> None:
+    """Make task.path absolute; what is no text is left for the config to refuse."""
+    task = tree.get("task")
+    if isinstance(task, dict) and isinstance(task.get("path"), str):
+        task["path"] = str((path.parent / task["path"]).resolve())
 
 
 def _first(error: ValidationError) -> str:

@@ -6,45 +6,15 @@ the key. Fields of a role that only another role can use (an outcome weight on t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import EngineConfig, PolicyConfig
 from mgrpo.config.settings import MAX_SECONDS, Settings
+from mgrpo.config.task import TaskConfig
 from mgrpo.types import MAIN
-
-
-class TaskConfig(Settings):
-    """What the agents are asked."""
-
-    name: str = "atlas"
-    """A built-in task, or "package.module:Class"."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the task itself; each task checks its own."""
-
-    @field_validator("options")
-    @classmethod
-    def _finite(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name, number in _numbers(value):
-            if not math.isfinite(number):
-                raise ValueError(f"{name} should be a finite number, got {number}")
-        return value
-
-
-def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every float in a tree of tables and lists, with its dotted name."""
-    if isinstance(tree, float):
-        yield name.removeprefix("."), tree
-    elif isinstance(tree, dict):
-        for key, part in tree.items():
-            yield from _numbers(part, f"{name}.{key}")
-    elif isinstance(tree, list):
-        for number, part in enumerate(tree):
-            yield from _numbers(part, f"{name}.{number}")
 
 
 class OptimizerConfig(Settings):
@@ -300,7 +270,7 @@ class RunConfig(Settings):
     """Everything random follows from it: questions, sampling, the draw, fresh policies."""
     task: TaskConfig = TaskConfig()
     agents: dict[str, AgentConfig]
-    """One section a role: agents.main and at least one sub-agent."""
+    """One section a role: agents.main and any number of sub-agents. agents.main alone is single-agent GRPO."""
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig = EvalConfig()
@@ -313,8 +283,6 @@ class RunConfig(Settings):
     def _roles_make_sense(self) -> RunConfig:
         if MAIN not in self.agents:
             raise ValueError(f"agents.{MAIN} is missing; found {sorted(self.agents)}")
-        if len(self.agents) < 2:
-            raise ValueError("agents needs at least one sub-agent beside agents.main")
         for role, agent in self.agents.items():
             wrong, right = ("outcome", "correct") if role == MAIN else ("correct", "outcome")
             if agent.reward.parts.get(wrong):

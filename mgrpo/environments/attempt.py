@@ -7,8 +7,8 @@
     finally:
         await attempt.end()          # what still runs is cancelled and awaited
 
-asyncio.gather raises at its first failure and leaves the other tasks running. They would go on asking the engines while
-the rollout is played again, so they end before that begins.
+asyncio.gather raises at its first failure and leaves the other tasks running. They would go on calling the engines
+while the rollout is played again, so they end before that begins.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _owner: ContextVar[Attempt | None] = ContextVar("mgrpo_attempt", default=None)
 
 
 class AttemptOverError(asyncio.CancelledError):
-    """A task goes on talking for an attempt that has ended. A CancelledError, so that `except Exception` in a task's
+    """A task goes on sampling for an attempt that has ended. A CancelledError, so that `except Exception` in a task's
     code does not keep it alive."""
 
 
@@ -82,7 +82,7 @@ class Attempt:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)
         if self._over and not task.cancelled():
-            task.exception()  # seen: the attempt's own error is the one that is reported
+            task.exception()  # retrieved: the attempt's own error is the one that is reported
 
     def _cancel(self, task: asyncio.Task[Any]) -> None:
         if task not in self._cancelled:
@@ -91,7 +91,7 @@ class Attempt:
 
 
 class _OwningFactory:
-    """A loop's task factory that tells an attempt of the tasks its code creates."""
+    """A loop's task factory that registers with an attempt the tasks that its code creates."""
 
     def __init__(self, before: Callable[..., Any] | None) -> None:
         self._before = before

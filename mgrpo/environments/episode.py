@@ -1,4 +1,4 @@
-"""One rollout while it happens: conversations that record what each agent saw and said, token by token.
+"""One rollout while it happens: conversations that record what each agent saw and sampled, token by token.
 
     episode = Episode(query="7/3", rollout=2, agents={"main": agent, "sub": agent}, seed=...)
     main = episode.open("main")
@@ -58,7 +58,8 @@ class Conversation:
         self.agent = agent
         self.query, self.rollout, self.invocation = query, rollout, invocation
         self.scores: dict[str, float] = {}
-        self.drift = 0  # turns that training would see with other ids than were sampled
+        self.metrics: dict[str, float] = {}
+        self.mismatches = 0  # retokenization: turns that training would see with other ids than were sampled
         self.closed = False
         self._over = False
         self._seed = seed
@@ -67,7 +68,7 @@ class Conversation:
         self._mask: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
-        self._said: list[int] = []  # the history at the end of the last turn
+        self._seen: list[int] = []  # the history at the end of the last turn
         # The attempt is part of the name: what an engine still holds of a failed one is no history of the next.
         self._session = f"{query}/{rollout}/{attempt}/{agent.role}/{invocation}"
 
@@ -113,7 +114,7 @@ class Conversation:
         self._versions.extend([-1] * len(ids))
 
     async def sample(self, max_tokens: int, stop: str) -> str:
-        """Let the policy speak until the single token `stop`, or max_tokens; returns the decoded text. Raises as
+        """Sample until the single token `stop`, or max_tokens; returns the decoded text. Raises as
         sample_ids()."""
         tokenizer = self.agent.tokenizer
         stop_ids = tuple(encode_piece(tokenizer, stop))
@@ -123,7 +124,7 @@ class Conversation:
             )
         ids = await self.sample_ids(SamplingParams(max_tokens, self.agent.temperature, stop_ids))
         text = decode_piece(tokenizer, ids)
-        self.drift += encode_piece(tokenizer, text) != ids
+        self.mismatches += encode_piece(tokenizer, text) != ids
         return text
 
     async def sample_ids(self, params: SamplingParams) -> list[int]:
@@ -133,7 +134,7 @@ class Conversation:
             raise AttemptOverError(f"{self._session} is not continued: its attempt has ended")
         if params.max_tokens > self.room:
             raise self._overflow(f"a turn of {params.max_tokens} tokens")
-        self.drift += self._ids[: len(self._said)] != self._said
+        self.mismatches += self._ids[: len(self._seen)] != self._seen
         out = await self.agent.engine.generate(
             self._ids, params, seed=mix(self._seed, self._turn), session=self._session
         )
@@ -143,7 +144,7 @@ class Conversation:
         self._mask.extend([1] * len(ids))
         self._logprobs.extend(float(x) for x in out.logprobs)
         self._versions.extend(int(v) for v in out.versions)
-        self._said = list(self._ids)
+        self._seen = list(self._ids)
         return ids
 
     def _overflow(self, what: str) -> ContextOverflowError:
@@ -161,6 +162,12 @@ class Conversation:
         self.closed = True
         self.release()
 
+    def metric(self, name: str, value: float) -> None:
+        """Report a number of this conversation; the mean over its role's conversations becomes `<role>/task/<name>`. It
+        takes no part in training. A later value of the same name replaces it. Raises RolloutError for a name that is no
+        identifier and a value that is no finite number."""
+        self.metrics[name] = finite_metric(name, value, self._session)
+
     def end(self) -> None:
         """Nothing more is sampled here: whoever tries is cancelled."""
         self._over = True
@@ -170,7 +177,7 @@ class Conversation:
         self.agent.engine.release(self._session)
 
     def trajectory(self) -> Trajectory:
-        """What was said so far, as arrays."""
+        """The conversation so far, as arrays."""
         return Trajectory(
             query=self.query,
             rollout=self.rollout,
@@ -199,13 +206,28 @@ class Conversation:
 
 def unit_score(value: object, what: str) -> float:
     """`value` as a float in [0, 1]; RolloutError naming `what` for NaN, None, text or any other number."""
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
+    number = _number(value)
     if not 0.0 <= number <= 1.0:
         raise RolloutError(f"{what} is {value!r:.100}, expected a number in [0, 1]")
     return number
+
+
+def finite_metric(name: str, value: object, where: str) -> float:
+    """`value` as a float; RolloutError for NaN, infinity, text or a name that is no identifier."""
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise RolloutError(f"metric {name!r:.100} of {where}: expected a name of letters, digits and _")
+    number = _number(value)
+    if not math.isfinite(number):
+        raise RolloutError(f"metric {name!r} of {where} is {value!r:.100}, expected a finite number")
+    return number
+
+
+def _number(value: object) -> float:
+    """`value` as a float; NaN for None, text or what is no number."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 class Chat:
@@ -232,7 +254,7 @@ class Chat:
         return self._opening.ids
 
     async def reply(self, max_tokens: int) -> str:
-        """Let the policy speak until its turn ends, or max_tokens; what it said, without the end token."""
+        """Sample until its turn ends, or max_tokens; the text without the end token."""
         params = SamplingParams(max_tokens, self.conversation.agent.temperature, self.form.stop_ids)
         return self.form.text(await self.conversation.sample_ids(params))
 
@@ -267,6 +289,12 @@ class Episode:
         self._opened_at: dict[str, list[int]] = {role: [] for role in agents if role != MAIN}
         self._over = False
         self._finished: Rollout | None = None
+        self.metrics: dict[str, float] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        """Report a number of this rollout, as Conversation.metric; the mean over rollouts becomes
+        `rollout/task/<name>`."""
+        self.metrics[name] = finite_metric(name, value, f"{self.query}/{self.rollout}")
 
     def open(self, role: str) -> Conversation:
         """Start the next conversation of `role`. Raises AttemptOverError once the episode has ended."""
@@ -300,9 +328,10 @@ class Episode:
         for conversation in self._conversations():
             conversation.release()
 
-    def drift(self) -> int:
-        """Turns whose text does not encode back to the ids that were sampled (must stay 0)."""
-        return sum(conversation.drift for conversation in self._conversations())
+    def mismatches(self) -> int:
+        """Turns with a retokenization mismatch: their text does not encode back to the ids that were sampled (must stay
+        0)."""
+        return sum(conversation.mismatches for conversation in self._conversations())
 
     def finish(self, correct: float, **info: object) -> Rollout:
         """Close the rollout with the main agent's outcome in [0, 1]. info gets `opened_at`: for each sub-agent role
@@ -329,8 +358,17 @@ class Episode:
             subs,
             outcome,
             info | {"opened_at": self._opened_at},
+            self._task_metrics(),
         )
         return self._finished
+
+    def _task_metrics(self) -> dict[str, list[float]]:
+        """Full name -> the values of all conversations, or of the rollout itself."""
+        found = {f"rollout/task/{name}": [value] for name, value in self.metrics.items()}
+        for conversation in self._conversations():
+            for name, value in conversation.metrics.items():
+                found.setdefault(f"{conversation.agent.role}/task/{name}", []).append(value)
+        return found
 
     def check(self, rollout: object) -> Rollout:
         """`rollout` if it is the one that finish() returned last; RolloutError for anything else."""

@@ -81,13 +81,13 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _text(error: BaseException, task: Task) -> str:
-    said = str(error) if isinstance(error, MgrpoError) else f"{type(error).__name__}: {error}"
+    message = str(error) if isinstance(error, MgrpoError) else f"{type(error).__name__}: {error}"
     frames = _frames(error)
     module = type(task).__module__
     package = module.rpartition(".")[0] or module
     own = [place for name, place in frames if f"{name}.".startswith(f"{package}.")]
     place = own[-1] if own else _place_of_play(task)  # it returned something that cannot be used
-    return encodable(f"{said[:LONGEST]} ({place})")
+    return encodable(f"{message[:LONGEST]} ({place})")
 
 
 def _place_of_play(task: Task) -> str:

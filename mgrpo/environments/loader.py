@@ -1,38 +1,83 @@
-"""Task plug-ins: what the agents are asked, which tools they have, how they are scored.
+"""From a run's [task] to a Task: built-in, of an installed package, on the path, or in a file.
 
-A task is named by its short name (`atlas`) or, for a user's own, by `package.module:Class`. Its class is
-called with (options, roles): the run's [task.options] table and the run's roles, "main" first. It refuses
-what it cannot serve with ValueError.
+Its class is called with (options, roles): the run's [task.options] table and the run's roles, "main" first.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+from mgrpo.config.task import TaskConfig
 from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError
+from mgrpo.plugins import find_class
 
-_BUILT_IN = {
+BUILT_IN = {
     "atlas": "mgrpo.tasks.atlas.task:AtlasTask",
     "atlas-chat": "mgrpo.tasks.atlas.chat:AtlasChatTask",
 }
+GROUP = "mgrpo.tasks"
 
 
-def load_task(name: str, options: Mapping[str, object], roles: Sequence[str]) -> Task:
-    """The task `name`; its module is imported only now. Raises ConfigError naming what is wrong."""
-    module_name, _, class_name = _BUILT_IN.get(name, name).partition(":")
-    if not module_name or not class_name:
-        raise ConfigError(
-            f"task.name {name!r} is unknown, expected {', '.join(_BUILT_IN)} or 'package.module:Class'"
-        )
-    try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"task.name {name!r}: module {error.name!r} is not installed") from error
+def load_task(config: TaskConfig, roles: Sequence[str]) -> Task:
+    """The task of a config; its module is imported only now. Raises ConfigError naming what is wrong, and where the
+    task's own code raised."""
+    found = _find(config)
+    with _named(f"task {config.label!r}"):
+        try:
+            return found(dict(config.options), tuple(roles))
+        except (ValueError, TypeError) as error:  # a refusal
+            raise ConfigError(f"task {config.label!r}: {error}") from error
+
+
+def _find(config: TaskConfig) -> type[Task]:
+    if config.path is not None:
+        file, _, name = config.path.rpartition(":")
+        return _class_in(Path(file), name)
+    name = str(config.name)
+    if ".py:" in name:
+        raise ConfigError(f"task.name {name!r} is a file; name it by task.path")
+    with _named(f"task.name {name!r}"):
+        return find_class("task.name", name, BUILT_IN, GROUP, Task)  # type: ignore[type-abstract]
+
+
+def _class_in(file: Path, name: str) -> type[Task]:
+    """The Task class `name` of a file, which is a module of its own: it may import what is installed, not its
+    neighbours."""
+    where = f"task.path {file}"
+    if not file.is_file():
+        raise ConfigError(f"{where}: no such file")
+    spec = importlib.util.spec_from_file_location(f"mgrpo_task_{file.stem}", file)
+    assert spec is not None and spec.loader is not None, "it ends with .py"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look it up there
+    with _named(where):
+        spec.loader.exec_module(module)
+    found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise ConfigError(f"task.name {name!r}: {module_name} has no Task class {class_name!r}")
+        raise ConfigError(f"{where} has no Task class {name!r}")
+    return found
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """What a task's code raises while it is imported or made becomes a ConfigError with its place."""
     try:
-        return found(options, tuple(roles))  # type: ignore[call-arg]  # see the module's docstring
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"task {name!r}: {error}") from error
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{where}: {type(error).__name__}: {error} ({_place(error)})") from error
+
+
+def _place(error: BaseException) -> str:
+    """file:line of the innermost line that raised; of a syntax error the line that cannot be read."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"

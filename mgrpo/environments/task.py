@@ -1,4 +1,4 @@
-"""What a task must offer a run. The engine room knows tasks only through this interface."""
+"""What a task must offer a run. The pipeline knows tasks only through this interface."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class GateReport:
-    """Are warm-started policies a valid start? figures: name -> (value, low, high); valid iff all are inside."""
+class StartReport:
+    """Whether the policies that RL starts from are a valid start. figures: name -> (value, low, high); valid iff all
+    are inside."""
 
     figures: Mapping[str, tuple[float, float, float]]
 
@@ -47,13 +48,21 @@ class Task(ABC):
     roles: tuple[str, ...]
     """All roles, "main" first."""
     chat = False
-    """Whether its agents are spoken to through their models' chat templates; a model without one is then refused."""
+    """Whether its agents converse through their models' chat templates; a model without one is then refused."""
     chat_use = ChatUse()
-    """What they are told of through them: tried before a run starts, so that a model whose template cannot say it is
-    refused by name."""
+    """What the templates must carry: tried before a run starts, so that a model whose template cannot is refused by
+    name."""
     scores: Mapping[str, frozenset[str]] = MappingProxyType({})
     """Role -> names of the scores with which play() closes its conversations, e.g. {"main": frozenset({"format"})}.
     What is declared is compared with agents.<role>.reward before a run starts, what is not at its first rollout."""
+
+    def __init__(self, options: Mapping[str, object], roles: Sequence[str]) -> None:
+        """options: the run's [task.options]; roles: the run's, "main" first. The default takes no options and the roles
+        of the class. Raises ValueError for what the task cannot serve."""
+        if options:
+            raise ValueError(f"options {sorted(options)} given, expected none")
+        if set(roles) != set(self.roles):
+            raise ValueError(f"roles {list(roles)} given, expected {list(self.roles)}")
 
     @abstractmethod
     def question(self, index: int, seed: int) -> Question:
@@ -90,6 +99,6 @@ class Task(ABC):
         """Highest learning rate of the warm start of a built-in policy, where the config leaves it open."""
         return 1e-3
 
-    async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
-        """Check the warm-started policies; the default accepts any."""
-        return GateReport({})
+    async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
+        """Validate the policies that RL starts from on n questions (eval.gate); the default accepts any."""
+        return StartReport({})

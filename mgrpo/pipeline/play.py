@@ -29,7 +29,7 @@ class Unasked(Question):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RolloutRequest:
     """One rollout to be played: rollout number `rollout` of `question`, known to the store as `query`."""
 
     query: str
@@ -38,15 +38,15 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
-    """What came of an Ask: a rollout, or the reason why there is none."""
+class RolloutResult:
+    """What came of a RolloutRequest: a rollout, or the reason why there is none."""
 
-    ask: Ask
+    request: RolloutRequest
     attempt: int
     rollout: Rollout | None
     failure: str = ""
     kind: Kind | None = None  # of the failure
-    drift: int = 0
+    mismatches: int = 0  # turns with a retokenization mismatch
 
     def trajectories(self) -> list[Trajectory]:
         """Those of the rollout; none where there is none."""
@@ -71,35 +71,35 @@ def question_of(task: Task, index: int, seed: int) -> Question:
 
 async def play(
     task: Task,
-    ask: Ask,
+    request: RolloutRequest,
     agents: Mapping[str, Agent],
     seed: int,
     accept: Callable[[Rollout], object] | None = None,
-) -> Played:
+) -> RolloutResult:
     """Play one rollout, with up to ATTEMPTS attempts. The seed names the noise: same seed and weights, same rollout.
     accept: raises for a rollout that cannot be used, which is then a failed one."""
-    if isinstance(ask.question, Unasked):
-        return Played(ask, 0, None, ask.question.failure.text, ask.question.failure.kind)
+    if isinstance(request.question, Unasked):
+        return RolloutResult(request, 0, None, request.question.failure.text, request.question.failure.kind)
     failure: Failure | None = None
     for attempt in range(ATTEMPTS):
-        episode = Episode(ask.query, ask.rollout, agents, mix(seed, attempt), attempt)
+        episode = Episode(request.query, request.rollout, agents, mix(seed, attempt), attempt)
         try:
-            rollout = await _attempt(task, ask.question, episode)
+            rollout = await _attempt(task, request.question, episode)
             if accept is not None:
                 accept(rollout)
         except asyncio.CancelledError:
             if (running := asyncio.current_task()) is None or running.cancelling():
                 raise
-            text = f"play() of {ask.query}/{ask.rollout} was cancelled by something it awaited"
+            text = f"play() of {request.query}/{request.rollout} was cancelled by something it awaited"
             failure = Failure("task", text)
         except (Exception, SystemExit) as error:  # a tool that exits ends its rollout, not the worker
             failure = failure_of(error, task)
         else:
-            return Played(ask, attempt, rollout, drift=episode.drift())
+            return RolloutResult(request, attempt, rollout, mismatches=episode.mismatches())
         if failure.kind != "infrastructure":
             break
     assert failure is not None
-    return Played(ask, attempt, None, failure.text, failure.kind)
+    return RolloutResult(request, attempt, None, failure.text, failure.kind)
 
 
 async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:
@@ -118,22 +118,22 @@ async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:
 
 async def play_all(
     task: Task,
-    asks: Sequence[Ask],
+    requests: Sequence[RolloutRequest],
     agents: Mapping[str, Agent],
-    seed: Callable[[Ask], int],
-    done: Callable[[Played], Awaitable[None]],
+    seed: Callable[[RolloutRequest], int],
+    done: Callable[[RolloutResult], Awaitable[None]],
     accept: Callable[[Rollout], object] | None = None,
 ) -> None:
     """Play all rollouts concurrently; `done` is awaited for each as it ends. accept: as in play. The first error that
     is the program's cancels the rest."""
 
-    async def one(ask: Ask) -> None:
-        await done(await play(task, ask, agents, seed(ask), accept))
+    async def one(request: RolloutRequest) -> None:
+        await done(await play(task, request, agents, seed(request), accept))
 
     try:
         async with asyncio.TaskGroup() as group:
-            for ask in asks:
-                group.create_task(one(ask))
+            for request in requests:
+                group.create_task(one(request))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the others are the same bug, or the cancellation it caused
 
@@ -160,7 +160,7 @@ async def evaluate(
     *,
     greedy: bool,
     seed: int,
-    seen: Callable[[int, Played], None] | None = None,
+    seen: Callable[[int, RolloutResult], None] | None = None,
     accept: Callable[[Rollout], object] | None = None,
 ) -> Accuracy:
     """One rollout of each question. Failed rollouts are counted beside the mean, not in it. `seen` is called with each
@@ -168,29 +168,31 @@ async def evaluate(
     succeeded."""
     if greedy:
         agents = {role: replace(agent, temperature=0.0) for role, agent in agents.items()}
-    result = Accuracy()
+    accuracy = Accuracy()
 
-    async def count(played: Played) -> None:
+    async def count(result: RolloutResult) -> None:
         if seen is not None:
-            seen(numbers[played.ask.query], played)
-        if played.rollout is None:
-            result.failed += 1
-            result.failure = played.failure
+            seen(numbers[result.request.query], result)
+        if result.rollout is None:
+            accuracy.failed += 1
+            accuracy.failure = result.failure
             return
-        result.n += 1
-        result.correct += played.rollout.correct
-        for role, d in played.rollout.d_k().items():
-            histogram = result.calls.setdefault(role, {})
+        accuracy.n += 1
+        accuracy.correct += result.rollout.correct
+        for role, d in result.rollout.d_k().items():
+            histogram = accuracy.calls.setdefault(role, {})
             histogram[d] = histogram.get(d, 0) + 1
 
-    asks = [Ask(f"eval/{'greedy' if greedy else 'sampled'}/{i}", q, 0) for i, q in enumerate(questions)]
-    numbers = {ask.query: i for i, ask in enumerate(asks)}
-    await play_all(task, asks, agents, lambda ask: mix(seed, numbers[ask.query]), count, accept)
-    if result.failed and not result.n:
-        raise InfrastructureError(all_failed(result.failed, "an evaluation", result.failure))
-    return result
+    requests = [
+        RolloutRequest(f"eval/{'greedy' if greedy else 'sampled'}/{i}", q, 0) for i, q in enumerate(questions)
+    ]
+    numbers = {request.query: i for i, request in enumerate(requests)}
+    await play_all(task, requests, agents, lambda request: mix(seed, numbers[request.query]), count, accept)
+    if accuracy.failed and not accuracy.n:
+        raise InfrastructureError(all_failed(accuracy.failed, "an evaluation", accuracy.failure))
+    return accuracy
 
 
 def all_failed(n: int, where: str, failure: str) -> str:
-    """What to say where nothing was played: something is down, and it is none of the rollouts' doing."""
+    """The error's text where every rollout failed: something is down, and it is none of the rollouts' doing."""
     return f"all {n} rollouts of {where} failed, the last with: {failure}"

@@ -1,10 +1,10 @@
-"""A rollout worker: admission -> newest weights -> a wave of rollouts -> tokens and numbers shipped.
+"""A rollout worker: admission -> newest weights -> a rollout batch -> tokens and numbers shipped.
 
-A wave is the groups of one step that the store admits together; all its rollouts are played at once, batched by the
-engines. Which questions a wave holds follows from (seed, index) alone, and a restarted worker plays the unfinished wave
-again as a whole: the same batches, so the same tokens to the last bit, of which only the missing ones are shipped.
+A rollout batch is the groups of one step that the store admits together; all its rollouts are played at once, batched
+by the engines. Which questions it holds follows from (seed, index) alone, and a restarted worker plays the unfinished
+one again as a whole: the same batches, so the same tokens to the last bit, of which only the missing ones are shipped.
 
-Worker 0 also checks the gate before RL and evaluates: with the weights of a step, between two waves.
+Worker 0 also validates the start before RL and evaluates: with the weights of a step, between two rollout batches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -22,7 +21,7 @@ from mgrpo.addresses import Addresses
 from mgrpo.config import RunConfig, config_digest
 from mgrpo.credit import check_scores, trajectory_reward
 from mgrpo.environments.episode import mix
-from mgrpo.environments.failure import KINDS, encodable, shortened
+from mgrpo.environments.failure import encodable, shortened
 from mgrpo.environments.task import Question, Split, Task
 from mgrpo.errors import (
     ConfigError,
@@ -32,10 +31,19 @@ from mgrpo.errors import (
     MgrpoError,
     RetryAfterError,
 )
-from mgrpo.pipeline.play import Accuracy, Ask, Played, all_failed, evaluate, play_all, question_of
+from mgrpo.pipeline.play import (
+    Accuracy,
+    RolloutRequest,
+    RolloutResult,
+    all_failed,
+    evaluate,
+    play_all,
+    question_of,
+)
+from mgrpo.pipeline.rollout_metrics import RolloutMetrics
 from mgrpo.pipeline.shipper import Shipper
 from mgrpo.pipeline.team import WAIT_SLICE, Team
-from mgrpo.pipeline.worker_loop import Over, WorkerLoop
+from mgrpo.pipeline.worker_loop import Shutdown, WorkerLoop
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.store.records import World
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
@@ -45,12 +53,12 @@ from mgrpo.transport.codec import Sender
 from mgrpo.transport.keys import client_keys
 from mgrpo.types import MAIN, Rollout
 
-LOST_WAVES = 3  # a wave can be one question that nothing answers; that many in a row are an outage
+MAX_FAILED_BATCHES = 3  # a batch can be one question that nothing answers; that many in a row are an outage
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
-STOP_SECONDS = 10.0  # for one answer of a peer, once the process is told to leave
+STOP_SECONDS = 10.0  # for one answer of a peer, once the process is asked to stop
 
 
-Wave = list[tuple[WorkerGroup, Question]]
+RolloutBatch = list[tuple[WorkerGroup, Question]]
 
 
 class RolloutWorker:
@@ -80,14 +88,14 @@ class RolloutWorker:
             for role in config.training_roles
         }
         self._shipper = Shipper(self._store, self._logs, self._main_reward, self._timeout)
-        self._recorder = RolloutRecorder(config.record, folder, self._say)
+        self._recorder = RolloutRecorder(config.record, folder, self._log)
         self._loop = WorkerLoop(lambda: self._store.world().control.state == "running")
         self._team = Team(config, addresses, self._clients, self._loop)
         self._cursor = number  # index of the next group this worker may open
         self._evaluated = -1  # step of the last evaluation
         self._skipped = 0  # groups that the store had closed incomplete, since the last report
         self._scored: set[str] = set()  # roles whose scores have fitted their reward
-        self._lost_waves = 0  # waves without a rollout since the last one that had some
+        self._failed_batches = 0  # batches without a rollout since the last one that had some
 
     def __enter__(self) -> RolloutWorker:
         return self
@@ -106,33 +114,33 @@ class RolloutWorker:
         self._loop.close(self._team.close())
 
     def run(self) -> None:
-        """Roll out until every trainer has made its last step, the run is stopped, or leave() was called."""
+        """Roll out until every trainer has made its last step, the run is stopped, or stop() was called."""
         try:
-            self._team.connect(self._say, self._recorder.tokenizer)
+            self._team.connect(self._log, self._recorder.tokenizer)
             version = self._wait_for_version(0)
-            if self._number == 0 and version == 0 and not self._gate():
+            if self._number == 0 and version == 0 and not self._validate_start():
                 return
             self._cursor += version * self._config.trainer.questions // self._workers * self._workers
             idle_since = time.monotonic()
             while (version := self._published()) < self._config.trainer.steps:
                 self._loop.check_stop()
-                if wave := self._open_wave():
-                    self._play(wave)
+                if batch := self._open_batch():
+                    self._play(batch)
                     idle_since = time.monotonic()
                 else:
                     self._wait_a_little(version + 1, idle_since)
             if self._number == 0:
                 self._finish(version)
-        except Over:
+        except Shutdown:
             return
         except MgrpoError:
-            if not self._loop.stopped:  # otherwise it was cut short because we leave
+            if not self._loop.stopped:  # otherwise it was cut short by stop()
                 raise
 
     # -- stations ------------------------------------------------------------------------------------------------
 
-    def _gate(self) -> bool:
-        """Check the policies RL starts from; False ends the run. A run without the gate goes on, and is not valid."""
+    def _validate_start(self) -> bool:
+        """Validate the policies RL starts from; False ends the run. A run that skips this goes on, and is not valid."""
         n = self._config.eval.gate
         self._team.sync({})
         self._evaluate("heldout", 0)
@@ -142,22 +150,22 @@ class RolloutWorker:
                 "gate", {"valid": False, "figures": {}, "text": "skipped (eval.gate = 0): not valid"}
             )
             return True
-        report = self._loop.run(self._task.gate(self._team.agents, n, self._config.seed))
+        report = self._loop.run(self._task.validate_start(self._team.agents, n, self._config.seed))
         figures = {name: list(values) for name, values in report.figures.items()}
         self._store.report("gate", {"valid": report.valid, "figures": figures, "text": str(report)})
         if not report.valid:
             self._store.set_control("stopping", f"not a valid start, RL was not begun: {report}")
         return report.valid
 
-    def _open_wave(self) -> Wave:
+    def _open_batch(self) -> RolloutBatch:
         """The groups that the store admits now, at most one step's share; [] when there is no work yet.
 
-        Groups that are complete already (after a restart) stay in the wave as long as one of it is not, so that the
+        Groups that are complete already (after a restart) stay in the batch as long as one of it is not, so that the
         engines see the batches they saw before. What the store has closed incomplete is left out.
         """
         share = max(1, self._config.trainer.questions // self._workers)
         while True:
-            wave: Wave = []
+            batch: RolloutBatch = []
             opened = 0
             while opened < share and not self._is_beyond_the_run(self._cursor + opened * self._workers):
                 index = self._cursor + opened * self._workers
@@ -170,10 +178,10 @@ class RolloutWorker:
                 if group is None or (_is_closed(group) and len(group.finished) < group.k):
                     self._skipped += 1
                 else:
-                    wave.append((group, question))
+                    batch.append((group, question))
             self._cursor += opened * self._workers
-            if any(len(group.finished) < group.k for group, _ in wave) or not opened:
-                return wave
+            if any(len(group.finished) < group.k for group, _ in batch) or not opened:
+                return batch
 
     def _open_group(self, index: int, question: Question) -> WorkerGroup | None:
         """Group number `index`, opened again after a restart; None where the store has closed it."""
@@ -198,58 +206,51 @@ class RolloutWorker:
             return False
         return index >= planned + max(int(role["lost"]) for role in self._store.stats()["roles"].values())
 
-    def _play(self, wave: Wave) -> None:
+    def _play(self, batch: RolloutBatch) -> None:
         oldest = {
-            role: max(group.oldest.get(role, 0) for group, _ in wave) for role in self._config.training_roles
+            role: max(group.oldest.get(role, 0) for group, _ in batch) for role in self._config.training_roles
         }
         version = self._team.sync(oldest)
         if self._number == 0:
             self._evaluate_if_due(version)
         began = time.monotonic()
-        groups = {group.query: group for group, _ in wave}
-        tokens = drift = 0
-        failed: Counter[str] = Counter()
-        failure = ""
+        groups = {group.query: group for group, _ in batch}
+        requests = [
+            RolloutRequest(group.query, question, k) for group, question in batch for k in range(group.k)
+        ]
+        metrics = RolloutMetrics()
 
-        async def done(played: Played) -> None:
-            nonlocal tokens, drift, failure
-            group = groups[played.ask.query]
-            drift += played.drift
-            if played.kind is not None:
-                failed[played.kind] += 1
-                failure = played.failure
-            tokens += _sampled_tokens(played.rollout)
-            if played.ask.rollout not in group.finished:
-                self._record(group, played)
-                self._shipper.ship(group, played)
+        async def done(result: RolloutResult) -> None:
+            metrics.take(result)
+            group = groups[result.request.query]
+            if result.request.rollout not in group.finished:
+                self._record(group, result)
+                self._shipper.ship(group, result)
 
-        asks = [Ask(group.query, question, k) for group, question in wave for k in range(group.k)]
         self._loop.run(
             play_all(
                 self._task,
-                asks,
+                requests,
                 self._team.agents,
-                lambda ask: self._seed(groups[ask.query].index),
+                lambda request: self._seed(groups[request.query].index),
                 done,
                 self._check_rewards,
             )
         )
         self._shipper.drain(self._loop.check_stop)
-        lost = failed.total() == len(asks)
-        self._lost_waves = self._lost_waves + 1 if lost else 0
-        if self._lost_waves == LOST_WAVES:  # the next would fare no better: the process ends with the reason
-            raise InfrastructureError(all_failed(len(asks), f"each of {LOST_WAVES} waves", failure))
-        seconds = time.monotonic() - began
-        metrics = {
-            "rollout/perf/tok_per_s": tokens / seconds,
-            "rollout/time/wave": seconds,
-            "rollout/retoken_drift": drift,
-            "rollout/failed": failed.total(),
-            **{f"rollout/failed_by_{kind}": failed[kind] for kind in KINDS},
-            "rollout/closed_groups": self._skipped + self._shipper.closed_groups(),
-        }
+        self._check_outage(metrics, len(requests))
+        closed = self._skipped + self._shipper.closed_groups()
         self._skipped = 0
-        self._store.report("rollouts", {"step": version, "metrics": metrics})
+        report = metrics.report(time.monotonic() - began) | {"rollout/closed_groups": closed}
+        self._store.report("rollouts", {"step": version, "metrics": report})
+
+    def _check_outage(self, metrics: RolloutMetrics, rollouts: int) -> None:
+        """Raise InfrastructureError after MAX_FAILED_BATCHES batches in a row of which no rollout is left: the next one
+        would fare no better."""
+        self._failed_batches = self._failed_batches + 1 if metrics.failed.total() == rollouts else 0
+        if self._failed_batches == MAX_FAILED_BATCHES:
+            where = f"each of {MAX_FAILED_BATCHES} rollout batches"
+            raise InfrastructureError(all_failed(rollouts, where, metrics.failure))
 
     def _finish(self, version: int) -> None:
         """The last evaluation, with the weights of the last step; then the run is over."""
@@ -272,9 +273,9 @@ class RolloutWorker:
         def accuracy(greedy: bool) -> Accuracy:
             mode = "greedy" if greedy else "sampled"
 
-            def seen(number: int, played: Played) -> None:
-                asked = _asked(played.ask.question)
-                self._recorder.evaluation(step, split, mode, number, asked, played.rollout)
+            def seen(number: int, result: RolloutResult) -> None:
+                asked = _asked(result.request.question)
+                self._recorder.evaluation(step, split, mode, number, asked, result.rollout)
 
             return self._loop.run(
                 evaluate(
@@ -303,17 +304,17 @@ class RolloutWorker:
             },
         )
 
-    def _record(self, group: WorkerGroup, played: Played) -> None:
+    def _record(self, group: WorkerGroup, result: RolloutResult) -> None:
         step = group.index // self._config.trainer.questions
-        ask = played.ask
+        request = result.request
         self._recorder.train(
             step,
             group.index,
             group.query,
-            ask.rollout,
-            _asked(ask.question),
-            played.rollout,
-            played.failure,
+            request.rollout,
+            _asked(request.question),
+            result.rollout,
+            result.failure,
         )
 
     # -- helpers -------------------------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ class RolloutWorker:
     def _seed(self, index: int) -> int:
         return mix(self._config.seed, index)
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         self._store.report("phase", {"text": line})
 
     def _main_reward(self, rollout: Rollout) -> float:
@@ -368,7 +369,7 @@ class RolloutWorker:
             self._store.wait(versions=wanted, timeout=WAIT_SLICE)
         self._loop.check()
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """End as soon as possible: what is being played is cancelled. A signal handler may call it."""
         # Where the store has ended too (the launcher was killed), its answer is not waited for as long as usual.
         self._loop.stop()
@@ -382,7 +383,7 @@ def run_worker(config: RunConfig, number: int, task: Task, addresses: Addresses,
     worker = RolloutWorker(config, number, task, addresses, folder)
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
-        worker.leave()
+        worker.stop()
 
     signal.signal(signal.SIGTERM, on_sigterm)
     with worker:
@@ -401,9 +402,3 @@ def _asked(question: Question) -> tuple[str, str]:
 
 def _oldest(world: World) -> int:
     return min(-1 if role.version is None else role.version for role in world.roles)
-
-
-def _sampled_tokens(rollout: Rollout | None) -> int:
-    if rollout is None:
-        return 0
-    return sum(int(t.loss_mask.sum()) for t in rollout.trajectories())

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from mgrpo.environments.failure import shortened
 from mgrpo.errors import DeadlineError, GroupClosedError, PeerError
-from mgrpo.pipeline.play import Played
+from mgrpo.pipeline.play import RolloutResult
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
 from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.trajectory_log.format import LogRef
@@ -30,7 +30,7 @@ log = logging.getLogger("mgrpo.pipeline")
 T = TypeVar("T")
 
 LOOK = 0.2  # seconds between two looks at what drain() was given to check
-GRACE = 5.0  # seconds beyond `timeout`: the clients' own deadlines pass first, and their errors say more
+GRACE = 5.0  # seconds beyond `timeout`: the clients' own deadlines pass first, and their errors name more
 PLACE = (
     120  # bytes at the end of a failure's reason that the store keeps in any case: file, line and function
 )
@@ -39,7 +39,7 @@ PLACE = (
 @dataclass(frozen=True, slots=True)
 class _Work:
     group: WorkerGroup
-    played: Played
+    result: RolloutResult
 
 
 class Shipper:
@@ -68,12 +68,12 @@ class Shipper:
         self._thread = threading.Thread(target=self._run, name="mgrpo-shipper", daemon=True)
         self._thread.start()
 
-    def ship(self, group: WorkerGroup, played: Played) -> None:
+    def ship(self, group: WorkerGroup, result: RolloutResult) -> None:
         """Never waits. Raises what has gone wrong with an earlier rollout."""
         with self._changed:
             self._check()
             self._open += 1
-            self._queue.append(_Work(group, played))
+            self._queue.append(_Work(group, result))
             self._changed.notify_all()
 
     def drain(self, check: Callable[[], None] = lambda: None) -> None:
@@ -85,7 +85,7 @@ class Shipper:
                 check()
                 self._changed.wait(
                     LOOK
-                )  # for the thread: all its waits are bounded, and it names what it dies of
+                )  # for the thread: all its waits are bounded, and its error names the cause
             self._check()
 
     def closed_groups(self) -> int:
@@ -144,7 +144,7 @@ class Shipper:
         rollouts. The store's client lets a rollout's end leave only after its invocations are acknowledged."""
         batch = [work for work in batch if work.group.query not in self._closed]
         written: list[list[tuple[Trajectory, Future[LogRef] | None]]] = [
-            [(t, self._append(work.group, t)) for t in work.played.trajectories()] for work in batch
+            [(t, self._append(work.group, t)) for t in work.result.trajectories()] for work in batch
         ]
         answers: list[tuple[_Work, Future[Answer]]] = []
         for work, trajectories in zip(batch, written, strict=True):
@@ -208,10 +208,10 @@ class Shipper:
         )
 
     def _end(self, work: _Work) -> Future[Answer]:
-        played, rollout = work.played, work.played.rollout
+        result, rollout = work.result, work.result.rollout
         if rollout is None:
             return self._store.rollout_fail(
-                work.group, played.ask.rollout, shortened(played.failure, tail=PLACE)
+                work.group, result.request.rollout, shortened(result.failure, tail=PLACE)
             )
         return self._store.rollout_final(
             work.group,

@@ -42,30 +42,30 @@ class Team:
         self._sources: dict[str, _Source] = {}
 
     def connect(
-        self, say: Callable[[str], None], tokenizer: Callable[[str, Mapping[str, bytes]], None]
+        self, log: Callable[[str], None], tokenizer: Callable[[str, Mapping[str, bytes]], None]
     ) -> None:
-        """Build each role's engine from what its trainer says of the policy; trainers may still be warming up. say:
-        takes a line for people; tokenizer: takes each role's policy files."""
+        """Build each role's engine from the policy files of its trainer, which may still be warming up. log: takes a
+        line for people; tokenizer: takes each role's policy files."""
         for role in self._config.roles:
             client = self._clients[role]
             files = self._shell(client)
             tokenizer(role, files)
             agent = self._config.agents[role]
-            engine, words = open_engine(self._config, role, files, self._addresses, say)
-            self._sources[role] = _Source(client, engine, pull=Pull(self._pull_progress(role, say)))
+            engine, words = open_engine(self._config, role, files, self._addresses, log)
+            self._sources[role] = _Source(client, engine, pull=Pull(self._pull_progress(role, log)))
             self.agents[role] = Agent(role, engine, words, agent.loss.temperature, agent.max_length)
 
     def _shell(self, client: Client) -> dict[str, bytes]:
         """The policy's files without weights. Its trainer may be warming up, for any time, or be between two lives, for
         idle_timeout seconds."""
-        heard = time.monotonic()
+        answered = time.monotonic()
         while True:
             try:
                 if files := fetch_shell(client, WAIT_SLICE):
                     return files
-                heard = time.monotonic()
+                answered = time.monotonic()
             except DeadlineError:
-                if time.monotonic() - heard > self._config.store.idle_timeout:
+                if time.monotonic() - answered > self._config.store.idle_timeout:
                     raise
             self._loop.check()
 
@@ -94,7 +94,7 @@ class Team:
                     raise
             self._loop.check()
 
-    def _pull_progress(self, role: str, say: Callable[[str], None]) -> Progress:
+    def _pull_progress(self, role: str, log: Callable[[str], None]) -> Progress:
         """Called each second while weights arrive: a slow link is reported, and the end of the run noticed."""
         reported = 0.0
 
@@ -103,7 +103,7 @@ class Team:
             self._loop.check()
             if time.monotonic() - reported > PULL_REPORT_SECONDS:
                 reported = time.monotonic()
-                say(f"weights of {role}: {received / 2**20:.0f} of {size / 2**20:.0f} MiB arrived")
+                log(f"weights of {role}: {received / 2**20:.0f} of {size / 2**20:.0f} MiB arrived")
 
         return progress
 

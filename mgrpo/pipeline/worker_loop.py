@@ -1,4 +1,4 @@
-"""A rollout worker's event loop, which leaves its work when the run ends or the process is told to."""
+"""A rollout worker's event loop, which leaves its work when the run ends or the process is asked to stop."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ASK_SECONDS = 1.0  # between two questions to the store, whether the run is stil
 T = TypeVar("T")
 
 
-class Over(Exception):
-    """The run is not running any more, or this process was told to leave."""
+class Shutdown(Exception):
+    """The run was ended, or this process was asked to stop."""
 
 
 class WorkerLoop:
@@ -30,10 +30,10 @@ class WorkerLoop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`. When the run ends meanwhile, or stop() is called, `work` is cancelled at its next await
-        and Over raised."""
+        and Shutdown raised."""
         if self.stopped:
             work.close()
-            raise Over
+            raise Shutdown
         return self._runner.run(self._while_running(work))
 
     def stop(self) -> None:
@@ -41,14 +41,14 @@ class WorkerLoop:
         self.stopped = True
 
     def check_stop(self) -> None:
-        """Raise Over once stop() was called."""
+        """Raise Shutdown once stop() was called."""
         if self.stopped:
-            raise Over
+            raise Shutdown
 
     def check(self) -> None:
-        """Raise Over once stop() was called or the run has ended. Asks the store, and waits for its answer."""
+        """Raise Shutdown once stop() was called or the run has ended. Asks the store, and waits for its answer."""
         if self.stopped or not self._running():
-            raise Over
+            raise Shutdown
 
     def close(self, last: Coroutine[Any, Any, object] | None = None) -> None:
         """Run `last` to its end, then close the loop. Idempotent without it."""
@@ -71,7 +71,7 @@ class WorkerLoop:
             await asyncio.gather(working, watching, return_exceptions=True)
 
     async def _watch(self) -> None:
-        """Raises Over. That the store does not answer is for those to say who need it."""
+        """Raises Shutdown. A store that does not answer is reported by those who need it."""
         asked = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_SECONDS)

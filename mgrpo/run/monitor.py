@@ -207,7 +207,7 @@ class Progress:
         """Whether this report says that its part got further than any earlier life of it."""
         if (
             kind == "rollouts"
-        ):  # of groups that are played once; a wave in which everything failed is no progress
+        ):  # of groups that are played once; a batch in which everything failed is no progress
             return float(payload["metrics"].get("rollout/perf/tok_per_s", 0.0)) > 0
         if kind not in ("warm", "step", "eval", "gate"):
             return False
@@ -230,7 +230,7 @@ class _Summary:
         self._d_k: dict[str, Any] = {}
         self._steps = dict.fromkeys(config.training_roles, 0)
         self._trained = False
-        self._drift = 0
+        self._mismatch = 0
 
     @property
     def gate_failed(self) -> bool:
@@ -255,8 +255,8 @@ class _Summary:
             return
         if name == "gate/valid":
             self._gate = self._gate or {"valid": bool(value)}
-        elif name == "rollout/retoken_drift":
-            self._drift = max(self._drift, int(value))
+        elif name == "rollout/retokenization_mismatch":
+            self._mismatch = max(self._mismatch, int(value))
         elif first == "eval":
             split, _, mode = rest.partition("/")
             self._accuracy(split, step)[mode] = float(value)
@@ -279,7 +279,9 @@ class _Summary:
         elif kind == "step":
             self._steps[payload["role"]] = payload["step"]
         elif kind == "rollouts":
-            self._drift = max(self._drift, int(payload["metrics"].get("rollout/retoken_drift", 0)))
+            self._mismatch = max(
+                self._mismatch, int(payload["metrics"].get("rollout/retokenization_mismatch", 0))
+            )
         elif kind == "eval":
             accuracy = {mode: payload[mode] for mode in ("greedy", "sampled")}
             self._accuracy(payload["split"], payload["step"]).update(accuracy)
@@ -296,7 +298,7 @@ class _Summary:
             "trained": self._trained,
             "d_k": self._d_k,
             "steps": min(self._steps.values(), default=0),
-            "retoken_drift": self._drift,
+            "retokenization_mismatch": self._mismatch,
             "seconds": round(seconds, 1),
             "seed": self._config.seed,
         }

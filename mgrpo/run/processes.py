@@ -32,7 +32,7 @@ def load_run_task(config: RunConfig) -> Task:
     """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it."""
     from mgrpo.environments.loader import load_task
 
-    task = load_task(config.task.name, config.task.options, config.roles)
+    task = load_task(config.task, config.roles)
     for role, names in task.scores.items():
         if role in config.agents:
             check_names(role, config.agents[role].reward, names)
@@ -42,7 +42,7 @@ def load_run_task(config: RunConfig) -> Task:
 def run_params(config: RunConfig) -> RunParams:
     """What the store must know of a run to admit, deliver and refuse."""
     return RunParams(
-        run=config.task.name,
+        run=config.task.label,
         digest=config_digest(config),
         roles=list(config.roles),
         training_roles=list(config.training_roles),

@@ -88,7 +88,7 @@ class RunView:
     def _settings(self) -> Json:
         config = self.config
         return {
-            "task": config.task.name,
+            "task": config.task.label,
             "seed": config.seed,
             "roles": list(config.roles),
             "frozen": [r for r in config.roles if r not in config.training_roles],

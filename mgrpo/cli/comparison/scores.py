@@ -19,7 +19,7 @@ from mgrpo.cli.evaluate import load_agents, policy_path
 from mgrpo.config import RunConfig
 from mgrpo.environments.task import Task
 from mgrpo.files import remove_partials, write_atomic
-from mgrpo.pipeline.play import Played, evaluate
+from mgrpo.pipeline.play import RolloutResult, evaluate
 from mgrpo.pipeline.rollout_worker import EVAL_SEED
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.processes import load_run_task
@@ -73,15 +73,15 @@ async def _play(config: RunConfig, task: Task, paths: dict[str, Path], n: int) -
         known_world = False
 
         def seen(
-            number: int, played: Played, outcomes: list[float] = outcomes, real: list[float] = real
+            number: int, result: RolloutResult, outcomes: list[float] = outcomes, real: list[float] = real
         ) -> None:
             nonlocal known_world
-            if played.rollout is None:
+            if result.rollout is None:
                 return
-            outcomes[number] = played.rollout.correct
-            truth = played.rollout.info.get("real_answer")
+            outcomes[number] = result.rollout.correct
+            truth = result.rollout.info.get("real_answer")
             known_world |= truth is not None
-            real[number] = float(truth is not None and played.rollout.info.get("answer") == truth)
+            real[number] = float(truth is not None and result.rollout.info.get("answer") == truth)
 
         accuracy = await evaluate(task, questions, agents, greedy=mode == "greedy", seed=EVAL_SEED, seen=seen)
         result[mode] = outcomes

@@ -63,6 +63,10 @@ def _shared(config: RunConfig) -> tuple[str, ...]:
 
 def chosen(config: RunConfig, names: list[str]) -> list[Variant]:
     """The named variants (all without names); co-training is always among them. Raises ConfigError."""
+    if not config.sub_roles:
+        raise ConfigError(
+            "compare needs a sub-agent beside agents.main: it compares co-training with frozen agents"
+        )
     every = variants(config)
     known = {v.name for v in every}
     for name in names:

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mgrpo.environments.episode import Agent, Chat, Conversation, Episode, mix
-from mgrpo.environments.task import GateReport, Question, Split, Task
+from mgrpo.environments.task import Question, Split, StartReport, Task
 from mgrpo.errors import ConfigError
 from mgrpo.model.chat import ChatFormat
 from mgrpo.model.chat_check import ChatUse
@@ -44,7 +44,7 @@ from mgrpo.tasks.atlas.search import Index, SearchMode
 from mgrpo.types import MAIN, Rollout
 
 BOUNDS = {"main_format": (0.05, 1.0), "sub_format": (0.05, 1.0), "joint_sampled": (0.0, 0.95)}
-"""The gate: name -> (low, high). Below, sampling finds no tool call to reinforce; above, nothing is left to learn."""
+"""Of a valid start: name -> (low, high). Below, sampling finds no tool call to reinforce; above, nothing is left."""
 
 NAMES = 32
 """Tokens that the names in a question may take."""
@@ -207,7 +207,7 @@ class AtlasChatTask(Task):
                 f"{prompt + NAMES} tokens, a turn {self.options.turn_tokens}; expected at least {least}"
             )
 
-    async def gate(self, agents: Mapping[str, Agent], n: int, seed: int) -> GateReport:
+    async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
         """The models as they are on n validation questions, sampled as in training: see BOUNDS."""
         questions = self.questions("validation", n, seed)
 
@@ -220,7 +220,7 @@ class AtlasChatTask(Task):
             "sub_format": _mean([t.scores["format"] for r in rollouts for t in r.invocations["sub"]]),
             "joint_sampled": _mean([r.correct for r in rollouts]),
         }
-        return GateReport({name: (figures[name], low, high) for name, (low, high) in BOUNDS.items()})
+        return StartReport({name: (figures[name], low, high) for name, (low, high) in BOUNDS.items()})
 
 
 class _Talk:

@@ -1,4 +1,5 @@
-"""One rollout: the main agent calls sub-agents until it answers; each one searches, opens and answers."""
+"""One rollout: the main agent makes calls until it answers; a sub-agent searches, opens and answers each one, or, where
+the main agent is alone, a tool that knows the corpus does."""
 
 from __future__ import annotations
 
@@ -40,6 +41,10 @@ class Library:
     documents: Mapping[str, Document]
     index: Index
     turn_tokens: int
+
+    def value(self, call: Call) -> str:
+        """What the corpus says about a call, `none` where it says nothing."""
+        return self.world.value(call.relation, call.entity) or NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +112,20 @@ async def play_sub(sub: Conversation, call: Call, library: Library) -> Finding:
             answer = move if isinstance(move, Answer) else None
             break
     value = answer.value if answer else NONE
-    truth = library.world.value(call.relation, call.entity) or NONE
-    sub.close(format=float(answer is not None), expert=float(answer is not None and value == truth))
+    right = answer is not None and value == library.value(call)
+    sub.close(format=float(answer is not None), expert=float(right))
     copied = answer is not None and answer.value == _read(library, opened[-1], answer.field)
     return Finding(call, value, answer is not None, query, tuple(opened), copied)
 
 
 async def play(question: Question, episode: Episode, library: Library) -> tuple[MainTrace, list[Finding]]:
-    """A whole rollout of both agents, all conversations closed."""
+    """A whole rollout, all conversations closed. Without a sub-agent the corpus itself answers the main agent's
+    calls."""
     findings: list[Finding] = []
 
     async def delegate(call: Call) -> str:
+        if "sub" not in episode.agents:
+            return library.value(call)
         findings.append(await play_sub(episode.open("sub"), call, library))
         return findings[-1].value
 

@@ -8,6 +8,8 @@ function charts(run) {
   const perRole = (name, among = roles) => among.map((role) => ({ label: role, index: roles.indexOf(role), points: run.series[`${role}/${name}`] }));
   const accuracy = ["validation", "heldout"].flatMap((split, i) => ["sampled", "greedy"].map((mode, j) => ({ label: `${split}, ${mode}`, index: j, dash: i, dots: i === 1, points: run.series[`eval/${split}/${mode}`] })));
   const subs = roles.slice(1);
+  const own = [...new Set(Object.keys(run.series).map((n) => n.split("/")).filter((n) => n[1] === "task").map((n) => n[2]))].sort();
+  const ofTask = (name) => [...perRole(`task/${name}`), { label: "rollout", index: 0, dash: 1, points: run.series[`rollout/task/${name}`] }];
   return [
     ["accuracy on questions never trained on", accuracy, [0, 1]],
     ["mean reward", perRole("reward/mean")],
@@ -21,6 +23,7 @@ function charts(run) {
     ["dropped by the alignment", perRole("align/drop_ratio", subs)],
     ["sampled tokens per second", [{ label: "all agents", index: 0, points: run.series["rollout/perf/tok_per_s"] }]],
     ["seconds per step", perRole("time/step")],
+    ...own.map((name) => [`${name} (reported by the task)`, ofTask(name)]),
   ].map(([title, lines, range]) => chart(title, lines.filter((line) => line.points && line.points.length), range)).filter(Boolean);
 }
 

@@ -8,7 +8,7 @@ main_two_hops  the main agent with an oracle as its sub-agent, sampled: how ofte
                Too low and RL finds nothing to reinforce; too high and the plan is already known.
 joint_sampled, joint_greedy   accuracy of the team before RL; more would mean that RL only sharpens.
 
-All on the validation split.
+All on the validation split. An agent alone is measured by the first and the third.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mgrpo.environments.episode import Agent, Conversation, Episode, mix
-from mgrpo.environments.task import GateReport, Question
-from mgrpo.tasks.atlas.facts import NONE
+from mgrpo.environments.task import Question, StartReport
 from mgrpo.tasks.atlas.play import Finding, Library, MainTrace, play, play_main, play_sub
 from mgrpo.tasks.atlas.protocol import Call
 from mgrpo.tasks.atlas.questions import QuestionBank, plan_of, start_of
@@ -34,41 +33,45 @@ BOUNDS = {
 """name -> (low, high)"""
 
 
-async def gate(
+async def validate_start(
     library: Library, bank: QuestionBank, agents: Mapping[str, Agent], n: int, seed: int
-) -> GateReport:
-    """Measure every figure of BOUNDS on n validation questions."""
-    return await _Gate(library, bank, agents, seed).report(n)
+) -> StartReport:
+    """Measure the figures of BOUNDS on n validation questions."""
+    return await _Validation(library, bank, agents, seed).report(n)
 
 
 @dataclass(frozen=True, slots=True)
-class _Gate:
+class _Validation:
     library: Library
     bank: QuestionBank
     agents: Mapping[str, Agent]
     seed: int
 
-    async def report(self, n: int) -> GateReport:
+    async def report(self, n: int) -> StartReport:
         questions = self.bank.fixed("validation", n, self.seed)
         # Each twice, and as many questions as there are: the lower bound is close to what a good start has.
         two_hops = 2 * self.bank.with_hops("validation", 2, 2 * n, self.seed)
         alone = await self._mains(questions, temperature=0.0)
         solved = await self._mains(two_hops, temperature=1.0)
-        findings = await self._subs([c for q in questions for c in self._hops(q)][:n])
         figures = {
             "main_copy": _mean([_copies(t, q) for t, q in zip(alone, questions, strict=True)]),
-            "sub_copy": _mean([f.copied and f.query == f.call.entity for f in findings]),
             "main_two_hops": _mean([t.answer == q.answer for t, q in zip(solved, two_hops, strict=True)]),
-            "joint_sampled": await self._team(questions, temperature=1.0),
-            "joint_greedy": await self._team(questions, temperature=0.0),
         }
-        return GateReport({name: (figures[name], low, high) for name, (low, high) in BOUNDS.items()})
+        if "sub" in self.agents:
+            findings = await self._subs([c for q in questions for c in self._hops(q)][:n])
+            figures |= {
+                "sub_copy": _mean([f.copied and f.query == f.call.entity for f in findings]),
+                "joint_sampled": await self._team(questions, temperature=1.0),
+                "joint_greedy": await self._team(questions, temperature=0.0),
+            }
+        bounds = {name: bound for name, bound in BOUNDS.items() if name in figures}
+        return StartReport({name: (figures[name], low, high) for name, (low, high) in bounds.items()})
 
     async def _mains(self, questions: Sequence[Question], temperature: float) -> list[MainTrace]:
         """The main agent with a sub-agent that knows the corpus by heart."""
 
         async def oracle(call: Call) -> str:
-            return self.library.world.value(call.relation, call.entity) or NONE
+            return self.library.value(call)
 
         async def one(i: int, question: Question) -> MainTrace:
             main = self._conversation("main", f"gate/main/{temperature}/{i}", i, temperature)

@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 
 from mgrpo.config import config_digest, load_config
-from mgrpo.environments.episode import Agent
-from mgrpo.environments.task import GateReport
+from mgrpo.environments.episode import Agent, Episode
+from mgrpo.environments.task import StartReport
 from mgrpo.tasks.atlas.task import AtlasTask
 from tests.atlas_scripts import Script, Words, gold_main, gold_sub, scripted
 
 TASK = AtlasTask({})
 
 
-def report(main: Script, sub: Script) -> GateReport:
+def report(main: Script, sub: Script) -> StartReport:
     agents = {"main": scripted("main", main), "sub": scripted("sub", sub)}
-    return asyncio.run(TASK.gate(agents, 40, 5))
+    return asyncio.run(TASK.validate_start(agents, 40, 5))
 
 
-def values(found: GateReport) -> dict[str, float]:
+def values(found: StartReport) -> dict[str, float]:
     return {name: value for name, (value, _, _) in found.figures.items()}
 
 
@@ -31,6 +31,18 @@ def test_a_team_that_knows_the_plan_is_refused() -> None:
     found = report(gold_main, gold_sub)
     assert set(values(found).values()) == {1.0} and not found.valid
     assert "joint_greedy 1.000 (outside 0..0.4)" in str(found)
+
+
+def test_an_agent_alone_is_measured_alone() -> None:
+    """Without a sub-agent the tool answers for certain: copying and two hops, judged by the same bounds."""
+    task = AtlasTask({}, ["main"])
+    agents = {"main": scripted("main", gold_main)}
+    found = asyncio.run(task.validate_start(agents, 40, 5))
+    assert values(found) == {"main_copy": 1.0, "main_two_hops": 1.0} and not found.valid
+    question = task.question(3, 1)
+    rollout = asyncio.run(task.play(question, Episode("q", 0, agents, 1)))
+    assert rollout.correct == 1.0 and rollout.invocations == {}
+    assert [call["result"] for call in rollout.info["calls"]][-1] == question.answer  # type: ignore[attr-defined]
 
 
 def test_skills_without_a_plan() -> None:
@@ -83,7 +95,7 @@ def test_built_policies_play_and_fail_the_gate(tmp_path: Path) -> None:
         TASK.build_policy(role, i, str(tmp_path / role))
         policy = load_policy(tmp_path / role)
         agents[role] = Agent(role, HfEngine(policy), policy.tokenizer, 1.0, 64)
-    found = asyncio.run(TASK.gate(agents, 16, 0))
+    found = asyncio.run(TASK.validate_start(agents, 16, 0))
     assert not found.valid and values(found)["sub_copy"] == 0.0
     words, tokenizer = Words(), agents["main"].tokenizer
     text = "<q> people of neighbour of country of Suva <go> +679 en_ none ."
