@@ -132,7 +132,7 @@ def serve(folder: str, key_folder: str) -> None:
     with StoreServer("tcp://127.0.0.1:0", Path(folder) / "s.db", security=security) as server:
         print(server.url, flush=True)
         sys.stdin.read()
-        print(f"{server._engine.rows} {server._engine.commits}", file=sys.stderr)
+        print(f"{server._database.rows} {server._database.commits}", file=sys.stderr)
 
 
 def raw_fsync(folder: Path, seconds: float) -> float:

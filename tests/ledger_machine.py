@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mgrpo.store import records as rec
 from mgrpo.store.core import Core
-from mgrpo.store.engine import Engine
+from mgrpo.store.database import Database
 from mgrpo.store.ledger import Ledger
 from mgrpo.transport.codec import BadMessage, Refusal, Sender
 from tests.store_kit import DIGEST, run_params
@@ -69,8 +69,8 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         self.now = 0.0
-        self.engine = Engine(self.folder / "s.db", synchronous="OFF")
-        self.core = Core(self.engine, self.now, type(self).make_ledger)
+        self.database = Database(self.folder / "s.db", synchronous="OFF")
+        self.core = Core(self.database, self.now, type(self).make_ledger)
         params = run_params(
             max_lag=1000, lease_s=60.0, group_timeout_s=self.group_timeout, in_order=self.in_order
         )
@@ -84,7 +84,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if self.roles:
                 self.drain()
         finally:
-            self.engine.close()
+            self.database.close()
             shutil.rmtree(self.folder)
 
     # -- plumbing -------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def store_crashes(self) -> None:
-        self.engine.reopen()
+        self.database.reopen()
         self.core.reload(self.now)
         for group in self.groups.values():
             group.progress = self.now  # a store that was away does not hold that against anybody

@@ -19,7 +19,7 @@ import apsw
 from mgrpo.errors import CorruptionError
 from mgrpo.store import records as rec
 from mgrpo.store.core import Core
-from mgrpo.store.engine import Engine
+from mgrpo.store.database import Database
 from mgrpo.transport.codec import Sender, encode
 from tests.ledger_machine import invocation
 from tests.store_kit import DIGEST, run_params
@@ -144,8 +144,8 @@ def work(folder: Path, seed: int, groups: int, synchronous: str, obeys_sync: boo
     """Run a store through `groups` groups, with WAL checkpoints on the way, and record everything."""
     rng = random.Random(seed)
     tape = Tape(obeys_sync)
-    engine = Engine(folder / "s.db", connect=tape.connect, synchronous=synchronous)
-    core = Core(engine, 0.0)
+    database = Database(folder / "s.db", connect=tape.connect, synchronous=synchronous)
+    core = Core(database, 0.0)
     core.create(run_params(max_lag=10_000), 0.0)
     worker = Sender(DIGEST, "worker", "w", "s")
     for role in ("main", "sub"):
@@ -169,8 +169,8 @@ def work(folder: Path, seed: int, groups: int, synchronous: str, obeys_sync: boo
                 tape.events.append(("ack", "", list(unacked)))
                 unacked.clear()
         if number % 7 == 3:
-            engine.checkpoint()
-    engine._db.close()
+            database.checkpoint()
+    database._db.close()
     return tape
 
 
@@ -218,11 +218,11 @@ def _judge(
     verdict.cuts += 1
     verdict.acked += len(acked)
     try:
-        engine = Engine(folder / "s.db")
-        healthy = engine._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-        Core(engine, 0.0)
-        present = {("rollouts", (q, r)): b for q, r, b in _rollouts(engine)}
-        engine.close()
+        database = Database(folder / "s.db")
+        healthy = database._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        Core(database, 0.0)
+        present = {("rollouts", (q, r)): b for q, r, b in _rollouts(database)}
+        database.close()
     except (CorruptionError, sqlite3.Error):
         verdict.corrupt += 1
         return
@@ -230,5 +230,5 @@ def _judge(
     verdict.lost += sum(present.get((table, key)) != body for table, key, body in acked)
 
 
-def _rollouts(engine: Engine) -> Iterator[Any]:
-    return iter(engine._db.execute("SELECT query, rollout, body FROM rollouts").fetchall())
+def _rollouts(database: Database) -> Iterator[Any]:
+    return iter(database._db.execute("SELECT query, rollout, body FROM rollouts").fetchall())

@@ -19,7 +19,7 @@ from typing import Any
 
 from mgrpo.store import records as rec
 from mgrpo.store.core import Core
-from mgrpo.store.engine import Engine
+from mgrpo.store.database import Database
 from mgrpo.store.ledger import Ledger
 from mgrpo.transport.codec import BadMessage, Refusal, Sender
 from tests.ledger_machine import invocation
@@ -50,8 +50,8 @@ class World:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-        self.engine = Engine(self.folder / "s.db", synchronous="OFF")
-        self.core = Core(self.engine, 0.0, make_ledger)
+        self.database = Database(self.folder / "s.db", synchronous="OFF")
+        self.core = Core(self.database, 0.0, make_ledger)
         self.in_order = seed % 2 == 1
         params = run_params(max_lag=1000, lease_s=30.0, group_timeout_s=1e6, in_order=self.in_order)
         self.core.create(params, 0.0)
@@ -83,7 +83,7 @@ class World:
                 what()
             self.check()
         finally:
-            self.engine.close()
+            self.database.close()
             shutil.rmtree(self.folder)
 
     def check(self) -> None:
@@ -98,7 +98,7 @@ class World:
     def crash_someone(self) -> None:
         name = self.random.choice(["store", "w0", "w1", *ROLES])
         if name == "store":
-            self.engine.reopen()
+            self.database.reopen()
             self.core.reload(self.now)
         elif name not in self.finished:
             self.start(name)

@@ -16,7 +16,7 @@ import zmq
 
 import mgrpo
 from mgrpo.errors import ConfigError, DeadlineError, GroupClosedError, MgrpoError, PeerError
-from mgrpo.store.engine import connect_sqlite
+from mgrpo.store.database import connect_sqlite
 from mgrpo.store.server import StoreServer
 from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.trajectory_log.log import TrajectoryLog

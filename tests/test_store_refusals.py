@@ -66,9 +66,9 @@ def message(method: str, body: object, sender: Sender = WORKER) -> bytes:
 def rows(store: StoreServer) -> list[Any]:
     """Everything in the store's file."""
     tables = [
-        name for (name,) in store._engine._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        name for (name,) in store._database._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
     ]
-    return [store._engine._db.execute(f"SELECT * FROM {table}").fetchall() for table in sorted(tables)]
+    return [store._database._db.execute(f"SELECT * FROM {table}").fetchall() for table in sorted(tables)]
 
 
 def final(reward: float, **changes: Any) -> rec.RolloutFinal:
@@ -145,7 +145,7 @@ def test_mutated_requests_break_nothing(store: StoreServer, tmp_path: Path) -> N
             assert worker.stats()["sealed"] == sealed + 1
     store.close()
     with StoreServer("tcp://127.0.0.1:0", tmp_path / "s.db") as again:
-        assert again._engine._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        assert again._database._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
 
 
 def storm(store: StoreServer, n: int, seed: int) -> float:

@@ -11,7 +11,7 @@ import pytest
 from mgrpo.errors import ConfigError
 from mgrpo.store import records as rec
 from mgrpo.store.core import Core
-from mgrpo.store.engine import MIGRATIONS, Engine
+from mgrpo.store.database import MIGRATIONS, Database
 from mgrpo.transport.codec import BadMessage, Refusal, Sender
 from tests.store_kit import DIGEST, run_params
 
@@ -21,8 +21,8 @@ class Driver:
 
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.now = 100.0
-        self.engine = Engine(folder / "s.db", synchronous="OFF")
-        self.core = Core(self.engine, self.now)
+        self.database = Database(folder / "s.db", synchronous="OFF")
+        self.core = Core(self.database, self.now)
         self.core.create(run_params(**changes), self.now)
         for role in self.core.ledger.state.roles:  # type: ignore[union-attr]
             self.call("resume", rec.Resume(role, -1, "n", 0), f"trainer:{role}")
@@ -64,7 +64,7 @@ class Driver:
 def driver(tmp_path: Path) -> Iterator[Driver]:
     it = Driver(tmp_path, k=5, batch=100, lease_s=60.0, group_timeout_s=1800.0)
     yield it
-    it.engine.close()
+    it.database.close()
 
 
 def test_after_its_time_a_group_is_trained_with_half_its_rollouts_or_dropped(driver: Driver) -> None:
@@ -111,7 +111,7 @@ def test_leases_and_open_groups_get_their_full_time_after_a_restart(driver: Driv
     driver.claim(1)
     driver.wait(59.0)
     driver.now = 0.5  # another boot: monotonic time starts again
-    driver.engine.reopen()
+    driver.database.reopen()
     driver.core.reload(driver.now)
     driver.wait(59.0)
     assert driver.stats()["roles"]["main"]["leased"] == 1
@@ -136,7 +136,7 @@ def test_groups_too_old_at_the_claim_are_passed_over_and_replaced(tmp_path: Path
         driver.open("next", 2)  # sub is still at version 0 and has two groups before it
     driver.publish("sub", 1)
     driver.open("next", 2)
-    driver.engine.close()
+    driver.database.close()
 
 
 def test_unnumbered_groups_are_admitted_by_count(tmp_path: Path) -> None:
@@ -157,13 +157,13 @@ def test_unnumbered_groups_are_admitted_by_count(tmp_path: Path) -> None:
     driver.publish("main", 1)
     driver.publish("sub", 1)
     driver.open("e")
-    driver.engine.close()
+    driver.database.close()
 
 
 def test_bad_records_are_refused_by_name_and_change_nothing(driver: Driver) -> None:
     """NaN, unknown roles, numbers out of range, d_k that does not fit, missing invocations."""
     driver.open("a", k=5)
-    before = list(driver.engine._db.execute("SELECT * FROM invocations"))
+    before = list(driver.database._db.execute("SELECT * FROM invocations"))
     nan = float("nan")
     bad: list[tuple[str, Any, str]] = [
         ("invocation_done", rec.InvocationDone("a", 0, 0, "sub", 0, 1, -1, -1, {"x": nan}, None), "nan"),
@@ -183,7 +183,7 @@ def test_bad_records_are_refused_by_name_and_change_nothing(driver: Driver) -> N
     for method, body, message in bad:
         with pytest.raises((BadMessage, Refusal), match=message):
             driver.call(method, body)
-    assert list(driver.engine._db.execute("SELECT * FROM invocations")) == before
+    assert list(driver.database._db.execute("SELECT * FROM invocations")) == before
     assert driver.stats()["handled"] == {"resume": 2, "status": 2, "open_group": 1}
 
 
@@ -203,7 +203,7 @@ def test_settled_groups_leave_memory_and_come_back_for_a_rollback(tmp_path: Path
     assert (resumed.epoch, resumed.again) == (2, 8)
     groups = driver.call("claim", rec.Claim("main", 2, 1, 8, 0.0), "trainer:main")
     assert [group.index for group in groups] == list(range(12, 20))
-    driver.engine.close()
+    driver.database.close()
 
 
 def test_a_store_file_knows_what_it_is(tmp_path: Path) -> None:
@@ -211,15 +211,15 @@ def test_a_store_file_knows_what_it_is(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
     with pytest.raises(ConfigError, match="digest 'other'"):
         driver.core.create(run_params(digest="other"), 0.0)
-    driver.engine._db.execute(f"PRAGMA user_version={len(MIGRATIONS) + 1}")
-    driver.engine.close()
+    driver.database._db.execute(f"PRAGMA user_version={len(MIGRATIONS) + 1}")
+    driver.database.close()
     with pytest.raises(ConfigError, match="this program knows up to"):
-        Engine(tmp_path / "s.db")
-    other = Engine(tmp_path / "o.db")
+        Database(tmp_path / "s.db")
+    other = Database(tmp_path / "o.db")
     other._db.execute("PRAGMA application_id=7")
     other.close()
     with pytest.raises(ConfigError, match="something else"):
-        Engine(tmp_path / "o.db")
+        Database(tmp_path / "o.db")
 
 
 def play(driver: Driver, index: int, version: int) -> None:
@@ -264,7 +264,7 @@ def test_a_slow_worker_makes_no_group_stale_in_a_run_in_order(tmp_path: Path) ->
         play(driver, index, 0)
     train(driver, 1, 4)
     assert all(role["lost"] == 0 for role in driver.stats()["roles"].values())
-    driver.engine.close()
+    driver.database.close()
 
 
 def test_a_dropped_group_moves_those_behind_it_one_place_up(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_dropped_group_moves_those_behind_it_one_place_up(tmp_path: Path) -> N
     assert driver.claim(1, 2, "sub") == ["q0", "q2"]
     driver.publish("sub", 1)
     assert driver.call("open_group", rec.OpenGroup("q3", 2, {}, 3)).oldest == {"main": 1, "sub": 1}
-    driver.engine.close()
+    driver.database.close()
 
 
 def test_a_group_of_forty_minutes_is_trained_when_its_rollouts_keep_ending(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_a_group_of_forty_minutes_is_trained_when_its_rollouts_keep_ending(tmp_p
         driver.wait(600.0)
         driver.end("a", rollout)
     assert driver.now - 100.0 == 2400.0 and driver.claim(1) == ["a"]
-    driver.engine.close()
+    driver.database.close()
 
 
 def test_a_rollout_of_forty_minutes_closes_its_group_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_rollout_of_forty_minutes_closes_its_group_and_the_run_goes_on(tmp_pat
     for rollout in range(2):
         driver.end("b", rollout)
     assert driver.claim(1) == ["b"]
-    driver.engine.close()
+    driver.database.close()
 
 
 def test_the_times_of_a_run_may_change_when_it_is_resumed(tmp_path: Path) -> None:
@@ -339,4 +339,4 @@ def test_the_times_of_a_run_may_change_when_it_is_resumed(tmp_path: Path) -> Non
         driver.core.create(run_params(k=3), driver.now)
     with pytest.raises(ConfigError, match="lease_s = inf"):
         driver.core.create(run_params(lease_s=float("inf")), driver.now)
-    driver.engine.close()
+    driver.database.close()

@@ -19,7 +19,7 @@ import pytest
 
 import mgrpo
 from mgrpo.errors import DeadlineError, PeerError
-from mgrpo.store.engine import connect_sqlite
+from mgrpo.store.database import connect_sqlite
 from mgrpo.store.server import StoreServer
 from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.transport import codec
@@ -136,7 +136,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
                     future.result(30)
                 rows = worker._link.call("open_groups", ("", 0, 100)).decode(list)
                 assert len(rows) == 1
-            stored = store._engine._db.execute("SELECT count(*) FROM invocations").fetchone()[0]
+            stored = store._database._db.execute("SELECT count(*) FROM invocations").fetchone()[0]
             assert stored == len(futures)
     finally:
         subprocess.run(["umount", str(small)], check=True)

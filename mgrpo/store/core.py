@@ -16,17 +16,19 @@ from msgspec.structs import replace
 
 from mgrpo.errors import ConfigError
 from mgrpo.store import records as rec
-from mgrpo.store.engine import Engine
+from mgrpo.store.database import Database
 from mgrpo.store.ledger import Ledger, check_sender, queries_of
 from mgrpo.store.state import State
 from mgrpo.transport.codec import Refusal, Sender, encode
 
 
 class Core:
-    """The store in `engine`. `ledger` is None while the file holds no run, or after drop()."""
+    """The store in `database`. `ledger` is None while the file holds no run, or after drop()."""
 
-    def __init__(self, engine: Engine, now: float, make_ledger: Callable[[State], Ledger] = Ledger) -> None:
-        self.engine = engine
+    def __init__(
+        self, database: Database, now: float, make_ledger: Callable[[State], Ledger] = Ledger
+    ) -> None:
+        self.database = database
         self._make_ledger = make_ledger
         self.ledger: Ledger | None = None
         self.reload(now)
@@ -34,14 +36,14 @@ class Core:
     def create(self, params: rec.RunParams, now: float) -> None:
         """Make the run durable, or check that the file holds this one (ConfigError naming both). Its times may
         change: those of `params` are taken."""
-        known = self.engine.params()
+        known = self.database.params()
         check_params(params)
         if known is None or (known != params and _but_for_times(known) == _but_for_times(params)):
-            self.engine.commit({"meta": [("params", encode(params))]})
+            self.database.commit({"meta": [("params", encode(params))]})
             self.reload(now)
         elif known != params:
             raise ConfigError(
-                f"store {self.engine.path} holds run {known.run!r} (digest {known.digest!r}), "
+                f"store {self.database.path} holds run {known.run!r} (digest {known.digest!r}), "
                 f"not {params.run!r} (digest {params.digest!r}) or with other parameters"
             )
 
@@ -51,10 +53,10 @@ class Core:
         check_sender(method, body, sender)
         wanted = queries_of(method, body)
         if isinstance(body, rec.Resume):
-            wanted = self.engine.beyond(body.role, body.checkpoint_step)
+            wanted = self.database.beyond(body.role, body.checkpoint_step)
         for query in wanted:
             if query not in ledger.state.groups:
-                self.engine.load_group(ledger.state, query, now)
+                self.database.load_group(ledger.state, query, now)
         return ledger.handle(method, body, sender, now)
 
     def ledger_for(self, method: str, sender: Sender) -> Ledger:
@@ -80,7 +82,7 @@ class Core:
         """Make everything handled so far durable. Raises sqlite3.Error; then call drop() and later
         reload()."""
         if self.ledger is not None:
-            self.engine.commit(self.ledger.state.take_dirty())
+            self.database.commit(self.ledger.state.take_dirty())
             self.ledger.state.retire()
 
     def drop(self) -> None:
@@ -89,12 +91,12 @@ class Core:
 
     def reload(self, now: float) -> None:
         """Read memory back from the file."""
-        state = self.engine.load(now)
+        state = self.database.load(now)
         self.ledger = None if state is None else self._make_ledger(state)
 
     def trained(self, role: str) -> list[rec.Trained]:
         """The role's surviving optimizer history, as of the last commit."""
-        return [rec.Trained(*row) for row in self.engine.trained(role)]
+        return [rec.Trained(*row) for row in self.database.trained(role)]
 
 
 def _but_for_times(params: rec.RunParams) -> rec.RunParams:

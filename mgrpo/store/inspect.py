@@ -1,7 +1,7 @@
 """Looking at a store's file, also while a server uses it.
 
 The server's connection is exclusive, so nobody else may open the file. What is read here is a copy: the
-engine moves its WAL into the file only under a lock that is shared while copying, so file and WAL always
+database moves its WAL into the file only under a lock that is shared while copying, so file and WAL always
 belong together; a torn last frame of the WAL is cut by SQLite itself. Nothing is ever written beside or into
 the original.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mgrpo.errors import ConfigError, CorruptionError
-from mgrpo.store.engine import APPLICATION_ID, SERVED_HERE
+from mgrpo.store.database import APPLICATION_ID, SERVED_HERE
 from mgrpo.store.records import RunParams
 from mgrpo.store.state import RoleBody
 from mgrpo.transport import codec
@@ -96,7 +96,7 @@ def snapshot(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _no_checkpoint(lock: Path) -> Iterator[None]:
-    """Keep the engine from moving its WAL; without a lock file no engine has ever used the store."""
+    """Keep the database from moving its WAL; without a lock file no store has ever had this file open."""
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -21,7 +21,7 @@ from typing import Any
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.store import records as rec
 from mgrpo.store.core import Core
-from mgrpo.store.engine import Connection, Engine, connect_sqlite
+from mgrpo.store.database import Connection, Database, connect_sqlite
 from mgrpo.store.ledger import LAUNCHER, METHODS
 from mgrpo.transport.codec import Limits, Refusal
 from mgrpo.transport.keys import ServerKeys
@@ -52,13 +52,13 @@ class StoreServer:
         connect: Callable[[str], Connection] = connect_sqlite,
         synchronous: str = "FULL",
     ) -> None:
-        self._engine = Engine(db_path, connect=connect, synchronous=synchronous)
+        self._database = Database(db_path, connect=connect, synchronous=synchronous)
         self._metrics: dict[str, Any] = {}
         self._measured = 0.0
         self._broken = 0.0  # when to try the file again; 0: it works
         self._cause = ""  # why it does not
         try:
-            self._core = Core(self._engine, time.monotonic())
+            self._core = Core(self._database, time.monotonic())
             if params is not None:
                 self._core.create(params, time.monotonic())
             handlers: dict[str, Handler] = {method: partial(self._serve, method) for method in METHODS}
@@ -79,7 +79,7 @@ class StoreServer:
                 insecure=insecure,
             )
         except BaseException:
-            self._engine.close()
+            self._database.close()
             raise
         self.url = self._server.url
 
@@ -103,7 +103,7 @@ class StoreServer:
     def close(self) -> None:
         """Answer what is in hand, checkpoint, free address and file. Idempotent."""
         self._server.close()
-        self._engine.close()
+        self._database.close()
 
     def __enter__(self) -> StoreServer:
         return self
@@ -125,14 +125,14 @@ class StoreServer:
             raise Refusal("UNAVAILABLE", self._unusable())
 
     def _unreadable(self, error: sqlite3.Error) -> Refusal:
-        log.error("store %s: nothing of this turn was stored: %s", self._engine.path, error)
+        log.error("store %s: nothing of this turn was stored: %s", self._database.path, error)
         self._fault()
         self._cause = str(error)
         return Refusal("UNAVAILABLE", self._unusable())
 
     def _unusable(self) -> str:
         why = f"does not work: {self._cause}" if self._cause else "is read again after a fault of the store"
-        return f"the file {self._engine.path} {why}"
+        return f"the file {self._database.path} {why}"
 
     def _fault(self) -> None:
         """Memory may be ahead of the file: forget it, and read it back at the next tick."""
@@ -144,25 +144,25 @@ class StoreServer:
         if self._broken and now >= self._broken:
             self._broken = now + REOPEN_S
             try:
-                self._engine.reopen()
+                self._database.reopen()
                 self._core.reload(now)
             except (sqlite3.Error, MgrpoError) as error:
-                log.error("store %s: still not usable: %s", self._engine.path, error)
-                self._cause = str(error).removeprefix(f"store {self._engine.path}: ")
+                log.error("store %s: still not usable: %s", self._database.path, error)
+                self._cause = str(error).removeprefix(f"store {self._database.path}: ")
                 return
             self._broken = 0.0
-            log.warning("store %s: usable again", self._engine.path)
+            log.warning("store %s: usable again", self._database.path)
         self._core.tick(now)
         if now - self._measured >= MEASURE_S:
             self._measured = now
             self._measure()
 
     def _measure(self) -> None:
-        wal = Path(f"{self._engine.path}-wal")
+        wal = Path(f"{self._database.path}-wal")
         self._metrics = {
             **(self._core.ledger.stats() if self._core.ledger is not None else {}),
-            "commits": self._engine.commits,
-            "rows": self._engine.rows,
+            "commits": self._database.commits,
+            "rows": self._database.rows,
             "wal_bytes": wal.stat().st_size if wal.exists() else 0,
             "refused": self.counters(),
         }
@@ -221,7 +221,7 @@ class StoreServer:
             raise Refusal("WRONG_RUN", str(error)) from None
         except sqlite3.Error as error:
             raise self._unreadable(error) from None
-        return Reply(self._engine.params())
+        return Reply(self._database.params())
 
     def _trained(self, request: Request) -> Reply:
         self._core.ledger_for("trained", request.sender)
@@ -236,7 +236,7 @@ class StoreServer:
         self._core.ledger_for("backup", request.sender)
         self._barrier()
         try:
-            self._engine.backup(request.decode(str))
+            self._database.backup(request.decode(str))
         except (ConfigError, sqlite3.Error) as error:
             raise Refusal("BACKUP_FAILED", str(error)) from None
         return Reply()

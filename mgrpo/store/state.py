@@ -1,6 +1,6 @@
-"""The store's state: groups, deliveries, roles, reports. Plain data, rows for the engine, no rules.
+"""The store's state: groups, deliveries, roles, reports. Plain data, rows for the database, no rules.
 
-Everything that must survive a crash becomes a row in `State.dirty` when it changes; the engine writes the
+Everything that must survive a crash becomes a row in `State.dirty` when it changes; the database writes the
 rows of many requests in one commit. Deadlines are not rows: after a restart every lease and every open group
 gets its full time.
 """
@@ -162,7 +162,7 @@ class Role:
 
 
 class State:
-    """Everything the ledger knows. Settled groups leave memory; the engine brings one back when it is asked
+    """Everything the ledger knows. Settled groups leave memory; the database brings one back when it is asked
     for."""
 
     def __init__(self, params: RunParams) -> None:

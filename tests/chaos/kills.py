@@ -19,7 +19,7 @@ import numpy as np
 
 import mgrpo
 from mgrpo.errors import MgrpoError
-from mgrpo.store.engine import Engine
+from mgrpo.store.database import Database
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
 from tests.store_kit import DIGEST
 
@@ -123,10 +123,10 @@ def kill_store(folder: Path, kills: int, seed: int, clients: int = 4) -> dict[st
             load.client.flush(300)
             load.client.close()
         store.kill()
-    engine = Engine(folder / "s.db")
-    present = {row[:3] for row in engine._db.execute("SELECT query, rollout, invocation FROM invocations")}
-    rows = engine._db.execute("SELECT count(*) FROM invocations").fetchone()[0]
-    engine.close()
+    database = Database(folder / "s.db")
+    present = {row[:3] for row in database._db.execute("SELECT query, rollout, invocation FROM invocations")}
+    rows = database._db.execute("SELECT count(*) FROM invocations").fetchone()[0]
+    database.close()
     acked = {(f"load{load.number}", *key) for load in loads for key in load.acked}
     return {
         "kills": kills,

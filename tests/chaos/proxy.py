@@ -147,7 +147,7 @@ def proxy_faults(folder: Path, n: int, seed: int) -> dict[str, object]:
             worker.flush(60)
             resent = worker._link.resent
         proxy.close()
-        stored = store._engine._db.execute("SELECT count(*) FROM invocations").fetchone()[0]
+        stored = store._database._db.execute("SELECT count(*) FROM invocations").fetchone()[0]
     recovery.sort()
     return {
         "faults": n,

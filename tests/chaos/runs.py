@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from mgrpo.store.engine import Engine
+from mgrpo.store.database import Database
 from tests.runs import ROOT, command, final_weights, leftovers, processes_of, steps_of, summary, wait_for
 
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
@@ -103,9 +103,9 @@ def start(out: Path, role: str) -> bytes:
 
 def trained(out: Path) -> dict[str, list[tuple[int, int]]]:
     """(step, index) of every group in each role's surviving optimizer history, as the store's file has it."""
-    engine = Engine(out / "store.db")
+    database = Database(out / "store.db")
     try:
-        return {role: [(step, index) for _, step, _, index, _ in engine.trained(role)] for role in ROLES}
+        return {role: [(step, index) for _, step, _, index, _ in database.trained(role)] for role in ROLES}
     finally:
-        engine.close()
-        Path(f"{engine.path}.lock").unlink()
+        database.close()
+        Path(f"{database.path}.lock").unlink()

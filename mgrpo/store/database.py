@@ -1,6 +1,6 @@
 """SQLite under the ledger: one exclusive connection, WAL, synchronous=FULL, many requests in one commit.
 
-The engine writes rows and reads them back; it knows no rules. `commit` is the moment of durability: one
+Database writes rows and reads them back; it knows no rules. `commit` is the moment of durability: one
 transaction, one fsync. Checkpoints of the WAL happen only here, under an advisory lock that `inspect` shares
 while it copies the file (see inspect.py), because an exclusive connection admits no reader.
 """
@@ -59,7 +59,7 @@ _COLUMNS = {
 
 
 class Connection(Protocol):
-    """What the engine needs of a database connection (that of the sqlite3 module, in autocommit mode)."""
+    """What Database needs of a connection (that of the sqlite3 module, in autocommit mode)."""
 
     def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Any: ...
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> Any: ...
@@ -67,11 +67,11 @@ class Connection(Protocol):
 
 
 def connect_sqlite(path: str) -> Connection:
-    """The usual connection. isolation_level None: transactions are begun and ended by the engine alone."""
+    """The usual connection. isolation_level None: transactions are begun and ended by Database alone."""
     return sqlite3.connect(path, timeout=0.2, isolation_level=None, check_same_thread=False)
 
 
-class Engine:
+class Database:
     """The database file at `path`. Raises ConfigError when it is in use, is not a store, or is too new."""
 
     def __init__(
