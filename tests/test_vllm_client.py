@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mgrpo.engines.base import SamplingParams
-from mgrpo.engines.pool import SLACK
+from mgrpo.engines.pool import LOAD_IMBALANCE
 from mgrpo.errors import ConfigError, InfrastructureError
 from tests.fake_vllm import VOCAB
 from tests.vllm_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
@@ -166,9 +166,9 @@ def test_requests_go_to_the_least_loaded_and_conversations_stay(tmp_path: Path) 
         two.hold.clear()
         talks = [
             asyncio.create_task(engine.generate(PROMPT, SAMPLED, seed=0, session="talk"))
-            for _ in range(SLACK + 4)
+            for _ in range(LOAD_IMBALANCE + 4)
         ]
-        await until(lambda: len(two.bodies) == 14 + SLACK + 1, "the crowd at server two")
+        await until(lambda: len(two.bodies) == 14 + LOAD_IMBALANCE + 1, "the crowd at server two")
         two.hold.set()
         await asyncio.gather(*talks)
         assert len(one.bodies) > 11  # the rest did not wait behind it

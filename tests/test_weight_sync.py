@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 
 from mgrpo.config.policy import LoraConfig
+from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.vllm.nccl import NcclSync
-from mgrpo.engines.vllm.weight_sync import KEEP, Label, LoraSync, parse_label
+from mgrpo.engines.vllm.weight_sync import LoraSync
+from mgrpo.engines.weight_folder import KEEP
 from mgrpo.errors import ConfigError
 from mgrpo.weights import Weights
 from tests.vllm_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
@@ -77,7 +79,7 @@ def test_a_rollout_across_an_update_keeps_the_version_of_each_token(tmp_path: Pa
         out = await task
         assert out.versions.tolist() == [1] * 5 + [2] * 3
         assert out.token_ids.tolist() == expected(weights(1), 9, 5) + expected(weights(2), 9)[5:]
-        await until(lambda: bench.replicas.replicas[0].label == Label(1, 2), "the other's version")
+        await until(lambda: bench.pool.servers[0].label == Label(1, 2), "the other's version")
 
     on_servers(1, test, tmp_path)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from mgrpo.engines.base import SamplingParams
 from mgrpo.engines.pool import EnginePool
+from mgrpo.engines.server_engine import ServerEngine
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.vllm.engine import VllmEngine
-from mgrpo.engines.vllm.weight_sync import FolderSync, WeightSync
+from mgrpo.engines.vllm.weight_sync import VllmFolderSync
+from mgrpo.engines.weight_sync import WeightSync
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.weights import Weights
 from tests.fake_vllm import VOCAB, FakeVllm, token
@@ -28,30 +29,30 @@ class Bench:
 
     def __init__(self, folder: Path, servers: list[FakeVllm]) -> None:
         self.folder, self.servers, self.said = folder, servers, list[str]()
-        self._engines: list[VllmEngine] = []
+        self._engines: list[ServerEngine[VllmClient]] = []
 
     def engine(
         self,
-        sync: WeightSync | None = None,
+        sync: WeightSync[VllmClient] | None = None,
         *,
         timeout: float = 30.0,
         watch: float = 0.05,
         patience: float = 30.0,
         max_length: int = 64,
         tokens: int = VOCAB,
-    ) -> VllmEngine:
+    ) -> ServerEngine[VllmClient]:
         """tokens: of the tokenizer; the servers' head has VOCAB rows."""
-        sync = sync or FolderSync(self.folder / "weights", timeout)
-        self.replicas = EnginePool(
+        sync = sync or VllmFolderSync(self.folder / "weights", timeout)
+        self.pool = EnginePool(
             [VllmClient(s.url, timeout) for s in self.servers],
             sync,
             timeout=timeout,
             max_length=max_length,
-            say=self.said.append,
+            on_event=self.said.append,
             watch=watch,
         )
-        made = VllmEngine(
-            self.replicas,
+        made = ServerEngine(
+            self.pool,
             sync,
             name="tests' policy",
             vocabulary=Vocabulary(tiny_tokenizer(tokens), VOCAB, "tests' policy"),

@@ -107,7 +107,7 @@ def _check_run(order: Order, plan: Plan) -> None:
             raise ConfigError(f"agents.{role}.model: containers need an absolute path, not {agent.model}")
     if order.target == "slurm":
         for part in plan.parts:
-            if part.is_vllm and shutil.which(part.command[0]) is None:
+            if part.is_server and shutil.which(part.command[0]) is None:
                 raise ConfigError(
                     f"{part.name}: no interpreter {part.command[0]} (agents.<role>.engine.python)"
                 )
@@ -130,7 +130,7 @@ def _show(plan: Plan) -> None:
     config, link = plan.config, plan.config.link
     print(f"store {config.store.url}")
     for role in config.roles:
-        urls = ", ".join(config.agents[role].engine.urls)
+        urls = ", ".join(config.agents[role].engine.running_servers)
         print(f"{role} {config.agents[role].url}" + (f", rollouts by {urls}" if urls else ""))
     print("links: plain, anyone who reaches the ports can read and write the run" if link.insecure and not link.keys
           else f"links: encrypted, keys in {link.keys}")  # fmt: skip
