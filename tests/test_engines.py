@@ -19,7 +19,8 @@ from mgrpo.model.policy import state_bytes
 from mgrpo.model.shell import shell_files
 from mgrpo.run import launch
 from mgrpo.weights import Weights
-from tests.fake_vllm import FakeVllm, token
+from tests.fake_server import token
+from tests.fake_vllm import FakeVllm
 from tests.models import tiny_policy
 from tests.runs import RELAY
 
