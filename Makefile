@@ -52,7 +52,7 @@ smollm2: setup smollm2-model
 	@if [ $(ENGINE) = vllm ]; then $(MAKE) --no-print-directory vllm; fi
 	@$(BIN)/mgrpo train examples/smollm2/smollm2.toml --out $(OUT) --fresh --set seed=$(SEED) \
 	    --set trainer.steps=$(STEPS) $(if $(filter hf,$(ENGINE)),--set rollout.threads=2 $(foreach role,main sub,\
-	    --set agents.$(role).engine.kind=hf --set agents.$(role).engine.sync=copy))
+	    --set 'agents.$(role).engine={type="hf",dtype="bfloat16"}'))
 	@$(BIN)/python examples/smollm2/result.py $(OUT)
 
 test: setup browser lint vllm smollm2-model

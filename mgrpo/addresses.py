@@ -11,7 +11,7 @@ from pathlib import Path
 class Addresses:
     """ZeroMQ addresses: the store's, and for each role its trainer's (trajectories in, weights out). keys: folder of
     the keys on this machine, None for plain links; insecure: plain links may leave this machine. engines: for each
-    policy the vLLM servers that the launcher starts here; weights: folder through which such servers get weights."""
+    policy the servers that the launcher starts here; weights: folder through which servers get weights."""
 
     store: str
     agents: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""A vLLM server of the tests' own: the routes that mgrpo uses, in this event loop, with a policy that is a hash.
+"""A vLLM server of the tests' own: the routes that mgrpo uses.
 
 Token i of an answer is a function of (bytes of the weights, prompt, seed, i), so an answer by the wrong weights is a
 wrong answer. It keeps vLLM's rules and breaks loudly where a client breaks them: weights change only while it is
@@ -8,105 +8,23 @@ paused, a label only then, and a prefix cache that survives an update is an erro
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VOCAB = 50
+from tests.fake_server import VOCAB, FakeServer, token
 
 
-def token(weights: bytes, prompt: list[int], seed: int, i: int) -> int:
-    text = f"{prompt} {seed} {i}".encode()
-    return hashlib.sha256(weights + text).digest()[0] % VOCAB
+class FakeVllm(FakeServer):
+    """See FakeServer."""
 
-
-class FakeVllm:
-    """`async with FakeVllm(socket) as server`; `stop` and `start` are a kill and a start with weights of its own."""
-
-    def __init__(self, socket: Path, *, max_length: int = 64, raw_logprobs: bool = False) -> None:
-        self.socket, self.url = socket, f"unix://{socket}"
-        self.max_length, self.raw_logprobs = max_length, raw_logprobs
-        self.calls: list[str] = []  # paths in order of arrival
-        self.bodies: list[dict[str, Any]] = []  # of generations
-        self.hold = asyncio.Event()  # clear: generations stand still
-        self.hold.set()
-        self.hold_at: int | None = None  # only when they have so many tokens
-        self.refuse: dict[str, tuple[int, str]] = {}  # path -> status and message
-        self.finish: str | None = None  # what ends every generation
-        self.standing = False  # one of them does
-        self.aborted = 0  # generations whose client went away
-        self._forget()
+    generate_path = "/inference/v1/generate"
+    unrecorded = ("/health", "/weight_info", "/is_paused", "/v1/models")
+    finish: str | None = None  # what ends every generation
 
     def _forget(self) -> None:
-        self.weights, self.label = b"its own", "default"
+        super()._forget()
         self.adapters: dict[str, bytes] = {}
-        self.running = asyncio.Event()
-        self.running.set()
-        self.clean = True  # the prefix cache holds nothing of older weights
         self.updating = False
-
-    async def __aenter__(self) -> FakeVllm:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def start(self) -> None:
-        self._forget()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server = await asyncio.start_unix_server(self._connected, str(self.socket))
-
-    async def stop(self) -> None:
-        """As kill -9: every connection ends at once."""
-        self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.socket.unlink(missing_ok=True)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            while line := await reader.readline():
-                path = line.split()[1].decode()
-                headers = {}
-                while (header := await reader.readline()) != b"\r\n":
-                    name, _, value = header.decode().partition(":")
-                    headers[name.strip().lower()] = value.strip()
-                body = await reader.readexactly(int(headers.get("content-length", 0)))
-                status, answer = await self._answer(path, json.loads(body) if body else {}, reader)
-                data = json.dumps(answer).encode()
-                writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
-                await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        except asyncio.CancelledError:
-            writer.transport.abort()  # killed
-        finally:
-            self._tasks.discard(task)
-            writer.close()
-
-    async def _answer(self, path: str, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
-        path, _, query = path.partition("?")
-        if path not in ("/health", "/weight_info", "/is_paused", "/v1/models"):
-            self.calls.append(path)
-        if path in self.refuse:
-            status, message = self.refuse[path]
-            return status, {"error": {"message": message}}
-        if path == "/inference/v1/generate":
-            return await self._generate(body, reader)
-        route: Callable[[dict[str, Any], str], Any] | None = getattr(
-            self, "on_" + path.strip("/").replace("/", "_"), None
-        )
-        if route is None:
-            return 404, {"detail": "Not Found"}
-        return 200, route(body, query)
 
     async def _generate(self, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
         params, prompt = body["sampling_params"], body["token_ids"]
@@ -218,6 +136,3 @@ class FakeVllm:
     def on_finish_weight_update(self, body: dict[str, Any], query: str) -> Any:
         self.updating, self.label = False, body["weight_version"]
         return {"message": "finished"}
-
-    def count(self) -> Counter[str]:
-        return Counter(self.calls)

@@ -19,9 +19,10 @@ import yaml
 from typer.testing import CliRunner
 
 from mgrpo.cli import app
-from mgrpo.cli.cluster.plan import Part, Plan, Site, gpus_of_vllm, make_plan
+from mgrpo.cli.cluster.plan import Part, Plan, Site, make_plan
 from mgrpo.cli.cluster.text import document
 from mgrpo.config import config_digest, load_config
+from mgrpo.engines.vllm.backend import gpus_of
 from mgrpo.errors import ConfigError, MgrpoError
 from tests.runs import RELAY, summary, wait_for
 
@@ -34,7 +35,7 @@ max_length = 64
 reward = { correct = 0.9 }
 policy = { device = "cuda", ranks = 4 }
 [agents.main.engine]
-kind = "vllm"
+type = "vllm"
 device = "cuda"
 replicas = 2
 sync = "fs"
@@ -135,7 +136,7 @@ def test_addresses_of_the_config_stay(team: Path) -> None:
     assert plan.config.store.url == "tcp://10.0.0.9:7000"
     assert by_name(plan)["store"].ports == (7000,)
     assert plan.config.agents["main"].engine.urls == ("http://gpu:8000",)
-    assert not any(part.is_vllm for part in plan.parts)
+    assert not any(part.is_server for part in plan.parts)
 
 
 def test_roles_that_share_a_policy_have_one_trainer_with_an_address_each(tmp_path: Path) -> None:
@@ -152,10 +153,10 @@ def test_roles_that_share_a_policy_have_one_trainer_with_an_address_each(tmp_pat
 
 
 def test_gpus_of_a_server_are_the_product_of_its_parallel_sizes() -> None:
-    assert gpus_of_vllm([]) == 1
-    assert gpus_of_vllm(["--tensor-parallel-size=4", "-pp", "2", "--max-num-seqs", "64"]) == 8
+    assert gpus_of([]) == 1
+    assert gpus_of(["--tensor-parallel-size=4", "-pp", "2", "--max-num-seqs", "64"]) == 8
     with pytest.raises(ConfigError, match="tensor-parallel-size x"):
-        gpus_of_vllm(["--tensor-parallel-size", "x"])
+        gpus_of(["--tensor-parallel-size", "x"])
 
 
 def test_an_hf_engine_on_a_gpu_gives_the_workers_one(team: Path) -> None:

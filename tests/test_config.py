@@ -215,7 +215,7 @@ def test_a_vllm_server_serves_one_policy_or_adapters() -> None:
 
     def roles(main: str, sub: str, rank: int = 0) -> list[str]:
         return [
-            f'agents.{role}.engine={{kind="vllm", sync="{sync}", urls=["http://a:8000", "{url}"]}}'
+            f'agents.{role}.engine={{type="vllm", sync="{sync}", urls=["http://a:8000", "{url}"]}}'
             for role, sync, url in (("main", main, "http://b:8000"), ("sub", sub, "http://b:8000/"))
         ] + [f"agents.{role}.policy.lora.rank={rank}" for role in ("main", "sub")]
 

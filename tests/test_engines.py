@@ -12,13 +12,15 @@ from mgrpo.addresses import Addresses
 from mgrpo.config.load import load_config
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
-from mgrpo.engines.registry import open_engine, open_sync
-from mgrpo.engines.vllm.engine import VllmEngine
+from mgrpo.engines.registry import find_engine, open_engine
+from mgrpo.engines.server_engine import ServerEngine
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import state_bytes
 from mgrpo.model.shell import shell_files
+from mgrpo.run import launch
 from mgrpo.weights import Weights
-from tests.fake_vllm import FakeVllm, token
+from tests.fake_server import token
+from tests.fake_vllm import FakeVllm
 from tests.models import tiny_policy
 from tests.runs import RELAY
 
@@ -55,31 +57,56 @@ def test_the_engine_in_this_process_computes_as_the_config_says(
     assert abs(theirs.logprobs - mine.logprobs).max() < close
 
 
-def test_an_engine_that_nobody_wrote_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the listed kinds and ways of weights exist; nothing else is taken for one of them."""
-    config = load_config(RELAY, [])
-    for field, value, words in (
-        ("kind", "other", "agents.left.engine.kind='other' is none of hf, vllm"),
-        ("sync", "pigeon", "agents.left.engine.sync='pigeon' is no way to reach a server: fs, lora, nccl"),
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('{kind="vllm", sync="fs"}', r'agents\.left\.engine: kind is called type: type = "vllm"'),
+        ('{type="hf", urls=["http://h:1"]}', r"agents\.left\.engine\.urls: unknown key"),
+        ('{type="vllm", sync="copy"}', r"agents\.left\.engine\.sync: .*'fs', 'nccl' or 'lora', got 'copy'"),
+        ('{type="sglang"}', r"agents\.left\.engine\.urls: required"),
+        ('{type="vlm", sync="fs"}', r"type 'vlm' is none of hf, vllm, sglang; .* options = {...}, got sync"),
+        ('{type="a:B", options={x=inf}}', r"agents\.left\.engine\.options: .*finite numbers"),
+    ],
+)
+def test_an_engine_takes_only_the_settings_of_its_type(table: str, message: str) -> None:
+    """A setting that could not act, and the former name of one that does, are refused by name."""
+    with pytest.raises(ConfigError, match=message):
+        load_config(RELAY, [f"agents.left.engine={table}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other", r"'other' is unknown, expected hf, sglang, vllm or 'package.module:Class'"),
+        ("no_such_package:Engine", r".*module 'no_such_package' is not installed"),
+        ("mgrpo.engines.base:Engine", r".*mgrpo.engines.base has no EngineBackend class 'Engine'"),
+    ],
+)
+def test_an_engine_that_nobody_wrote_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    """Before a folder or a process exists, in one line that names the field and what there is."""
+    with pytest.raises(ConfigError, match=rf"agents\.left\.engine\.type.* {message}") as error:
+        launch.start(RELAY, tmp_path / "run", [f"agents.left.engine.type={name}"], fresh=False)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_servers_of_those_engines_only_that_have_a_command() -> None:
+    """vLLM's are started; SGLang's are named, and asking for a command is an error of the config."""
+    config = load_config(RELAY, ['agents.left.engine={type="sglang", urls=["http://h:1"]}'])
+    assert config.agents["left"].engine.started_servers == 0
+    with pytest.raises(
+        ConfigError, match=r"agents\.left\.engine\.type='sglang': its servers are not started"
     ):
-        engine = config.agents["left"].engine.model_copy(update={field: value})
-        agent = config.agents["left"].model_copy(update={"engine": engine})
-        changed = config.model_copy(update={"agents": {**config.agents, "left": agent}})
-        with pytest.raises(ConfigError, match=words):
-            if field == "kind":
-                open_engine(changed, "left", {}, Addresses("", {}), lambda line: None)
-            else:
-                open_sync(changed, "left", Path("x"))
+        find_engine(config, "left").command(config, "left", "http://h:1")
 
 
 def test_one_server_holds_one_policy() -> None:
     """Two policies would replace each other's weights: refused with the address, and so is a repeated one."""
-    one = 'agents.left.engine={kind="vllm", sync="fs", urls=["http://h:1"]}'
+    one = 'agents.left.engine={type="vllm", sync="fs", urls=["http://h:1"]}'
     with pytest.raises(ConfigError, match=r"urls: http://h:1/? already serves the policy of '(left|main)'"):
-        load_config(RELAY, [one, 'agents.main.engine={kind="vllm", sync="fs", urls=["http://h:1/"]}'])
+        load_config(RELAY, [one, 'agents.main.engine={type="vllm", sync="fs", urls=["http://h:1/"]}'])
     with pytest.raises(ConfigError, match=r"agents\.left\.engine\.urls: http://h:1 stands there 2 times"):
         load_config(RELAY, [one.replace('["http://h:1"]', '["http://h:1", "http://h:1"]')])
-    load_config(RELAY, [one, 'agents.main.engine={kind="vllm", sync="fs", urls=["http://h:2"]}'])
+    load_config(RELAY, [one, 'agents.main.engine={type="vllm", sync="fs", urls=["http://h:2"]}'])
 
 
 def test_an_engine_over_http_gets_its_servers_and_folder_from_the_config(tmp_path: Path) -> None:
@@ -90,12 +117,12 @@ def test_an_engine_over_http_gets_its_servers_and_folder_from_the_config(tmp_pat
     async def ask(named: bool) -> None:
         async with FakeVllm(tmp_path / "s", max_length=32) as server:
             where = f'urls=["{server.url}"], folder="{tmp_path / "shared"}"' if named else 'python="x"'
-            config = load_config(RELAY, [f'agents.left.engine={{kind="vllm", sync="fs", {where}}}'])
+            config = load_config(RELAY, [f'agents.left.engine={{type="vllm", sync="fs", {where}}}'])
             own = {} if named else {"left": (server.url,)}
             addresses = Addresses("", {}, engines=own, weights=tmp_path / "run")
             engine, tokenizer = open_engine(config, "left", shell_files(policy), addresses, lambda line: None)
             try:
-                assert isinstance(engine, VllmEngine) and len(tokenizer.encode("w1")) == 1
+                assert isinstance(engine, ServerEngine) and len(tokenizer.encode("w1")) == 1
                 await engine.load(weights, 4)
                 out = await engine.generate(PROMPT, GREEDY, seed=0)
                 assert out.token_ids.tolist() == [token(weights.data, PROMPT, 0, i) for i in range(6)]

@@ -45,7 +45,7 @@ def test_models_that_keep_more_than_keys_and_values_are_refused(
         ConfigError, match=rf"^tiny: the in-process engine cannot serve \w+: .*({words})"
     ) as told:
         HfEngine(policy, slots=2, max_length=32)
-    assert 'engine.kind "vllm"' in str(told.value)
+    assert 'engine.type "vllm"' in str(told.value)
 
 
 @pytest.mark.parametrize("name", ["GPT2", "OPT", "Mpt", "Qwen2", "GptOss"])

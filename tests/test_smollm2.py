@@ -323,9 +323,9 @@ def test_configs_are_valid(name: str) -> None:
 
 def test_the_config_without_vllm_is_valid() -> None:
     """What `make smollm2 ENGINE=hf` overrides."""
-    sets = [f"agents.{role}.engine.{key}" for role in ("main", "sub") for key in ("kind=hf", "sync=copy")]
+    sets = [f'agents.{role}.engine={{type="hf",dtype="bfloat16"}}' for role in ("main", "sub")]
     config = load_config(EXAMPLE / "smollm2.toml", sets)
-    assert {config.agents[role].engine.kind for role in config.roles} == {"hf"}
+    assert {config.agents[role].engine.type for role in config.roles} == {"hf"}
 
 
 RUN = """

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from mgrpo.engines.base import SamplingParams
-from mgrpo.engines.pool import SLACK
+from mgrpo.engines.pool import LOAD_IMBALANCE
 from mgrpo.errors import ConfigError, InfrastructureError
-from tests.fake_vllm import VOCAB
-from tests.vllm_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
+from tests.fake_server import VOCAB
+from tests.fake_vllm import FakeVllm
+from tests.server_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
 
 
 def test_tokens_in_tokens_out(tmp_path: Path) -> None:
     """Ids, log-probs and versions come back as sampled, a stop token is kept, and what is asked for leaves the server's
     own defaults nothing to change the distribution with."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         engine = bench.engine()
         await engine.load(weights(3), 3)
         stop = expected(weights(3), 7)[5]
@@ -57,7 +58,7 @@ def test_ids_that_are_no_token_are_never_sampled(tmp_path: Path) -> None:
     """Each request takes the spare rows of the head out of the distribution; a server that samples one all the same
     has failed, and the answer is not trained on."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         whole = bench.engine()
         await whole.load(weights(3), 3)
         await whole.generate(PROMPT, SAMPLED, seed=7)
@@ -81,7 +82,7 @@ def test_ids_that_are_no_token_are_never_sampled(tmp_path: Path) -> None:
 def test_what_cannot_be_served_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     """Context overflow names its figures; bad ids, bounds and seeds name theirs; no server hears of any."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         engine = bench.engine(max_length=16)
         await engine.load(weights(0), 0)
         before = len(bench.servers[0].bodies)
@@ -109,7 +110,7 @@ def test_failures_are_never_results(tmp_path: Path) -> None:
     """An aborted generation, a failing server and one that does not answer in time are infrastructure failures that
     name the server; a request that the server refuses is an error of ours."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         engine = bench.engine(timeout=0.5)
         await engine.load(weights(0), 0)
@@ -138,7 +139,7 @@ def test_requests_go_to_the_least_loaded_and_conversations_stay(tmp_path: Path) 
     """Twenty requests at once are shared evenly; a conversation returns to the server that knows its prefix, unless
     that one has far more to do."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         one, two = bench.servers
         engine = bench.engine()
         await engine.load(weights(0), 0)
@@ -166,9 +167,9 @@ def test_requests_go_to_the_least_loaded_and_conversations_stay(tmp_path: Path) 
         two.hold.clear()
         talks = [
             asyncio.create_task(engine.generate(PROMPT, SAMPLED, seed=0, session="talk"))
-            for _ in range(SLACK + 4)
+            for _ in range(LOAD_IMBALANCE + 4)
         ]
-        await until(lambda: len(two.bodies) == 14 + SLACK + 1, "the crowd at server two")
+        await until(lambda: len(two.bodies) == 14 + LOAD_IMBALANCE + 1, "the crowd at server two")
         two.hold.set()
         await asyncio.gather(*talks)
         assert len(one.bodies) > 11  # the rest did not wait behind it
@@ -180,7 +181,7 @@ def test_requests_go_to_the_least_loaded_and_conversations_stay(tmp_path: Path) 
 def test_a_failure_that_is_the_end_of_the_server_is_not_the_requests(tmp_path: Path) -> None:
     """A front end whose engine has died answers 500, and its health 503: the other server gets the work."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         one, two = bench.servers
         engine = bench.engine()
         await engine.load(weights(0), 0)
@@ -197,7 +198,7 @@ def test_a_killed_server_is_named_its_work_goes_elsewhere_and_it_returns(tmp_pat
     """Requests under way at a server that dies are answered by the other one, exactly as it would have; started again
     it gets the newest weights before anybody is sent to it."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         one = bench.servers[0]
         engine = bench.engine()
         await engine.load(weights(4), 4)
@@ -227,7 +228,7 @@ def test_a_killed_server_is_named_its_work_goes_elsewhere_and_it_returns(tmp_pat
 def test_without_any_server_the_error_names_all(tmp_path: Path) -> None:
     """Deadlines: nobody to load into, nobody to ask."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         engine = bench.engine(timeout=0.3, patience=0.3)
         await engine.load(weights(0), 0)
         for server in bench.servers:
@@ -261,7 +262,7 @@ def test_a_server_that_can_never_serve_is_refused_at_once(
 ) -> None:
     """Settings of a server that no retry mends are errors of the config, in words that say what to change."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         bench.servers[0].refuse.update(refusal)
         with pytest.raises(ConfigError, match=message):
             await bench.engine().load(weights(0), 0)
@@ -272,7 +273,7 @@ def test_a_server_that_can_never_serve_is_refused_at_once(
 def test_a_cancelled_call_ends_its_own_request_only(tmp_path: Path) -> None:
     """The other request of the same server goes on to its end."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         engine = bench.engine()
         await engine.load(weights(0), 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mgrpo.config.load import load_config
-from mgrpo.engines.vllm.process import server_command
+from mgrpo.engines.vllm.backend import VllmBackend
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import save_policy
 from mgrpo.run import launch
@@ -23,17 +23,17 @@ from tests.runs import RELAY, wait_for
 def test_a_server_that_does_not_answer_ends_the_start_in_one_line(tmp_path: Path) -> None:
     """mgrpo train with the address of nobody: the setting and the address, before a folder or a process exists."""
     out = tmp_path / "run"
-    sets = ['agents.left.engine={kind="vllm", sync="fs", urls=["http://127.0.0.1:9"]}']
+    sets = ['agents.left.engine={type="vllm", sync="fs", urls=["http://127.0.0.1:9"]}']
     with pytest.raises(ConfigError, match=r"^agents.left.engine.urls: http://127.0.0.1:9: .+") as error:
         launch.start(RELAY, out, sets, fresh=False)
     assert "\n" not in str(error.value) and not out.exists()
-    sets = ['agents.left.engine={kind="vllm", sync="fs"}']
+    sets = ['agents.left.engine={type="vllm", sync="fs"}']
     with pytest.raises(ConfigError, match=r"agents.left.model is missing"):
         launch.start(RELAY, out, sets, fresh=False)
     save_policy(tiny_policy("shift"), tmp_path / "model")
     sets = [
         f"agents.left.model={tmp_path}/model",
-        'agents.left.engine={kind="vllm", sync="fs", python="nowhere"}',
+        'agents.left.engine={type="vllm", sync="fs", python="nowhere"}',
     ]
     with pytest.raises(ConfigError, match=r"agents.left.engine.python: no interpreter nowhere"):
         launch.start(RELAY, out, sets, fresh=False)
@@ -47,10 +47,10 @@ def test_what_a_server_is_started_with(tmp_path: Path) -> None:
     own arguments last."""
     sets = [
         f"agents.left.model={tmp_path}",
-        f'agents.left.engine={{kind="vllm", sync="lora", python="{sys.executable}", arguments=["--x", "1"]}}',
+        f'agents.left.engine={{type="vllm", sync="lora", python="{sys.executable}", arguments=["--x", "1"]}}',
         "agents.left.policy.lora.rank=12",
     ]
-    command = server_command(load_config(RELAY, sets), "left", ("--uds", "/s"))
+    command = VllmBackend.command(load_config(RELAY, sets), "left", "unix:///s")
     words = list(command.arguments)
     pairs = set(itertools.pairwise(words))
     assert {
@@ -70,36 +70,37 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 open(sys.argv[1], "w").write(f"{child.pid}")
 time.sleep(60)
 """
-KEEPER = """
+SUPERVISOR = """
 import signal, sys
 from pathlib import Path
-from mgrpo.engines.vllm.process import ServerCommand, keep
+from mgrpo.engines.backend import ServerCommand
+from mgrpo.engines.process import run_server
 def leave(*_): raise SystemExit(0)
 signal.signal(signal.SIGTERM, leave)
-sys.exit(keep(ServerCommand([sys.executable, "-c", {front!r}, {mark!r}], {{}}), Path({socket!r})) + 100)
+sys.exit(run_server(ServerCommand([sys.executable, "-c", {front!r}, {mark!r}], {{}}), Path({socket!r})) + 100)
 """
 
 
-@pytest.mark.parametrize("victim", ["front end", "keeper"])
+@pytest.mark.parametrize("victim", ["front end", "supervisor"])
 def test_no_process_of_a_server_outlives_it(tmp_path: Path, victim: str) -> None:
-    """The front end killed: what it had started is ended too, and the status says the signal. The keeper told to stop:
-    the same."""
+    """The front end killed: what it had started is ended too, and the status is the signal's. The supervisor gets
+    SIGTERM: the same."""
     mark = tmp_path / "mark"
-    code = KEEPER.format(front=FRONT_END, mark=str(mark), socket=str(tmp_path / "s"))
-    keeper = subprocess.Popen([sys.executable, "-c", code])
+    code = SUPERVISOR.format(front=FRONT_END, mark=str(mark), socket=str(tmp_path / "s"))
+    supervisor = subprocess.Popen([sys.executable, "-c", code])
     try:
         wait_for(lambda: mark.exists() and mark.read_text() != "", "the start", 60)
         engine = int(mark.read_text())
         front = int(Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(
-            front if victim == "front end" else keeper.pid,
+            front if victim == "front end" else supervisor.pid,
             signal.SIGKILL if victim == "front end" else signal.SIGTERM,
         )
-        assert keeper.wait(20) == (100 - signal.SIGKILL if victim == "front end" else 0)
+        assert supervisor.wait(20) == (100 - signal.SIGKILL if victim == "front end" else 0)
         wait_for(lambda: not _runs(engine), "the end of the engine", 10)
     finally:
-        keeper.kill()
-        keeper.wait(10)
+        supervisor.kill()
+        supervisor.wait(10)
 
 
 def _runs(pid: int) -> bool:

@@ -12,17 +12,20 @@ import safetensors.torch
 import torch
 
 from mgrpo.config.policy import LoraConfig
+from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.vllm.nccl import NcclSync
-from mgrpo.engines.vllm.weight_sync import KEEP, Label, LoraSync, parse_label
+from mgrpo.engines.vllm.weight_sync import LoraSync
+from mgrpo.engines.weight_folder import KEEP
 from mgrpo.errors import ConfigError
 from mgrpo.weights import Weights
-from tests.vllm_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
+from tests.fake_vllm import FakeVllm
+from tests.server_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
 
 
 def test_a_server_that_missed_a_version_serves_nobody(tmp_path: Path) -> None:
     """A server whose update fails stays paused and unasked, although it is alive; healed, it gets the newest one."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         one = bench.servers[0]
         engine = bench.engine()
         await engine.load(weights(1), 1)
@@ -45,7 +48,7 @@ def test_a_server_that_was_exchanged_unseen_is_found_out_by_its_answer(tmp_path:
     """Between two looks a server is killed and started: its answer carries another label, is thrown away, and the
     request is answered by weights that were asked for."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         engine = bench.engine(watch=0.3)
         await engine.load(weights(6), 6)
@@ -63,7 +66,7 @@ def test_a_rollout_across_an_update_keeps_the_version_of_each_token(tmp_path: Pa
     """Another worker updates the server in the middle of our request: our tokens say which weights sampled them, and
     they are those weights' tokens."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         ours, theirs = bench.engine(), bench.engine()
         await ours.load(weights(1), 1)
@@ -77,7 +80,7 @@ def test_a_rollout_across_an_update_keeps_the_version_of_each_token(tmp_path: Pa
         out = await task
         assert out.versions.tolist() == [1] * 5 + [2] * 3
         assert out.token_ids.tolist() == expected(weights(1), 9, 5) + expected(weights(2), 9)[5:]
-        await until(lambda: bench.replicas.replicas[0].label == Label(1, 2), "the other's version")
+        await until(lambda: bench.pool.servers[0].label == Label(1, 2), "the other's version")
 
     on_servers(1, test, tmp_path)
 
@@ -86,7 +89,7 @@ def test_workers_that_share_servers_update_each_once(tmp_path: Path) -> None:
     """Three workers load the same version at once: one reads it in, nobody resumes a half-read server, and an older
     version never replaces a newer one, except after the trainer went back. Old versions go, finished or not."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         engines = [bench.engine() for _ in range(3)]
         await asyncio.gather(*(engine.load(weights(1), 1) for engine in engines))
         for server in bench.servers:
@@ -116,7 +119,7 @@ def test_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
     """sync lora: nothing is paused, a request is answered to its end by the version it named, old adapters go, and the
     folder is one that peft reads."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         sync = LoraSync(tmp_path / "weights", 30.0, LoraConfig(rank=2, alpha=4, targets=("q_proj",)))
         engine = bench.engine(sync)
@@ -167,7 +170,7 @@ def test_nccl_in_the_order_of_vllms_weight_transfer(tmp_path: Path) -> None:
         tensors = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
         return Weights(f"e1.v{version}", version, safetensors.torch.save(tensors))
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         engine = bench.engine(NcclSync(tmp_path / "weights", 30.0, Told))
         await engine.load(state(1), 1)
@@ -196,7 +199,7 @@ def test_nccl_in_the_order_of_vllms_weight_transfer(tmp_path: Path) -> None:
 def test_adapters_of_two_roles_share_a_server(tmp_path: Path) -> None:
     """Each role's requests name its own adapter, and neither unloads the other's."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         config = LoraConfig(rank=2, alpha=4, targets=("q_proj",))
         engines = {
@@ -217,7 +220,7 @@ def test_adapters_of_two_roles_share_a_server(tmp_path: Path) -> None:
 def test_the_weights_of_another_role_are_not_taken_for_ones_own(tmp_path: Path) -> None:
     """A server that has served another policy, under a higher version: it gets ours, and its label."""
 
-    async def test(bench: Bench) -> None:
+    async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         server.label = "sub.e9.v9"
         mine = Weights("main.e1.v2", 2, b"weights of main")

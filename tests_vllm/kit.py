@@ -16,9 +16,9 @@ from mgrpo.config import load_config
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.engines.pool import EnginePool
-from mgrpo.engines.registry import open_sync
+from mgrpo.engines.server_engine import ServerEngine
+from mgrpo.engines.vllm.backend import VllmBackend
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.vllm.engine import VllmEngine
 from mgrpo.model.policy import Policy, load_policy
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.run.folder import RunFolder
@@ -49,7 +49,7 @@ reward = {{ correct = 1.0 }}
 {main}
 
 [agents.main.engine]
-kind = "vllm"
+type = "vllm"
 sync = "{sync}"
 dtype = "{dtype}"
 timeout = {timeout}
@@ -86,11 +86,13 @@ class Served:
         self.loop = asyncio.new_event_loop()
         arguments = ["engine", str(path), "--agent", "main", "--replica", "0", "--out", str(self.run.root)]
         self.children.start("engine-main-0", arguments, healthy=START_SECONDS)
-        self.way = way = open_sync(self.config, "main", self.run.weights / "main")
+        self.sync = sync = VllmBackend.open_sync(self.config, "main", self.run.weights / "main")
         self.server = VllmClient(self.url, START_SECONDS)
-        self.engine = VllmEngine(
-            EnginePool([self.server], way, timeout=START_SECONDS, max_length=LENGTH, say=self.said.append),
-            way,
+        self.engine = ServerEngine(
+            EnginePool(
+                [self.server], sync, timeout=START_SECONDS, max_length=LENGTH, on_event=self.said.append
+            ),
+            sync,
             name="SmolLM2",
             vocabulary=Vocabulary(AutoTokenizer.from_pretrained(MODEL), 49152, "SmolLM2"),
             max_length=LENGTH,
@@ -122,7 +124,7 @@ class Served:
     async def place(self, data: bytes) -> None:
         """Make the next version ready, so that a bring() of the same data only updates the server."""
         version = self.version + 1
-        await self.way.prepare(Weights(version_label("main", 1, version), version, data))
+        await self.sync.prepare(Weights(version_label("main", 1, version), version, data))
 
     async def bring(self, data: bytes) -> None:
         self.version += 1

@@ -18,7 +18,7 @@ import torch
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.engines.base import Generation, SamplingParams
-from mgrpo.engines.vllm.weight_sync import held_label
+from mgrpo.engines.vllm.weight_sync import server_label
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy, state_bytes
 from tests_vllm.kit import Served, below, logprobs, ours, prompts, reference, served, wait_gone
@@ -125,7 +125,7 @@ def test_an_update_shows_in_the_output_and_in_the_label_and_is_undone_exactly(
     after = live.generate(asked, GREEDY)
     assert [o.token_ids.tolist() for o in after] != [o.token_ids.tolist() for o in before]
     assert {int(v) for o in after for v in o.versions} == {version}
-    assert str(live.do(held_label(live.server))) == live.label
+    assert str(live.do(server_label(live.server))) == live.label
     assert_greedy_agrees(live, changed)
     version = live.load(start)
     restored = live.one_by_one(asked, GREEDY)
@@ -195,13 +195,13 @@ def test_logprobs_in_bfloat16(policy: Policy, start: bytes, tmp_path: Path) -> N
 
 def test_a_server_of_other_settings_is_refused(live: Served) -> None:
     """Histories longer than the server takes are found out before anything is sampled."""
-    replicas = live.engine._replicas
-    before, replicas._max_length = replicas._max_length, 4096
+    pool = live.engine._pool
+    before, pool._max_length = pool._max_length, 4096
     try:
         with pytest.raises(ConfigError, match=r"takes 320 tokens .* max_length is 4096"):
-            live.do(replicas._examine(replicas.replicas[0]))
+            live.do(pool._examine(pool.servers[0]))
     finally:
-        replicas._max_length = before
+        pool._max_length = before
 
 
 def test_a_killed_server_is_named_started_again_and_brought_up_to_date(
@@ -232,7 +232,7 @@ def test_a_killed_server_is_named_started_again_and_brought_up_to_date(
 
 
 def test_nothing_is_left_when_it_is_stopped(tmp_path: Path, live: Served) -> None:
-    """The last test of the module: SIGTERM to the keeper ends every process of the server."""
+    """The last test of the module: SIGTERM to the supervisor ends every process of the server."""
     family = below(live.children.pids()["engine-main-0"])
     assert len(family) >= 2
     live.children.stop()

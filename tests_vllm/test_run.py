@@ -22,7 +22,7 @@ max_length = 128
 reward = {{ correct = 1.0 }}
 optimizer = {{ lr = 1e-5 }}
 policy = {{ {policy} }}
-engine = {{ kind = "vllm", sync = "{sync}", dtype = "bfloat16", timeout = 300.0, python = "{python}" }}
+engine = {{ type = "vllm", sync = "{sync}", dtype = "bfloat16", timeout = 300.0, python = "{python}" }}
 
 [agents.sub]
 shares = "main"

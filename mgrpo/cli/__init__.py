@@ -199,7 +199,7 @@ def engine(
     overrides: Overrides = None,
     parent: Parent = None,
 ) -> None:
-    """Run one vLLM server of an agent (the launcher does this for you on one machine)."""
+    """Run one inference server of an agent (the launcher does this for you on one machine)."""
     from mgrpo.run.processes import run_engine_process
 
     run_engine_process(config, agent, replica, out, overrides or [], parent)

@@ -91,7 +91,7 @@ def _computed(config: RunConfig) -> dict[str, Any]:
     for name in MAY_CHANGE:
         *sections, key = name.split(".")
         for section in _below(tree, sections):
-            section.pop(key)
+            section.pop(key, None)  # engines of different types have different settings
     return tree
 
 
@@ -171,7 +171,8 @@ def _first(error: ValidationError) -> str:
     """The first problem as `field: what was expected, got value`, with the number of further ones."""
     problems = error.errors()
     first = problems[0]
-    field = ".".join(str(p) for p in first["loc"]) or "the config"
+    # What stands in parentheses is the chosen type of a table, no part of its name.
+    field = ".".join(p for p in map(str, first["loc"]) if not p.startswith("(")) or "the config"
     if first["type"] == "extra_forbidden":
         text = f"{field}: unknown key"
     elif first["type"] == "missing":

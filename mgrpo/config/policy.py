@@ -1,4 +1,4 @@
-"""How one agent's policy is held by its trainer, and what serves its rollouts."""
+"""How one agent's policy is held and computed by its trainer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mgrpo.config.settings import MAX_SECONDS, Settings
+from mgrpo.config.settings import Settings
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
@@ -63,50 +63,4 @@ class PolicyConfig(Settings):
             raise ValueError('activation_offload has no effect with device "cpu"')
         if self.attention == "flash" and self.device == "cpu":
             raise ValueError('attention "flash" needs device "cuda"')
-        return self
-
-
-class EngineConfig(Settings):
-    """What samples one agent's tokens."""
-
-    kind: Literal["hf", "vllm"] = "hf"
-    """hf: the model itself, inside each rollout worker. vllm: one or more vLLM servers over HTTP."""
-    device: Device = "cpu"
-    """Where an hf engine, or a server that the launcher starts, computes."""
-    dtype: Precision = "float32"
-    """What it computes in."""
-    urls: tuple[str, ...] = ()
-    """vllm: servers that run already, e.g. ["http://10.0.0.3:8000"]. Empty: the launcher starts `replicas` of them."""
-    replicas: int = Field(1, ge=1)
-    """vllm: servers that the launcher starts; requests go to the one with the fewest in flight."""
-    python: str = ".venv-vllm/bin/python"
-    """vllm: the interpreter of the environment that has vLLM, for servers that the launcher starts."""
-    arguments: tuple[str, ...] = ()
-    """vllm: further arguments of the server, e.g. ["--gpu-memory-utilization", "0.8"]."""
-    sync: Literal["copy", "fs", "nccl", "lora"] = "copy"
-    """How new weights arrive. copy: over the link into an hf engine. fs: a safetensors folder that the server reads
-    again. nccl: vLLM's weight transfer between GPUs. lora: a new adapter folder a version."""
-    folder: str | None = None
-    """fs, lora: folder for the weights that trainer and servers share. Unset: one in the run's folder."""
-    timeout: float = Field(120.0, gt=0, le=MAX_SECONDS)
-    """Seconds that one request to a server may take before it counts as failed."""
-
-    _tuples = field_validator("urls", "arguments", mode="before")(
-        lambda v: tuple(v) if isinstance(v, list) else v
-    )
-
-    @model_validator(mode="after")
-    def _sync_fits(self) -> EngineConfig:
-        if (self.kind == "hf") != (self.sync == "copy"):
-            raise ValueError(
-                f'sync "{self.sync}" does not fit kind "{self.kind}"; hf takes copy, vllm one of the others'
-            )
-        if self.kind == "hf":
-            for name in ("urls", "replicas", "python", "arguments", "folder", "timeout"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f'{name} has no effect with kind "hf"')
-        if self.urls and self.replicas != 1:
-            raise ValueError(f"replicas={self.replicas} has no effect beside urls")
-        if self.sync == "nccl" and self.device == "cpu":
-            raise ValueError('sync "nccl" needs device "cuda"')
         return self

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from mgrpo.config.engine import EngineConfig, HfEngineConfig
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.config.policy import EngineConfig, PolicyConfig
+from mgrpo.config.policy import PolicyConfig
 from mgrpo.config.settings import MAX_SECONDS, Settings
 from mgrpo.config.task import TaskConfig
 from mgrpo.types import MAIN
@@ -138,7 +139,8 @@ class AgentConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     policy: PolicyConfig = PolicyConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = HfEngineConfig()
+    """What samples its tokens: a table whose keys depend on its type."""
 
 
 class TrainerConfig(Settings):
@@ -296,7 +298,7 @@ class RunConfig(Settings):
                 raise ValueError(
                     f"agents.{role} has both model and warm_start.steps; set warm_start.steps = 0"
                 )
-            if agent.engine.sync == "lora" and not agent.policy.lora.rank:
+            if agent.engine.adapter_only and not agent.policy.lora.rank:
                 raise ValueError(f'agents.{role}.engine.sync "lora" needs agents.{role}.policy.lora.rank')
             if agent.max_length > self.trainer.micro_batch:
                 raise ValueError(
@@ -323,15 +325,15 @@ class RunConfig(Settings):
         return self
 
     def _check_servers(self) -> None:
-        """A vLLM server holds one policy's whole weights, or adapters of any number of policies."""
+        """A server holds one policy's whole weights, or adapters of any number of policies."""
         users: dict[str, str] = {}
         for role in self.policy_roles:
-            urls = self.agents[role].engine.urls
+            urls = self.agents[role].engine.running_servers
             for url in urls:
                 if urls.count(url) > 1:
                     raise ValueError(f"agents.{role}.engine.urls: {url} stands there {urls.count(url)} times")
                 other = users.setdefault(url.rstrip("/"), role)
-                if other != role and {self.agents[r].engine.sync for r in (role, other)} != {"lora"}:
+                if other != role and not all(self.agents[r].engine.adapter_only for r in (role, other)):
                     raise ValueError(
                         f"agents.{role}.engine.urls: {url} already serves the policy of {other!r}; only policies with "
                         f'engine.sync = "lora" can share a server'

@@ -1,7 +1,7 @@
 """The engine interface: token ids in; token ids, log-probs and policy versions out.
 
-Every backend (in-process Hugging Face, vLLM over HTTP) implements this and nothing more, so an agent never knows which
-one serves it. `seed` makes the sampled tokens a pure function of (weights, prompt, seed): the noise of a request
+Every engine (in-process Hugging Face, servers over HTTP) implements this and nothing more, so an agent never knows
+which one serves it. `seed` makes the sampled tokens a pure function of (weights, prompt, seed): the noise of a request
 depends neither on its neighbours in the batch nor on arrival order.
 """
 
@@ -34,6 +34,10 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
+PATIENCE_SECONDS = 600.0
+"""How long load() may wait for a server, which may load a large model, or be started again meanwhile."""
+
+
 class Engine(ABC):
     """Serves one agent's policy. Methods are called from one asyncio loop."""
 
@@ -46,8 +50,8 @@ class Engine(ABC):
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
     ) -> Generation:
-        """Continue prompt_ids. Calls of one `session` extend one append-only history, which lets the backend keep its
-        KV cache. Raises ValueError when the prompt leaves no room for max_tokens, InfrastructureError when the backend
+        """Continue prompt_ids. Calls of one `session` extend one append-only history, which lets the engine keep its
+        KV cache. Raises ValueError when the prompt leaves no room for max_tokens, InfrastructureError when the engine
         fails."""
 
     @abstractmethod

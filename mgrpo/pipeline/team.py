@@ -51,7 +51,7 @@ class Team:
             files = self._shell(client)
             tokenizer(role, files)
             agent = self._config.agents[role]
-            engine, words = open_engine(self._config, role, files, self._addresses, log)
+            engine, words = open_engine(self._config, role, files, self._addresses, on_event=log)
             self._sources[role] = _Source(client, engine, pull=Pull(self._pull_progress(role, log)))
             self.agents[role] = Agent(role, engine, words, agent.loss.temperature, agent.max_length)
 

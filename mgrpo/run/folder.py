@@ -14,7 +14,6 @@ from pathlib import Path
 
 from mgrpo.addresses import Addresses
 from mgrpo.config import RunConfig, load_config
-from mgrpo.engines.vllm.process import starts_servers
 from mgrpo.errors import ConfigError
 from mgrpo.run.lock import is_locked
 from mgrpo.run.sockets import check_sockets, make_sockets, socket_folder
@@ -69,11 +68,11 @@ class RunFolder:
 
     @property
     def weights(self) -> Path:
-        """Versions on their way to vLLM servers; of no use once the run has ended."""
+        """Versions on their way to servers; of no use once the run has ended."""
         return self.root / "weights"
 
     def engine_socket(self, role: str, replica: int) -> Path:
-        """Where a vLLM server that the launcher starts listens."""
+        """Where a server that the launcher starts listens."""
         return self.socket_folder / _engine_name(role, replica)
 
     @property
@@ -111,11 +110,9 @@ class RunFolder:
             keys=Path(config.link.keys) if config.link.keys is not None else None,
             insecure=config.link.insecure,
             engines={
-                r: tuple(
-                    f"unix://{self.engine_socket(r, i)}" for i in range(config.agents[r].engine.replicas)
-                )
+                r: tuple(f"unix://{self.engine_socket(r, i)}" for i in range(n))
                 for r in config.policy_roles
-                if starts_servers(config.agents[r].engine)
+                if (n := config.agents[r].engine.started_servers)
             },
             weights=self.weights,
         )
@@ -135,12 +132,11 @@ def _engine_name(role: str, replica: int) -> str:
 
 
 def started_engines(config: RunConfig) -> list[tuple[str, int]]:
-    """Role and number of each vLLM server that the launcher starts."""
+    """Role and number of each server that the launcher starts."""
     return [
         (role, replica)
         for role in config.policy_roles
-        if starts_servers(config.agents[role].engine)
-        for replica in range(config.agents[role].engine.replicas)
+        for replica in range(config.agents[role].engine.started_servers)
     ]
 
 

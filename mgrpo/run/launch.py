@@ -16,20 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mgrpo.config import RunConfig, check_same_run, dump_config, load_config
-from mgrpo.engines.vllm.client import PATIENCE_SECONDS
-from mgrpo.engines.vllm.process import check_engine
+from mgrpo.engines.base import PATIENCE_SECONDS
+from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError, GateError, MgrpoError
 from mgrpo.model.folder import check_chat_folder, check_folder
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
 from mgrpo.run.interrupts import Interrupts
 from mgrpo.run.lock import take_lock
 from mgrpo.run.monitor import Monitor, Outcome
-from mgrpo.run.processes import check_names_of_kinds, load_run_task
+from mgrpo.run.processes import check_plugins, load_run_task
 from mgrpo.run.progress import Display
 from mgrpo.run.supervisor import HEALTHY_SECONDS, Supervisor
 
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' subsystem
-ENGINE_HEALTHY = 300.0  # a vLLM server that fails while it starts, which takes minutes, fails for good
+ENGINE_HEALTHY = 300.0  # a server that fails while it starts, which takes minutes, fails for good
 LOOK_SECONDS = 0.1
 END_SECONDS = 30.0  # for the parts to end by themselves once the run is over; then they are told to
 
@@ -73,7 +73,7 @@ def resume(out: Path, overrides: Sequence[str]) -> None:
 def _check(config: RunConfig, folder: RunFolder) -> None:
     """What can be known to fail fails here, before a folder or a process exists."""
     folder.check_sockets(config)
-    check_names_of_kinds(config)
+    check_plugins(config)
     task = load_run_task(config)
     for role in config.policy_roles:
         agent, where = config.agents[role], f"agents.{role}"
@@ -83,10 +83,8 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
             if task.chat:
                 check_chat_folder(Path(agent.model), f"{where}.model", task.chat_use)
         _check_gpu(agent.policy.device, f"{where}.policy.device")
-        if not agent.engine.urls:
-            _check_gpu(agent.engine.device, f"{where}.engine.device")
-        if agent.engine.kind == "vllm":
-            check_engine(config, role)
+        _check_gpu(agent.engine.started_device, f"{where}.engine.device")
+        find_engine(config, role).check(config, role)
 
 
 def _check_gpu(device: str, name: str) -> None:

@@ -10,7 +10,8 @@ from types import FrameType
 
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.credit import check_names
-from mgrpo.engines.vllm.process import check_startable, keep, server_command, starts_servers
+from mgrpo.engines.process import run_server
+from mgrpo.engines.registry import find_engine
 from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.run.folder import RunFolder
@@ -18,13 +19,15 @@ from mgrpo.run.supervisor import die_with_parent
 from mgrpo.store.records import RunParams
 
 
-def check_names_of_kinds(config: RunConfig) -> None:
-    """Raise ConfigError where the config names a trainer or a metric sink that does not exist."""
+def check_plugins(config: RunConfig) -> None:
+    """Raise ConfigError where the config names an engine, a trainer or a metric sink that does not exist."""
+    from mgrpo.engines.registry import find_engine
     from mgrpo.sinks.registry import find_sinks
     from mgrpo.trainers.registry import find_trainer
 
     find_sinks(config.metrics.sinks)
     for role in config.policy_roles:
+        find_engine(config, role)
         find_trainer(config, role)
 
 
@@ -130,20 +133,20 @@ def run_worker_process(
 def run_engine_process(
     config_path: Path, role: str, replica: int, out: Path, overrides: Sequence[str], parent: int | None
 ) -> None:
-    """One vLLM server of `role`'s policy, until it ends or SIGTERM."""
+    """One server of `role`'s policy, until it ends or SIGTERM."""
     config = _begin(config_path, overrides, parent, _unwind)
     if role not in config.policy_roles:
         raise ConfigError(f"--agent {role}: expected one with a policy: {', '.join(config.policy_roles)}")
-    engine = config.agents[role].engine
-    if not starts_servers(engine) or not 0 <= replica < engine.replicas:
+    if not 0 <= replica < config.agents[role].engine.started_servers:
         raise ConfigError(f"--replica {replica}: the config starts no such server for {role!r}")
-    check_startable(config, role)
+    backend = find_engine(config, role)
+    backend.check(config, role)
     folder = RunFolder(out)
     folder.make_room_for_sockets(config)
     socket = folder.engine_socket(role, replica)
-    code = keep(server_command(config, role, ("--uds", str(socket))), socket)
-    if code == 0:  # its engine has died, for instance; nobody told it to end
-        raise MgrpoError(f"the vLLM server of {role!r} ended by itself; its last words are above")
+    code = run_server(backend.command(config, role, f"unix://{socket}"), socket)
+    if code == 0:  # its engine has died, for instance: there was no signal
+        raise MgrpoError(f"the server of {role!r} ended by itself; its last lines are above")
     if code < 0:  # end as it ended, so that who watches us sees a signal and no error
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -21,7 +21,7 @@ def compose(plan: Plan, out: Path, image: str, vllm_image: str) -> str:
     gpu = 0
     for part in plan.parts:
         services[part.name] = _service(
-            part, vllm_image if part.is_vllm else image, volumes, str(plan.site.root)
+            part, vllm_image if part.is_server else image, volumes, str(plan.site.root)
         )
         services[part.name]["stop_grace_period"] = f"{math.ceil(plan.config.trainer.stop_timeout)}s"
         if part.gpus:

@@ -17,7 +17,7 @@ def k8s(plan: Plan, image: str, vllm_image: str, claim: str) -> str:
     for part in plan.parts:
         if part.ports:
             items.append(_service(part))
-        pod = _pod(part, vllm_image if part.is_vllm else image, claim, str(plan.site.root))
+        pod = _pod(part, vllm_image if part.is_server else image, claim, str(plan.site.root))
         pod["terminationGracePeriodSeconds"] = math.ceil(plan.config.trainer.stop_timeout)
         items.append(_workload(part, pod))
     return document({"apiVersion": "v1", "kind": "List", "items": items})

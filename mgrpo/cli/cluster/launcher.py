@@ -19,7 +19,7 @@ from mgrpo.cli.cluster.slurm import scripts
 from mgrpo.config import dump_config
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.run.folder import RunFolder
-from mgrpo.run.processes import check_names_of_kinds, load_run_task
+from mgrpo.run.processes import check_plugins, load_run_task
 from mgrpo.transport.keys import add_key, init_keys
 
 MOUNT = Path("/mgrpo")  # the run's folder inside containers
@@ -98,7 +98,7 @@ def _check_run(order: Order, plan: Plan) -> None:
     """What can be known to fail fails here, before a folder or a job exists."""
     if order.out.exists() and (not order.out.is_dir() or any(order.out.iterdir())):
         raise ConfigError(f"{order.out} is not an empty folder; choose another --out")
-    check_names_of_kinds(plan.config)
+    check_plugins(plan.config)
     load_run_task(plan.config)
     for role, agent in plan.config.agents.items():
         if agent.model is not None and order.target != "k8s" and not Path(agent.model).is_dir():
@@ -107,7 +107,7 @@ def _check_run(order: Order, plan: Plan) -> None:
             raise ConfigError(f"agents.{role}.model: containers need an absolute path, not {agent.model}")
     if order.target == "slurm":
         for part in plan.parts:
-            if part.is_vllm and shutil.which(part.command[0]) is None:
+            if part.is_server and shutil.which(part.command[0]) is None:
                 raise ConfigError(
                     f"{part.name}: no interpreter {part.command[0]} (agents.<role>.engine.python)"
                 )
@@ -130,7 +130,7 @@ def _show(plan: Plan) -> None:
     config, link = plan.config, plan.config.link
     print(f"store {config.store.url}")
     for role in config.roles:
-        urls = ", ".join(config.agents[role].engine.urls)
+        urls = ", ".join(config.agents[role].engine.running_servers)
         print(f"{role} {config.agents[role].url}" + (f", rollouts by {urls}" if urls else ""))
     print("links: plain, anyone who reaches the ports can read and write the run" if link.insecure and not link.keys
           else f"links: encrypted, keys in {link.keys}")  # fmt: skip

@@ -6,21 +6,19 @@ A part that listens binds all addresses of its machine at its port; the others r
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mgrpo.config import RunConfig, load_config
-from mgrpo.engines.vllm.process import server_command, starts_servers
+from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError
 from mgrpo.types import MAIN
 
-STORE, MONITOR, TRAINER, VLLM, ROLLOUT = "store", "monitor", "trainer", "vllm", "rollout"
-CPUS_OF_VLLM = 4  # tokenising, scheduling and HTTP beside a GPU
+STORE, MONITOR, TRAINER, ROLLOUT = "store", "monitor", "trainer", "rollout"
+CPUS_OF_SERVER = 4  # tokenising, scheduling and HTTP beside a GPU
 _PLACE = re.compile(r"[A-Za-z0-9_-]{1,40}")
-_PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,8 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
     serves_for_ever: bool = False
     """Ends only when it is told to; the others end with the run."""
-    is_vllm: bool = False
+    is_server: bool = False
+    """An inference server, which runs in an environment or image of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Site:
 
     root: Path
     python: str
-    vllm_python: str | None  # None: engine.python of the config
+    server_python: str | None  # of inference servers; None: engine.python of the config
     hosts: Mapping[str, str] | None
     base_port: int
     gpus_per_node: int
@@ -79,6 +78,8 @@ class Plan:
 def make_plan(path: Path, overrides: Sequence[str], site: Site) -> Plan:
     """Raises ConfigError for anything that could not run."""
     config = load_config(path, overrides)
+    for role in config.policy_roles:
+        find_engine(config, role)
     _check_places(config, site)
     ports = _Ports(site.base_port)
     addresses = list(_addresses(config, site, ports))
@@ -118,7 +119,8 @@ def _check_places(config: RunConfig, site: Site) -> None:
     for role in config.roles:
         if not _PLACE.fullmatch(role):
             raise ConfigError(f"agent {role!r}: expected letters, digits, dashes and underscores, 40 at most")
-    places = {STORE, ROLLOUT, *config.policy_roles, *(f"{VLLM}-{role}" for role in config.policy_roles)}
+    servers = [role for role in config.policy_roles if config.agents[role].engine.started_servers]
+    places = {STORE, ROLLOUT, *config.policy_roles, *(_servers(config, role) for role in servers)}
     for name in site.hosts or ():
         if name not in places:
             raise ConfigError(f"--host {name}=...: no such part; expected one of {', '.join(sorted(places))}")
@@ -140,9 +142,9 @@ def _addresses(config: RunConfig, site: Site, ports: _Ports) -> Iterator[str]:
         if config.agents[role].url is None:
             yield f'agents.{role}.url="tcp://{_host(site, TRAINER, config.owner(role))}:{port}"'
     for role in config.policy_roles:
-        engine = config.agents[role].engine
-        if starts_servers(engine):
-            urls = [f'"http://{_host(site, VLLM, role, i)}:{ports.take()}"' for i in range(engine.replicas)]
+        if n := config.agents[role].engine.started_servers:
+            hosts = [_server_host(config, site, role, i) for i in range(n)]
+            urls = [f'"http://{host}:{ports.take()}"' for host in hosts]
             yield f"agents.{role}.engine.urls=[{', '.join(urls)}]"
             yield f"agents.{role}.engine.replicas=1"  # has no meaning beside urls
     if config.link.keys is None and not config.link.insecure:
@@ -155,11 +157,18 @@ def _name(kind: str, *which: str | int) -> str:
 
 def _host(site: Site, kind: str, *which: str | int) -> str:
     """Host of a part, by the places that its node may be given for."""
-    role = str(which[0]) if which else MAIN
-    places = {TRAINER: (role,), VLLM: (f"{VLLM}-{role}", role)}.get(
-        kind, (STORE if kind == MONITOR else kind, MAIN)
-    )
+    places = (str(which[0]),) if kind == TRAINER else (STORE if kind == MONITOR else kind, MAIN)
     return site.host(_name(kind, *which), *places)
+
+
+def _servers(config: RunConfig, role: str) -> str:
+    """The place of the servers of `role`'s policy, e.g. vllm-main."""
+    return f"{config.agents[role].engine.type}-{role}"
+
+
+def _server_host(config: RunConfig, site: Site, role: str, replica: int) -> str:
+    place = _servers(config, role)
+    return site.host(_name(place, replica), place, role)
 
 
 def _parts(resolved: RunConfig, config: RunConfig, site: Site) -> Iterator[Part]:
@@ -168,11 +177,9 @@ def _parts(resolved: RunConfig, config: RunConfig, site: Site) -> Iterator[Part]
     yield Part(MONITOR, (*mgrpo, "monitor", str(site.root)), _host(site, MONITOR), after=(STORE,))
     needed = [STORE]
     for role in config.policy_roles:
-        engine = config.agents[role].engine
-        if starts_servers(engine):
-            for replica, url in enumerate(resolved.agents[role].engine.urls):
-                needed.append(_name(VLLM, role, replica))
-                yield _vllm_server(resolved, site, role, replica, _port(url))
+        for replica in range(config.agents[role].engine.started_servers):
+            needed.append(_name(_servers(config, role), replica))
+            yield _inference_server(resolved, site, role, replica)
     for role in config.policy_roles:
         needed.append(_name(TRAINER, role))
         yield _trainer(resolved, site, role)
@@ -184,8 +191,7 @@ def _parts(resolved: RunConfig, config: RunConfig, site: Site) -> Iterator[Part]
             _host(site, ROLLOUT, worker),
             after=tuple(needed),
             cpus=resolved.rollout.threads,
-            # The model itself, or the sending end of vLLM's weight transfer.
-            gpus=int(any(e.device == "cuda" and (e.kind == "hf" or e.sync == "nccl") for e in engines)),
+            gpus=int(any(engine.worker_device == "cuda" for engine in engines)),
         )
 
 
@@ -217,32 +223,20 @@ def _trainer(config: RunConfig, site: Site, role: str) -> Part:
     )
 
 
-def _vllm_server(config: RunConfig, site: Site, role: str, replica: int, port: int) -> Part:
-    engine = config.agents[role].engine
-    start = server_command(config, role, ("--host", "0.0.0.0", "--port", str(port)))
+def _inference_server(config: RunConfig, site: Site, role: str, replica: int) -> Part:
+    port = _port(config.agents[role].engine.running_servers[replica])
+    start = find_engine(config, role).command(config, role, f"http://0.0.0.0:{port}")
     return Part(
-        _name(VLLM, role, replica),
-        (site.vllm_python or start.arguments[0], *start.arguments[1:]),
-        _host(site, VLLM, role, replica),
+        _name(_servers(config, role), replica),
+        (site.server_python or start.arguments[0], *start.arguments[1:]),
+        _server_host(config, site, role, replica),
         (port,),
-        cpus=CPUS_OF_VLLM if engine.device == "cuda" else config.rollout.threads,
-        gpus=gpus_of_vllm(engine.arguments) if engine.device == "cuda" else 0,
+        cpus=CPUS_OF_SERVER if start.gpus else config.rollout.threads,
+        gpus=start.gpus,
         environment=start.variables,
         serves_for_ever=True,
-        is_vllm=True,
+        is_server=True,
     )
-
-
-def gpus_of_vllm(arguments: Sequence[str]) -> int:
-    """GPUs that one server takes: the product of its parallel sizes. Raises ConfigError."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    product = 1
-    for name, value in itertools.pairwise([*words, ""]):
-        if name in _PARALLEL:
-            if not value.isdigit() or int(value) < 1:
-                raise ConfigError(f"engine.arguments: {name} {value}: expected a number of GPUs")
-            product *= int(value)
-    return product
 
 
 def _port(url: str) -> int:

@@ -39,7 +39,7 @@ def check_served(policy: Policy, layers: int, max_length: int) -> None:
     """
     model = policy.model
     config = model.config.to_dict()
-    advice = 'serve it with engine.kind "vllm"'
+    advice = 'serve it with engine.type "vllm"'
     refused = f"{policy.name}: the in-process engine cannot serve {type(model).__name__}: "
     if kept := architecture.layer_kinds(config) - architecture.ATTENTION:
         raise ConfigError(

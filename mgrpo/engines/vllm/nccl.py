@@ -23,17 +23,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.vllm.weight_sync import (
-    Label,
-    WeightSync,
-    held_label,
-    is_paused,
-    label_of,
-    relabel_and_resume,
-)
+from mgrpo.engines.vllm.weight_sync import is_paused, relabel_and_resume, server_label
+from mgrpo.engines.weight_sync import WeightSync
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.weights import Weights
 
 
 class Sender(Protocol):
@@ -52,11 +46,11 @@ class Sender(Protocol):
         ...
 
 
-class NcclSync(WeightSync):
+class NcclSync(WeightSync[VllmClient]):
     """Whole weights from this process' GPU to the servers'. Raises ConfigError where there is no GPU."""
 
     def __init__(self, folder: Path, timeout: float, sender: type[Sender] | None = None) -> None:
-        """folder: where workers take turns at a server. sender: the end on this side; the default is vLLM's."""
+        """folder: through which workers lock a server. sender: the end on this side; the default is vLLM's."""
         super().__init__(folder, timeout)
         if sender is None and not torch.cuda.is_available():
             raise ConfigError('sync "nccl" needs a CUDA device in the process that sends; use "fs" on a CPU')
@@ -65,22 +59,24 @@ class NcclSync(WeightSync):
         self._label: Label | None = None
         self._state: dict[str, Tensor] = {}
 
-    async def prepare(self, weights: Weights) -> None:
-        label = label_of(weights)
-        self.role = label.role
-        self._state = await asyncio.to_thread(safetensors.torch.load, weights.data)
+    async def _prepare(self, label: Label, data: bytes) -> None:
+        self._state = await asyncio.to_thread(safetensors.torch.load, data)
         self._label = label
 
-    async def held(self, server: VllmClient) -> Label | None:
-        return self.own(await held_label(server))
+    async def current_version(self, server: VllmClient) -> Label | None:
+        return self.own(await server_label(server))
 
-    async def stuck(self, server: VllmClient) -> bool:
+    async def paused(self, server: VllmClient) -> bool:
         return await is_paused(server)
 
-    async def push(self, server: VllmClient, label: Label) -> None:
+    async def update(self, server: VllmClient, label: Label) -> None:
         if label != self._label:
-            raise InfrastructureError(f"{server.url}: version {label} is gone, {self._label} is held")
-        if await self.held(server) is None:  # new, or started again: the group of its predecessor is no use
+            raise InfrastructureError(
+                f"{server.url}: version {label} is gone, {self._label} is the newest here"
+            )
+        if (
+            await self.current_version(server) is None
+        ):  # new, or started again: the group of its predecessor is no use
             self._leave(server)
         try:
             await server.post("/pause", mode="keep")

@@ -118,7 +118,7 @@ class TorchTrainer(PolicyTrainer):
 
     def weights(self) -> bytes:
         model = self.gathered().model
-        return adapter_bytes(model) if self._agent.engine.sync == "lora" else state_bytes(model)
+        return adapter_bytes(model) if self._agent.engine.adapter_only else state_bytes(model)
 
     def save(self, step: int) -> None:
         prepare_folder(self._root, step)

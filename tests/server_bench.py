@@ -1,57 +1,70 @@
-"""What the tests of the vLLM engine share: fake servers, engines over them, and what their answers must be."""
+"""What the tests of engines over HTTP share: fake servers, engines over them, and what their answers must be."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.client import ServerClient
 from mgrpo.engines.pool import EnginePool
+from mgrpo.engines.server_engine import ServerEngine
+from mgrpo.engines.sglang.client import SglangClient
+from mgrpo.engines.sglang.weight_sync import SglangFolderSync
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.vllm.engine import VllmEngine
-from mgrpo.engines.vllm.weight_sync import FolderSync, WeightSync
+from mgrpo.engines.vllm.weight_sync import VllmFolderSync
+from mgrpo.engines.weight_sync import WeightSync
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.weights import Weights
-from tests.fake_vllm import VOCAB, FakeVllm, token
+from tests.fake_server import VOCAB, FakeServer, token
+from tests.fake_sglang import FakeSglang
+from tests.fake_vllm import FakeVllm
 from tests.models import tiny_tokenizer
 
 PROMPT = [3, 1, 4]
 SAMPLED = SamplingParams(max_tokens=8)
 
 
-class Bench:
+S = TypeVar("S", bound=FakeServer)
+
+
+class Bench(Generic[S]):
     """Fake servers and engines over them, as several workers would have."""
 
-    def __init__(self, folder: Path, servers: list[FakeVllm]) -> None:
+    def __init__(self, folder: Path, servers: list[S]) -> None:
         self.folder, self.servers, self.said = folder, servers, list[str]()
-        self._engines: list[VllmEngine] = []
+        self._engines: list[ServerEngine[Any]] = []
 
     def engine(
         self,
-        sync: WeightSync | None = None,
+        sync: WeightSync[Any] | None = None,
         *,
         timeout: float = 30.0,
         watch: float = 0.05,
         patience: float = 30.0,
         max_length: int = 64,
         tokens: int = VOCAB,
-    ) -> VllmEngine:
+    ) -> ServerEngine[Any]:
         """tokens: of the tokenizer; the servers' head has VOCAB rows."""
-        sync = sync or FolderSync(self.folder / "weights", timeout)
-        self.replicas = EnginePool(
-            [VllmClient(s.url, timeout) for s in self.servers],
+        client: type[ServerClient] = VllmClient
+        folder_sync: type[WeightSync[Any]] = VllmFolderSync
+        if isinstance(self.servers[0], FakeSglang):
+            client, folder_sync = SglangClient, SglangFolderSync
+        sync = sync or folder_sync(self.folder / "weights", timeout)
+        self.pool: EnginePool[Any] = EnginePool(
+            [client(s.url, timeout) for s in self.servers],
             sync,
             timeout=timeout,
             max_length=max_length,
-            say=self.said.append,
+            on_event=self.said.append,
             watch=watch,
         )
-        made = VllmEngine(
-            self.replicas,
+        made = ServerEngine(
+            self.pool,
             sync,
             name="tests' policy",
             vocabulary=Vocabulary(tiny_tokenizer(tokens), VOCAB, "tests' policy"),
@@ -67,22 +80,26 @@ class Bench:
 
 
 def on_servers(
-    n: int, test: Callable[[Bench], Coroutine[Any, Any, None]], tmp_path: Path, **options: Any
+    n: int, test: Callable[[Bench[FakeVllm]], Coroutine[Any, Any, None]], tmp_path: Path, **options: Any
 ) -> None:
-    """Run a test's coroutine beside n fake servers; everything is closed whatever it does."""
+    """Run a test's coroutine beside n fake vLLM servers; everything is closed whatever it does."""
+    on_fakes(FakeVllm, n, test, tmp_path, **options)
 
-    @contextlib.asynccontextmanager
-    async def bench() -> AsyncIterator[Bench]:
-        async with contextlib.AsyncExitStack() as stack:
-            servers = [
-                await stack.enter_async_context(FakeVllm(tmp_path / f"s{i}", **options)) for i in range(n)
-            ]
-            made = Bench(tmp_path, servers)
-            stack.push_async_callback(made.close)
-            yield made
+
+def on_fakes(
+    fake: type[S],
+    n: int,
+    test: Callable[[Bench[S]], Coroutine[Any, Any, None]],
+    tmp_path: Path,
+    **options: Any,
+) -> None:
+    """As on_servers, with servers of another class."""
 
     async def run() -> None:
-        async with bench() as made:
+        async with contextlib.AsyncExitStack() as stack:
+            servers = [await stack.enter_async_context(fake(tmp_path / f"s{i}", **options)) for i in range(n)]
+            made = Bench(tmp_path, servers)
+            stack.push_async_callback(made.close)
             await asyncio.wait_for(test(made), 200)
 
     asyncio.run(run())

@@ -1,7 +1,7 @@
-"""Engine over vLLM servers: the interface of mgrpo/engines/base.py, spoken over HTTP.
+"""Engine over servers: the interface of mgrpo/engines/base.py, through HTTP.
 
-- Noise: the server draws from (weights, prompt, seed), whichever server it is; its logits depend on the batch in the
-  last bits, so a token may differ where two are equally likely.
+- Noise: a server draws from (weights, prompt, seed), whichever server it is; its logits depend on the batch in the last
+  bits, so a token may differ where two are equally likely.
 - Log-probs are of the sampled distribution, log_softmax(logits / temperature), of temperature 1 when greedy. A server
   that reports others is refused when it is first asked. There is no top_p or top_k: they would make a second
   distribution that the trainer does not know.
@@ -16,25 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic
 
 import numpy as np
 
-from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.engines.base import PATIENCE_SECONDS, Engine, Generation, SamplingParams
+from mgrpo.engines.client import Completion
+from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.pool import EnginePool
-from mgrpo.engines.vllm.client import COOLEST, HOTTEST, PATIENCE_SECONDS, Completion, VllmClient
-from mgrpo.engines.vllm.weight_sync import Label, WeightSync, parse_label
+from mgrpo.engines.weight_sync import C, WeightSync
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.weights import Weights
 
 
-class VllmEngine(Engine):
+class ServerEngine(Engine, Generic[C]):
     """Serves one policy from one or more servers."""
 
     def __init__(
         self,
-        replicas: EnginePool,
-        sync: WeightSync,
+        pool: EnginePool[C],
+        sync: WeightSync[C],
         *,
         name: str,
         vocabulary: Vocabulary,
@@ -43,7 +45,7 @@ class VllmEngine(Engine):
     ) -> None:
         """name: how errors call the policy. vocabulary: which ids may be sampled. max_length: tokens of a history at
         most. patience: seconds that load() waits for a first server, which may still be starting."""
-        self._replicas, self._sync = replicas, sync
+        self._pool, self._sync = pool, sync
         self._name, self._vocab_size, self._max_length = name, vocabulary.rows, max_length
         self._unnamed = vocabulary.unnamed()
         self._patience = patience
@@ -61,10 +63,10 @@ class VllmEngine(Engine):
         self._check(prompt_ids, params, seed)
         prompt = [int(token) for token in prompt_ids]
 
-        async def send(server: VllmClient, model: str) -> Completion:
+        async def request(server: C, model: str) -> Completion:
             return await server.generate(model, prompt, params, seed, self._unnamed)
 
-        answer, label = await self._replicas.ask(send, session)
+        answer, label = await self._pool.generate(request, session)
         ids = np.asarray(answer.token_ids, np.int32)
         if strange := set(answer.token_ids).intersection(self._unnamed):
             raise InfrastructureError(
@@ -95,21 +97,19 @@ class VllmEngine(Engine):
         return versions
 
     async def load(self, path_or_state: object, version: int) -> None:
-        """Bring weights to all servers: the trainer's Weights, safetensors bytes, or a policy folder (str, Path).
+        """Make all servers serve weights: the trainer's Weights, safetensors bytes, or a policy folder (str, Path).
         Servers that cannot be reached get them when they return. Raises InfrastructureError naming the servers when
         none took them within `patience` seconds."""
         weights = _weights_of(path_or_state, version)
-        label = parse_label(weights.label)
-        await self._sync.prepare(weights)
-        assert label is not None  # prepare has checked it
-        self._version = (await self._replicas.update(label, self._patience)).version
+        label = await self._sync.prepare(weights)
+        self._version = (await self._pool.update(label, self._patience)).version
 
     def release(self, session: str) -> None:
-        self._replicas.forget(session)
+        self._pool.forget(session)
 
     async def close(self) -> None:
         self._closed = True
-        await self._replicas.close()
+        await self._pool.close()
 
     def _check(self, prompt: Sequence[int], params: SamplingParams, seed: int) -> None:
         if self._closed:
@@ -122,8 +122,9 @@ class VllmEngine(Engine):
             )
         if params.max_tokens < 1:
             raise ValueError(f"max_tokens {params.max_tokens} must be at least 1")
-        if params.temperature != 0 and not COOLEST <= params.temperature <= HOTTEST:
-            raise ValueError(f"temperature {params.temperature} must be 0 or {COOLEST:g}..{HOTTEST:g}")
+        coolest, hottest = self._pool.temperatures
+        if params.temperature != 0 and not coolest <= params.temperature <= hottest:
+            raise ValueError(f"temperature {params.temperature} must be 0 or {coolest:g}..{hottest:g}")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed {seed} is outside 0..2**64 - 1")
         if len(prompt) + params.max_tokens > self._max_length:

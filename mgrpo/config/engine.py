@@ -1,0 +1,188 @@
+"""What samples one agent's tokens: agents.<role>.engine = { type = ..., ... }, a table whose keys depend on its type.
+
+Code that serves every type asks the properties of EngineSettings and no type's own settings.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from mgrpo.config.policy import Device, Precision
+from mgrpo.config.settings import MAX_SECONDS, Settings
+
+
+class EngineSettings(Settings):
+    """What every type of engine is asked."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_is_type(cls, value: object) -> object:
+        if isinstance(value, dict) and "kind" in value:
+            raise ValueError(f"kind is called type: type = {json.dumps(value['kind'], default=str)}")
+        return value
+
+    @property
+    def running_servers(self) -> tuple[str, ...]:
+        """Addresses of servers that run already."""
+        return ()
+
+    @property
+    def started_servers(self) -> int:
+        """Servers that the launcher starts."""
+        return 0
+
+    @property
+    def started_device(self) -> Device:
+        """Where a process of this run computes that samples: a rollout worker, or a server that it starts."""
+        return "cpu"
+
+    @property
+    def worker_device(self) -> Device:
+        """What a rollout worker itself needs."""
+        return "cpu"
+
+    @property
+    def adapter_only(self) -> bool:
+        """The trainer publishes its LoRA adapter alone, so servers may hold those of several policies."""
+        return False
+
+
+class HfEngineConfig(EngineSettings):
+    """The model itself, inside each rollout worker. New weights arrive over the link from the trainer."""
+
+    type: Literal["hf"] = "hf"
+    device: Device = "cpu"
+    """Where it computes."""
+    dtype: Precision = "float32"
+    """What it computes in."""
+
+    @property
+    def started_device(self) -> Device:
+        return self.device
+
+    @property
+    def worker_device(self) -> Device:
+        return self.device
+
+
+class ServerEngineConfig(EngineSettings):
+    """What engines over HTTP have in common."""
+
+    urls: tuple[str, ...] = ()
+    folder: str | None = None
+    """Folder for the weights that trainer and servers share. Unset: one in the run's folder."""
+    timeout: float = Field(120.0, gt=0, le=MAX_SECONDS)
+    """Seconds that one request to a server may take before it counts as failed."""
+
+    _url_tuple = field_validator("urls", mode="before")(lambda v: tuple(v) if isinstance(v, list) else v)
+
+    @property
+    def running_servers(self) -> tuple[str, ...]:
+        return self.urls
+
+
+class VllmEngineConfig(ServerEngineConfig):
+    """One or more vLLM servers over HTTP."""
+
+    type: Literal["vllm"] = "vllm"
+    urls: tuple[str, ...] = ()
+    """Servers that run already, e.g. ["http://10.0.0.3:8000"]. Empty: the launcher starts `replicas` of them."""
+    replicas: int = Field(1, ge=1)
+    """Servers that the launcher starts; requests go to the one with the fewest in flight."""
+    sync: Literal["fs", "nccl", "lora"] = "fs"
+    """How new weights arrive. fs: a safetensors folder that the server reads again. nccl: vLLM's weight transfer
+    between GPUs. lora: a new adapter folder a version."""
+    device: Device = "cpu"
+    """Where servers that the launcher starts compute."""
+    dtype: Precision = "float32"
+    """What they compute in."""
+    python: str = ".venv-vllm/bin/python"
+    """The interpreter of the environment that has vLLM, for servers that the launcher starts."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of such a server, e.g. ["--gpu-memory-utilization", "0.8"]."""
+
+    _argument_tuple = field_validator("arguments", mode="before")(
+        lambda v: tuple(v) if isinstance(v, list) else v
+    )
+
+    @model_validator(mode="after")
+    def _settings_act(self) -> VllmEngineConfig:
+        if self.urls and self.replicas != 1:
+            raise ValueError(f"replicas={self.replicas} has no effect beside urls")
+        if self.sync == "nccl" and self.device == "cpu":
+            raise ValueError('sync "nccl" needs device "cuda"')
+        return self
+
+    @property
+    def started_servers(self) -> int:
+        return 0 if self.urls else self.replicas
+
+    @property
+    def started_device(self) -> Device:
+        return "cpu" if self.urls else self.device
+
+    @property
+    def worker_device(self) -> Device:
+        return self.device if self.sync == "nccl" else "cpu"
+
+    @property
+    def adapter_only(self) -> bool:
+        return self.sync == "lora"
+
+
+class SglangEngineConfig(ServerEngineConfig):
+    """One or more SGLang servers over HTTP, which run already. New weights arrive through a safetensors folder that the
+    servers read again."""
+
+    type: Literal["sglang"] = "sglang"
+    urls: tuple[str, ...] = Field(min_length=1)
+    """Their addresses, e.g. ["http://10.0.0.3:30000"]."""
+
+
+class CustomEngineConfig(EngineSettings):
+    """An engine of another package. Cluster plans give its workers no GPU."""
+
+    type: str
+    """The name that an installed package gives it, or "package.module:Class"."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the engine itself; each engine checks its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_are_options(cls, value: object) -> object:
+        if isinstance(value, dict) and (other := sorted(set(value) - {"type", "options", "kind"})):
+            raise ValueError(
+                f"type {value['type']!r} is none of {', '.join(BUILT_IN)}; an engine of another package takes its "
+                f"settings as options = {{...}}, got {', '.join(other)}"
+            )
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _plain(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected texts, finite numbers, lists and tables: {error}") from None
+        return value
+
+
+BUILT_IN = ("hf", "vllm", "sglang")
+
+
+def _tag(value: object) -> str:
+    """In parentheses, so that errors leave it out of the field's name."""
+    name = value.get("type", "hf") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"({name})" if name in BUILT_IN else "(custom)"
+
+
+EngineConfig = Annotated[
+    Annotated[HfEngineConfig, Tag("(hf)")]
+    | Annotated[VllmEngineConfig, Tag("(vllm)")]
+    | Annotated[SglangEngineConfig, Tag("(sglang)")]
+    | Annotated[CustomEngineConfig, Tag("(custom)")],
+    Discriminator(_tag),
+]

@@ -1,0 +1,45 @@
+"""The engine in this process, from a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from mgrpo.addresses import Addresses
+from mgrpo.config import RunConfig
+from mgrpo.config.engine import HfEngineConfig
+from mgrpo.config.policy import PolicyConfig
+from mgrpo.engines.backend import EngineBackend
+from mgrpo.engines.base import Engine
+from mgrpo.model.tokens import Tokenizer
+
+
+class HfBackend(EngineBackend):
+    """See mgrpo/engines/hf/engine.py."""
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        role: str,
+        files: Mapping[str, bytes],
+        addresses: Addresses,
+        on_event: Callable[[str], None],
+    ) -> tuple[Engine, Tokenizer]:
+        """See EngineBackend."""
+        import torch
+
+        from mgrpo.engines.hf.engine import HfEngine
+        from mgrpo.model.policy import Policy
+        from mgrpo.model.shell import policy_from_shell
+
+        engine = config.agents[config.owner(role)].engine
+        assert isinstance(engine, HfEngineConfig)
+        policy = policy_from_shell(files, role)
+        if engine.device != "cpu" or engine.dtype != "float32":
+            model = policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
+            # sdpa: the engine brings masks of its own, which packed attention does not take
+            policy = Policy(
+                model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa")
+            )
+        length = config.agents[role].max_length
+        return HfEngine(policy, slots=config.rollout.slots, max_length=length), policy.tokenizer

@@ -1,0 +1,64 @@
+"""A server as a process of the run: how it is started, watched and stopped.
+
+A server is several processes. Its front end, when killed, may leave the one that holds the model behind; so the process
+that the launcher starts is a supervisor of ours, which starts the server as a group and ends the whole group, whatever
+ends first:
+
+    launcher -> supervisor (mgrpo engine) -> the server's front end -> its engine and workers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from mgrpo.engines.backend import ServerCommand
+
+STOP_SECONDS = 8.0  # of the 15 that the launcher gives a child
+
+
+def run_server(command: ServerCommand, socket: Path) -> int:
+    """Run a server until it ends; its exit status, negative for a signal. SIGTERM must raise SystemExit here."""
+    socket.unlink(missing_ok=True)  # of a server that was killed
+    process = subprocess.Popen(
+        command.arguments,
+        env=os.environ | command.variables,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
+    )
+    try:
+        os.waitid(
+            os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
+        )  # not reaped yet: the group's number stays ours
+    finally:
+        _end_group(process)
+        socket.unlink(missing_ok=True)
+    return process.returncode
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the front end, which stops the others in order; then SIGKILL to what is left of the group."""
+    deadline = time.monotonic() + STOP_SECONDS
+    if _alive(process.pid):
+        os.kill(process.pid, signal.SIGTERM)  # not terminate(), which would reap it
+        while _alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(5)
+
+
+def _alive(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+
+
+def _end_with_parent() -> None:
+    """In the new process: the kernel sends it SIGTERM when the supervisor is killed."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)

@@ -1,0 +1,81 @@
+"""From a config to an engine over servers: what the backends of all servers have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgrpo.addresses import Addresses
+from mgrpo.config import RunConfig
+from mgrpo.config.engine import ServerEngineConfig
+from mgrpo.engines.backend import EngineBackend
+from mgrpo.engines.base import Engine
+from mgrpo.engines.client import ServerClient, check_healthy
+from mgrpo.errors import ConfigError
+from mgrpo.model.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from mgrpo.engines.weight_sync import WeightSync
+
+
+class ServerBackend(EngineBackend):
+    """An engine whose servers are reached by ServerClients of one class."""
+
+    client: type[ServerClient]
+
+    @classmethod
+    @abstractmethod
+    def open_sync(cls, config: RunConfig, owner: str, folder: Path) -> WeightSync[Any]:
+        """The way of new weights that the config chose. owner: the role whose policy it is. folder: for them."""
+
+    @classmethod
+    def open(
+        cls,
+        config: RunConfig,
+        role: str,
+        files: Mapping[str, bytes],
+        addresses: Addresses,
+        on_event: Callable[[str], None],
+    ) -> tuple[Engine, Tokenizer]:
+        """See EngineBackend."""
+        from mgrpo.engines.pool import EnginePool
+        from mgrpo.engines.server_engine import ServerEngine
+        from mgrpo.model.shell import tokenizer_from_shell
+        from mgrpo.model.vocabulary import Vocabulary
+
+        owner, length = config.owner(role), config.agents[role].max_length
+        engine = config.agents[owner].engine
+        assert isinstance(engine, ServerEngineConfig)
+        tokenizer, vocab_size = tokenizer_from_shell(files, role)
+        if addresses.weights is None:
+            raise ConfigError(f"agents.{owner}.engine: no folder for weights is known")
+        root = Path(engine.folder) if engine.folder is not None else addresses.weights
+        sync = cls.open_sync(config, owner, root / owner)
+        pool = EnginePool(
+            [cls.client(url, engine.timeout) for url in engine.urls or addresses.engines[owner]],
+            sync,
+            timeout=engine.timeout,
+            max_length=length,
+            on_event=lambda line: on_event(f"{role}: {line}"),
+        )
+        vocabulary = Vocabulary(tokenizer, vocab_size, role)
+        made = ServerEngine(pool, sync, name=f"policy of {role}", vocabulary=vocabulary, max_length=length)
+        return made, tokenizer
+
+    @classmethod
+    def check(cls, config: RunConfig, role: str) -> None:
+        """The temperature, and the health of servers that run already."""
+        engine, temperature = config.agents[role].engine, config.agents[role].loss.temperature
+        coolest, hottest = cls.client.temperatures
+        if not coolest <= temperature <= hottest:
+            raise ConfigError(
+                f"agents.{role}.loss.temperature={temperature:g}: {cls.client.name} samples at "
+                f"{coolest:g}..{hottest:g}"
+            )
+        if engine.running_servers:
+            assert isinstance(engine, ServerEngineConfig)
+            check_healthy(
+                f"agents.{role}.engine.urls", [cls.client(url, engine.timeout) for url in engine.urls]
+            )

@@ -1,0 +1,177 @@
+"""What SGLang's routes and JSON are: the only file that knows them, with weight_sync.py for updates.
+
+NOT RUN against a real server: routes and bodies follow the source of SGLang 0.5 and are tested against a server of the
+tests' own that answers in the same form.
+
+Tokens go through `/generate`: ids in; (log-prob, id, text) of each token out. Where it differs from what an engine
+promises, one completion takes several requests, each of which continues the tokens of those before it:
+
+1. An answer carries one weight_version, read when it is finished. An update therefore aborts what is running (see
+   weight_sync.py): each aborted answer is of the weights before the update, and the request that continues it waits for
+   the end of the update and is of those after it. So the version of each token is true.
+2. A request ends at the model's own end-of-text ids, whatever it asks for: `ignore_eos` turns stop_token_ids off as
+   well. One that ended at an id that is none of our stop_token_ids is continued.
+
+`sampling_seed` acts in servers that were started with --enable-deterministic-inference; there the noise is a function
+of seed and position, which a continued request keeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from mgrpo.config.loss import TEMPERATURES
+from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.client import LOOK_SECONDS, Completion, ServerClient, ServerInfo, Span
+from mgrpo.errors import InfrastructureError
+
+RETRY_SECONDS = 0.05  # before a request that was aborted without a token is sent again
+NEVER = -1e9  # added to the logit of an id that must not be sampled: its probability is exactly 0
+UPDATING = "updating:"  # before the label of a server whose update is under way; see weight_sync.py
+
+Triple = tuple[float, int, str | None]
+"""(log-prob, token id, its text where that was asked for)."""
+
+
+class _FinishReason(msgspec.Struct):
+    type: str
+    matched: int | str | None = None
+    message: str | None = None
+
+
+class _MetaInfo(msgspec.Struct):
+    finish_reason: _FinishReason
+    weight_version: str
+    output_token_logprobs: list[Triple] = []
+    output_top_logprobs: list[list[Triple] | None] = []
+
+
+class _Generated(msgspec.Struct):
+    meta_info: _MetaInfo
+
+
+class SglangClient(ServerClient):
+    """See ServerClient."""
+
+    name = "SGLang"
+    temperatures = TEMPERATURES
+    logprobs_hint = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
+    versions_hint = "needs SGLang 0.5.6 or newer"
+    length_setting = "context-length"
+
+    async def generate(
+        self,
+        model: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        never: Sequence[int] = (),
+    ) -> Completion:
+        """See ServerClient. The bound of `timeout` seconds is for all requests together."""
+        deadline = time.monotonic() + self.timeout
+        sampling = sampling_body(params, seed, never)
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        spans: list[Span] = []
+        while True:
+            sampling["max_new_tokens"] = params.max_tokens - len(token_ids)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise InfrastructureError(
+                    f"{self.url}: a generation was not finished within {self.timeout:g} s, after "
+                    f"{len(token_ids)} tokens"
+                )
+            meta = await self._generate([*prompt_ids, *token_ids], sampling, left)
+            start = len(token_ids)
+            logprobs += [logprob for logprob, _, _ in meta.output_token_logprobs]
+            token_ids += [token for _, token, _ in meta.output_token_logprobs]
+            if len(token_ids) > start:
+                # Between the end of an update and its label the server samples with the new weights already.
+                spans.append(Span(meta.weight_version.removeprefix(UPDATING), start, len(token_ids)))
+            stopped = bool(token_ids) and token_ids[-1] in params.stop_token_ids
+            over = stopped or len(token_ids) >= params.max_tokens
+            self._check_reason(meta.finish_reason, len(token_ids), over)
+            if over:
+                break
+            if len(token_ids) == start:  # aborted while it was waiting
+                await asyncio.sleep(RETRY_SECONDS)
+        self._checked(token_ids, logprobs, params.max_tokens)
+        return Completion(token_ids, logprobs, spans, "stop" if stopped else "length")
+
+    async def _generate(self, input_ids: list[int], sampling: dict[str, object], seconds: float) -> _MetaInfo:
+        body = {"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True, "stream": False}
+        answer = await self._call("POST", "/generate", json=body, timeout=seconds)
+        try:
+            return msgspec.json.decode(answer, type=_Generated).meta_info
+        except msgspec.DecodeError as error:
+            raise InfrastructureError(f"{self.url}: an answer that is no generation: {error}") from None
+
+    def _check_reason(self, reason: _FinishReason, n: int, over: bool) -> None:
+        """Raise InfrastructureError for a request that failed, or that no other can continue although not all is
+        `over`. n: tokens so far."""
+        at_token = reason.type == "stop" and isinstance(reason.matched, int)  # a text where it met a NaN
+        if not (at_token or reason.type == "abort" or (reason.type == "length" and over)):
+            raise InfrastructureError(
+                f"{self.url}: a generation ended by {reason.type!r} ({reason.matched or reason.message}) "
+                f"after {n} tokens"
+            )
+
+    async def info(self) -> ServerInfo:
+        """See ServerClient."""
+        path = str((await self.get("/get_model_info"))["model_path"])
+        # Input and output together may be a few tokens longer; more is cut off without an error.
+        return ServerInfo(path, int((await self.get("/get_server_info"))["max_req_input_len"]))
+
+    async def weight_version(self) -> str:
+        """The text that update() labelled the weights with, or the server's own."""
+        return str((await self.get("/get_model_info"))["weight_version"])
+
+    async def healthy(self) -> None:
+        """See ServerClient. Its route samples a token, which a paused server cannot."""
+        if not (await self.weight_version()).startswith(UPDATING):
+            await self._call("GET", "/health", timeout=LOOK_SECONDS)
+
+    async def top_logprobs(self, model: str, temperature: float) -> list[float]:
+        """See ServerClient."""
+        body = {
+            "input_ids": [1],
+            "sampling_params": sampling_body(SamplingParams(1, temperature), 0),
+            "return_logprob": True,
+            "top_logprobs_num": 5,
+            "stream": False,
+        }
+        answer = await self._call("POST", "/generate", json=body)
+        (top,) = msgspec.json.decode(answer, type=_Generated).meta_info.output_top_logprobs or [None]
+        return [logprob for logprob, _, _ in top or []]
+
+    def _hint(self, path: str, status: int) -> str:
+        return self.versions_hint if status == 404 and path not in ("/generate", "/health") else ""
+
+
+def sampling_body(params: SamplingParams, seed: int, never: Sequence[int] = ()) -> dict[str, object]:
+    """Everything for the tokens to come from softmax(logits / temperature) and nothing else, over all ids but those of
+    `never`."""
+    body: dict[str, object] = {
+        "n": 1,
+        "max_new_tokens": params.max_tokens,
+        "min_new_tokens": 0,
+        "temperature": params.temperature,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "sampling_seed": seed & 0x7FFF_FFFF_FFFF_FFFF,  # the server takes non-negative 64-bit integers
+        "stop_token_ids": list(params.stop_token_ids),
+        "ignore_eos": not params.stop_token_ids,
+        "skip_special_tokens": False,
+        "no_stop_trim": True,
+    }
+    if never:  # applied before the temperature, and part of the log-probs that the server reports
+        body["logit_bias"] = {str(token): NEVER for token in never}
+    return body

@@ -1,0 +1,124 @@
+"""vLLM's engine from a config, and what its servers are started with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgrpo.config import RunConfig
+from mgrpo.config.engine import VllmEngineConfig
+from mgrpo.engines.backend import ServerCommand
+from mgrpo.engines.server_backend import ServerBackend
+from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mgrpo.engines.weight_sync import WeightSync
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as --max-lora-rank
+MODEL = "policy"  # the name that requests ask for
+PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
+
+
+class VllmBackend(ServerBackend):
+    """See docs/engines.md."""
+
+    client = VllmClient
+
+    @classmethod
+    def open_sync(cls, config: RunConfig, owner: str, folder: Path) -> WeightSync[Any]:
+        """See ServerBackend."""
+        from mgrpo.engines.vllm.nccl import NcclSync
+        from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
+
+        engine = _settings(config, owner)
+        if engine.sync == "lora":
+            return LoraSync(folder, engine.timeout, config.agents[owner].policy.lora)
+        if engine.sync == "nccl":
+            return NcclSync(folder, engine.timeout)
+        return VllmFolderSync(folder, engine.timeout)
+
+    @classmethod
+    def check(cls, config: RunConfig, role: str) -> None:
+        """Also whether a server could be started here."""
+        super().check(config, role)
+        engine, where = _settings(config, role), f"agents.{role}.engine"
+        if not engine.started_servers:
+            return
+        cls.command(config, role, "unix:///socket")
+        if not Path(engine.python).exists():
+            raise ConfigError(f"{where}.python: no interpreter {engine.python}; make vllm sets one up")
+        if engine.device == "cuda" and engine.replicas > 1:
+            raise ConfigError(
+                f"{where}.replicas={engine.replicas}: on GPUs, start the servers yourself, each on its own, and "
+                "name them in engine.urls"
+            )
+
+    @classmethod
+    def command(cls, config: RunConfig, role: str, address: str) -> ServerCommand:
+        """See EngineBackend."""
+        agent, engine = config.agents[role], _settings(config, role)
+        if agent.model is None:
+            raise ConfigError(
+                f"agents.{role}.model is missing: a vllm server starts from a Hugging Face folder"
+            )
+        length = max(config.agents[r].max_length for r in config.served_by(role))
+        arguments = [
+            *(engine.python, "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(agent.model), "--served-model-name", MODEL, *_listen(address)),
+            *("--dtype", engine.dtype, "--max-model-len", str(length)),
+            *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
+            *("--enable-scale-out", "--disable-log-stats", "--uvicorn-log-level", "warning"),
+        ]
+        variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        if engine.device == "cpu":
+            # One process for engine and worker: adapters hang in vLLM's two-process form on the CPU.
+            arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+            variables |= {
+                "OMP_NUM_THREADS": str(config.rollout.threads),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            }
+        if engine.sync == "lora":
+            arguments += ["--enable-lora", "--max-lora-rank", str(_lora_rank(role, agent.policy.lora.rank))]
+            arguments += ["--max-loras", "2", "--max-cpu-loras", "4"]
+            variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if engine.sync == "nccl":
+            arguments += ["--weight-transfer-config", '{"backend":"nccl"}']
+        gpus = gpus_of(engine.arguments) if engine.device == "cuda" else 0
+        return ServerCommand([*arguments, *engine.arguments], variables, gpus)
+
+
+def gpus_of(arguments: Sequence[str]) -> int:
+    """GPUs that one server takes: the product of its parallel sizes. Raises ConfigError."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    product = 1
+    for name, value in itertools.pairwise([*words, ""]):
+        if name in PARALLEL:
+            if not value.isdigit() or int(value) < 1:
+                raise ConfigError(f"engine.arguments: {name} {value}: expected a number of GPUs")
+            product *= int(value)
+    return product
+
+
+def _settings(config: RunConfig, role: str) -> VllmEngineConfig:
+    engine = config.agents[role].engine
+    assert isinstance(engine, VllmEngineConfig)
+    return engine
+
+
+def _listen(address: str) -> tuple[str, ...]:
+    """vLLM's arguments for an address."""
+    if address.startswith("unix://"):
+        return ("--uds", address.removeprefix("unix://"))
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    return ("--host", host, "--port", port)
+
+
+def _lora_rank(role: str, rank: int) -> int:
+    found = next((r for r in LORA_RANKS if r >= rank), None)
+    if found is None:
+        raise ConfigError(f"agents.{role}.policy.lora.rank={rank}: vLLM takes up to {LORA_RANKS[-1]}")
+    return found

@@ -1,0 +1,116 @@
+"""What the fake vLLM and SGLang share: HTTP on a Unix socket, in this event loop, and a policy that is a hash.
+
+A route is a method `on_<path>` that takes the body and the query and returns JSON, or (status, JSON).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+VOCAB = 50
+
+
+def token(weights: bytes, prompt: list[int], seed: int, i: int) -> int:
+    text = f"{prompt} {seed} {i}".encode()
+    return hashlib.sha256(weights + text).digest()[0] % VOCAB
+
+
+class FakeServer:
+    """`async with FakeServer(socket) as server`; `stop` and `start` are a kill and a start with weights of its own."""
+
+    generate_path: ClassVar[str]
+    unrecorded: ClassVar[tuple[str, ...]]
+    """Routes that are called all the time, and not listed in `calls`."""
+
+    def __init__(self, socket: Path, *, max_length: int = 64, raw_logprobs: bool = False) -> None:
+        self.socket, self.url = socket, f"unix://{socket}"
+        self.max_length, self.raw_logprobs = max_length, raw_logprobs
+        self.calls: list[str] = []  # paths in order of arrival
+        self.bodies: list[dict[str, Any]] = []  # of generations
+        self.hold = asyncio.Event()  # clear: generations stand still
+        self.hold.set()
+        self.hold_at: int | None = None  # only when they have so many tokens
+        self.standing = False  # one of them does
+        self.refuse: dict[str, tuple[int, str]] = {}  # path -> status and message
+        self.aborted = 0  # generations whose client went away
+        self.weights, self.label = b"its own", "default"
+        self._forget()
+
+    def _forget(self) -> None:
+        """Everything that a killed server loses."""
+        self.weights, self.label = b"its own", "default"
+        self.running = asyncio.Event()
+        self.running.set()
+        self.clean = True  # the prefix cache holds nothing of older weights
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        self._forget()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = await asyncio.start_unix_server(self._connected, str(self.socket))
+
+    async def stop(self) -> None:
+        """As kill -9: every connection ends at once."""
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.socket.unlink(missing_ok=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            while line := await reader.readline():
+                path = line.split()[1].decode()
+                headers = {}
+                while (header := await reader.readline()) != b"\r\n":
+                    name, _, value = header.decode().partition(":")
+                    headers[name.strip().lower()] = value.strip()
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                status, answer = await self._answer(path, json.loads(body) if body else {}, reader)
+                data = json.dumps(answer).encode()
+                writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+                await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        except asyncio.CancelledError:
+            writer.transport.abort()  # killed
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _answer(self, path: str, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
+        path, _, query = path.partition("?")
+        if path not in self.unrecorded:
+            self.calls.append(path)
+        if path in self.refuse:
+            status, message = self.refuse[path]
+            return status, {"error": {"message": message}}
+        if path == self.generate_path:
+            return await self._generate(body, reader)
+        route = getattr(self, "on_" + path.strip("/").replace("/", "_"), None)
+        if route is None:
+            return 404, {"detail": "Not Found"}
+        answer = route(body, query)
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        return answer if isinstance(answer, tuple) else (200, answer)
+
+    async def _generate(self, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
+        raise NotImplementedError
+
+    def count(self) -> Counter[str]:
+        return Counter(self.calls)
