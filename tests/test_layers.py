@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     *("_C", "kernels"),
     *("errors", "files", "types", "metrics", "addresses", "plugins", "config"),
-    *("ops", "alignment", "credit"),
+    *("ops", "alignment", "credit", "algorithms"),
     *("batcher", "transport"),
     *("model", "weights", "spool", "store", "record"),
     *("engines", "environments", "trainers"),

@@ -6,15 +6,14 @@ the key. Fields of a role that only another role can use (an outcome weight on t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from mgrpo.config.algorithm import AlgorithmConfig, MGrpoAlgorithm
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import EngineConfig, PolicyConfig
-from mgrpo.config.settings import MAX_SECONDS, Settings
+from mgrpo.config.settings import MAX_SECONDS, Options, Settings
 from mgrpo.types import MAIN
 
 
@@ -23,28 +22,8 @@ class TaskConfig(Settings):
 
     name: str = "atlas"
     """A built-in task, or "package.module:Class"."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Settings of the task itself; each task checks its own."""
-
-    @field_validator("options")
-    @classmethod
-    def _finite(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name, number in _numbers(value):
-            if not math.isfinite(number):
-                raise ValueError(f"{name} should be a finite number, got {number}")
-        return value
-
-
-def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every float in a tree of tables and lists, with its dotted name."""
-    if isinstance(tree, float):
-        yield name.removeprefix("."), tree
-    elif isinstance(tree, dict):
-        for key, part in tree.items():
-            yield from _numbers(part, f"{name}.{key}")
-    elif isinstance(tree, list):
-        for number, part in enumerate(tree):
-            yield from _numbers(part, f"{name}.{number}")
 
 
 class OptimizerConfig(Settings):
@@ -163,12 +142,31 @@ class AgentConfig(Settings):
     """Longest trajectory in tokens."""
     alignment: AlignmentConfig = AlignmentConfig()
     reward: RewardConfig
+    algorithm: AlgorithmConfig = MGrpoAlgorithm()
+    """How rewards become advantages; roles that share a policy may differ in it."""
     loss: GrpoLossConfig = GrpoLossConfig()
     """loss.temperature is the sampling temperature too: there is one distribution."""
     optimizer: OptimizerConfig = OptimizerConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_moved_keys(cls, tree: object) -> object:
+        loss = tree.get("loss") if isinstance(tree, dict) else None
+        for name, moved in _MOVED_FROM_LOSS.items():
+            if isinstance(loss, dict) and name in loss:
+                raise ValueError(
+                    f"loss.{name} is unknown: advantages are set by agents.<role>.algorithm, {moved}"
+                )
+        return tree
+
+
+_MOVED_FROM_LOSS = {
+    "estimator": 'e.g. { type = "rloo" } (what was estimator = "grpo" is type = "mgrpo")',
+    "advantage_eps": "e.g. { eps = 1e-6 }",
+}
 
 
 class TrainerConfig(Settings):

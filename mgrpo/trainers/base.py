@@ -34,9 +34,10 @@ class MicroBatch:
     loss_mask: torch.Tensor  # bool (R, S), False on padding
     rollout_logprobs: torch.Tensor  # f32 (R, S), the sampler's
     lengths: torch.Tensor  # i64 (R,)
-    advantages: torch.Tensor  # f32 (R,)
+    advantages: torch.Tensor  # f32 (R,); beside token_advantages the mean over the sampled tokens
     weights: torch.Tensor  # f32 (R,), w(k, i) of the alignment
     old_logprobs: torch.Tensor | None = None  # f32 (R, S), the trainer's before the step; None: the sampler's
+    token_advantages: torch.Tensor | None = None  # f32 (R, S); None: each token has its trajectory's
 
     def rows(self, keep: torch.Tensor) -> MicroBatch:
         """The trajectories where keep (bool[R]) is True, cut to their own width."""
@@ -50,6 +51,7 @@ class MicroBatch:
             self.advantages[keep],
             self.weights[keep],
             None if self.old_logprobs is None else self.old_logprobs[keep, :width],
+            None if self.token_advantages is None else self.token_advantages[keep, :width],
         )
 
     def active(self) -> ActiveTokens:
@@ -57,12 +59,14 @@ class MicroBatch:
         # The hidden state of t - 1 scores token t; the first token is never sampled.
         mask = self.loss_mask[:, 1:]
         old = self.rollout_logprobs if self.old_logprobs is None else self.old_logprobs
+        advantages = None if self.token_advantages is None else self.token_advantages[:, 1:][mask]
         return ActiveTokens(
             mask=mask,
             targets=self.ids[:, 1:][mask],
             rollout_logprobs=self.rollout_logprobs[:, 1:][mask],
             old_logprobs=old[:, 1:][mask],
             cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32),
+            token_advantages=advantages,
         )
 
 
@@ -75,13 +79,18 @@ class ActiveTokens:
     rollout_logprobs: torch.Tensor  # f32 (T,)
     old_logprobs: torch.Tensor  # f32 (T,)
     cu_seqlens: torch.Tensor  # i32 (R + 1,)
+    token_advantages: torch.Tensor | None = None  # f32 (T,); None: each token has its trajectory's
 
     def to(self, device: torch.device) -> ActiveTokens:
         """On the policy's device, but for the mask, which the host looks at."""
-        moved = (
-            x.to(device) for x in (self.targets, self.rollout_logprobs, self.old_logprobs, self.cu_seqlens)
+        return ActiveTokens(
+            self.mask,
+            self.targets.to(device),
+            self.rollout_logprobs.to(device),
+            self.old_logprobs.to(device),
+            self.cu_seqlens.to(device),
+            None if self.token_advantages is None else self.token_advantages.to(device),
         )
-        return ActiveTokens(self.mask, *moved)
 
 
 @dataclass(slots=True)
