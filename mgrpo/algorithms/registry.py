@@ -29,5 +29,7 @@ def open_algorithm(config: RunConfig, role: str) -> Algorithm:
     settings = section.options if isinstance(section, PluginAlgorithm) else section
     try:
         return found(settings, role, config.agents[role].reward)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}.options: {error!r}") from error
+    except KeyError as error:
+        raise ConfigError(f"{where}.options: {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}.options: {error}") from error
