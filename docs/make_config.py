@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -32,9 +33,31 @@ def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseMode
         inner = field.annotation
         if name == "agents":
             found += sections(model.model_fields[name].annotation.__args__[1], "agents.<role>")
-        elif isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += sections(inner, f"{path}.{name}" if path else name)
+        else:
+            found += [
+                section
+                for table in tables(inner)
+                for section in sections(table, f"{path}.{name}" if path else name)
+            ]
     return found
+
+
+def tables(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field may hold: one, one for each type of a union, or none."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [table for part in get_args(annotation) for table in tables(part)]
+
+
+def title(path: str, model: type[BaseModel]) -> str:
+    """A section's heading; of a table that has several types, with the one that it is."""
+    kind = model.model_fields.get("type")
+    text = f"[{path}]" if path else "Top level"
+    return (
+        f'{text} type = "{kind.default}"'
+        if kind is not None and kind.default is not PydanticUndefined
+        else text
+    )
 
 
 def default_of(field: object) -> str:
@@ -55,7 +78,7 @@ def render() -> str:
     for path, model in sections(RunConfig, ""):
         doc = " ".join((model.__doc__ or "").split())
         lines += [
-            f"## {f'[{path}]' if path else 'Top level'}",
+            f"## {title(path, model)}",
             "",
             doc,
             "",
@@ -63,9 +86,8 @@ def render() -> str:
             "|---|---|---|",
         ]
         for name, field in model.model_fields.items():
-            if (
-                isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-            ) or name == "agents":
+            chosen = name == "type" and field.default is not PydanticUndefined  # stands in the heading
+            if tables(field.annotation) or name == "agents" or chosen or field.exclude:
                 continue
             text = " ".join((field.description or "").split()).replace("|", "\\|")
             lines.append(f"| `{name}` | {default_of(field)} | {text} |")

@@ -22,7 +22,7 @@ class MGrpoAlgorithm(Settings):
 class GrpoAlgorithm(Settings):
     """A team reward: every trajectory gets the group-relative advantage of its rollout's main reward."""
 
-    type: Literal["grpo"]
+    type: Literal["grpo"] = "grpo"
     eps: _Eps = 1e-6
     """Added to the standard deviation."""
 
@@ -30,19 +30,19 @@ class GrpoAlgorithm(Settings):
 class DrGrpoAlgorithm(Settings):
     """As mgrpo without the standard deviation."""
 
-    type: Literal["dr_grpo"]
+    type: Literal["dr_grpo"] = "dr_grpo"
 
 
 class RlooAlgorithm(Settings):
     """Reward less the mean of the group's other trajectories."""
 
-    type: Literal["rloo"]
+    type: Literal["rloo"] = "rloo"
 
 
 class BatchAlgorithm(Settings):
     """The group's mean, and the standard deviation of the role's whole minibatch."""
 
-    type: Literal["batch"]
+    type: Literal["batch"] = "batch"
     eps: _Eps = 1e-6
     """Added to the standard deviation."""
 
@@ -50,7 +50,7 @@ class BatchAlgorithm(Settings):
 class TurnCreditAlgorithm(Settings):
     """As mgrpo, plus a comparison of the turns that answer the same observation. An advantage for each token."""
 
-    type: Literal["turn_credit"]
+    type: Literal["turn_credit"] = "turn_credit"
     eps: _Eps = 1e-6
     """Added to the standard deviations."""
     gamma: float = Field(0.95, gt=0, le=1)
@@ -62,7 +62,7 @@ class TurnCreditAlgorithm(Settings):
 class LeaveOneOutCallAlgorithm(Settings):
     """Reward less the mean reward of all calls of the role in the group's other rollouts."""
 
-    type: Literal["leave_one_out_call"]
+    type: Literal["leave_one_out_call"] = "leave_one_out_call"
 
 
 class PluginAlgorithm(Settings):
@@ -91,18 +91,18 @@ ALGORITHM_TYPES: tuple[str, ...] = tuple(
 
 def _kind(section: object) -> str:
     name = section.get("type", "mgrpo") if isinstance(section, dict) else getattr(section, "type", None)
-    return name if isinstance(name, str) and name in ALGORITHM_TYPES else "plugin"
+    return f"({name})" if isinstance(name, str) and name in ALGORITHM_TYPES else "(plugin)"
 
 
 AlgorithmConfig = Annotated[
-    Annotated[MGrpoAlgorithm, Tag("mgrpo")]
-    | Annotated[GrpoAlgorithm, Tag("grpo")]
-    | Annotated[DrGrpoAlgorithm, Tag("dr_grpo")]
-    | Annotated[RlooAlgorithm, Tag("rloo")]
-    | Annotated[BatchAlgorithm, Tag("batch")]
-    | Annotated[TurnCreditAlgorithm, Tag("turn_credit")]
-    | Annotated[LeaveOneOutCallAlgorithm, Tag("leave_one_out_call")]
-    | Annotated[PluginAlgorithm, Tag("plugin")],
+    Annotated[MGrpoAlgorithm, Tag("(mgrpo)")]
+    | Annotated[GrpoAlgorithm, Tag("(grpo)")]
+    | Annotated[DrGrpoAlgorithm, Tag("(dr_grpo)")]
+    | Annotated[RlooAlgorithm, Tag("(rloo)")]
+    | Annotated[BatchAlgorithm, Tag("(batch)")]
+    | Annotated[TurnCreditAlgorithm, Tag("(turn_credit)")]
+    | Annotated[LeaveOneOutCallAlgorithm, Tag("(leave_one_out_call)")]
+    | Annotated[PluginAlgorithm, Tag("(plugin)")],
     Discriminator(_kind),
 ]
 """`agents.<role>.algorithm`: the section of a built-in kind, else that of a class from outside."""

@@ -26,9 +26,6 @@ MAY_CHANGE = (
 """Settings and sections that a resumed run may change: how long, where and by how many processes it is computed, how
 often it is measured and what is kept of it. Everything else belongs to the run's digest."""
 
-KINDS = ("algorithm",)
-"""Fields with one section a kind: in the path of an error the kind's name follows them, which no file contains."""
-
 WIDE_MARKS = {  # the longer first: those of UTF-32 begin like those of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -163,8 +160,8 @@ def _first(error: ValidationError) -> str:
     """The first problem as `field: what was expected, got value`, with the number of further ones."""
     problems = error.errors()
     first = problems[0]
-    path = [str(p) for p in first["loc"]]
-    field = ".".join(p for i, p in enumerate(path) if not i or path[i - 1] not in KINDS) or "the config"
+    # What stands in parentheses is the chosen type of a table, no part of its name.
+    field = ".".join(p for p in map(str, first["loc"]) if not p.startswith("(")) or "the config"
     if first["type"] == "extra_forbidden":
         text = f"{field}: unknown key"
     elif first["type"] == "missing":

@@ -6,14 +6,16 @@ the key. Fields of a role that only another role can use (an outcome weight on t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from mgrpo.config.algorithm import AlgorithmConfig, MGrpoAlgorithm
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import EngineConfig, PolicyConfig
-from mgrpo.config.settings import MAX_SECONDS, Options, Settings
+from mgrpo.config.settings import MAX_SECONDS, Settings
 from mgrpo.types import MAIN
 
 
@@ -22,8 +24,28 @@ class TaskConfig(Settings):
 
     name: str = "atlas"
     """A built-in task, or "package.module:Class"."""
-    options: Options = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the task itself; each task checks its own."""
+
+    @field_validator("options")
+    @classmethod
+    def _finite(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, number in _numbers(value):
+            if not math.isfinite(number):
+                raise ValueError(f"{name} should be a finite number, got {number}")
+        return value
+
+
+def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a tree of tables and lists, with its dotted name."""
+    if isinstance(tree, float):
+        yield name.removeprefix("."), tree
+    elif isinstance(tree, dict):
+        for key, part in tree.items():
+            yield from _numbers(part, f"{name}.{key}")
+    elif isinstance(tree, list):
+        for number, part in enumerate(tree):
+            yield from _numbers(part, f"{name}.{number}")
 
 
 class OptimizerConfig(Settings):

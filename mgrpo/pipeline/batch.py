@@ -74,12 +74,12 @@ class BatchBuilder:
 
     def __init__(self, config: RunConfig, role: str, spool: Trajectories, ranks: int) -> None:
         """ranks: processes of the trainer that the micro-batches are dealt out to."""
+        self._algorithm = open_algorithm(config, role)
         self._config, self._role, self._spool = config, role, spool
         self._agent = config.agents[role]
         self._ranks = ranks
         loss = self._agent.loss
         self._skip_zero = loss.kl_coef == 0 and loss.entropy_coef == 0
-        self._algorithm = open_algorithm(config, role)
         self._batcher = Batcher(
             config.trainer.group_size,
             self._agent.d_max,

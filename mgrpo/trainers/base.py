@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -34,10 +34,12 @@ class MicroBatch:
     loss_mask: torch.Tensor  # bool (R, S), False on padding
     rollout_logprobs: torch.Tensor  # f32 (R, S), the sampler's
     lengths: torch.Tensor  # i64 (R,)
-    advantages: torch.Tensor  # f32 (R,); beside token_advantages the mean over the sampled tokens
+    advantages: torch.Tensor  # f32 (R,)
     weights: torch.Tensor  # f32 (R,), w(k, i) of the alignment
     old_logprobs: torch.Tensor | None = None  # f32 (R, S), the trainer's before the step; None: the sampler's
-    token_advantages: torch.Tensor | None = None  # f32 (R, S); None: each token has its trajectory's
+    token_advantages: torch.Tensor | None = (
+        None  # f32 (R, S), of each sampled token; None: its row's advantage
+    )
 
     def rows(self, keep: torch.Tensor) -> MicroBatch:
         """The trajectories where keep (bool[R]) is True, cut to their own width."""
@@ -54,19 +56,24 @@ class MicroBatch:
             None if self.token_advantages is None else self.token_advantages[keep, :width],
         )
 
+    def with_advantage(self) -> torch.Tensor:
+        """bool (R,): the trajectories in which a sampled token has an advantage other than 0."""
+        if self.token_advantages is None:
+            return self.advantages != 0
+        return ((self.token_advantages != 0) & self.loss_mask).any(1)
+
     def active(self) -> ActiveTokens:
         """The sampled tokens, trajectory after trajectory."""
         # The hidden state of t - 1 scores token t; the first token is never sampled.
         mask = self.loss_mask[:, 1:]
         old = self.rollout_logprobs if self.old_logprobs is None else self.old_logprobs
-        advantages = None if self.token_advantages is None else self.token_advantages[:, 1:][mask]
         return ActiveTokens(
             mask=mask,
             targets=self.ids[:, 1:][mask],
             rollout_logprobs=self.rollout_logprobs[:, 1:][mask],
             old_logprobs=old[:, 1:][mask],
             cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32),
-            token_advantages=advantages,
+            token_advantages=None if self.token_advantages is None else self.token_advantages[:, 1:][mask],
         )
 
 
@@ -79,17 +86,17 @@ class ActiveTokens:
     rollout_logprobs: torch.Tensor  # f32 (T,)
     old_logprobs: torch.Tensor  # f32 (T,)
     cu_seqlens: torch.Tensor  # i32 (R + 1,)
-    token_advantages: torch.Tensor | None = None  # f32 (T,); None: each token has its trajectory's
+    token_advantages: torch.Tensor | None = None  # f32 (T,)
 
     def to(self, device: torch.device) -> ActiveTokens:
         """On the policy's device, but for the mask, which the host looks at."""
-        return ActiveTokens(
-            self.mask,
-            self.targets.to(device),
-            self.rollout_logprobs.to(device),
-            self.old_logprobs.to(device),
-            self.cu_seqlens.to(device),
-            None if self.token_advantages is None else self.token_advantages.to(device),
+        return replace(
+            self,
+            targets=self.targets.to(device),
+            rollout_logprobs=self.rollout_logprobs.to(device),
+            old_logprobs=self.old_logprobs.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            token_advantages=None if self.token_advantages is None else self.token_advantages.to(device),
         )
 
 
