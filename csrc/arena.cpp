@@ -14,9 +14,11 @@ namespace {
 constexpr int64_t kGrain = 16;  // tokens
 }
 
-Arena::Arena(int64_t bytes) : capacity_(bytes / kBytesPerToken / kGrain * kGrain) {
-  MGRPO_CHECK(capacity_ >= kGrain, "arena_bytes=", bytes, " is below one block of ", kGrain * kBytesPerToken, " bytes");
-  mapped_ = size_t(capacity_) * kBytesPerToken;
+Arena::Arena(int64_t bytes, bool advantages)
+    : bytes_per_token_(advantages ? 13 : 9), capacity_(bytes / bytes_per_token_ / kGrain * kGrain) {
+  MGRPO_CHECK(capacity_ >= kGrain, "arena_bytes=", bytes, " is below one block of ", kGrain * bytes_per_token_,
+              " bytes");
+  mapped_ = size_t(capacity_ * bytes_per_token_);
   // Anonymous pages cost nothing until they are written, so a generous bound is only a bound.
   void* mapped = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
@@ -97,8 +99,8 @@ void Arena::compact() {
   for (const int32_t handle : live) {
     Block& block = blocks_[handle];
     if (block.offset != top) {
-      std::memmove(memory_ + top * kBytesPerToken, memory_ + block.offset * kBytesPerToken,
-                   size_t(block.size * kBytesPerToken));
+      std::memmove(memory_ + top * bytes_per_token_, memory_ + block.offset * bytes_per_token_,
+                   size_t(block.size * bytes_per_token_));
       block.offset = top;
     }
     top += block.size;

@@ -1,8 +1,8 @@
-// Storage of token data, all reserved at construction: a block a trajectory, which holds its three columns one after the
-// other (ids i32, log-probs f32, masks u8), so that a processor that reads ahead of the one reads what comes next of the
-// other: copying trajectories in any order is a quarter faster than out of three long columns. Blocks are multiples of 16
-// tokens, 144 bytes, so every column is aligned to 16 bytes. Freed blocks merge; when free space is too scattered, live
-// blocks slide down. It never grows.
+// Storage of token data, all reserved at construction: a block a trajectory, which holds its columns one after the other
+// (ids i32, log-probs f32, where wanted advantages f32, masks u8), so that a processor that reads ahead of the one reads
+// what comes next of the other: copying trajectories in any order is a quarter faster than out of long columns. Blocks are
+// multiples of 16 tokens, so every column is aligned to 16 bytes. Freed blocks merge; when free space is too scattered,
+// live blocks slide down. It never grows.
 #pragma once
 
 #include <cstddef>
@@ -14,11 +14,10 @@
 
 namespace mgrpo {
 
-inline constexpr int64_t kBytesPerToken = 9;
-
 class Arena {
  public:
-  explicit Arena(int64_t bytes);
+  // advantages: every token has an advantage of its own.
+  explicit Arena(int64_t bytes, bool advantages = false);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -29,7 +28,10 @@ class Arena {
 
   int32_t* ids(int32_t handle) const { return reinterpret_cast<int32_t*>(column(handle, 0)); }
   float* logprobs(int32_t handle) const { return reinterpret_cast<float*>(column(handle, sizeof(int32_t))); }
-  uint8_t* masks(int32_t handle) const { return column(handle, sizeof(int32_t) + sizeof(float)); }
+  float* advantages(int32_t handle) const {
+    return reinterpret_cast<float*>(column(handle, sizeof(int32_t) + sizeof(float)));
+  }
+  uint8_t* masks(int32_t handle) const { return column(handle, size_t(bytes_per_token_) - sizeof(uint8_t)); }
   // Tells a reused handle from the one that was given out.
   uint32_t generation(int32_t handle) const { return blocks_[handle].generation; }
   // Whether `handle` still names the block that it named when its generation was read; false for any other number.
@@ -40,6 +42,7 @@ class Arena {
 
   int64_t used_tokens() const { return used_; }
   int64_t capacity_tokens() const { return capacity_; }
+  int64_t bytes_per_token() const { return bytes_per_token_; }
 
  private:
   struct Block {
@@ -50,13 +53,13 @@ class Arena {
   // before: bytes a token of the columns in front of it.
   uint8_t* column(int32_t handle, size_t before) const {
     const Block& block = blocks_[handle];
-    return memory_ + block.offset * kBytesPerToken + block.size * int64_t(before);
+    return memory_ + block.offset * bytes_per_token_ + block.size * int64_t(before);
   }
   void give(int64_t offset, int64_t size);
   void take(std::map<int64_t, int64_t>::iterator hole);
   void compact();
 
-  int64_t capacity_, used_ = 0;
+  int64_t bytes_per_token_, capacity_, used_ = 0;
   uint8_t* memory_ = nullptr;
   size_t mapped_ = 0;  // bytes
   std::vector<Block> blocks_;

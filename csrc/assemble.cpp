@@ -32,6 +32,7 @@ void check_alive(const Batcher& batcher, const Plan& plan, const PlanRow& row) {
 struct Source {
   const int32_t* ids;
   const float* logprobs;
+  const float* advantages;  // of each token; null: `advantage` is that of all
   const uint8_t* masks;
   int64_t id;
   int32_t length, row;
@@ -47,6 +48,7 @@ std::vector<Source> sources_of(const Arena& arena, const Plan& plan, int32_t beg
     const PlanRow& row = plan.rows[plan.item_row[item]];
     sources[size_t(i - begin)] = {arena.ids(row.handle),
                                   arena.logprobs(row.handle),
+                                  plan.token_advantages ? arena.advantages(row.handle) : nullptr,
                                   arena.masks(row.handle),
                                   row.id,
                                   row.length,
@@ -76,8 +78,11 @@ void count_up(int32_t* to, int64_t n) {
   if (to) stream_count(to, n, 0, 1);
 }
 
-void fill_tokens(float* to, int64_t n, float value) {
-  if (to) stream_count(reinterpret_cast<int32_t*>(to), n, std::bit_cast<int32_t>(value), 0);
+void write_advantages(float* to, const float* from, int64_t n, float value) {
+  if (from)
+    copy(to, from, n);
+  else if (to)
+    stream_count(reinterpret_cast<int32_t*>(to), n, std::bit_cast<int32_t>(value), 0);
 }
 
 void write_micro_batch(const Batcher& batcher, const Plan& plan, int64_t bin, int64_t mb, const PackedBuffers& out) {
@@ -93,7 +98,7 @@ void write_micro_batch(const Batcher& batcher, const Plan& plan, int64_t bin, in
     copy(at(out.ids, place), from.ids, from.length);
     copy(at(out.logprobs, place), from.logprobs, from.length);
     copy(at(out.loss_mask, place), from.masks, from.length);
-    fill_tokens(at(out.advantages, place), from.length, from.advantage);
+    write_advantages(at(out.advantages, place), from.advantages, from.length, from.advantage);
     count_up(at(out.position_ids, place), from.length);
     if (out.seg_advantage) out.seg_advantage[index] = from.advantage;
     if (out.seg_weight) out.seg_weight[index] = from.weight;
@@ -165,10 +170,14 @@ void write_padded(const Batcher& batcher, const Plan& plan, const PaddedLayout& 
       copy(at(out.ids, place), batcher.arena().ids(row.handle), row.length);
       copy(at(out.logprobs, place), batcher.arena().logprobs(row.handle), row.length);
       copy(at(out.loss_mask, place), batcher.arena().masks(row.handle), row.length);
+      write_advantages(at(out.advantages, place),
+                       plan.token_advantages ? batcher.arena().advantages(row.handle) : nullptr, row.length,
+                       row.advantage);
     }
     fill(at(out.ids, place + row.length), rest, plan.pad_id);
     fill(at(out.loss_mask, place + row.length), rest, uint8_t{0});
     fill(at(out.logprobs, place + row.length), rest, 0.0f);
+    fill(at(out.advantages, place + row.length), rest, 0.0f);
     if (out.lengths) out.lengths[r] = row.length;
     if (out.seg_advantage) out.seg_advantage[r] = row.advantage;
     if (out.seg_weight) out.seg_weight[r] = real ? plan.item_weight[item] : 0.0f;

@@ -30,6 +30,7 @@ struct PaddedBuffers {
   int32_t* ids = nullptr;          // [rows, width]
   uint8_t* loss_mask = nullptr;    // [rows, width]
   float* logprobs = nullptr;       // [rows, width]
+  float* advantages = nullptr;     // [rows, width]
   int32_t* lengths = nullptr;      // [rows]
   float* seg_advantage = nullptr;  // [rows]
   float* seg_weight = nullptr;     // [rows]

@@ -79,7 +79,6 @@ void validate(const BatcherOptions& o) {
   MGRPO_CHECK(o.dp >= 1, "dp=", o.dp, " is below 1");
   MGRPO_CHECK(o.vote == Vote::per_rollout || o.mode == Mode::none,
               "vote='per_invocation' belongs to mode='none': the aligned modes give every rollout one vote");
-  MGRPO_CHECK(std::isfinite(o.eps) && o.eps >= 0, "eps=", o.eps, " is not finite and >= 0");
   MGRPO_CHECK(
       std::isfinite(o.cost_a) && std::isfinite(o.cost_b) && o.cost_a >= 0 && o.cost_b >= 0 && o.cost_a + o.cost_b > 0,
       "cost=(", o.cost_a, ", ", o.cost_b, ") needs finite parts >= 0, not both 0");
@@ -95,7 +94,7 @@ std::atomic<uint64_t> last_id{0};
 
 Batcher::Batcher(BatcherOptions options) : options_(std::move(options)), id_(++last_id) {
   validate(options_);
-  arena_ = std::make_unique<Arena>(options_.arena_bytes);
+  arena_ = std::make_unique<Arena>(options_.arena_bytes, options_.token_advantages);
 }
 
 int Batcher::role_index(std::string_view role) const {
@@ -181,17 +180,49 @@ int64_t Batcher::check_content(const TrajectoryView& t, int64_t length) const {
     const float* wrong = std::find_if_not(t.logprobs, t.logprobs + length, [](float x) { return std::isfinite(x); });
     reject("logprobs", t.query, t.rollout, t.id, "log-prob ", *wrong, " at ", wrong - t.logprobs, " is not finite");
   }
-  if (!std::isfinite(t.reward)) reject("reward", t.query, t.rollout, t.id, "reward ", t.reward, " is not finite");
-  if (std::fabs(t.reward) > kLargestReward)
-    reject("reward", t.query, t.rollout, t.id, "reward ", t.reward, " is beyond ", kLargestReward,
-           ", half of what a float32 advantage holds");
+  check_advantages(t, length);
   return active;
 }
+
+void Batcher::check_advantages(const TrajectoryView& t, int64_t length) const {
+  if (!options_.token_advantages) {
+    if (!std::isfinite(t.advantage))
+      reject("advantage", t.query, t.rollout, t.id, "advantage ", t.advantage, " is not finite");
+  } else if (any_infinite(t.token_advantages, length)) {
+    const float* wrong =
+        std::find_if_not(t.token_advantages, t.token_advantages + length, [](float x) { return std::isfinite(x); });
+    reject("advantage", t.query, t.rollout, t.id, "advantage ", *wrong, " at ", wrong - t.token_advantages,
+           " is not finite");
+  }
+}
+
+namespace {
+
+// A trajectory's advantage as one number, and whether it moves the policy at all.
+void summarise_advantage(const TrajectoryView& t, Entry& entry) {
+  if (!t.token_advantages) {
+    entry.advantage = t.advantage;
+    entry.has_gradient = t.advantage != 0;
+    return;
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < entry.length; ++i) {
+    if (!t.mask[i]) continue;
+    sum += t.token_advantages[i];
+    entry.has_gradient |= t.token_advantages[i] != 0;
+  }
+  entry.advantage = float(sum / entry.active);
+}
+
+}  // namespace
 
 bool Batcher::same_content(const Entry& e, const TrajectoryView& t, int64_t length) const {
   if (e.id != t.id) return false;
   if (e.length == 0) return true;  // it left its group: there is nothing to compare with
-  return e.length == length && e.reward == t.reward && e.policy_version == t.policy_version &&
+  const bool same_advantage = options_.token_advantages ? !std::memcmp(arena_->advantages(e.handle), t.token_advantages,
+                                                                       size_t(length) * sizeof(float))
+                                                        : e.advantage == t.advantage;
+  return e.length == length && same_advantage && e.policy_version == t.policy_version &&
          !std::memcmp(arena_->ids(e.handle), t.tokens, size_t(length) * sizeof(int32_t)) &&
          !std::memcmp(arena_->logprobs(e.handle), t.logprobs, size_t(length) * sizeof(float)) &&
          !std::memcmp(arena_->masks(e.handle), t.mask, size_t(length));
@@ -214,6 +245,8 @@ bool Batcher::add(const TrajectoryView& t, double now) {
   if (t.n_mask != t.n_tokens || t.n_logprobs != t.n_tokens)
     reject("length", t.query, t.rollout, t.id, t.n_tokens, " tokens, ", t.n_mask, " mask values, ", t.n_logprobs,
            " log-probs");
+  if (options_.token_advantages && t.n_token_advantages != t.n_tokens)
+    reject("length", t.query, t.rollout, t.id, t.n_tokens, " tokens, ", t.n_token_advantages, " advantages");
   const bool overlong = t.n_tokens > options_.capacity;
   if (overlong && options_.overlong == Overlong::error)
     reject("too_long", t.query, t.rollout, t.id, t.n_tokens, " tokens are over the capacity of ", options_.capacity);
@@ -228,7 +261,7 @@ bool Batcher::add(const TrajectoryView& t, double now) {
     return false;
   }
   check_vacant(known, t);
-  Entry entry{int32_t(t.invocation), 0, 0, t.policy_version, t.id, t.reward, -1};
+  Entry entry{int32_t(t.invocation), 0, 0, t.policy_version, t.id, 0, false, -1};
   if (overlong && options_.overlong == Overlong::drop) {
     ++counters_.overlong;
   } else {
@@ -238,9 +271,12 @@ bool Batcher::add(const TrajectoryView& t, double now) {
       reject("arena_full", t.query, t.rollout, t.id, length, " tokens do not fit: ", arena_->used_tokens(), " of ",
              arena_->capacity_tokens(), " tokens of the arena are in use; plan or drop groups first");
     entry.length = int32_t(length);
+    summarise_advantage(t, entry);
     std::memcpy(arena_->ids(entry.handle), t.tokens, size_t(length) * sizeof(int32_t));
     std::memcpy(arena_->logprobs(entry.handle), t.logprobs, size_t(length) * sizeof(float));
     std::memcpy(arena_->masks(entry.handle), t.mask, size_t(length));
+    if (t.token_advantages)
+      std::memcpy(arena_->advantages(entry.handle), t.token_advantages, size_t(length) * sizeof(float));
     counters_.truncated += overlong;
     ++counters_.accepted;
   }
@@ -315,7 +351,7 @@ void Batcher::fail(std::string_view query, int role, int64_t rollout, int64_t in
     reject("duplicate", query, rollout, e->id, "invocation ", invocation, " is already here and did not fail");
   }
   check_vacant(known, t);
-  insert(open(query, now), role, rollout, Entry{int32_t(invocation), 0, 0, -1, -1, 0, -1});
+  insert(open(query, now), role, rollout, Entry{int32_t(invocation), 0, 0, -1, -1, 0, false, -1});
   ++counters_.failed;
 }
 
@@ -389,7 +425,7 @@ int64_t Batcher::n_queries() const {
 
 int64_t Batcher::used_bytes() const {
   const auto lock = read_lock();
-  return arena_->used_tokens() * kBytesPerToken;
+  return arena_->used_tokens() * arena_->bytes_per_token();
 }
 
 void Batcher::restore_opened(std::string_view query, double opened) {
@@ -402,7 +438,7 @@ void Batcher::restore_absent(const TrajectoryView& t, double now) {
   check_place(t.query, t.rollout, t.invocation, t.id);
   if (t.id >= 0) ids_.insert(t.id);
   insert(open(t.query, now), t.role, t.rollout,
-         Entry{int32_t(t.invocation), 0, 0, t.policy_version, t.id, t.reward, -1});
+         Entry{int32_t(t.invocation), 0, 0, t.policy_version, t.id, 0, false, -1});
 }
 
 void Batcher::restore_counters(const Counters& counters) {

@@ -15,7 +15,6 @@
 #include <unordered_set>
 #include <vector>
 
-#include "advantage.hpp"
 #include "arena.hpp"
 #include "draw.hpp"
 
@@ -41,13 +40,10 @@ struct BatcherOptions {
   int64_t capacity = 0;
   int dp = 1;
   Mode mode = Mode::weights;
-  Draw draw = Draw::balanced;
   Vote vote = Vote::per_rollout;
   Empty empty = Empty::mask;
   Overlong overlong = Overlong::error;
-  Estimator estimator = Estimator::grpo;
-  double eps = 1e-4;
-  bool unbiased = false;
+  bool token_advantages = false;  // an advantage of each token instead of one a trajectory
   double cost_a = 1, cost_b = 0;
   int max_segments = 0;
   uint64_t seed = 0;
@@ -69,7 +65,9 @@ struct TrajectoryView {
   const uint8_t* mask = nullptr;
   const float* logprobs = nullptr;
   int64_t n_tokens = 0, n_mask = 0, n_logprobs = 0;
-  double reward = 0;
+  float advantage = 0;                      // of the trajectory, or
+  const float* token_advantages = nullptr;  // of each token
+  int64_t n_token_advantages = 0;
   int32_t policy_version = 0;
 };
 
@@ -79,8 +77,9 @@ struct Entry {
   int32_t active;  // tokens with loss_mask 1
   int32_t policy_version;
   int64_t id;
-  double reward;
-  int32_t handle;  // -1 when length is 0
+  float advantage;    // the trajectory's, or the mean over its trainable tokens
+  bool has_gradient;  // some trainable token has an advantage other than 0
+  int32_t handle;     // -1 when length is 0
 };
 
 // One (role, rollout) of a query.
@@ -165,6 +164,7 @@ class Batcher {
   const Entry* find_entry(const Query* query, size_t cell, int64_t invocation) const;
   void check_vacant(const Query* query, const TrajectoryView& t) const;
   int64_t check_content(const TrajectoryView& t, int64_t length) const;
+  void check_advantages(const TrajectoryView& t, int64_t length) const;
   bool same_content(const Entry& entry, const TrajectoryView& t, int64_t length) const;
 
   BatcherOptions options_;

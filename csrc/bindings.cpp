@@ -140,13 +140,14 @@ void write_packed(const mgrpo::Batcher& batcher, const mgrpo::Plan& plan, int ra
 
 void write_padded(const mgrpo::Batcher& batcher, const mgrpo::Plan& plan, int rank, int micro_batch,
                   const py::dict& out) {
-  reject_unknown(out,
-                 {"ids", "loss_mask", "logprobs", "lengths", "seg_advantage", "seg_weight", "seg_traj", "seg_row"});
+  reject_unknown(out, {"ids", "loss_mask", "logprobs", "advantages", "lengths", "seg_advantage", "seg_weight",
+                       "seg_traj", "seg_row"});
   mgrpo::PaddedBuffers b;
   b.rows = b.width = -1;
   b.ids = output<int32_t>(out, "ids", true, {&b.rows, &b.width});
   b.loss_mask = output<uint8_t>(out, "loss_mask", false, {&b.rows, &b.width});
   b.logprobs = output<float>(out, "logprobs", false, {&b.rows, &b.width});
+  b.advantages = output<float>(out, "advantages", false, {&b.rows, &b.width});
   b.lengths = output<int32_t>(out, "lengths", false, {&b.rows});
   b.seg_advantage = output<float>(out, "seg_advantage", false, {&b.rows});
   b.seg_weight = output<float>(out, "seg_weight", false, {&b.rows});
@@ -175,9 +176,9 @@ py::dict plan_rows(const mgrpo::Plan& plan) {
                   "length"_a = row_column<int32_t>(plan, [](const Row& r) { return r.length; }),
                   "active"_a = row_column<int32_t>(plan, [](const Row& r) { return r.active; }),
                   "policy_version"_a = row_column<int32_t>(plan, [](const Row& r) { return r.policy_version; }),
-                  "reward"_a = row_column<double>(plan, [](const Row& r) { return r.reward; }),
                   "weight"_a = row_column<double>(plan, [](const Row& r) { return r.weight; }),
                   "advantage"_a = row_column<float>(plan, [](const Row& r) { return r.advantage; }),
+                  "has_gradient"_a = row_column<bool>(plan, [](const Row& r) { return r.has_gradient; }),
                   "traj_id"_a = row_column<int64_t>(plan, [](const Row& r) { return r.id; }));
 }
 
@@ -227,8 +228,6 @@ void register_plan(py::module_& m) {
       .def_property_readonly("group_query", [](const Plan& p) { return to_numpy(p.group_query); })
       .def_property_readonly("group_role", [](const Plan& p) { return to_numpy(p.group_role); })
       .def_property_readonly("group_rollouts", [](const Plan& p) { return to_numpy(p.group_rollouts); })
-      .def_property_readonly("group_mean", [](const Plan& p) { return to_numpy(p.group_mean); })
-      .def_property_readonly("group_std", [](const Plan& p) { return to_numpy(p.group_std); })
       .def_property_readonly("rows", &plan_rows)
       .def_property_readonly(
           "slots", [](const Plan& p) { return to_numpy(p.slots, {py::ssize_t(p.group_query.size()), p.k, p.depth}); });
@@ -244,15 +243,27 @@ mgrpo::TrajectoryView place(std::string_view query, int role, int64_t rollout, i
   return t;
 }
 
+float number(const py::object& object, const char* name, const mgrpo::TrajectoryView& t) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    throw mgrpo::BatcherError("dtype", std::string(t.query), t.rollout, t.id, mgrpo::concat(name, " is no number"));
+  }
+  return float(value);
+}
+
 bool add(mgrpo::Batcher& batcher, const std::string& query, const std::string& role, int64_t rollout,
          int64_t invocation, int64_t traj_id, const py::object& tokens, const py::object& loss_mask,
-         const py::object& logprobs, double reward, int32_t policy_version, double now) {
+         const py::object& logprobs, const py::object& advantage, int32_t policy_version, double now) {
   auto t = place(query, batcher.role_index(role), rollout, invocation, traj_id);
   Inputs inputs;
   t.tokens = column<int32_t>(tokens, "tokens", t, t.n_tokens, inputs);
   t.mask = column<uint8_t>(loss_mask, "loss_mask", t, t.n_mask, inputs);
   t.logprobs = column<float>(logprobs, "logprobs", t, t.n_logprobs, inputs);
-  t.reward = reward;
+  if (batcher.options().token_advantages)
+    t.token_advantages = column<float>(advantage, "advantage", t, t.n_token_advantages, inputs);
+  else
+    t.advantage = number(advantage, "advantage", t);
   t.policy_version = policy_version;
   const py::gil_scoped_release released;
   return batcher.add(t, now);
@@ -270,7 +281,8 @@ int64_t add_many(mgrpo::Batcher& batcher, const std::vector<std::string>& querie
   const int64_t total = int64_t(py::len(c["tokens"]));
   const auto* mask = batch_column<uint8_t>(c["loss_mask"], "loss_mask", total, inputs);
   const auto* logprobs = batch_column<float>(c["logprobs"], "logprobs", total, inputs);
-  const auto* reward = batch_column<double>(c["rewards"], "rewards", n, inputs);
+  const bool per_token = batcher.options().token_advantages;
+  const auto* advantages = batch_column<float>(c["advantages"], "advantages", per_token ? total : n, inputs);
   const auto* version = batch_column<int32_t>(c["policy_versions"], "policy_versions", n, inputs);
   const int role_index = batcher.role_index(role);
   const py::gil_scoped_release released;
@@ -284,7 +296,9 @@ int64_t add_many(mgrpo::Batcher& batcher, const std::vector<std::string>& querie
     t.mask = mask + offset[i];
     t.logprobs = logprobs + offset[i];
     t.n_tokens = t.n_mask = t.n_logprobs = offset[i + 1] - offset[i];
-    t.reward = reward[i];
+    t.advantage = per_token ? 0 : advantages[i];
+    t.token_advantages = per_token ? advantages + offset[i] : nullptr;
+    t.n_token_advantages = t.n_tokens;
     t.policy_version = version[i];
     fresh += batcher.add(t, now);
   }
@@ -297,11 +311,11 @@ py::dict save_state(const mgrpo::Batcher& batcher, double now) {
     const py::gil_scoped_release released;
     s = mgrpo::save_state(batcher, now);
   }
-  return py::dict("queries"_a = s.queries, "ages"_a = to_numpy(s.ages), "sealed"_a = to_numpy(s.sealed),
-                  "places"_a = to_numpy(s.places), "traj_ids"_a = to_numpy(s.ids), "rewards"_a = to_numpy(s.rewards),
-                  "policy_versions"_a = to_numpy(s.versions), "offsets"_a = to_numpy(s.offsets),
-                  "tokens"_a = to_numpy(s.tokens), "loss_mask"_a = to_numpy(s.loss_mask),
-                  "logprobs"_a = to_numpy(s.logprobs), "counters"_a = to_numpy(s.counters));
+  return py::dict(
+      "queries"_a = s.queries, "ages"_a = to_numpy(s.ages), "sealed"_a = to_numpy(s.sealed),
+      "places"_a = to_numpy(s.places), "traj_ids"_a = to_numpy(s.ids), "advantages"_a = to_numpy(s.advantages),
+      "policy_versions"_a = to_numpy(s.versions), "offsets"_a = to_numpy(s.offsets), "tokens"_a = to_numpy(s.tokens),
+      "loss_mask"_a = to_numpy(s.loss_mask), "logprobs"_a = to_numpy(s.logprobs), "counters"_a = to_numpy(s.counters));
 }
 
 template <typename T>
@@ -319,7 +333,7 @@ void load_state(mgrpo::Batcher& batcher, const py::dict& state, double now) {
   s.sealed = from_numpy<int32_t>(state, "sealed");
   s.places = from_numpy<int32_t>(state, "places");
   s.ids = from_numpy<int64_t>(state, "traj_ids");
-  s.rewards = from_numpy<double>(state, "rewards");
+  s.advantages = from_numpy<float>(state, "advantages");
   s.versions = from_numpy<int32_t>(state, "policy_versions");
   s.offsets = from_numpy<int64_t>(state, "offsets");
   s.tokens = from_numpy<int32_t>(state, "tokens");
@@ -338,13 +352,10 @@ std::unique_ptr<mgrpo::Batcher> make_batcher(const py::dict& d) {
   o.capacity = py::cast<int64_t>(d["capacity"]);
   o.dp = py::cast<int>(d["dp"]);
   o.mode = mgrpo::parse_mode(py::cast<std::string>(d["mode"]));
-  o.draw = mgrpo::parse_draw(py::cast<std::string>(d["draw"]));
   o.vote = mgrpo::parse_vote(py::cast<std::string>(d["vote"]));
   o.empty = mgrpo::parse_empty(py::cast<std::string>(d["empty"]));
   o.overlong = mgrpo::parse_overlong(py::cast<std::string>(d["overlong"]));
-  o.estimator = mgrpo::parse_estimator(py::cast<std::string>(d["estimator"]));
-  o.eps = py::cast<double>(d["eps"]);
-  o.unbiased = py::cast<bool>(d["unbiased"]);
+  o.token_advantages = py::cast<bool>(d["token_advantages"]);
   std::tie(o.cost_a, o.cost_b) = py::cast<std::pair<double, double>>(d["cost"]);
   o.max_segments = py::cast<int>(d["max_segments"]);
   o.seed = py::cast<uint64_t>(d["seed"]);
@@ -404,15 +415,15 @@ void register_draw(py::module_& m) {
   m.def(
       "multiplicities",
       [](const std::vector<int>& counts, uint64_t seed, uint64_t step, const std::string& query,
-         const std::string& role, int d_max, const std::string& mode, const std::string& draw) {
+         const std::string& role, int d_max, const std::string& mode) {
         const auto key = mgrpo::draw_key(seed, query, role);
         std::vector<std::vector<int32_t>> copies;
         for (size_t k = 0; k < counts.size(); ++k)
           mgrpo::multiplicities({key, step, uint32_t(k)}, counts[k], d_max, mgrpo::parse_mode(mode),
-                                mgrpo::parse_draw(draw), copies.emplace_back());
+                                copies.emplace_back());
         return copies;
       },
-      "counts"_a, "seed"_a, "step"_a, "query"_a, "role"_a, "d_max"_a, "mode"_a, "draw"_a);
+      "counts"_a, "seed"_a, "step"_a, "query"_a, "role"_a, "d_max"_a, "mode"_a);
 }
 
 }  // namespace

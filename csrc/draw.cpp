@@ -15,12 +15,6 @@ Mode parse_mode(std::string_view name) {
   return Mode::none;
 }
 
-Draw parse_draw(std::string_view name) {
-  if (name == "balanced") return Draw::balanced;
-  MGRPO_CHECK(name == "independent", "draw '", name, "' is not one of balanced, independent");
-  return Draw::independent;
-}
-
 Vote parse_vote(std::string_view name) {
   if (name == "per_rollout") return Vote::per_rollout;
   MGRPO_CHECK(name == "per_invocation", "vote '", name, "' is not one of per_rollout, per_invocation");
@@ -71,19 +65,16 @@ void add_subset(DrawStream& stream, int d, int take, std::vector<int32_t>& copie
 
 }  // namespace
 
-void multiplicities(DrawStream stream, int d, int d_max, Mode mode, Draw draw, std::vector<int32_t>& copies) {
+void multiplicities(DrawStream stream, int d, int d_max, Mode mode, std::vector<int32_t>& copies) {
   copies.assign(d, 0);
   if (d == 0) return;
   if (mode == Mode::none || d == d_max || (d < d_max && mode == Mode::expected)) {
     std::fill(copies.begin(), copies.end(), 1);
   } else if (d > d_max) {
     add_subset(stream, d, d_max, copies);
-  } else if (draw == Draw::balanced) {
+  } else {
     std::fill(copies.begin(), copies.end(), d_max / d);
     add_subset(stream, d, d_max % d, copies);
-  } else {
-    std::fill(copies.begin(), copies.end(), 1);
-    for (int i = d; i < d_max; ++i) ++copies[stream.bounded(uint32_t(d))];
   }
 }
 

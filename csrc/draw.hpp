@@ -11,11 +11,9 @@
 namespace mgrpo {
 
 enum class Mode { weights, duplicate, expected, none };
-enum class Draw { balanced, independent };
 enum class Vote { per_rollout, per_invocation };
 
 Mode parse_mode(std::string_view name);
-Draw parse_draw(std::string_view name);
 Vote parse_vote(std::string_view name);
 
 // 64-bit FNV-1a over the bytes: the draw depends on what a name says, not on who interned it first.
@@ -45,7 +43,7 @@ class DrawStream {
 
 // Copies of each of the d invocations (in canonical order) of one rollout; 0 = dropped by the draw. In `weights` and
 // `duplicate` they sum to d_max; in `expected` and `none` every kept invocation counts once. Overwrites `copies`.
-void multiplicities(DrawStream stream, int d, int d_max, Mode mode, Draw draw, std::vector<int32_t>& copies);
+void multiplicities(DrawStream stream, int d, int d_max, Mode mode, std::vector<int32_t>& copies);
 
 // w(k,i) of one kept invocation with m copies, in a rollout of d invocations, before any token normalisation.
 double invocation_weight(int m, int d, int d_max, Mode mode, Vote vote);

@@ -7,7 +7,6 @@
 #include <unordered_map>
 #include <vector>
 
-#include "advantage.hpp"
 #include "check.hpp"
 
 // The loader picks the AVX2 copy of the loops where the machine has it; inlined helpers come along.

@@ -4,9 +4,21 @@
 // order of rows nor the number of passes can change a bit of the result.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace mgrpo {
+
+// Rewards of one group that differ by no more than this part of the largest among them are equal: what float32 sums of
+// the same parts in another order differ by (8 ulp). The same number stands in mgrpo/ops/group_advantage.py.
+inline constexpr double kEqualWithin = 8.0 / (1 << 23);
+
+// Rewards beyond this are refused: differences of two, which dr_grpo and rloo give as advantages, must fit a float.
+inline constexpr double kLargestReward = 1.7014118e38;
+
+inline bool equal_rewards(double low, double high) {
+  return !(high - low > kEqualWithin * std::fmax(std::fabs(low), std::fabs(high)));
+}
 
 enum class AdvantageEstimator : int { grpo = 0, dr_grpo = 1, rloo = 2, batch = 3 };
 

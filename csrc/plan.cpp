@@ -22,7 +22,7 @@ void add_rollout(Plan& plan, const Batcher& batcher, std::span<const Entry> entr
     if (entry.length > 0) scratch.present.push_back(&entry);
   const int d = int(scratch.present.size());
   if (d == 0) return;
-  multiplicities(stream, d, d_max, o.mode, o.draw, scratch.copies);
+  multiplicities(stream, d, d_max, o.mode, scratch.copies);
   const int32_t group = int32_t(plan.group_query.size() - 1);
   int32_t* slot = &plan.slots[(size_t(group) * plan.k + rollout) * plan.depth];
   for (int i = 0; i < d; ++i) {
@@ -39,9 +39,9 @@ void add_rollout(Plan& plan, const Batcher& batcher, std::span<const Entry> entr
                          .policy_version = entry.policy_version,
                          .handle = entry.handle,
                          .generation = batcher.arena().generation(entry.handle),
-                         .advantage = 0,
+                         .advantage = entry.advantage,
+                         .has_gradient = entry.has_gradient,
                          .weight = invocation_weight(m, d, d_max, o.mode, o.vote),
-                         .reward = entry.reward,
                          .id = entry.id});
   }
   ++plan.group_rollouts.back();
@@ -54,21 +54,6 @@ int slot_depth(const Batcher& batcher, const std::vector<const Query*>& queries)
   for (const Query* query : queries)
     for (const Cell& cell : query->cells) depth = std::max(depth, size_t(cell.arrived));
   return int(depth);
-}
-
-void set_advantages(Plan& plan, const BatcherOptions& o) {
-  std::vector<RewardRow> rewards;
-  rewards.reserve(plan.rows.size());
-  for (const PlanRow& row : plan.rows)
-    rewards.push_back({row.group, plan.group_role[row.group], row.reward, row.weight});
-  std::vector<GroupStats> stats;
-  const std::vector<float> advantages = group_advantages(rewards, o.estimator, o.eps, o.unbiased, &stats);
-  stats.resize(plan.group_role.size());
-  for (const GroupStats& group : stats) {
-    plan.group_mean.push_back(group.mean);
-    plan.group_std.push_back(group.deviation);
-  }
-  for (size_t i = 0; i < advantages.size(); ++i) plan.rows[i].advantage = advantages[i];
 }
 
 }  // namespace
@@ -84,6 +69,7 @@ Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> n
   plan.capacity = o.capacity;
   plan.pad_id = o.pad_id;
   plan.threads = o.threads;
+  plan.token_advantages = o.token_advantages;
   plan.queries = std::move(names);
   if (!std::is_sorted(plan.queries.begin(), plan.queries.end(), natural_less))
     std::sort(plan.queries.begin(), plan.queries.end(), natural_less);
@@ -115,7 +101,6 @@ Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> n
       }
     }
   }
-  set_advantages(plan, o);
 
   std::vector<int32_t> lengths;
   lengths.reserve(plan.rows.size());
@@ -123,7 +108,7 @@ Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> n
   plan.item_weight.reserve(plan.rows.size());
   for (size_t i = 0; i < plan.rows.size(); ++i) {
     const PlanRow& row = plan.rows[i];
-    if (skip_zero && row.advantage == 0) continue;
+    if (skip_zero && !row.has_gradient) continue;
     const int copies = o.mode == Mode::duplicate ? row.multiplicity : 1;
     for (int c = 0; c < copies; ++c) {
       plan.item_row.push_back(int32_t(i));

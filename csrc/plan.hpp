@@ -20,8 +20,8 @@ struct PlanRow {
   int32_t handle = -1;
   uint32_t generation = 0;
   float advantage = 0;
-  double weight = 0;  // w(k,i): all copies together
-  double reward = 0;
+  bool has_gradient = false;  // some trainable token has an advantage other than 0
+  double weight = 0;          // w(k,i): all copies together
   int64_t id = 0;
 };
 
@@ -38,10 +38,10 @@ struct Plan {
   int64_t capacity = 0;
   int32_t pad_id = 0;
   int threads = 1;
+  bool token_advantages = false;  // the arena holds an advantage of each token
   std::vector<std::string> queries;
   std::vector<int32_t> group_query, group_role;  // [G]
   std::vector<int32_t> group_rollouts;           // [G] rollouts with d_k > 0: K'_q
-  std::vector<double> group_mean, group_std;     // [G] weighted statistics of the rewards; 0 in an empty group
   std::vector<PlanRow> rows;                     // [U] by group, rollout, invocation
   std::vector<int32_t> slots;                    // [G, k, depth] -> row or -1
   std::vector<int32_t> item_row;                 // [N] packed sequences; N > U only in mode `duplicate`
@@ -59,8 +59,8 @@ struct Plan {
   mutable std::optional<PaddedLayout> padded_;
 };
 
-// `names` are queries of the batcher that are ready. skip_zero leaves rows with advantage 0 out of the micro-batches
-// (they stay in rows and slots).
+// `names` are queries of the batcher that are ready. skip_zero leaves rows without a gradient out of the
+// micro-batches (they stay in rows and slots).
 Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> names, bool skip_zero);
 
 }  // namespace mgrpo

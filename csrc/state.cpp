@@ -16,13 +16,15 @@ State save_state(const Batcher& batcher, double now) {
       for (const Entry& e : query.of(c)) {
         s.places.insert(s.places.end(), {int32_t(s.queries.size()), int32_t(c) / k, int32_t(c) % k, e.invocation});
         s.ids.push_back(e.id);
-        s.rewards.push_back(e.reward);
+        if (!batcher.options().token_advantages) s.advantages.push_back(e.advantage);
         s.versions.push_back(e.policy_version);
         if (e.length) {
           const Arena& arena = batcher.arena();
           s.tokens.insert(s.tokens.end(), arena.ids(e.handle), arena.ids(e.handle) + e.length);
           s.loss_mask.insert(s.loss_mask.end(), arena.masks(e.handle), arena.masks(e.handle) + e.length);
           s.logprobs.insert(s.logprobs.end(), arena.logprobs(e.handle), arena.logprobs(e.handle) + e.length);
+          if (batcher.options().token_advantages)
+            s.advantages.insert(s.advantages.end(), arena.advantages(e.handle), arena.advantages(e.handle) + e.length);
         }
         s.offsets.push_back(int64_t(s.tokens.size()));
       }
@@ -42,11 +44,13 @@ void load_state(Batcher& batcher, const State& s, double now) {
   MGRPO_CHECK(s.ages.size() == s.queries.size() && s.sealed.size() == s.queries.size() * cells,
               "state: ", s.queries.size(), " queries, ", s.ages.size(), " ages, ", s.sealed.size(),
               " sealed counts of ", cells, " a query");
-  MGRPO_CHECK(s.places.size() == 4 * n && s.rewards.size() == n && s.versions.size() == n && s.offsets.size() == n + 1,
-              "state: the columns of ", n, " trajectories differ in length");
+  MGRPO_CHECK(s.places.size() == 4 * n && s.versions.size() == n && s.offsets.size() == n + 1, "state: the columns of ",
+              n, " trajectories differ in length");
   MGRPO_CHECK(s.counters.size() == 6, "state: ", s.counters.size(), " counters, expected 6");
   const int64_t total = int64_t(s.tokens.size());
-  MGRPO_CHECK(s.loss_mask.size() == s.tokens.size() && s.logprobs.size() == s.tokens.size() && s.offsets[0] == 0 &&
+  const bool per_token = batcher.options().token_advantages;
+  MGRPO_CHECK(s.loss_mask.size() == s.tokens.size() && s.logprobs.size() == s.tokens.size() &&
+                  s.advantages.size() == (per_token ? s.tokens.size() : n) && s.offsets[0] == 0 &&
                   s.offsets[n] == total,
               "state: the token columns differ in length");
   for (size_t i = 0; i < n; ++i) {
@@ -66,7 +70,12 @@ void load_state(Batcher& batcher, const State& s, double now) {
     t.tokens = s.tokens.data() + s.offsets[i];
     t.mask = s.loss_mask.data() + s.offsets[i];
     t.logprobs = s.logprobs.data() + s.offsets[i];
-    t.reward = s.rewards[i];
+    if (per_token) {
+      t.token_advantages = s.advantages.data() + s.offsets[i];
+      t.n_token_advantages = t.n_tokens;
+    } else {
+      t.advantage = s.advantages[i];
+    }
     t.policy_version = s.versions[i];
     if (t.n_tokens)
       batcher.add(t, now);

@@ -15,12 +15,12 @@ struct State {
   std::vector<int32_t> sealed;     // [Q, roles, k], -1 = not sealed
   std::vector<int32_t> places;     // [n, 4]: query index, role, rollout, invocation
   std::vector<int64_t> ids;        // [n]
-  std::vector<double> rewards;     // [n]
   std::vector<int32_t> versions;   // [n]
   std::vector<int64_t> offsets;    // [n + 1] into the token columns; an empty range = a trajectory that left its group
   std::vector<int32_t> tokens;     // [T]
   std::vector<uint8_t> loss_mask;  // [T]
   std::vector<float> logprobs;     // [T]
+  std::vector<float> advantages;   // [n], or [T] where every token has its own
   std::vector<int64_t> counters;   // in the order of Counters
 };
 

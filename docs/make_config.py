@@ -87,7 +87,7 @@ def render() -> str:
         ]
         for name, field in model.model_fields.items():
             chosen = name == "type" and field.default is not PydanticUndefined  # stands in the heading
-            if tables(field.annotation) or name == "agents" or chosen:
+            if tables(field.annotation) or name == "agents" or chosen or field.exclude:
                 continue
             text = " ".join((field.description or "").split()).replace("|", "\\|")
             lines.append(f"| `{name}` | {default_of(field)} | {text} |")

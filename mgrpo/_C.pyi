@@ -6,7 +6,7 @@ import numpy.typing as npt
 
 def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def multiplicities(
-    counts: Sequence[int], seed: int, step: int, query: str, role: str, d_max: int, mode: str, draw: str
+    counts: Sequence[int], seed: int, step: int, query: str, role: str, d_max: int, mode: str
 ) -> list[list[int]]: ...
 def pack(
     lengths: npt.NDArray[np.int32],
@@ -39,8 +39,6 @@ class Plan:
     group_query: npt.NDArray[np.int32]
     group_role: npt.NDArray[np.int32]
     group_rollouts: npt.NDArray[np.int32]
-    group_mean: npt.NDArray[np.float64]
-    group_std: npt.NDArray[np.float64]
     rows: dict[str, npt.NDArray[Any]]
     slots: npt.NDArray[np.int32]
 
@@ -59,7 +57,7 @@ class Batcher:
         tokens: npt.NDArray[np.int32],
         loss_mask: npt.NDArray[np.uint8],
         logprobs: npt.NDArray[np.float32],
-        reward: float,
+        advantage: float | npt.NDArray[np.float32],
         policy_version: int,
         now: float,
     ) -> bool: ...

@@ -14,8 +14,7 @@ Under vote="per_rollout" the weights of one rollout sum to 1, so K' = number of 
 denominator of the loss and of the group statistics.
 
 Ours where the paper is silent: the draw is a pure function of (seed, step, query, rollout, role) through
-Philox4x32-10; draw="balanced" gives every invocation floor(D_max / d_k) copies and the remainder to a random
-subset, "independent" gives each one copy and draws the others with replacement.
+Philox4x32-10; every invocation gets floor(D_max / d_k) copies, and a random subset one more.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from mgrpo._C import multiplicities
 from mgrpo.types import Int32
 
 Mode = Literal["weights", "duplicate", "expected", "none"]
-Draw = Literal["balanced", "independent"]
 Vote = Literal["per_rollout", "per_invocation"]
 
 
@@ -63,7 +61,6 @@ def align(
     query: str | int,
     role: str = "sub",
     mode: Mode = "weights",
-    draw: Draw = "balanced",
     vote: Vote = "per_rollout",
 ) -> Alignment:
     """Align one group: counts[k] = d_k of its K rollouts. The same arguments give the same answer on any
@@ -81,9 +78,7 @@ def align(
     if vote == "per_invocation" and mode != "none":
         raise ValueError(f"vote='per_invocation' belongs to mode='none', not {mode!r}")
     word = 2**64
-    copies = multiplicities(
-        list(counts), seed % word, step % word, query_name(query), role, d_max, mode, draw
-    )
+    copies = multiplicities(list(counts), seed % word, step % word, query_name(query), role, d_max, mode)
     kept = [(k, i, m) for k, row in enumerate(copies) for i, m in enumerate(row) if m]
     depth = d_max if mode != "none" else max([1, *counts])
     slots = np.full((len(counts), depth), -1, np.int32)

@@ -35,8 +35,7 @@ def tokens_of(length: int, seed: int) -> tuple[Any, Any, Any]:
 def workload(
     batcher: Batcher, seed: int, queries: int = 5, mean: float = 2.0, longest: int = 90, failures: float = 0.1
 ) -> list[Call]:
-    """Calls that complete `queries` groups: d_k is Poisson, rewards are coarse so that groups tie now and
-    then."""
+    """Calls that complete `queries` groups: d_k is Poisson, advantages are coarse so that some are 0."""
     r = np.random.default_rng(seed)
     calls: list[Call] = []
     traj_id = int(r.integers(0, 1000))
@@ -51,9 +50,15 @@ def workload(
                         calls.append(("fail", (name, k, i, role)))
                         continue
                     length = int(min(longest, 1 + r.geometric(0.05)))
-                    reward = float(r.choice([0.0, 0.5, 1.0, 1.1]))
+                    per_token = batcher.options["token_advantages"]
+                    advantage = r.choice([0.0, 0.0, -0.5, 0.7, 1.1], length if per_token else None)
+                    advantage = advantage.astype(np.float32) if per_token else float(advantage)
+                    if per_token and r.random() < 0.2:
+                        advantage[:] = 0
                     data = tokens_of(length, traj_id)
-                    calls.append(("add", (name, k, i, traj_id, *data, reward, int(r.integers(0, 9)), role)))
+                    calls.append(
+                        ("add", (name, k, i, traj_id, *data, advantage, int(r.integers(0, 9)), role))
+                    )
                     traj_id += int(r.integers(1, 5))
     return calls
 
@@ -93,9 +98,9 @@ def everything_of_twin(twin: TwinBatcher, step: int, skip_zero: bool = False) ->
         "rows.length": [r.item["length"] for r in rows],
         "rows.active": [int(r.item["mask"].sum()) for r in rows],
         "rows.policy_version": [r.item["version"] for r in rows],
-        "rows.reward": [r.item["reward"] for r in rows],
         "rows.weight": [r.weight for r in rows],
         "rows.advantage": np.array([r.advantage for r in rows], np.float32),
+        "rows.has_gradient": [bool((r.trained != 0).any()) for r in rows],
         "rows.traj_id": [r.item["id"] for r in rows],
         "slots": plan.slots,
         "queries": np.array(plan.queries),

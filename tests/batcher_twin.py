@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,7 @@ class Stream:
         return order[:take]
 
 
-def multiplicities(stream: Stream, d: int, d_max: int, mode: str, draw: str) -> list[int]:
+def multiplicities(stream: Stream, d: int, d_max: int, mode: str) -> list[int]:
     if mode == "none" or (mode == "expected" and d <= d_max):
         return [1] * d
     if d > d_max:
@@ -73,13 +72,8 @@ def multiplicities(stream: Stream, d: int, d_max: int, mode: str, draw: str) -> 
         return [int(i in kept) for i in range(d)]
     if d == 0:
         return []
-    if draw == "balanced":
-        extra = stream.subset(d, d_max % d)
-        return [d_max // d + (i in extra) for i in range(d)]
-    copies = [1] * d
-    for _ in range(d_max - d):
-        copies[stream.bounded(d)] += 1
-    return copies
+    extra = stream.subset(d, d_max % d)
+    return [d_max // d + (i in extra) for i in range(d)]
 
 
 def weight_of(m: int, d: int, d_max: int, mode: str, vote: str) -> float:
@@ -88,10 +82,6 @@ def weight_of(m: int, d: int, d_max: int, mode: str, vote: str) -> float:
     if mode == "expected":
         return 1 / min(d, d_max)
     return 1 / d if vote == "per_rollout" else 1.0
-
-
-# -- advantages
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -103,42 +93,16 @@ class Row:
     multiplicity: int
     weight: float
     item: dict[str, Any]
-    advantage: float = 0.0
 
+    @property
+    def trained(self) -> np.ndarray:
+        """Advantages of the tokens with loss_mask 1."""
+        return self.item["advantages"][self.item["mask"] == 1]
 
-def moments(rows: list[Row], unbiased: bool) -> tuple[float, float, float, bool]:
-    """Total weight, mean, std, and whether there is nothing to compare."""
-    w = w2 = wr = 0.0
-    for row in rows:
-        w += row.weight
-        w2 += row.weight * row.weight
-        wr += row.weight * row.item["reward"]
-    mean, square = wr / w, 0.0
-    for row in rows:
-        gap = row.item["reward"] - mean
-        square += row.weight * gap * gap
-    rewards = [row.item["reward"] for row in rows]
-    low, high = min(rewards), max(rewards)
-    std = 0.0 if len(rows) < 2 or low == high else sqrt(square / (w - w2 / w if unbiased else w))
-    return w, mean, std, len(rows) < 2 or high - low <= 8 * 2.0**-23 * max(abs(low), abs(high))
-
-
-def set_advantages(rows: list[Row], estimator: str, eps: float, unbiased: bool) -> None:
-    for row in rows:
-        group = [r for r in rows if r.group == row.group]
-        family = [r for r in rows if r.role == row.role]
-        w, mean, std, flat = moments(family if estimator == "agent" else group, unbiased)
-        batch_std = moments(family, unbiased)[2]
-        if flat:
-            continue
-        a = row.item["reward"] - mean
-        if estimator == "grpo":
-            a /= std + eps
-        elif estimator == "rloo":
-            a *= w / (w - row.weight)
-        elif estimator in ("batch", "agent"):
-            a /= batch_std + eps
-        row.advantage = float(np.float32(a))
+    @property
+    def advantage(self) -> np.float32:
+        per_token = self.item["per_token"]
+        return np.float32(sum(map(float, self.trained)) / len(self.trained)) if per_token else self.trained[0]
 
 
 # -- the batcher
@@ -159,7 +123,7 @@ class TwinBatcher:
 
     def add(
         self, query: str, rollout: int, invocation: int, traj_id: int, tokens: Any, loss_mask: Any,
-        logprobs: Any, reward: float, policy_version: int, role: str,
+        logprobs: Any, advantage: Any, policy_version: int, role: str,
     ) -> None:  # fmt: skip
         place = self.entries.setdefault((query, self.o["roles"].index(role), rollout), {})
         n = len(tokens)
@@ -169,7 +133,8 @@ class TwinBatcher:
         n = min(n, self.o["capacity"])
         place[invocation] = {
             "id": traj_id, "tokens": tokens[:n], "mask": loss_mask[:n], "logprobs": logprobs[:n],
-            "reward": reward, "version": policy_version, "length": n,
+            "advantages": np.broadcast_to(np.asarray(advantage, np.float32), len(tokens))[:n],
+            "per_token": self.o["token_advantages"], "version": policy_version, "length": n,
         }  # fmt: skip
 
     def seal(self, query: str, rollout: int, d: int, role: str) -> None:
@@ -206,11 +171,10 @@ class TwinPlan:
         for g, (query, r) in enumerate(groups):
             for k in range(o["k"]):
                 self._add_rollout(batcher.entries.get((query, r, k), {}), g, r, k, query, step)
-        set_advantages(self.rows, o["estimator"], o["eps"], o["unbiased"])
         self.items = [
             i
             for i, row in enumerate(self.rows)
-            if not (skip_zero and row.advantage == 0)
+            if not (skip_zero and (row.trained == 0).all())
             for _ in range(row.multiplicity if o["mode"] == "duplicate" else 1)
         ]
         self.lengths = [self.rows[i].item["length"] for i in self.items]
@@ -223,7 +187,7 @@ class TwinPlan:
         present = [(i, entries[i]) for i in sorted(entries) if entries[i] is not None]
         d, d_max = len(present), o["d_max"][r]
         stream = Stream(o["seed"], step, query, k, o["roles"][r])
-        copies = multiplicities(stream, d, d_max, o["mode"], o["draw"])
+        copies = multiplicities(stream, d, d_max, o["mode"])
         self.group_rollouts[g] += d > 0
         used = 0
         for (i, item), m in zip(present, copies, strict=True):
@@ -262,7 +226,7 @@ class TwinPlan:
                 out["ids"][mb, here] = row.item["tokens"]
                 out["loss_mask"][mb, here] = row.item["mask"]
                 out["logprobs"][mb, here] = row.item["logprobs"]
-                out["advantages"][mb, here] = row.advantage
+                out["advantages"][mb, here] = row.item["advantages"]
                 out["position_ids"][mb, here] = np.arange(row.item["length"])
                 out["seg_advantage"][mb, seg] = row.advantage
                 out["seg_weight"][mb, seg] = self.weight(item)
@@ -283,9 +247,13 @@ class TwinPlan:
             "loss_mask": np.zeros(shape, np.uint8),
             "logprobs": np.zeros(shape, np.float32),
         }
+        columns = [("ids", "tokens"), ("loss_mask", "mask"), ("logprobs", "logprobs")]
+        if self.o["token_advantages"]:
+            out["advantages"] = np.zeros(shape, np.float32)
+            columns.append(("advantages", "advantages"))
         rows = [self.rows[self.items[i]] for i in items]
         for r, row in enumerate(rows):
-            for key, source in (("ids", "tokens"), ("loss_mask", "mask"), ("logprobs", "logprobs")):
+            for key, source in columns:
                 out[key][r, : row.item["length"]] = row.item[source]
         out["lengths"] = np.array([row.item["length"] for row in rows], np.int32)
         out["seg_advantage"] = np.array([row.advantage for row in rows], np.float32)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import combinations
-from math import comb, factorial
 from typing import Any
 
 import numpy as np
@@ -39,9 +38,9 @@ def p_value(observed: Counter[Any], expected: dict[Any, float]) -> float:
     return float(torch.special.gammaincc(df, torch.tensor(x / 2, dtype=torch.float64)))
 
 
-def draws(d: int, d_max: int, mode: str, draw: str) -> Counter[tuple[int, ...]]:
+def draws(d: int, d_max: int, mode: str) -> Counter[tuple[int, ...]]:
     """Multiplicities of 1e5 rollouts with d invocations each."""
-    return Counter(map(tuple, multiplicities([d] * DRAWS, 3, 11, "7/1", "sub", d_max, mode, draw)))
+    return Counter(map(tuple, multiplicities([d] * DRAWS, 3, 11, "7/1", "sub", d_max, mode)))
 
 
 @pytest.mark.parametrize(("d", "d_max"), [(5, 2), (7, 1), (6, 5), (12, 3)])
@@ -50,31 +49,15 @@ def test_dropped_invocations_are_a_uniform_subset(d: int, d_max: int, mode: str)
     """d_k > D_max: every subset of D_max invocations comes with the same frequency (chi-square, 1e5
     draws)."""
     subsets = [tuple(int(i in s) for i in range(d)) for s in combinations(range(d), d_max)]
-    assert p_value(draws(d, d_max, mode, "balanced"), dict.fromkeys(subsets, DRAWS / len(subsets))) > 1e-4
+    assert p_value(draws(d, d_max, mode), dict.fromkeys(subsets, DRAWS / len(subsets))) > 1e-4
 
 
 @pytest.mark.parametrize(("d", "d_max"), [(3, 5), (2, 7), (5, 8), (7, 9)])
-def test_balanced_duplicates_are_a_uniform_subset(d: int, d_max: int) -> None:
+def test_duplicates_are_a_uniform_subset(d: int, d_max: int) -> None:
     """d_k < D_max: everybody has floor(D_max / d_k) copies, and any subset may hold the remainder."""
     base, extra = divmod(d_max, d)
     cells = [tuple(base + (i in s) for i in range(d)) for s in combinations(range(d), extra)]
-    assert p_value(draws(d, d_max, "weights", "balanced"), dict.fromkeys(cells, DRAWS / len(cells))) > 1e-4
-
-
-@pytest.mark.parametrize(("d", "d_max"), [(2, 5), (3, 6)])
-def test_independent_duplicates_are_multinomial(d: int, d_max: int) -> None:
-    """draw="independent": one copy each, the others with replacement."""
-    extra = d_max - d
-
-    def chance(copies: tuple[int, ...]) -> float:
-        ways = factorial(extra)
-        for c in copies:
-            ways //= factorial(c - 1)
-        return ways / d**extra
-
-    cells = {c: DRAWS * chance(c) for c in draws(d, d_max, "weights", "independent")}
-    assert len(cells) == comb(d_max - 1, d - 1)
-    assert p_value(draws(d, d_max, "weights", "independent"), cells) > 1e-4
+    assert p_value(draws(d, d_max, "weights"), dict.fromkeys(cells, DRAWS / len(cells))) > 1e-4
 
 
 class EveryStream:
@@ -94,12 +77,12 @@ class EveryStream:
     subset = batcher_twin.Stream.subset
 
 
-def every_draw(d: int, d_max: int, mode: str, draw: str) -> Iterator[tuple[Fraction, list[int]]]:
+def every_draw(d: int, d_max: int, mode: str) -> Iterator[tuple[Fraction, list[int]]]:
     """All outcomes of the draw with their exact probabilities."""
     path: list[int] = []
     while True:
         stream = EveryStream(path)
-        copies = batcher_twin.multiplicities(stream, d, d_max, mode, draw)  # type: ignore[arg-type]
+        copies = batcher_twin.multiplicities(stream, d, d_max, mode)  # type: ignore[arg-type]
         yield stream.probability, copies
         path = path + [0] * (len(stream.widths) - len(path))
         while path and path[-1] + 1 == stream.widths[len(path) - 1]:
@@ -109,21 +92,20 @@ def every_draw(d: int, d_max: int, mode: str, draw: str) -> Iterator[tuple[Fract
         path[-1] += 1
 
 
-def expected_weights(d: int, d_max: int, mode: str, draw: str) -> list[Fraction]:
+def expected_weights(d: int, d_max: int, mode: str) -> list[Fraction]:
     """Exact expectation of w(k,i) over the draw, for each invocation."""
     total, unit = [Fraction(0)] * d, Fraction(1, d_max if mode == "weights" else min(d, d_max))
-    for probability, copies in every_draw(d, d_max, mode, draw):
+    for probability, copies in every_draw(d, d_max, mode):
         total = [t + probability * m * unit for t, m in zip(total, copies, strict=True)]
     return total
 
 
-@pytest.mark.parametrize("draw", ["balanced", "independent"])
 @pytest.mark.parametrize("d_max", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 6])
-def test_expected_is_the_expectation_of_the_draw(d: int, d_max: int, draw: str) -> None:
+def test_expected_is_the_expectation_of_the_draw(d: int, d_max: int) -> None:
     """By enumeration, in exact fractions: weights and expected give every invocation 1/d_k on average."""
-    weights = expected_weights(d, d_max, "weights", draw)
-    assert weights == expected_weights(d, d_max, "expected", draw) == [Fraction(1, d)] * d
+    weights = expected_weights(d, d_max, "weights")
+    assert weights == expected_weights(d, d_max, "expected") == [Fraction(1, d)] * d
 
 
 @pytest.mark.parametrize("mode", ["weights", "duplicate", "expected", "none"])
@@ -183,7 +165,6 @@ def test_align_refuses_bad_input() -> None:
         ([1], {"d_max": 0}, ValueError, "d_max=0"),
         ([-1], {}, ValueError, "negative"),
         ([1], {"mode": "best"}, ValueError, "'best'"),
-        ([1], {"draw": "fair"}, ValueError, "'fair'"),
         ([1], {"vote": "all"}, ValueError, "'all'"),
         ([1], {"vote": "per_invocation"}, ValueError, "per_invocation"),
         ([1], {"query": 1.5}, TypeError, "1.5"),
@@ -242,14 +223,13 @@ def gradient(batcher: Batcher, plan: Plan, mean: str) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "batch", "agent"])
 @pytest.mark.parametrize("mean", ["seq", "token"])
 @pytest.mark.parametrize("d_max", [3, 5, 8])
-def test_weights_and_duplicate_give_one_gradient(mean: str, d_max: int, estimator: Any) -> None:
+def test_weights_and_duplicate_give_one_gradient(mean: str, d_max: int) -> None:
     """Counting copies is computing them: relative difference <= 1e-12 in float64."""
     gradients = []
     for mode in ("weights", "duplicate"):
-        batcher = make(mode=mode, d_max={"sub": d_max}, estimator=estimator, seed=4)  # type: ignore[arg-type]
+        batcher = make(mode=mode, d_max={"sub": d_max}, seed=4)  # type: ignore[arg-type]
         replay(workload(batcher, 8, queries=3, mean=3.0, longest=40), batcher)
         plan = batcher.plan(2)
         assert (plan.multiplicity > 1).any() and (plan.multiplicity < d_max).any()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import mgrpo
 from mgrpo._C import pack
 from mgrpo.batcher import Batcher
 from mgrpo.errors import (
@@ -27,7 +26,7 @@ GOOD: dict[str, Any] = {
     "tokens": np.array([5, 6, 7], np.int32),
     "loss_mask": np.array([0, 1, 1], np.uint8),
     "logprobs": np.array([0, -1, -2], np.float32),
-    "reward": 0.5,
+    "advantage": 0.5,
     "policy_version": 3,
 }
 
@@ -52,8 +51,11 @@ BAD: list[tuple[dict[str, Any], str, type[Exception]]] = [
     ({"loss_mask": np.array([0, 1, 2], np.uint8)}, "loss_mask", ValueError),
     ({"loss_mask": np.array([1, 1, 255] * 9, np.uint8), "tokens": np.zeros(27, np.int32),
       "logprobs": np.zeros(27, np.float32)}, "loss_mask", ValueError),
-    ({"reward": float("nan")}, "reward", ValueError),
-    ({"reward": float("inf")}, "reward", ValueError),
+    ({"advantage": float("nan")}, "advantage", ValueError),
+    ({"advantage": float("inf")}, "advantage", ValueError),
+    ({"advantage": 1e39}, "advantage", ValueError),
+    ({"advantage": "much"}, "dtype", TypeError),
+    ({"advantage": np.zeros(3, np.float32)}, "dtype", TypeError),
     ({"logprobs": np.array([0, np.nan, 0], np.float32)}, "logprobs", ValueError),
     ({"logprobs": np.array([0, 0, -np.inf], np.float32)}, "logprobs", ValueError),
     ({"loss_mask": np.ones(2, np.uint8)}, "length", ValueError),
@@ -66,7 +68,7 @@ BAD: list[tuple[dict[str, Any], str, type[Exception]]] = [
     ({"traj_id": -1}, "id", ValueError),
     ({"rollout": 2, "invocation": 2}, "sealed", ConflictError),  # more invocations than sealed
     ({"rollout": 3, "traj_id": 77}, "duplicate", ConflictError),  # another trajectory at a taken place
-    ({"rollout": 3, "reward": 0.0, "traj_id": 9}, "duplicate", ConflictError),  # same id, other content
+    ({"rollout": 3, "advantage": 0.0, "traj_id": 9}, "duplicate", ConflictError),  # same id, other content
     ({"traj_id": 9}, "duplicate", ConflictError),  # same id, other place
     ({"tokens": np.zeros(3, np.int64)}, "dtype", TypeError),
     ({"tokens": [1, 2, 3]}, "dtype", TypeError),
@@ -110,28 +112,28 @@ def test_add_many_names_the_bad_one_and_keeps_those_before_it() -> None:
         "tokens": np.concatenate([d[0] for d in data]),
         "loss_mask": np.concatenate([d[1] for d in data]),
         "logprobs": np.concatenate([d[2] for d in data]),
-        "rewards": np.array([0.0, np.nan, 1.0]),
+        "advantages": np.array([0.0, np.nan, 1.0], np.float32),
         "policy_versions": np.zeros(3, np.int32),
     }
     b = make()
     with pytest.raises(TrajectoryError) as caught:
         b.add_many(["q", "q", "q"], **columns)
     assert (caught.value.kind, caught.value.query, caught.value.rollout, caught.value.trajectory) == (
-        "reward",
+        "advantage",
         "q",
         1,
         8,
     )
     assert b.counters["accepted"] == 1 and snapshot(b)["traj_ids"].tolist() == [7]
     before = snapshot(b)
-    good = {**columns, "rewards": np.zeros(3)}
+    good = {**columns, "advantages": np.zeros(3, np.float32)}
     for change in (
         {"offsets": np.array([0, 5, 10])},
         {"offsets": np.array([0, 5, 10, 16])},
         {"offsets": np.array([0, 10, 5, 15])},
         {"traj_ids": np.array([8, 9])},
         {"tokens": columns["tokens"][:-1]},
-        {"rewards": np.zeros(3, np.float32)},
+        {"advantages": np.zeros(3)},
     ):
         with pytest.raises((ValueError, TypeError)):
             b.add_many(["q", "q", "q"], **{**good, **change})
@@ -188,13 +190,10 @@ def test_redelivery_is_ignored_and_counted() -> None:
         ({"capacity": 0}, "capacity=0"),
         ({"dp": 0}, "dp=0"),
         ({"mode": "some"}, "'some'"),
-        ({"draw": "some"}, "'some'"),
         ({"vote": "some"}, "'some'"),
         ({"empty": "some"}, "'some'"),
         ({"overlong": "some"}, "'some'"),
-        ({"estimator": "some"}, "'some'"),
         ({"vote": "per_invocation"}, "per_invocation"),
-        ({"eps": -1.0}, "eps=-1"),
         ({"cost": (0.0, 0.0)}, "cost="),
         ({"max_segments": 0}, "max_segments=0"),
         ({"threads": 0}, "threads=0"),
@@ -208,43 +207,59 @@ def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
         make(**options)
 
 
-def fill(b: Batcher, rewards: dict[tuple[int, int], float], query: str = "q", length: int = 4) -> None:
-    """One group: (rollout, invocation) -> reward; rollouts not named have d = 0."""
-    for (k, i), reward in rewards.items():
+def fill(b: Batcher, advantages: dict[tuple[int, int], float], query: str = "q", length: int = 4) -> None:
+    """One group: (rollout, invocation) -> advantage; rollouts not named have d = 0."""
+    for (k, i), advantage in advantages.items():
         traj_id = 1000 * len(b) + 10 * k + i
-        b.add(query, k, i, traj_id, *tokens_of(length, traj_id), reward, 0)
+        b.add(query, k, i, traj_id, *tokens_of(length, traj_id), advantage, 0)
     for k in range(b.options["k"]):
-        b.seal(query, k, sum(kk == k for kk, _ in rewards))
+        b.seal(query, k, sum(kk == k for kk, _ in advantages))
 
 
-def test_equal_rewards_and_groups_of_one_have_advantage_zero() -> None:
-    """Exactly 0, whatever rounding the mean has, and skip_zero leaves them out of the micro-batches."""
-    for estimator in ("grpo", "dr_grpo", "rloo", "batch"):
-        b = make(estimator=estimator, d_max={"sub": 3})
-        fill(b, {(0, 0): 0.1, (1, 0): 0.1, (1, 1): 0.1, (2, 0): 0.1}, "equal")
-        fill(b, {(3, 0): 0.7}, "one")
-        fill(b, {(0, 0): 0.0, (1, 0): 1.0}, "two")
-        plan = b.plan(0)
-        zero = np.array([b in ("equal", "one") for b, _ in plan.groups])[plan.rows.group]
-        assert (plan.rows.advantage[zero] == 0).all() and (plan.rows.advantage[~zero] != 0).all()
-        lean = b.plan(0, skip_zero=True)
-        assert lean.unique == plan.unique and lean.tokens == 8 < plan.tokens
+def test_rows_without_a_gradient_can_be_left_out() -> None:
+    """skip_zero keeps rows of advantage 0 in the plan and out of the micro-batches."""
+    b = make()
+    fill(b, {(0, 0): 0.0, (1, 0): -0.5, (1, 1): 0.0, (2, 0): 0.25})
+    plan, lean = b.plan(0), b.plan(0, skip_zero=True)
+    assert plan.rows.advantage.tolist() == [0.0, -0.5, 0.0, 0.25]
+    assert plan.rows.has_gradient.tolist() == [False, True, False, True]
+    assert lean.unique == plan.unique and lean.tokens == 8 < plan.tokens == 16
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "batch"])
-def test_advantages_are_those_of_the_op(estimator: Any) -> None:
-    """The plan and mgrpo.group_advantage define the same numbers (f64 against f32 output)."""
-    b = make(estimator=estimator, d_max={"sub": 5}, dp=1)
-    replay(workload(b, 11, queries=6, mean=4), b)
-    rows = b.plan(3).rows
-    op = mgrpo.group_advantage(
-        torch.from_numpy(rows.reward),
-        torch.from_numpy(rows.group),
-        torch.from_numpy(rows.weight),
-        estimator=estimator,
-        eps=b.options["eps"],
+def test_advantages_of_tokens() -> None:
+    """They are written with their tokens, packed and padded; a row's own is the mean over the trained tokens, and it
+    has a gradient when one of those has; values under loss_mask 0 are not read."""
+    mask = np.array([0, 1, 1, 0], np.uint8)
+    cases = {  # token advantages -> (mean, has_gradient)
+        (9.0, 1.0, -1.0, 9.0): (0.0, True),
+        (9.0, 0.0, 0.0, 9.0): (0.0, False),
+        (0.0, 0.5, 1.0, 0.0): (0.75, True),
+    }
+    b = make(token_advantages=True, dp=1)
+    for k, given in enumerate(cases):
+        ids, logprobs = np.full(4, k, np.int32), np.zeros(4, np.float32)
+        b.add("q", k, 0, k, ids, mask, logprobs, np.array(given, np.float32), 0)
+    for k in range(4):
+        b.seal("q", k, int(k < 3))
+    plan = b.plan(0)
+    assert list(zip(plan.rows.advantage.tolist(), plan.rows.has_gradient.tolist(), strict=True)) == list(
+        cases.values()
     )
-    assert np.allclose(rows.advantage, op.numpy(), rtol=1e-6, atol=1e-7)
+    padded, packed = plan.padded_buffers(0, 0), plan.buffers(advantages=True)
+    b.write_padded(plan, 0, 0, padded)
+    b.write(plan, 0, packed)
+    assert {
+        int(i[0]): tuple(a) for i, a in zip(padded["ids"], padded["advantages"].tolist(), strict=True)
+    } == dict(enumerate(cases))
+    assert packed["advantages"][0, :12].tolist() == [x for given in cases for x in given]
+    assert b.plan(0, skip_zero=True).tokens == 8
+    with pytest.raises(TrajectoryError, match="4 tokens, 3 advantages"):
+        b.add("r", 0, 0, 9, ids, mask, logprobs, np.zeros(3, np.float32), 0)
+    with pytest.raises(TrajectoryError, match="advantage nan at 1 is not finite"):
+        b.add("r", 0, 0, 9, ids, mask, logprobs, np.array([0, np.nan, 0, 0], np.float32), 0)
+    with pytest.raises(TrajectoryError, match="advantage is not a numpy array"):
+        b.add("r", 0, 0, 9, ids, mask, logprobs, 0.5, 0)
+    assert b.used_bytes == 3 * 16 * 13
 
 
 def test_rollouts_without_invocations() -> None:
@@ -272,7 +287,7 @@ def test_overlong_rules() -> None:
     """error refuses, truncate keeps the first tokens, drop takes the trajectory out of its group."""
     data = tokens_of(100, 1)
     for rule in ("truncate", "drop"):
-        b = make(overlong=rule, estimator="dr_grpo")
+        b = make(overlong=rule)
         b.add("q", 0, 0, 1, *data, 1.0, 0)
         b.add("q", 0, 1, 2, *tokens_of(5, 2), 0.0, 0)
         assert not b.add("q", 0, 0, 1, *data, 1.0, 0)
@@ -293,8 +308,8 @@ def test_overlong_rules() -> None:
     assert caught.value.kind == "no_trainable"
 
 
-def test_roles_have_their_own_depth_and_statistics() -> None:
-    """One batcher for main and two sub-agent roles: a query waits for all, statistics never mix."""
+def test_roles_have_their_own_depth() -> None:
+    """One batcher for main and two sub-agent roles: a query waits for all."""
     b = make(d_max={"main": 1, "coder": 2, "search": 3}, k=2)
     with pytest.raises(ValueError, match="name the role"):
         b.seal("q", 0, 1)
@@ -311,9 +326,6 @@ def test_roles_have_their_own_depth_and_statistics() -> None:
     assert plan.slots.shape == (3, 2, 3)
     assert (plan.slots >= 0).sum(-1).tolist() == [[1, 1], [2, 0], [3, 3]]
     assert plan.group_rollouts.tolist() == [2, 1, 2]
-    for g in range(3):
-        mine = plan.rows.group == g
-        assert abs((plan.rows.weight * plan.rows.advantage)[mine].sum()) < 1e-6
 
 
 def test_a_failed_invocation_shrinks_its_rollout() -> None:
@@ -473,8 +485,8 @@ def test_state_is_checked() -> None:
         make().load_state_dict({**state, "offsets": swapped})
     with pytest.raises(ValueError, match="differ in length"):
         make().load_state_dict({**state, "tokens": state["tokens"][:-1]})
-    with pytest.raises(ValueError, match="no column 'rewards'"):
-        make().load_state_dict({k: v for k, v in state.items() if k != "rewards"})
+    with pytest.raises(ValueError, match="no column 'advantages'"):
+        make().load_state_dict({k: v for k, v in state.items() if k != "advantages"})
     other = make(threads=7, arena_bytes=1 << 20)
     other.load_state_dict(pickle.loads(pickle.dumps(state)))
     assert_same(everything(other, 4), everything(b, 4))

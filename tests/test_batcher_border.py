@@ -52,7 +52,7 @@ def test_columns_of_many_trajectories_may_lie_at_any_address() -> None:
         "tokens": ids,
         "loss_mask": np.ones_like(mask),
         "logprobs": logprobs,
-        "rewards": np.array([0.0, 1.0]),
+        "advantages": np.array([0.0, 1.0], np.float32),
         "policy_versions": np.zeros(2, np.int32),
     }
     here, there, again = make(k=2), make(k=2), make(k=2)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     *("_C", "kernels"),
     *("errors", "files", "types", "addresses", "plugins", "sinks", "metrics", "config"),
-    *("ops", "alignment", "credit"),
+    *("ops", "alignment", "credit", "algorithms"),
     *("batcher", "transport"),
     *("model", "weights", "trajectory_log", "store", "record"),
     *("engines", "environments", "trainers"),

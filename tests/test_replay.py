@@ -332,7 +332,7 @@ def test_denominators_of_shared_minibatches_add_up() -> None:
 
     def step(micro: list[str], denominators: tuple[float, float]) -> StepBatch:
         batches = [MiniBatch([m], d) for m, d in zip(micro, denominators, strict=True)]  # type: ignore[list-item]
-        return StepBatch(0, [], [], [], batches, {})
+        return StepBatch(0, [], [], [], [], [], batches, {})
 
     first, second = merge_streams([step(["a", "b"], (2.0, 3.0)), step(["c", "d"], (5.0, 7.0))])
     assert (first.micro, first.denominator) == (["a", "c"], 7.0)

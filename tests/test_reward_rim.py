@@ -1,4 +1,4 @@
-"""Rewards at the rim: equal but for rounding, huge, tiny, not finite; the op's backends and the batcher alike."""
+"""Rewards at the rim: equal but for rounding, huge, tiny, not finite; the op's backends and the algorithms alike."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ import pytest
 import torch
 
 from mgrpo import group_advantage
-from mgrpo.batcher import Batcher
 from mgrpo.config.loss import Estimator
-from mgrpo.errors import TrajectoryError
+from tests.algorithm_kit import algorithm, flat, group
 
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-BACKENDS = ("reference", "cpu", "float64", "batcher")
+BACKENDS = ("reference", "cpu", "float64", "algorithm")
 
 
 def advantages(rewards: list[float], where: str, estimator: str = "grpo", eps: float = 1e-6) -> list[float]:
-    """Advantages of one group, from an op's backend, from the reference in float64, or from a batch's plan."""
-    if where == "batcher":
-        batcher = Batcher(k=len(rewards), d_max=1, capacity=64, role="main", estimator=estimator, eps=eps)
-        for k, reward in enumerate(rewards):
-            ids, mask = np.arange(5, dtype=np.int32), np.array([0, 1, 1, 1, 1], np.uint8)
-            batcher.add("q", k, 0, k, ids, mask, np.full(5, -1.0, np.float32), reward, 0)
-            batcher.seal("q", k, 1)
-        plan = batcher.plan(0, n_groups=1)
-        return [float(a) for a in plan.rows.advantage]
+    """Advantages of one group, from an op's backend, from the reference in float64, or from a run's algorithm."""
+    if where == "algorithm":
+        kind = {"grpo": "mgrpo"}.get(estimator, estimator)
+        settings = {"eps": eps} if kind in ("mgrpo", "batch") else {}
+        groups = [group("q", len(rewards), [(k, reward, 1.0) for k, reward in enumerate(rewards)])]
+        return flat(groups, algorithm(kind, **settings).advantages(groups))
     dtype = torch.float64 if where == "float64" else torch.float32
     ids = torch.zeros(len(rewards), dtype=torch.int32)
     out = group_advantage(
@@ -88,7 +84,7 @@ def test_advantages_do_not_depend_on_the_scale(where: str) -> None:
     assert max(map(abs, want)) > 1.0
     wide = where == "float64"
     powers = [1, -1, 40, -40, 100, -100, 126, -126] + ([500, -500, 700, -700, 1022, -1060] if wide else [])
-    if where == "batcher":
+    if where == "algorithm":
         powers += [-500, -700, -1060]
     for power in powers:
         scaled = [float(np.ldexp(r, power)) for r in rewards]
@@ -107,9 +103,8 @@ def test_huge_rewards_are_right_or_refused(estimator: str, where: str) -> None:
         if estimator in ("grpo", "batch") and len(rewards) == 2:
             assert got == pytest.approx([1.0, -1.0])
     for beyond in ((1e308,) if where == "float64" else (3e38, 1e39, 1e160)) + (float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"rewards?:? .*(is beyond|is not finite)") as refused:
+        with pytest.raises(ValueError, match=r"rewards?:? .*(is beyond|is not finite)"):
             advantages([0.0, beyond], where, estimator)
-        assert where != "batcher" or isinstance(refused.value, TrajectoryError)
 
 
 def test_groups_of_every_scale_side_by_side() -> None:

@@ -1,7 +1,7 @@
-"""From arriving trajectories to fixed-shape batches: groups, alignment, advantages, packing, assembly.
+"""From arriving trajectories to fixed-shape batches: groups, alignment, packing, assembly.
 
     batcher = Batcher(k=8, d_max=3, capacity=4096, role="sub", seed=run_seed)
-    batcher.add(query, rollout, invocation, traj_id, tokens, loss_mask, logprobs, reward, policy_version)
+    batcher.add(query, rollout, invocation, traj_id, tokens, loss_mask, logprobs, advantage, policy_version)
     batcher.seal(query, rollout, d)                # d = 0 is legal
     plan = batcher.plan(step, n_groups=8)          # pure: reads the batcher, changes nothing
     for micro_batch in range(plan.n_padded):
@@ -17,6 +17,9 @@ from there into the caller's buffers, never through Python objects. torch tensor
 `seg_weight` is w(k,i) of mgrpo.alignment, *before* any token normalisation: a loss multiplies it with the
 token mask and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which under
 per_rollout votes is K', the number of rollouts with d_k > 0.
+
+Advantages are the caller's (mgrpo/algorithms), one a trajectory or one a token. Those that depend on the weights of the
+alignment take them from mgrpo.align, which draws the same as plan().
 """
 
 from __future__ import annotations
@@ -29,11 +32,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mgrpo import _C
-from mgrpo.alignment import Draw, Mode, Vote, query_name
+from mgrpo.alignment import Mode, Vote, query_name
 from mgrpo.batcher.plan import Buffers, Plan
 from mgrpo.types import MAIN, Float32, Int32, UInt8
 
-Estimator = Literal["grpo", "dr_grpo", "rloo", "batch", "agent"]
 Empty = Literal["mask", "count", "error"]
 Overlong = Literal["error", "truncate", "drop"]
 
@@ -46,14 +48,14 @@ class Batcher:
 
     k: rollouts a query. d_max: invocations a rollout after alignment; an int for the single role `role`, or a
     mapping role -> d_max for a trainer that serves several roles. capacity: tokens a micro-batch. dp:
-    data-parallel ranks. mode, draw, vote: see mgrpo.alignment. estimator, eps, unbiased: the advantages
-    (docs/alignment.md). empty: a rollout with d_k = 0 is masked and leaves the denominator ("mask"), is
+    data-parallel ranks. mode, vote: see mgrpo.alignment. token_advantages: trajectories come with an advantage of
+    each token. empty: a rollout with d_k = 0 is masked and leaves the denominator ("mask"), is
     masked but counted in it ("count"), or is refused ("error"). overlong: a trajectory above capacity is
     refused ("error"), cut at its end ("truncate") or leaves its group like a failed one ("drop"). cost: (a,
     b) of the cost a*L + b*L^2 of a sequence, which the packer balances over ranks. max_segments: sequences a
-    micro-batch; None = as many as fit. arena_bytes: bound on token data (9 bytes a token); a full arena
-    refuses with ArenaFullError. vocab_size: bound on token ids. clock: seconds, for expire().
-    Raises ValueError naming the option.
+    micro-batch; None = as many as fit. arena_bytes: bound on token data (9 bytes a token, 13 with
+    token_advantages); a full arena refuses with ArenaFullError. vocab_size: bound on token ids. clock: seconds, for
+    expire(). Raises ValueError naming the option.
     """
 
     def __init__(
@@ -65,13 +67,10 @@ class Batcher:
         *,
         role: str = MAIN,
         mode: Mode = "weights",
-        draw: Draw = "balanced",
         vote: Vote = "per_rollout",
         empty: Empty = "mask",
         overlong: Overlong = "error",
-        estimator: Estimator = "grpo",
-        eps: float = 1e-6,
-        unbiased: bool = False,
+        token_advantages: bool = False,
         cost: tuple[float, float] = (1.0, 1 / 61440),
         max_segments: int | None = None,
         seed: int = 0,
@@ -92,13 +91,10 @@ class Batcher:
             "capacity": capacity,
             "dp": dp,
             "mode": mode,
-            "draw": draw,
             "vote": vote,
             "empty": empty,
             "overlong": overlong,
-            "estimator": estimator,
-            "eps": eps,
-            "unbiased": unbiased,
+            "token_advantages": token_advantages,
             "cost": cost,
             "max_segments": max_segments or 0,
             "seed": seed % _WORD,
@@ -126,19 +122,19 @@ class Batcher:
         tokens: Int32,
         loss_mask: UInt8,
         logprobs: Float32,
-        reward: float,
+        advantage: float | Float32,
         policy_version: int,
         role: str | None = None,
     ) -> bool:
         """Copy one trajectory of L tokens into the arena: tokens i32[L], loss_mask u8[L] of 0 and 1, logprobs
-        f32[L].
+        f32[L]; advantage a finite number, with token_advantages f32[L], which is not read where loss_mask is 0.
 
         traj_id >= 0 is unique in the batcher. False for a re-delivery (same id, same content), which is only
         counted. Raises TrajectoryError and its subclasses; a rejected trajectory changes nothing.
         """
         name = query_name(query)
         return self._core.add(
-            name, self._role(role), rollout, invocation, traj_id, tokens, loss_mask, logprobs, reward,
+            name, self._role(role), rollout, invocation, traj_id, tokens, loss_mask, logprobs, advantage,
             policy_version, self._clock(),
         )  # fmt: skip
 
@@ -153,18 +149,18 @@ class Batcher:
         tokens: Int32,
         loss_mask: UInt8,
         logprobs: Float32,
-        rewards: npt.NDArray[np.float64],
+        advantages: Float32,
         policy_versions: Int32,
         role: str | None = None,
     ) -> int:
         """As add() for n trajectories in columns: trajectory i is [offsets[i], offsets[i+1]) of the token
-        columns.
+        columns. advantages f32[n], with token_advantages a token column.
 
         Returns how many were new. When one is rejected, those before it stay and the error names it.
         """
         columns: dict[str, npt.NDArray[Any]] = {
             "rollouts": rollouts, "invocations": invocations, "traj_ids": traj_ids, "offsets": offsets,
-            "tokens": tokens, "loss_mask": loss_mask, "logprobs": logprobs, "rewards": rewards,
+            "tokens": tokens, "loss_mask": loss_mask, "logprobs": logprobs, "advantages": advantages,
             "policy_versions": policy_versions,
         }  # fmt: skip
         return self._core.add_many([query_name(q) for q in queries], self._role(role), columns, self._clock())
@@ -209,9 +205,9 @@ class Batcher:
         """Plan a batch of the named queries, or of the first n_groups ready ones (None: all), in canonical
         order.
 
-        Pure: the same content and step give the same plan. skip_zero keeps rows with advantage exactly 0 out
-        of the micro-batches, for losses without a KL or entropy term. Raises ValueError when a query is not
-        ready.
+        Pure: the same content and step give the same plan. skip_zero keeps rows without a gradient (every
+        trained token has advantage exactly 0) out of the micro-batches, for losses without a KL or entropy term. Raises
+        ValueError when a query is not ready.
         """
         if queries is None:
             names = self.ready()
@@ -239,9 +235,9 @@ class Batcher:
         """Write one micro-batch as right-padded rows of similar length; plan.padded_shapes tells (rows,
         width).
 
-        ids i32[R,W] is required; loss_mask u8[R,W], logprobs f32[R,W], lengths i32[R], seg_advantage f32[R],
-        seg_weight f32[R], seg_traj i64[R], seg_row i32[R]. R and W may be larger than needed: the rest is
-        padding.
+        ids i32[R,W] is required; loss_mask u8[R,W], logprobs f32[R,W], advantages f32[R,W], lengths i32[R],
+        seg_advantage f32[R], seg_weight f32[R], seg_traj i64[R], seg_row i32[R]. R and W may be larger than
+        needed: the rest is padding.
         """
         self._core.write_padded(plan.core, rank, micro_batch, _as_numpy(out))
 

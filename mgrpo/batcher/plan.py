@@ -30,9 +30,9 @@ class Rows:
     length: Int32  # tokens
     active: Int32  # tokens with loss_mask 1
     policy_version: Int32
-    reward: npt.NDArray[np.float64]
     weight: npt.NDArray[np.float64]  # w(k,i), all copies together, before token normalisation
-    advantage: Float32
+    advantage: Float32  # of the trajectory; of each token: the mean over those with loss_mask 1
+    has_gradient: npt.NDArray[np.bool_]  # some token with loss_mask 1 has an advantage other than 0
     traj_id: npt.NDArray[np.int64]
 
 
@@ -123,16 +123,6 @@ class Plan:
         return self.core.group_rollouts
 
     @property
-    def group_mean(self) -> npt.NDArray[np.float64]:
-        """Weighted mean of the kept rewards of every group, f64[G]; 0 in a group without any."""
-        return self.core.group_mean
-
-    @property
-    def group_std(self) -> npt.NDArray[np.float64]:
-        """Weighted standard deviation to group_mean, f64[G]; exactly 0 where all rewards are equal."""
-        return self.core.group_std
-
-    @property
     def n_rollouts(self) -> int:
         """K' of the batch, summed over groups."""
         return int(self.core.group_rollouts.sum())
@@ -182,9 +172,12 @@ class Plan:
         return _allocate(self.buffer_shapes(advantages=advantages, position_ids=position_ids))
 
     def padded_buffers(self, rank: int, micro_batch: int) -> Buffers:
-        """Fresh buffers for Batcher.write_padded, of exactly the needed shape."""
+        """Fresh buffers for Batcher.write_padded, of exactly the needed shape; with token_advantages also `advantages`
+        f32[R,W]."""
         rows, width = (int(x) for x in self.padded_shapes[rank, micro_batch])
         out: Buffers = {name: np.empty((rows, width), dtype) for name, dtype in _PACKED_TOKENS.items()}
+        if self._options["token_advantages"]:
+            out["advantages"] = np.empty((rows, width), np.float32)
         out |= {name: np.empty(rows, dtype) for name, dtype in _SEGMENTS.items()}
         return out | {"lengths": np.empty(rows, np.int32)}
 

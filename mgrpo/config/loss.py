@@ -104,11 +104,12 @@ class GrpoLossConfig(BaseModel):
     max_completion_length: int | None = Field(default=None, gt=0)
     """dr_grpo: the constant length every sequence is divided by."""
 
-    estimator: Estimator = "grpo"
-    """How rewards become group-relative advantages: over the standard deviation of the group, without it, leave-one-
-    out, or over that of the batch. In a run the batcher applies it; a loss that is given advantages does not."""
+    estimator: Estimator = Field(default="grpo", exclude=True)
+    """How a call that is given rewards makes group-relative advantages of them: over the standard deviation of the
+    group, without it, leave-one-out, or over that of the batch. No setting of a run, whose advantages are its
+    algorithm's."""
 
-    advantage_eps: float = Field(default=1e-6, ge=0.0, le=_LARGEST)
+    advantage_eps: float = Field(default=1e-6, ge=0.0, le=_LARGEST, exclude=True)
     """Added to the standard deviation of the rewards by the estimators that divide by it."""
 
     @model_validator(mode="after")

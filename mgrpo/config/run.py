@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from mgrpo.config.algorithm import AlgorithmConfig, MGrpoAlgorithm
 from mgrpo.config.engine import EngineConfig, HfEngineConfig
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
@@ -134,6 +135,8 @@ class AgentConfig(Settings):
     """Longest trajectory in tokens."""
     alignment: AlignmentConfig = AlignmentConfig()
     reward: RewardConfig
+    algorithm: AlgorithmConfig = MGrpoAlgorithm()
+    """How rewards become advantages; roles that share a policy may differ in it."""
     loss: GrpoLossConfig = GrpoLossConfig()
     """loss.temperature is the sampling temperature too: there is one distribution."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -141,6 +144,23 @@ class AgentConfig(Settings):
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = HfEngineConfig()
     """What samples its tokens: a table whose keys depend on its type."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_moved_keys(cls, tree: object) -> object:
+        loss = tree.get("loss") if isinstance(tree, dict) else None
+        for name, moved in _MOVED_FROM_LOSS.items():
+            if isinstance(loss, dict) and name in loss:
+                raise ValueError(
+                    f"loss.{name} is unknown: advantages are set by agents.<role>.algorithm, {moved}"
+                )
+        return tree
+
+
+_MOVED_FROM_LOSS = {
+    "estimator": 'e.g. { type = "rloo" } (what was estimator = "grpo" is type = "mgrpo")',
+    "advantage_eps": "e.g. { eps = 1e-6 }",
+}
 
 
 class TrainerConfig(Settings):

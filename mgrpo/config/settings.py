@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 MAX_SECONDS = 1e7  # of any deadline: four months; the waits of the system overflow further up
 
@@ -14,3 +18,26 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
+
+
+def _finite(options: dict[str, Any]) -> dict[str, Any]:
+    for name, number in _numbers(options):
+        if not math.isfinite(number):
+            raise ValueError(f"{name} should be a finite number, got {number}")
+    return options
+
+
+def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a tree of tables and lists, with its dotted name."""
+    if isinstance(tree, float):
+        yield name.removeprefix("."), tree
+    elif isinstance(tree, dict):
+        for key, part in tree.items():
+            yield from _numbers(part, f"{name}.{key}")
+    elif isinstance(tree, list):
+        for number, part in enumerate(tree):
+            yield from _numbers(part, f"{name}.{number}")
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""Settings that only a class from outside knows."""

@@ -26,7 +26,8 @@ from mgrpo.ops.encoding import check_name
 
 EQUAL_WITHIN = 8 * 2.0**-23
 """Rewards of a group that differ by no more than this part of the largest are equal: 8 ulp of float32, whatever the
-dtype, since every backend must agree on which groups train. csrc/advantage.hpp and the kernels hold the same number."""
+dtype, since every backend must agree on which groups train. csrc/group_advantage.hpp and the kernels hold the same
+number."""
 
 
 def group_advantage(

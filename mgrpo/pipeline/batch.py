@@ -1,25 +1,29 @@
-"""From claimed groups to minibatches: credit -> group advantage -> alignment -> right-padded rows of tokens.
+"""From claimed groups to minibatches: credit -> alignment -> advantages -> right-padded rows of tokens.
 
-The batcher computes advantages, draw, weights and packing in C++; this file feeds it from the trajectory log (memory to
-memory, token data never passes through Python objects) and wraps its buffers as tensors.
+Rewards and advantages are the algorithm's (mgrpo/algorithms), which sees the groups of one minibatch at a time with the
+weights of their alignment. The batcher draws the same alignment and packs in C++; this file feeds it from the
+trajectory log (memory to memory, token data never passes through Python objects) and wraps its buffers as tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from mgrpo.algorithms import GroupMember, GroupRollout, RolloutGroup, open_algorithm
+from mgrpo.algorithms.statistics import group_statistics
+from mgrpo.alignment import align
 from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
-from mgrpo.credit import is_gated, trajectory_reward
+from mgrpo.credit import is_gated
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trainers.base import MicroBatch, MiniBatch
 from mgrpo.trajectory_log.format import LogRef
-from mgrpo.types import MAIN, Trajectory
+from mgrpo.types import MAIN, Float32, Trajectory
 
 ARENA_BYTES = 1 << 30
 
@@ -43,10 +47,13 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """What one step trains on. A plan's traj_id is the number of its member; one plan and minibatch belong together."""
+    """What one step trains on. A plan's traj_id is the number of its member; one plan and minibatch belong together.
+    mean, std: weighted statistics of the kept rewards of each group; 0 where there are none."""
 
     step: int
     groups: Sequence[ClaimedGroup]
+    mean: Sequence[float]
+    std: Sequence[float]
     members: Sequence[Member]
     plans: Sequence[Plan]
     minibatches: Sequence[MiniBatch]
@@ -67,6 +74,7 @@ class BatchBuilder:
 
     def __init__(self, config: RunConfig, role: str, trajectory_log: Trajectories, ranks: int) -> None:
         """ranks: processes of the trainer that the micro-batches are dealt out to."""
+        self._algorithm = open_algorithm(config, role)
         self._config, self._role, self._trajectories = config, role, trajectory_log
         self._agent = config.agents[role]
         self._ranks = ranks
@@ -80,8 +88,7 @@ class BatchBuilder:
             role=role,
             mode=self._agent.alignment.mode,
             vote=self._agent.alignment.vote,
-            estimator=self._agent.loss.estimator,
-            eps=self._agent.loss.advantage_eps,
+            token_advantages=self._algorithm.per_token,
             seed=config.seed,
             arena_bytes=ARENA_BYTES,
         )
@@ -90,49 +97,71 @@ class BatchBuilder:
         """The minibatches of `step`, groups in order of their index, and what there is to say about them."""
         groups = sorted(groups, key=lambda group: group.index)
         members: list[Member] = []
-        for number in range(len(groups)):
-            self._take(groups, number, members)
+        scored = [self._score(step, groups, number, members) for number in range(len(groups))]
         size = len(groups) // self._config.trainer.minibatches
-        plans = [
-            self._batcher.plan(
-                step, queries=[g.query for g in groups[i : i + size]], skip_zero=self._skip_zero
-            )
-            for i in range(0, len(groups), size)
-        ]
+        numbers = iter(range(len(members)))
+        plans = []
+        for i in range(0, len(groups), size):
+            part = scored[i : i + size]
+            for seen, advantages in zip(part, self._advantages(part), strict=True):
+                self._feed(seen, advantages, members, numbers)
+            queries = [g.query for g in groups[i : i + size]]
+            plans.append(self._batcher.plan(step, queries=queries, skip_zero=self._skip_zero))
         minibatches = [self._minibatch(plan) for plan in plans]
         for group in groups:
             self._batcher.drop(group.query)
         metrics = self._describe(step, groups, plans, [m.reward for m in members])
-        return StepBatch(step, groups, members, plans, minibatches, metrics)
+        mean, std = group_statistics(scored)
+        return StepBatch(step, groups, mean, std, members, plans, minibatches, metrics)
 
-    def _take(self, groups: Sequence[ClaimedGroup], number: int, members: list[Member]) -> None:
-        """Feed one group; a failed rollout has no trajectories, so it has no part in its group's statistics."""
+    def _score(
+        self, step: int, groups: Sequence[ClaimedGroup], number: int, members: list[Member]
+    ) -> RolloutGroup:
+        """One group as the algorithm sees it; its trajectories are added to `members`. A failed rollout has none, so it
+        has no part in its group's statistics."""
         group = groups[number]
         first = len(members)
-        rollouts = {r.rollout: r for r in group.rollouts if r.status == "ok"}
-        counts = dict.fromkeys(range(group.k), 0)
+        rollouts = {
+            r.rollout: GroupRollout(r.rollout, r.status == "ok", r.correct, r.reward, r.d_k)
+            for r in group.rollouts
+        }
+        claimed = {r.rollout: r for r in group.rollouts if r.status == "ok"}
+        counts = [0] * group.k
         for invocation in group.invocations:
-            rollout = rollouts.get(invocation.rollout)
-            if rollout is None:
-                continue
-            counts[invocation.rollout] += 1
-            members.append(self._member(number, group.query, rollout, invocation))
+            if invocation.rollout in claimed:
+                counts[invocation.rollout] += 1
+                reward = self._algorithm.reward(invocation.scores, rollouts[invocation.rollout])
+                tokens = self._tokens(group.query, invocation)
+                members.append(Member(number, claimed[invocation.rollout], invocation, tokens, reward))
         if self._config.trainer.shuffle_rewards:
             members[first:] = self._shuffled(group, members[first:])
-        for place, member in enumerate(members[first:], first):
-            self._add(group.query, member, place)
-        for k, d in counts.items():
-            self._batcher.seal(group.query, k, d)
+        alignment = self._agent.alignment
+        aligned = align(
+            counts, d_max=self._agent.d_max, seed=self._config.seed, step=step, query=group.query, role=self._role,
+            mode=alignment.mode, vote=alignment.vote,
+        )  # fmt: skip
+        places = zip(aligned.rollout.tolist(), aligned.invocation.tolist(), strict=True)
+        weights = dict(zip(places, aligned.weight.tolist(), strict=True))
+        seen = [
+            GroupMember(
+                rollouts[m.invocation.rollout],
+                m.invocation.invocation,
+                m.invocation.scores,
+                m.reward,
+                weights.get((m.invocation.rollout, m.invocation.invocation), 0.0),
+                m.trajectory.tokens,
+                m.trajectory.loss_mask,
+            )
+            for m in members[first:]
+        ]
+        return RolloutGroup(group.query, group.k, list(rollouts.values()), seen)
 
-    def _member(
-        self, number: int, query: str, rollout: ClaimedRollout, invocation: ClaimedInvocation
-    ) -> Member:
+    def _tokens(self, query: str, invocation: ClaimedInvocation) -> Trajectory:
         if invocation.ref is None:
             raise ValueError(
                 f"{query}/{invocation.rollout}/{self._role}/{invocation.invocation} has no tokens"
             )
-        reward = trajectory_reward(self._role, self._agent.reward, invocation.scores, rollout.correct)
-        return Member(number, rollout, invocation, self._trajectories.read(invocation.ref), reward)
+        return self._trajectories.read(invocation.ref)
 
     def _shuffled(self, group: ClaimedGroup, members: Sequence[Member]) -> list[Member]:
         """The same trajectories with each other's rewards: a pure function of (seed, group, role)."""
@@ -140,18 +169,42 @@ class BatchBuilder:
         order = np.random.default_rng(seed).permutation(len(members))
         return [replace(m, reward=members[i].reward) for m, i in zip(members, order, strict=True)]
 
-    def _add(self, query: str, member: Member, number: int) -> None:
-        self._batcher.add(
-            query,
-            member.invocation.rollout,
-            member.invocation.invocation,
-            number,
-            member.trajectory.tokens,
-            member.trajectory.loss_mask,
-            member.trajectory.logprobs,
-            member.reward,
-            member.invocation.version_min,
-        )
+    def _advantages(self, groups: Sequence[RolloutGroup]) -> Sequence[Sequence[float | Float32]]:
+        """What the algorithm gives the groups of one minibatch. Raises ValueError for too many or too few numbers."""
+        found = self._algorithm.advantages(groups)
+        given, wanted = [len(a) for a in found], [len(g.members) for g in groups]
+        if given != wanted:
+            name = type(self._algorithm).__name__
+            raise ValueError(f"{name}.advantages() gave {given} numbers for groups of {wanted} trajectories")
+        return found
+
+    def _feed(
+        self,
+        group: RolloutGroup,
+        advantages: Sequence[float | Float32],
+        members: Sequence[Member],
+        numbers: Iterator[int],
+    ) -> None:
+        """One group into the batcher. numbers: those of its members."""
+        counts = dict.fromkeys(range(group.k), 0)
+        per_token = self._algorithm.per_token
+        for seen, advantage in zip(group.members, advantages, strict=True):
+            number = next(numbers)
+            trajectory = members[number].trajectory
+            counts[seen.rollout.rollout] += 1
+            self._batcher.add(
+                group.query,
+                seen.rollout.rollout,
+                seen.invocation,
+                number,
+                trajectory.tokens,
+                trajectory.loss_mask,
+                trajectory.logprobs,
+                np.ascontiguousarray(advantage, np.float32) if per_token else float(advantage),
+                members[number].invocation.version_min,
+            )
+        for k, d in counts.items():
+            self._batcher.seal(group.query, k, d)
 
     def _minibatch(self, plan: Plan) -> MiniBatch:
         """Write the plan's rows; the denominator counts every kept trajectory, rows without a gradient included.
@@ -176,6 +229,9 @@ class BatchBuilder:
             lengths=torch.from_numpy(buffers["lengths"][rows].astype(np.int64)),
             advantages=torch.from_numpy(buffers["seg_advantage"][rows]),
             weights=torch.from_numpy(buffers["seg_weight"][rows]),
+            token_advantages=torch.from_numpy(buffers["advantages"][rows])
+            if "advantages" in buffers
+            else None,
         )
 
     def _denominator(self, plan: Plan) -> float:
@@ -192,7 +248,7 @@ class BatchBuilder:
         """Metrics of the step's data, before anything is learned from it."""
         finished = [r for g in groups for r in g.rollouts if r.status == "ok"]
         mine = [i for g in groups for i in g.invocations]
-        kept = np.concatenate([p.rows.advantage for p in plans])
+        kept = np.concatenate([p.rows.has_gradient for p in plans])
         copies = np.concatenate([p.rows.multiplicity for p in plans])
         versions = [i.version_min for i in mine if i.version_min >= 0]
         out = {
@@ -201,7 +257,7 @@ class BatchBuilder:
             "reward/correct": _mean([r.correct for r in finished]),
             "reward/gated": _mean([is_gated(self._agent.reward, i.scores) for i in mine]),
             "rollouts/failed": float(sum(r.status != "ok" for g in groups for r in g.rollouts)),
-            "advantage/frac_zero": float((kept == 0).mean()) if kept.size else 1.0,
+            "advantage/frac_zero": float((~kept).mean()) if kept.size else 1.0,
             "align/dup_ratio": float((copies - 1).clip(0).sum() / max(1, copies.sum())),
             "align/drop_ratio": 1.0 - kept.size / max(1, len(mine)),
             "staleness/mean": step - _mean(versions) if versions else 0.0,

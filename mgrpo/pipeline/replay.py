@@ -3,7 +3,7 @@
     scores -> reward -> advantage -> alignment -> batch -> loss
 
 The rollouts of the step come from the workers' records, what training made of them from the trainer's; in between the
-trainer's own functions run again: BatchBuilder (credit, statistics, draw, packing) and Learner (loss, update). A loss
+trainer's own functions run again: BatchBuilder (credit, draw, advantages, packing) and Learner (loss, update). A loss
 needs the weights of its moment, so training is run again from the last kept checkpoint up to the step. What a resumed
 run may change (the learning rate follows from the number of steps, threads, ranks) is taken from the record of each
 step, everything else from the run's config.
@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mgrpo.algorithms import open_algorithm
 from mgrpo.config import RunConfig
+from mgrpo.credit import trajectory_reward
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.model.policy import load_policy, load_reference
 from mgrpo.pipeline.batch import BatchBuilder, StepBatch, merge_streams
@@ -124,6 +126,8 @@ class Replayer:
             ),
             self._compare(role, "alignment", _columns(pairs, ALIGNMENT)),
         ]
+        if not whole and open_algorithm(self._config, role).per_token:  # it reads the tokens
+            stages[1] = Stage(role, "advantage", UNKNOWN, "tokens of the step")
         if not whole:
             return [*stages, *(Stage(role, name, UNKNOWN, "tokens of the step") for name in STAGES[3:])]
         minibatch = int(pairs[0][1]["minibatch"]) if pairs else 0
@@ -141,7 +145,7 @@ class Replayer:
             rollouts = list(self._recording.group(query, recorded.k))
             if len(rollouts) < recorded.k:
                 return None, False
-            groups.append(_claimed(role, query, index, rollouts, tokens))
+            groups.append(_claimed(self._config, role, query, index, rollouts, tokens))
         builder = BatchBuilder(self._config, role, tokens, recorded.settings.ranks)
         return builder.build(step, groups), tokens.whole
 
@@ -264,17 +268,23 @@ class _RecordedTokens:
 
 
 def _claimed(
-    role: str, query: str, index: int, rollouts: list[RecordedRollout], tokens: _RecordedTokens
+    config: RunConfig,
+    role: str,
+    query: str,
+    index: int,
+    rollouts: list[RecordedRollout],
+    tokens: _RecordedTokens,
 ) -> ClaimedGroup:
     """A group as the store would deliver it to `role`."""
     ended, invocations = [], []
     for rollout in rollouts:
         head, body = rollout.head, rollout.body()
         main = next((t for t in body.trajectories if t.role == MAIN), None)
+        scores, reward = (main.scores if main else {}), 0.0
+        if head.status == "ok":
+            reward = trajectory_reward(MAIN, config.agents[MAIN].reward, scores, head.correct)
         ended.append(
-            ClaimedRollout(
-                head.rollout, head.status, 0.0, head.correct, head.d_k, main.scores if main else {}, -1, -1
-            )
+            ClaimedRollout(head.rollout, head.status, reward, head.correct, head.d_k, scores, -1, -1)
         )
         for t in body.trajectories:
             if t.role == role:

@@ -106,13 +106,11 @@ def step_body(batch: StepBatch, metrics: Mapping[str, float], settings: StepSett
     rows = np.zeros(len(batch.members), ROW)
     for number, member in enumerate(batch.members):
         rows[number] = _row(member)
-    mean, std = [0.0] * len(batch.groups), [0.0] * len(batch.groups)
     for number, plan in enumerate(batch.plans):
         kept = plan.rows
         for column in ("advantage", "multiplicity", "weight"):
             rows[column][kept.traj_id] = getattr(kept, column)
-        for (query, _), m, s in zip(plan.groups, plan.group_mean, plan.group_std, strict=True):
-            mean[names[query]], std[names[query]] = float(m), float(s)
+        for query in plan.queries:
             rows["minibatch"][rows["group"] == names[query]] = number
     return StepBody(
         settings=settings,
@@ -120,8 +118,8 @@ def step_body(batch: StepBatch, metrics: Mapping[str, float], settings: StepSett
         queries=[g.query for g in batch.groups],
         indices=[g.index for g in batch.groups],
         failed=[(n, r.rollout) for n, g in enumerate(batch.groups) for r in g.rollouts if r.status != "ok"],
-        mean=mean,
-        std=std,
+        mean=list(batch.mean),
+        std=list(batch.std),
         rows=rows.tobytes(),
         scores=[member.invocation.scores for member in batch.members],
         minibatches=[_minibatch(m) for m in batch.minibatches],
@@ -139,9 +137,11 @@ def _row(member: Member) -> tuple[float, ...]:
 
 
 def _minibatch(batch: MiniBatch) -> MiniBatchRecord:
-    crc = dict.fromkeys(_TENSORS, 0)
+    per_token = any(micro.token_advantages is not None for micro in batch.micro)
+    names = (*_TENSORS, "token_advantages") if per_token else _TENSORS
+    crc = dict.fromkeys(names, 0)
     for micro in batch.micro:
-        for name in _TENSORS:
+        for name in names:
             crc[name] = int(google_crc32c.extend(crc[name], getattr(micro, name).numpy().tobytes()))
     return MiniBatchRecord(batch.denominator, crc)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from mgrpo.algorithms import open_algorithm
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.credit import check_names
 from mgrpo.engines.process import run_server
@@ -32,9 +33,12 @@ def check_plugins(config: RunConfig) -> None:
 
 
 def load_run_task(config: RunConfig) -> Task:
-    """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it."""
+    """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it, and
+    for an algorithm that is unknown or refuses its settings."""
     from mgrpo.environments.loader import load_task
 
+    for role in config.training_roles:
+        open_algorithm(config, role)
     task = load_task(config.task, config.roles)
     for role, names in task.scores.items():
         if role in config.agents:

@@ -26,7 +26,7 @@ struct Arrival {
   std::vector<int32_t> tokens;
   std::vector<uint8_t> mask;
   std::vector<float> logprobs;
-  double reward;
+  float advantage;
 
   Arrival(std::string query_, int64_t rollout_, int64_t invocation_, int64_t id_, harness::Random& random)
       : query(std::move(query_)), rollout(rollout_), invocation(invocation_), id(id_) {
@@ -34,7 +34,7 @@ struct Arrival {
     tokens.assign(n, int32_t(id % 1000));
     mask.assign(n, 1);
     logprobs.assign(n, -0.5f);
-    reward = double(random(0, 2)) / 2;
+    advantage = float(random(0, 2)) / 2;
   }
 
   mgrpo::TrajectoryView view() const {
@@ -47,7 +47,7 @@ struct Arrival {
     t.mask = mask.data();
     t.logprobs = logprobs.data();
     t.n_tokens = t.n_mask = t.n_logprobs = int64_t(tokens.size());
-    t.reward = reward;
+    t.advantage = advantage;
     return t;
   }
 };

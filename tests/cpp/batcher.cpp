@@ -134,7 +134,7 @@ CASE(rejected_calls_change_nothing) {
             t.logprobs = infinite;
             t.n_tokens = t.n_mask = t.n_logprobs = 2;
           }) == (good.tokens.size() < 2 ? "length" : "logprobs"));
-  REQUIRE(rejected([](auto& t) { t.reward = std::numeric_limits<double>::quiet_NaN(); }) == "reward");
+  REQUIRE(rejected([](auto& t) { t.advantage = std::numeric_limits<float>::quiet_NaN(); }) == "advantage");
   REQUIRE(rejected([](auto& t) { t.rollout = 4; }) == "rollout");
   REQUIRE(rejected([](auto& t) { t.id = 5; }) == "duplicate");
   REQUIRE(rejected([](auto& t) {
