@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     *("_C", "kernels"),
     *("errors", "files", "types", "metrics", "addresses", "plugins", "config"),
+    *("losses",),
     *("ops", "alignment", "credit"),
     *("batcher", "transport"),
     *("model", "weights", "spool", "store", "record"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,6 +37,9 @@ class MicroBatch:
     advantages: torch.Tensor  # f32 (R,)
     weights: torch.Tensor  # f32 (R,), w(k, i) of the alignment
     old_logprobs: torch.Tensor | None = None  # f32 (R, S), the trainer's before the step; None: the sampler's
+    token_advantages: torch.Tensor | None = (
+        None  # f32 (R, S), of each sampled token; None: its row's advantage
+    )
 
     def rows(self, keep: torch.Tensor) -> MicroBatch:
         """The trajectories where keep (bool[R]) is True, cut to their own width."""
@@ -50,7 +53,14 @@ class MicroBatch:
             self.advantages[keep],
             self.weights[keep],
             None if self.old_logprobs is None else self.old_logprobs[keep, :width],
+            None if self.token_advantages is None else self.token_advantages[keep, :width],
         )
+
+    def with_advantage(self) -> torch.Tensor:
+        """bool (R,): the trajectories in which a sampled token has an advantage other than 0."""
+        if self.token_advantages is None:
+            return self.advantages != 0
+        return ((self.token_advantages != 0) & self.loss_mask).any(1)
 
     def active(self) -> ActiveTokens:
         """The sampled tokens, trajectory after trajectory."""
@@ -63,6 +73,7 @@ class MicroBatch:
             rollout_logprobs=self.rollout_logprobs[:, 1:][mask],
             old_logprobs=old[:, 1:][mask],
             cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32),
+            token_advantages=None if self.token_advantages is None else self.token_advantages[:, 1:][mask],
         )
 
 
@@ -75,13 +86,18 @@ class ActiveTokens:
     rollout_logprobs: torch.Tensor  # f32 (T,)
     old_logprobs: torch.Tensor  # f32 (T,)
     cu_seqlens: torch.Tensor  # i32 (R + 1,)
+    token_advantages: torch.Tensor | None = None  # f32 (T,)
 
     def to(self, device: torch.device) -> ActiveTokens:
         """On the policy's device, but for the mask, which the host looks at."""
-        moved = (
-            x.to(device) for x in (self.targets, self.rollout_logprobs, self.old_logprobs, self.cu_seqlens)
+        return replace(
+            self,
+            targets=self.targets.to(device),
+            rollout_logprobs=self.rollout_logprobs.to(device),
+            old_logprobs=self.old_logprobs.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            token_advantages=None if self.token_advantages is None else self.token_advantages.to(device),
         )
-        return ActiveTokens(self.mask, *moved)
 
 
 @dataclass(slots=True)
