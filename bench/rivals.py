@@ -20,7 +20,7 @@ from mgrpo import GrpoLossConfig
 
 _LIBC = ctypes.CDLL(None)
 EPS_LOW, EPS_HIGH = 0.2, 0.28
-CONFIG = GrpoLossConfig(loss_type="dapo", clip_eps_high=EPS_HIGH)
+CONFIG = GrpoLossConfig(type="dapo", clip_eps_high=EPS_HIGH)
 
 
 @dataclass

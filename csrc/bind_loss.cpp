@@ -69,10 +69,10 @@ void register_loss(py::module_& m) {
       .def(py::init(&logit_rows), py::kw_only(), py::arg("logits"), py::arg("bfloat16"), py::arg("rows"),
            py::arg("vocabulary"), py::arg("stride"), py::arg("target_ids"), py::arg("temperature"), py::arg("threads"));
   py::class_<TokenSettings>(m, "TokenSettings", "The scalar settings of the token loss.")
-      .def(py::init([](int loss_type, double clip_eps_low, double clip_eps_high, double delta, double log_ratio_clip,
+      .def(py::init([](int term, double clip_eps_low, double clip_eps_high, double delta, double log_ratio_clip,
                        double sapo_pos, double sapo_neg, double kl_coef, int kl_estimator, double entropy_coef,
                        int correction, double correction_low, double correction_high) {
-             return TokenSettings{member("loss_type", loss_type, LossType::clipped, LossType::sapo),
+             return TokenSettings{member("term", term, Term::clipped, Term::sapo),
                                   number("clip_eps_low", clip_eps_low),
                                   number("clip_eps_high", clip_eps_high),
                                   number("delta", delta),
@@ -86,7 +86,7 @@ void register_loss(py::module_& m) {
                                   number("correction_low", correction_low),
                                   number("correction_high", correction_high)};
            }),
-           py::kw_only(), py::arg("loss_type"), py::arg("clip_eps_low"), py::arg("clip_eps_high"), py::arg("delta"),
+           py::kw_only(), py::arg("term"), py::arg("clip_eps_low"), py::arg("clip_eps_high"), py::arg("delta"),
            py::arg("log_ratio_clip"), py::arg("sapo_temperature_pos"), py::arg("sapo_temperature_neg"),
            py::arg("kl_coef"), py::arg("kl_estimator"), py::arg("entropy_coef"), py::arg("correction"),
            py::arg("correction_low"), py::arg("correction_high"));

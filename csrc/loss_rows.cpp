@@ -117,9 +117,9 @@ void zero_row(const LogitRows& x, void* grad, int64_t row) {
 
 double policy_slope(const TokenSettings& s, double log_ratio, double advantage) {
   const double ratio = std::exp(std::fmin(log_ratio, s.log_ratio_clip));
-  if (s.loss_type == LossType::cispo) return -std::fmin(ratio, s.clip_eps_high) * advantage;
+  if (s.term == Term::cispo) return -std::fmin(ratio, s.clip_eps_high) * advantage;
   if (log_ratio > s.log_ratio_clip) return 0.0;
-  if (s.loss_type == LossType::sapo) {
+  if (s.term == Term::sapo) {
     const double tau = advantage > 0 ? s.sapo_temperature_pos : s.sapo_temperature_neg;
     const double gate = 1.0 / (1.0 + std::exp(-tau * (ratio - 1.0)));
     return -advantage * 4.0 * gate * (1.0 - gate) * ratio;

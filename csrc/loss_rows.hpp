@@ -11,12 +11,13 @@
 
 namespace mgrpo {
 
-enum class LossType : int { clipped = 0, cispo = 1, sapo = 2 };
+// The fused_id of the losses (mgrpo/losses/builtin.py)
+enum class Term : int { clipped = 0, cispo = 1, sapo = 2 };
 enum class KlEstimator : int { k1 = 1, k2 = 2, k3 = 3 };
 enum class Correction : int { none = 0, token_tis = 1, mis = 2 };
 
 struct TokenSettings {
-  LossType loss_type;
+  Term term;
   double clip_eps_low, clip_eps_high;
   double delta;           // infinity: no cap
   double log_ratio_clip;  // above it a ratio is constant

@@ -12,7 +12,7 @@ import triton.language as tl
 from .group_advantage import BATCH, advantage, moments
 from .logprob import LN2, row_statistics, write_gradient, write_zeros
 
-CLIPPED = tl.constexpr(0)  # loss types
+CLIPPED = tl.constexpr(0)  # fused_id of the losses (mgrpo/losses/builtin.py)
 CISPO = tl.constexpr(1)
 SAPO = tl.constexpr(2)
 TOKEN_TIS = tl.constexpr(1)  # corrections; 0: none, or known and in policy_weight

@@ -96,7 +96,7 @@ class TokenSettings:
     def __init__(
         self,
         *,
-        loss_type: int,
+        term: int,
         clip_eps_low: float,
         clip_eps_high: float,
         delta: float,

@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, Sequence[str]]] = {
     "tied": ("shift", ()),
     "untied": ("llama", ()),
     "reference": ("shift", ("loss.kl_coef=0.1",)),
-    "sequences": ("llama", ('loss.loss_type="gspo"', 'policy.attention="varlen"')),
+    "sequences": ("llama", ('loss.type="gspo"', 'policy.attention="varlen"')),
     "adapters": ("llama", ("policy.lora.rank=4", "loss.kl_coef=0.1")),
     "last": ("llama", ("policy.last_layers=1", 'policy.dtype="bfloat16"')),
 }

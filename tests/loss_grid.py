@@ -9,9 +9,11 @@ from typing import Any, get_args
 import torch
 
 from mgrpo import GrpoLossConfig, grpo_loss, linear_grpo_loss
-from mgrpo.config.loss import Correction, KlEstimator, LossType
+from mgrpo.config.loss import Correction, KlEstimator
+from mgrpo.losses.builtin import KINDS
 
-LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+LOSS_TYPES = tuple(KINDS)
+CLIPPED = tuple(name for name, kind in KINDS.items() if kind.fused_id == 0)
 RATIOS = (0.7, 1.05, 1.2, 1.5, 3.0)
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 """Bound on max |gradient - float64's| / max |float64's|."""
@@ -22,7 +24,7 @@ def settings(loss_type: str, **more: Any) -> GrpoLossConfig:
         more["max_completion_length"] = 16
     if loss_type != "sapo":  # no ratio of the grid sits on a bound
         more.setdefault("clip_eps_high", 0.28)
-    return GrpoLossConfig.model_validate({"loss_type": loss_type, **more})
+    return GrpoLossConfig.model_validate({"type": loss_type, **more})
 
 
 def configs() -> list[GrpoLossConfig]:

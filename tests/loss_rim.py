@@ -7,9 +7,9 @@ from typing import Any, get_args
 import torch
 
 from mgrpo import GrpoLossConfig
-from mgrpo.config.loss import CLIPPED, Correction, KlEstimator, LossType
+from mgrpo.config.loss import Correction, KlEstimator
 from mgrpo.ops.token_loss import METRICS
-from tests.loss_grid import run_head, run_logits, settings
+from tests.loss_grid import CLIPPED, LOSS_TYPES, run_head, run_logits, settings
 
 LOG_RATIOS = (400.0, 95.0, 24.0, 12.0, 0.02, -12.0, -95.0, -400.0)
 """exp overflows in float32 at 89, and is 0 below -104; nothing sits on a bound."""
@@ -22,7 +22,7 @@ def rim_configs() -> list[GrpoLossConfig]:
     estimator x delta too."""
     out: list[GrpoLossConfig] = []
     estimators = (None, *get_args(KlEstimator))
-    for i, loss_type in enumerate(get_args(LossType)):
+    for i, loss_type in enumerate(LOSS_TYPES):
         for j, correction in enumerate(get_args(Correction)):
             out.append(_config(loss_type, correction, estimators[(i + j) % 4], 4.0 if j % 2 else None, j))
         if loss_type in ("grpo", "cispo", "gspo"):

@@ -299,7 +299,7 @@ def test_a_run_on_a_full_disk_says_so_and_can_be_resumed(tmp_path: Path) -> None
     is, and with room again the run goes on from the first to its end."""
     out = tmp_path / "run"
     sets = [
-        "agents.left.shares=main", "agents.right.shares=main", "agents.right.loss.loss_type=grpo",
+        "agents.left.shares=main", "agents.right.shares=main", "agents.right.loss.type=grpo",
         "trainer.steps=4", "trainer.checkpoint_every=1", "record.enabled=false",
     ]  # fmt: skip
     out.mkdir()

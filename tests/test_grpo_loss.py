@@ -91,19 +91,6 @@ def test_rewards_and_groups_are_the_advantages_they_make() -> None:
     assert not fused[2][cu[3] :].any() and fused[2][: cu[2]].any()
 
 
-def test_per_token_advantages() -> None:
-    """(T,) advantages that repeat the trajectory's are the same call."""
-    data = grid_batch(33, torch.float32)
-    config = settings("dapo")
-    repeated = data["advantages"].repeat_interleave(data["cu_seqlens"].diff().long())
-    for a, b in zip(
-        run_logits(data, config, torch.float32, "cpu"),
-        run_logits(data | {"advantages": repeated}, config, torch.float32, "cpu"),
-        strict=True,
-    ):
-        assert a == b if isinstance(a, dict) else torch.equal(a, b)
-
-
 def test_a_masked_batch_and_an_empty_one_are_zero() -> None:
     """No live row: loss 0, gradient 0, finite metrics."""
     data = grid_batch(33, torch.float32) | {"loss_mask": torch.zeros(19, dtype=torch.bool)}
@@ -150,6 +137,14 @@ def test_rows_that_are_not_finite_are_counted_and_move_nothing() -> None:
         ("group_id", {"advantages": None, "rewards": torch.zeros(6)}),
         ("advantages", {"advantages": None}),
         ("advantages", {"advantages": torch.zeros(7)}),
+        ("advantages", {"advantages": torch.zeros(19)}),
+        ("token_advantages", {"token_advantages": torch.zeros(19)}),
+        ("token_advantages", {"advantages": None, "token_advantages": torch.zeros(6)}),
+        ("token_advantages", {"advantages": None, "token_advantages": torch.full((19,), float("inf"))}),
+        ("token_advantages", {"advantages": None, "token_advantages": torch.zeros(19), "config": settings("gspo")}),
+        ("group_id", {"advantages": None, "token_advantages": torch.zeros(19),
+        "group_id": torch.zeros(6, dtype=torch.int32)}),
+        ("advantage", {"advantage": torch.zeros(6)}),
         ("advantages", {"advantages": torch.tensor([0.0, 1, 2, 3, 4, float("nan")])}),
         ("rewards", {"advantages": None, "rewards": torch.full((6,), float("inf")), "group_id": torch.zeros(6,
         dtype=torch.int32)}), ("seq_weight", {"seq_weight": torch.tensor([1.0, 1, 1, 1, 1, -1])}),
@@ -159,7 +154,7 @@ def test_rows_that_are_not_finite_are_counted_and_move_nothing() -> None:
         ("rollout_logprobs", {"rollout_logprobs": None, "config": settings("grpo", correction="mis")}),
         ("denominator", {"denominator": 0.0}), ("loss_mask", {"loss_mask": torch.zeros(5)}), ("impl", {"impl":
         "cuda"}), ("impl", {"impl": "cpu", "logits": torch.zeros(19, 33, dtype=torch.float64)}), ("config",
-        {"config": {"loss_type": "grpo"}}),
+        {"config": {"type": "grpo"}}),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_argument(argument: str, change: dict[str, object]) -> None:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     *("_C", "kernels"),
     *("errors", "files", "types", "addresses", "plugins", "sinks", "metrics", "config"),
+    *("losses",),
     *("ops", "alignment", "credit", "algorithms"),
     *("batcher", "transport"),
     *("model", "weights", "trajectory_log", "store", "record"),

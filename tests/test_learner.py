@@ -11,6 +11,7 @@ import torch
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.run import OptimizerConfig
 from mgrpo.errors import NumericsError
+from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.base import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
@@ -20,7 +21,9 @@ from tests.rows import ROWS, rows_of
 
 
 def denominator_of(rows: MicroBatch, loss: GrpoLossConfig) -> float:
-    return float(rows.weights.sum() if loss.sequence_mean else (rows.weights * rows.loss_mask.sum(1)).sum())
+    return float(
+        rows.weights.sum() if find_loss(loss).sequence_mean else (rows.weights * rows.loss_mask.sum(1)).sum()
+    )
 
 
 def gradient(rows: MicroBatch, cuts: Sequence[Sequence[int]], loss: GrpoLossConfig) -> list[torch.Tensor]:
@@ -49,7 +52,7 @@ def written_out(rows: MicroBatch, loss: GrpoLossConfig) -> list[torch.Tensor]:
         a = rows.advantages[row]
         clipped = ratio.clamp(1 - loss.clip_eps_low, 1 + loss.clip_eps_high)
         tokens = torch.minimum(ratio * a, clipped * a)[rows.loss_mask[row, 1:n]]
-        total = total - rows.weights[row] * (tokens.mean() if loss.sequence_mean else tokens.sum())
+        total = total - rows.weights[row] * (tokens.mean() if find_loss(loss).sequence_mean else tokens.sum())
     (total / denominator_of(rows, loss)).backward()
     return [p.grad for p in policy.parameters() if p.grad is not None]
 
@@ -63,7 +66,7 @@ def relative(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_gradient_is_the_formulas(loss_type: str) -> None:
     """Rows without an advantage are skipped, masked tokens never projected: the gradient stays the formula's."""
-    loss = GrpoLossConfig(loss_type=loss_type, clip_eps_low=0.2, clip_eps_high=0.28)
+    loss = GrpoLossConfig(type=loss_type, clip_eps_low=0.2, clip_eps_high=0.28)
     rows = rows_of(0)
     assert relative(gradient(rows, [range(ROWS)], loss), written_out(rows, loss)) < 2e-5
 
@@ -71,7 +74,7 @@ def test_gradient_is_the_formulas(loss_type: str) -> None:
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "gspo"])
 def test_cuts_do_not_change_the_gradient(loss_type: str) -> None:
     """1, 2 and 5 micro-batches, equal or not, give the same gradient."""
-    loss = GrpoLossConfig(loss_type=loss_type, clip_eps_high=5.0 if loss_type == "cispo" else 0.2)
+    loss = GrpoLossConfig(type=loss_type, clip_eps_high=5.0 if loss_type == "cispo" else 0.2)
     rows = rows_of(1)
     if (
         loss_type == "gspo"

@@ -12,13 +12,16 @@ from mgrpo import GrpoLossConfig
     ("field", "settings"),
     [
         ("unknown_key", {"unknown_key": 1}),
-        ("loss_type", {"loss_type": "ppo"}),
-        ("ratio_level", {"loss_type": "gspo", "ratio_level": "token"}),
-        ("max_completion_length", {"loss_type": "dr_grpo"}),
+        ("type: 'ppo' is unknown, expected bnpo, cispo", {"type": "ppo"}),
+        ("write type = 'dapo'", {"loss_type": "dapo"}),
+        ("options", {"options": {"beta": 1.0}}),
+        ("clip_eps_low", {"type": "package.module:Class", "clip_eps_low": 0.1}),
+        ("ratio_level", {"type": "gspo", "ratio_level": "token"}),
+        ("max_completion_length", {"type": "dr_grpo"}),
         ("max_completion_length", {"max_completion_length": 8}),
-        ("delta", {"loss_type": "cispo", "delta": 2.0}),
-        ("clip_eps_low", {"loss_type": "cispo", "clip_eps_low": 0.1}),
-        ("clip_eps_high", {"loss_type": "sapo", "clip_eps_high": 0.28}),
+        ("delta", {"type": "cispo", "delta": 2.0}),
+        ("clip_eps_low", {"type": "cispo", "clip_eps_low": 0.1}),
+        ("clip_eps_high", {"type": "sapo", "clip_eps_high": 0.28}),
         ("sapo_temperature_pos", {"sapo_temperature_pos": 2.0}),
         ("veto", {"veto": 1e-4}),
         ("correction_high", {"correction_high": 2.0}),
@@ -30,7 +33,7 @@ from mgrpo import GrpoLossConfig
         ("clip_eps_high", {"clip_eps_high": 1e39}),
         ("delta", {"delta": 1e39}),
         ("correction_high", {"correction": "mis", "correction_high": 1e39}),
-        ("sapo_temperature_pos", {"loss_type": "sapo", "sapo_temperature_pos": 1e-39}),
+        ("sapo_temperature_pos", {"type": "sapo", "sapo_temperature_pos": 1e-39}),
         ("log_ratio_clip", {"log_ratio_clip": 89.0}),
         ("log_ratio_clip", {"log_ratio_clip": 0.5}),
         ("entropy_coef", {"entropy_coef": 1e39}),
@@ -47,7 +50,8 @@ def test_a_dump_is_valid_input_again() -> None:
     """Every field written out, defaults included, is accepted: only a value that differs can be a silent
     no-op."""
     for config in (
-        GrpoLossConfig(loss_type="cispo", clip_eps_high=5.0),
+        GrpoLossConfig(type="cispo", clip_eps_high=5.0),
         GrpoLossConfig(correction="geometric"),
+        GrpoLossConfig(type="package.module:Class", options={"beta": 0.5}),
     ):
         assert GrpoLossConfig.model_validate(config.model_dump()) == config

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from mgrpo import _C, GrpoLossConfig, grpo_loss, linear_grpo_loss, selective_logprob
-from mgrpo.config.loss import CLIPPED, LossType
+from mgrpo.config import loss as config_names
+from mgrpo.errors import ConfigError
+from mgrpo.losses.builtin import KINDS, Grpo
 from mgrpo.ops import check, encoding, native
-from mgrpo.ops.token_loss import kl_term, policy_term
-from tests.loss_grid import grid_batch, run_logits, settings
+from mgrpo.ops.token_loss import kl_term
+from tests.loss_grid import CLIPPED, LOSS_TYPES, grid_batch, run_logits, settings
 from tests.loss_rim import check_rim, rim_configs
 
 IMPLS = ("reference", "cpu")
-NAMES = ("loss_type", "ratio_level", "kl_estimator", "correction", "estimator")
+NAMES = ("type", "ratio_level", "kl_estimator", "correction", "estimator")
 
 
 def test_the_rim_is_finite_and_the_float64_references() -> None:
@@ -36,7 +38,7 @@ def one_token(log_ratio: float, advantage: float, dtype: torch.dtype, impl: str,
         advantages=torch.tensor([advantage]),
         old_logprobs=logp - log_ratio,
         ref_logprobs=logp if "kl_coef" in more else None,
-        config=settings(more.pop("loss_type", "grpo"), **more),
+        config=settings(more.pop("type", "grpo"), **more),
         impl=impl,
     )
     loss.backward()
@@ -53,17 +55,17 @@ def test_where_the_clip_decides_the_gradient_is_exactly_0(impl: str, dtype: torc
     for far in (30.0, 95.0, 800.0, 1e6):
         for loss_type in CLIPPED:
             for advantage, log_ratio, more in ((1.0, far, {}), (-1.0, -far, {}), (-1.0, far, {"delta": 4.0})):
-                loss, grad = one_token(log_ratio, advantage, dtype, impl, loss_type=loss_type, **more)
+                loss, grad = one_token(log_ratio, advantage, dtype, impl, type=loss_type, **more)
                 assert loss.isfinite() and not grad.any(), (loss_type, advantage, log_ratio)
         for log_ratio in (far, -far):
             for advantage in (1.0, -1.0):
-                loss, grad = one_token(log_ratio, advantage, dtype, impl, loss_type="sapo")
+                loss, grad = one_token(log_ratio, advantage, dtype, impl, type="sapo")
                 assert loss.isfinite() and grad.abs().max() < 1e-10
-            for loss_type in get_args(LossType):
-                loss, grad = one_token(log_ratio, 0.0, dtype, impl, loss_type=loss_type, kl_coef=0.1)
+            for loss_type in LOSS_TYPES:
+                loss, grad = one_token(log_ratio, 0.0, dtype, impl, type=loss_type, kl_coef=0.1)
                 assert loss.isfinite() and grad.abs().max() < 1e-6
-        _, clamped = one_token(far, 1.0, dtype, impl, loss_type="cispo", clip_eps_high=5.0)
-        _, known = one_token(math.log(9.0), 1.0, dtype, impl, loss_type="cispo", clip_eps_high=5.0)
+        _, clamped = one_token(far, 1.0, dtype, impl, type="cispo", clip_eps_high=5.0)
+        _, known = one_token(math.log(9.0), 1.0, dtype, impl, type="cispo", clip_eps_high=5.0)
         assert torch.equal(clamped, known) and known.any()
 
 
@@ -155,11 +157,13 @@ def test_an_unknown_name_is_an_error_in_every_backend(field: str) -> None:
     """Nothing is computed as something else: from logits, through the head, and as an op's list of numbers."""
     data = grid_batch(33, torch.float32)
     config = with_name(field)
+    # a name that is no built-in type may be a class's
+    words = r"^config\.type 'ppo' is unknown, " if field == "type" else f"^{field}: 'ppo' is not one of "
     for impl in ("reference", "cpu", "triton"):
-        with pytest.raises(ValueError, match=f"^{field}: 'ppo' is not one of "):
+        with pytest.raises((ValueError, ConfigError), match=words):
             run_logits(data, config, torch.float32, impl)
         rest = {k: v for k, v in data.items() if k not in ("logits", "target_ids")}
-        with pytest.raises(ValueError, match=f"^{field}: 'ppo' is not one of "):
+        with pytest.raises((ValueError, ConfigError), match=words):
             linear_grpo_loss(
                 torch.zeros(19, 4), torch.zeros(33, 4), data["target_ids"], config=config, impl=impl, **rest
             )
@@ -167,22 +171,54 @@ def test_an_unknown_name_is_an_error_in_every_backend(field: str) -> None:
         encoding.encode(config)
 
 
-def test_a_name_that_only_the_config_knows_stops_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name added to the config alone: the table of numbers, the formulas and the C++ border refuse it."""
-    with pytest.raises(TypeError, match=r"^loss_type: the kernels know"):
-        encoding._table("loss_type", {"grpo": 0})
+def test_every_table_has_the_configs_names_and_the_kernels_numbers() -> None:
+    """One enumeration for each setting that is a name: config, losses, numbers, C++ and Triton have the same."""
+    literals = {
+        "ratio_level": config_names.RatioLevel,
+        "kl_estimator": config_names.KlEstimator,
+        "correction": config_names.Correction,
+        "estimator": config_names.Estimator,
+    }
+    assert {f: list(codes) for f, codes in encoding.CODES.items()} == {
+        f: list(get_args(names)) for f, names in literals.items()
+    }
+    assert list(KINDS) == list(config_names.TERM_SETTINGS)
+    numbers = {kind.fused_id for kind in KINDS.values()}
+    kernels = pytest.importorskip("mgrpo.kernels.grpo_loss", reason="needs triton")
+    assert numbers == {kernels.CLIPPED.value, kernels.CISPO.value, kernels.SAPO.value} == {0, 1, 2}
+    arguments = {
+        "clip_eps_low": 0.2, "clip_eps_high": 0.2, "delta": 4.0, "log_ratio_clip": 20.0, "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.0, "kl_coef": 0.0, "entropy_coef": 0.0, "correction_low": 0.0,
+        "correction_high": 1.0,
+    }  # fmt: skip
+    known = {"term": numbers, "kl_estimator": {1, 2, 3}, "correction": {0, 1, 2}}
+    for name, codes in known.items():
+        for number in range(-1, 5):
+            given = {"term": 0, "kl_estimator": 1, "correction": 0, name: number}
+            if number in codes:
+                _C.TokenSettings(**arguments, **given)
+                continue
+            with pytest.raises(ValueError, match=f"^{name}: code {number} is not in "):
+                _C.TokenSettings(**arguments, **given)
+
+
+def test_a_name_that_only_the_tables_know_stops_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name without a formula, or with a number that C++ does not know, is refused there."""
     x = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"^loss_type: 'ppo' has no formula"):
-        policy_term(x, x, x, with_name("loss_type"))
+    with pytest.raises(ValueError, match=r"^type: the kernels do not know the term of 'ppo'"):
+        encoding.term_code(Grpo(with_name("type")))
     with pytest.raises(ValueError, match=r"^kl_estimator: 'ppo' has no formula"):
         kl_term(x, x, with_name("kl_estimator"))
-    for field in ("loss_type", "kl_estimator", "correction", "estimator"):
-        monkeypatch.setitem(encoding._NAMES, field, (*encoding._NAMES[field], "ppo"))
-        monkeypatch.setitem(encoding._CODES, field, {**encoding._CODES[field], "ppo": 7})
+    for field in ("kl_estimator", "correction", "estimator"):
+        monkeypatch.setitem(encoding._NAMES, field, [*encoding._NAMES[field], "ppo"])
+        monkeypatch.setitem(encoding.CODES, field, {**encoding.CODES[field], "ppo": 7})
+    monkeypatch.setattr(Grpo, "fused_id", 7)
     logits, ids = torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64)
-    for field in ("loss_type", "kl_estimator", "correction"):
+    for field in ("term", "kl_estimator", "correction"):
+        config = GrpoLossConfig() if field == "term" else with_name(field)
         with pytest.raises((ValueError, KeyError), match=f"^{field}: |ppo"):
-            _ = native._settings(with_name(field), correct=True)
+            _ = native._settings(Grpo(config), correct=True)
+        monkeypatch.setattr(Grpo, "fused_id", 0)
     with pytest.raises(ValueError, match=r"^estimator: code 7 is not in \[0, 3\]"):
         native.group_advantage(x, ids.int(), None, "ppo", 0.0)
     with pytest.raises((ValueError, KeyError), match=r"correction|ppo"):

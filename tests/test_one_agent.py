@@ -40,12 +40,12 @@ def trl(c: dict[str, Tensor], config: GrpoLossConfig) -> Tensor:
     logps = logps.gather(-1, c["ids"][..., None])[..., 0]
     mask, advantages = c["mask"], c["advantages"][:, None]
     log_ratio = logps - c["old"]
-    if config.loss_type == "gspo":  # importance_sampling_level="sequence" there
+    if config.type == "gspo":  # importance_sampling_level="sequence" there
         log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1.0)
     coef_1 = torch.exp(log_ratio)
-    if config.loss_type == "cispo":
+    if config.type == "cispo":
         per_token = -torch.clamp(coef_1, max=config.clip_eps_high).detach() * advantages * logps
-    elif config.loss_type == "sapo":
+    elif config.type == "sapo":
         temperature = torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
         gate = torch.sigmoid(temperature * (coef_1 - 1)) * 4 / temperature
         per_token = -gate * advantages
@@ -58,9 +58,9 @@ def trl(c: dict[str, Tensor], config: GrpoLossConfig) -> Tensor:
         kl = torch.exp(c["ref"] - logps) - (c["ref"] - logps) - 1
         per_token = per_token + config.kl_coef * kl
     per_token = per_token.expand_as(mask)
-    if config.loss_type in ("grpo", "sapo", "gspo"):
+    if config.type in ("grpo", "sapo", "gspo"):
         return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-    if config.loss_type == "dr_grpo":
+    if config.type == "dr_grpo":
         return (per_token * mask).sum() / (B * MAX_COMPLETION)
     return (per_token * mask).sum() / mask.sum().clamp(min=1.0)
 
@@ -74,7 +74,7 @@ CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")
 )
 def test_loss_and_gradient_are_trls(loss_type: str, kl_coef: float, delta: float | None) -> None:
     """Value and gradient agree to 1e-6 (they do to rounding) for every loss type, with and without KL and delta."""
-    settings: dict[str, object] = {"loss_type": loss_type, "delta": delta, "kl_coef": kl_coef}
+    settings: dict[str, object] = {"type": loss_type, "delta": delta, "kl_coef": kl_coef}
     if loss_type == "dr_grpo":
         settings["max_completion_length"] = MAX_COMPLETION
     if loss_type != "sapo":

@@ -215,7 +215,7 @@ HELD = {
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_micro_batches_do_not_change_a_language_models_gradient(held: str, loss_type: str):
     """One, two and five micro-batches: the same gradient to 1e-6, however the policy is held."""
-    policy, loss = llama(**HELD[held]), GrpoLossConfig(loss_type=loss_type)
+    policy, loss = llama(**HELD[held]), GrpoLossConfig(type=loss_type)
     whole = step_gradient(policy, WHOLE, loss)
     assert len(whole) == len(list(policy.parameters()))
     assert max(float(g.abs().max()) for g in whole) > 1e-3

@@ -19,7 +19,7 @@ import mgrpo
 batcher = mgrpo.Batcher(k=2, d_max={"main": 1, "sub": 3}, capacity=64)
 plan: mgrpo.Plan = batcher.plan(0)
 rows: int = plan.unique
-config = mgrpo.GrpoLossConfig(loss_type="dapo")
+config = mgrpo.GrpoLossConfig(type="dapo")
 loss, metrics = mgrpo.grpo_loss(
     torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
     advantages=torch.ones(2), config=config,
@@ -34,7 +34,7 @@ reveal_type(mgrpo.connect("tcp://127.0.0.1:5600", "trainer:sub"))
 WRONG = {
     'mgrpo.Batcher(k="two", d_max=1, capacity=64)': "arg-type",
     "mgrpo.Batcher(k=2, d_max=1, capacity=64, no_such_option=1)": "call-arg",
-    'mgrpo.GrpoLossConfig(loss_type="no_such_loss")': "arg-type",
+    "mgrpo.GrpoLossConfig(type=3)": "arg-type",
     "mgrpo.no_such_name": "attr-defined",
     'mgrpo.align("two")': "arg-type",
 }

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 
 from mgrpo import GrpoLossConfig, grpo_loss, linear_grpo_loss, loss_denominator, selective_logprob
-from mgrpo.config.loss import LossType
+from mgrpo.losses.builtin import KINDS
 from mgrpo.ops.token_loss import METRICS
 
-LOSS_TYPES: tuple[str, ...] = get_args(LossType)
+LOSS_TYPES = tuple(KINDS)
 
 
 def settings(loss_type: str, **more: object) -> GrpoLossConfig:
     if loss_type == "dr_grpo":
         more["max_completion_length"] = 16
-    return GrpoLossConfig.model_validate({"loss_type": loss_type, **more})
+    return GrpoLossConfig.model_validate({"type": loss_type, **more})
 
 
 def batch(seed: int, lengths: list[int], vocabulary: int = 23, width: int = 8) -> dict[str, torch.Tensor]:

@@ -147,12 +147,15 @@ def test_interpreted_kernels_have_no_formula_for_unknown_numbers(
     from mgrpo.ops import device
     from tests.loss_grid import grid_batch, run_logits, settings
 
-    known = device.code
     config = settings("dapo", kl_coef=0.1, correction="mis")
     data = grid_batch(19, torch.float32)
     data.pop("old_logprobs")
-    for field in ("loss_type", "kl_estimator", "correction"):
+    known, term = device.code, device.term_code
+    for field in ("term", "kl_estimator", "correction"):
         monkeypatch.setattr(device, "code", lambda f, n, field=field: 7 if f == field else known(f, n))
+        monkeypatch.setattr(
+            device, "term_code", lambda loss, field=field: 7 if field == "term" else term(loss)
+        )
         with pytest.raises(Exception, match="has no formula"):
             run_logits(data, config, torch.float32, "triton")
 

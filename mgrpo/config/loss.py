@@ -1,24 +1,34 @@
 """Settings of the policy loss. A setting that contradicts another, or could not change anything, is an
-error."""
+error. What the losses compute is in mgrpo/losses."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from importlib.metadata import entry_points
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo"]
+from mgrpo.plugins import known_names
+
+LOSS_GROUP = "mgrpo.losses"
+"""Entry points of installed packages that bring a loss."""
+
 RatioLevel = Literal["auto", "token", "sequence"]
 Estimator = Literal["grpo", "dr_grpo", "rloo", "batch"]
 KlEstimator = Literal["k1", "k2", "k3"]
 Correction = Literal["none", "token_tis", "mis", "sequence_mask", "geometric"]
 
-SEQUENCE_MEAN = frozenset({"grpo", "sapo", "gspo"})
-"""Loss types that average over each sequence's own tokens first; dr_grpo and the rest divide a sum over
-tokens."""
-
-CLIPPED = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "gspo"})
-"""Loss types whose token loss is the clipped one."""
+_CLIP = ("clip_eps_low", "clip_eps_high", "delta")
+TERM_SETTINGS: dict[str, tuple[str, ...]] = {
+    "grpo": _CLIP,
+    "bnpo": _CLIP,
+    "dr_grpo": (*_CLIP, "max_completion_length"),
+    "dapo": _CLIP,
+    "cispo": ("clip_eps_high",),
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "gspo": _CLIP,
+}
+"""The built-in types, each with the settings that act on its term or normaliser and not on every loss."""
 
 SEQUENCE_CORRECTIONS = frozenset({"sequence_mask", "geometric"})
 """Corrections by one factor for the whole sequence."""
@@ -43,14 +53,18 @@ class GrpoLossConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    loss_type: LossType = "grpo"
-    """Shape of the token loss and of its normaliser: grpo, sapo and gspo average over sequences of their own
-    token means; bnpo, dapo and cispo divide by the active tokens; dr_grpo divides by sequences x
-    max_completion_length."""
+    type: str = "grpo"
+    """Term of a token and normaliser: grpo, sapo and gspo average over sequences of their own token means; bnpo,
+    dapo and cispo divide by the active tokens; dr_grpo divides by sequences x max_completion_length. Or a loss of your
+    own: "package.module:Class", a subclass of mgrpo.losses.base.PolicyLoss, or a name that an installed package
+    gives one."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of a loss of your own. The built-in types have none."""
 
     ratio_level: RatioLevel = "auto"
     """Importance ratio of each token, or the geometric mean over the sequence (GSPO). `auto`: sequence for
-    gspo, token for every other loss type."""
+    gspo, token for every other built-in type."""
 
     clip_eps_low: float = Field(default=0.2, ge=0.0, le=1.0)
     """The ratio is clipped below at 1 - clip_eps_low (not used by cispo and sapo)."""
@@ -112,33 +126,39 @@ class GrpoLossConfig(BaseModel):
     advantage_eps: float = Field(default=1e-6, ge=0.0, le=_LARGEST, exclude=True)
     """Added to the standard deviation of the rewards by the estimators that divide by it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _key_is_type(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "loss_type" in given:
+            raise ValueError(f"loss_type: unknown key; write type = {given['loss_type']!r}")
+        return given
+
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
-        if self.loss_type == "gspo" and self.ratio_level == "token":
-            raise ValueError("ratio_level: token contradicts loss_type gspo, whose ratio is per sequence")
-        if (self.loss_type == "dr_grpo") != (self.max_completion_length is not None):
-            raise ValueError(
-                f"max_completion_length: {self.max_completion_length} with loss_type {self.loss_type!r}; "
-                "dr_grpo needs it and no other loss type uses it"
-            )
+        if not self.is_built_in and ":" not in self.type:
+            installed = {point.name: point for point in entry_points(group=LOSS_GROUP)}
+            if self.type not in installed:
+                names = known_names(dict.fromkeys(TERM_SETTINGS, ""), installed)
+                raise ValueError(f"type: {self.type!r} is unknown, expected {names}")
+        if self.type == "gspo" and self.ratio_level == "token":
+            raise ValueError("ratio_level: token contradicts type gspo, whose ratio is per sequence")
+        if self.type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError("max_completion_length: missing, and type 'dr_grpo' divides by it")
         low, high = self.correction_bounds
         if self.correction != "none" and low >= high:
             raise ValueError(f"correction_low: {low} is not below correction_high, {high}")
         for name, why in self._unused():
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"{name}: {getattr(self, name)!r} has no effect {why}")
         return self
 
     def _unused(self) -> list[tuple[str, str]]:
         """Fields that cannot change the result under the other settings, with the reason."""
-        unused: list[tuple[str, str]] = []
-        with_loss = f"with loss_type {self.loss_type!r}"
-        if self.loss_type not in CLIPPED:
-            unused += [("clip_eps_low", with_loss), ("delta", with_loss)]
-        if self.loss_type == "sapo":
-            unused.append(("clip_eps_high", with_loss))
-        else:
-            unused += [("sapo_temperature_pos", with_loss), ("sapo_temperature_neg", with_loss)]
+        acting = TERM_SETTINGS.get(self.type, ())
+        special = sorted({name for names in TERM_SETTINGS.values() for name in names})
+        unused = [(name, f"with type {self.type!r}") for name in special if name not in acting]
+        if self.is_built_in:
+            unused.append(("options", f"with type {self.type!r}, which has none"))
         if self.estimator in ("dr_grpo", "rloo"):
             unused.append(
                 ("advantage_eps", f"with estimator {self.estimator!r}, which divides by no deviation")
@@ -159,11 +179,6 @@ class GrpoLossConfig(BaseModel):
         )
 
     @property
-    def sequence_ratio(self) -> bool:
-        """The importance ratio is the sequence's (its coefficient is not known row by row)."""
-        return self.ratio_level == "sequence" or (self.ratio_level == "auto" and self.loss_type == "gspo")
-
-    @property
-    def sequence_mean(self) -> bool:
-        """The loss averages each sequence's own tokens before it averages sequences."""
-        return self.loss_type in SEQUENCE_MEAN
+    def is_built_in(self) -> bool:
+        """The type is one of mgrpo's own."""
+        return self.type in TERM_SETTINGS

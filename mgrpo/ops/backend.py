@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from mgrpo.config.loss import GrpoLossConfig
+    from mgrpo.losses.base import PolicyLoss
     from mgrpo.ops.token_loss import Tokens
 
 Impl = Literal["auto", "reference", "cpu", "triton"]
@@ -55,7 +55,7 @@ class Rows(Protocol):
     ) -> Tensor: ...
 
     def loss_rows(
-        self, logits: Tensor, tokens: Tokens, config: GrpoLossConfig, grad: Tensor | None
+        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, grad: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tokens]: ...
 
     def row_partials(

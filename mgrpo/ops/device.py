@@ -10,11 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
-from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.kernels import group_advantage as group_kernels
 from mgrpo.kernels import grpo_loss as loss_kernels
 from mgrpo.kernels import logprob as row_kernels
-from mgrpo.ops.encoding import code
+from mgrpo.losses.base import PolicyLoss
+from mgrpo.ops.encoding import code, term_code
 from mgrpo.ops.token_loss import Tokens
 
 BLOCK = 2048
@@ -61,7 +61,7 @@ def group_advantage(
 
 
 def loss_rows(
-    logits: Tensor, tokens: Tokens, config: GrpoLossConfig, grad: Tensor | None
+    logits: Tensor, tokens: Tokens, loss: PolicyLoss, grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tokens]:
     """As native.loss_rows; where tokens hold groups, the kernel reduces them and the advantages come back in
     tokens."""
@@ -77,6 +77,7 @@ def loss_rows(
     )
     rewards = _float(groups.rewards) if groups else w
     seq_weight = _float(groups.weight) if groups and groups.weight is not None else w
+    config = loss.config
     low, high = config.correction_bounds
     out = logits if grad is None else grad
     with _on(logits):
@@ -115,7 +116,7 @@ def loss_rows(
                 low,
                 high,
                 config.advantage_eps,
-                LOSS=code("loss_type", config.loss_type),
+                LOSS=term_code(loss),
                 KL=code("kl_estimator", config.kl_estimator) if config.kl_coef else 0,
                 ENTROPY=config.entropy_coef > 0,
                 CORRECTION=code(

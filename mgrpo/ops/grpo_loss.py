@@ -1,4 +1,4 @@
-"""The GRPO family's loss from logits: group statistics, token loss and the gradient over the vocabulary.
+"""The losses from logits: group statistics, token loss and the gradient over the vocabulary.
 
 The formula and its deviations are in token_loss.py; the advantages are group_advantage.py's, weighted by the
 alignment weights (duplicates count in the statistics as in the loss).
@@ -7,11 +7,14 @@ alignment weights (duplicates count in the statistics as in the loss).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.losses.base import PolicyLoss
+from mgrpo.losses.registry import find_loss
 from mgrpo.ops import check, encoding
 from mgrpo.ops.backend import choose
 from mgrpo.ops.group_advantage import group_advantage
@@ -27,100 +30,101 @@ from mgrpo.ops.token_loss import (
 )
 
 
+class LossInputs(TypedDict, total=False):
+    """What a loss is told about T tokens in N trajectories, beside the logits and the ids of the tokens.
+
+    Exactly one source of advantages: `advantages`, `token_advantages`, or `rewards` with `group_id`.
+    """
+
+    cu_seqlens: Required[Tensor]
+    """int32 (N+1,), delimits the trajectories."""
+    advantages: Tensor | None
+    """(N,), one for each trajectory."""
+    token_advantages: Tensor | None
+    """(T,), one for each token. Not with a sequence-level ratio, whose gradient has one advantage a trajectory."""
+    rewards: Tensor | None
+    """(N,), of whole groups, from which the advantages are made."""
+    group_id: Tensor | None
+    """int32 (N,), with rewards."""
+    seq_weight: Tensor | None
+    """(N,), the alignment weight of each trajectory; None: 1."""
+    old_logprobs: Tensor | None
+    """(T,) in nats; without it the policy is its own old policy (ratio 1)."""
+    ref_logprobs: Tensor | None
+    """(T,) in nats, under the reference policy."""
+    rollout_logprobs: Tensor | None
+    """(T,) in nats, as the sampler reported them."""
+    loss_mask: Tensor | None
+    """(T,), non-zero where the token was sampled by this policy; None: everywhere."""
+    denominator: Tensor | float | None
+    """What the weighted sum is divided by; None: this batch's own (`loss_denominator`). Pass the whole minibatch's
+    when a batch is a micro-batch, and losses and gradients simply add up."""
+
+
 def grpo_loss(
     logits: Tensor,
     target_ids: Tensor,
     *,
-    cu_seqlens: Tensor,
-    rewards: Tensor | None = None,
-    group_id: Tensor | None = None,
-    seq_weight: Tensor | None = None,
-    advantages: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    loss_mask: Tensor | None = None,
-    denominator: Tensor | float | None = None,
     config: GrpoLossConfig,
     inplace: bool = False,
     impl: str = "auto",
+    **inputs: Unpack[LossInputs],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss 0-d, metrics) of T tokens in N trajectories; row t of `logits` scores target_ids[t].
 
-    logits (T, V); target_ids int64 (T,); cu_seqlens int32 (N+1,) delimits trajectories. Either rewards (N,)
-    with group_id int32 (N,), whose groups must then be whole, or advantages (N,) or (T,). seq_weight (N,):
-    the alignment weight of each trajectory (None: 1). old/ref/rollout_logprobs (T,) in nats; without
-    old_logprobs the policy is its own old policy (ratio 1). loss_mask (T,): non-zero where the token was
-    sampled by this policy.
-
-    denominator: what the weighted sum is divided by; None: this batch's own (`loss_denominator`). Pass the
-    whole minibatch's when a batch is a micro-batch, and losses and gradients simply add up.
+    logits (T, V); target_ids int64 (T,); inputs: the keyword arguments of `LossInputs`, of which cu_seqlens and a
+    source of advantages are needed. config: which loss, and its settings.
 
     inplace: the gradient overwrites `logits` (its values are lost to every other reader).
 
     Returns the loss in float32 (float64 for float64 logits), differentiable in `logits`, and METRICS as 0-d
-    tensors on the same device; nothing here synchronises with it. Raises TypeError/ValueError naming the
-    argument and the bound.
+    tensors on the same device; for a built-in loss nothing here synchronises with it. Raises TypeError/ValueError
+    naming the argument and the bound, and ConfigError for a loss that cannot be found.
     """
     check.floating("logits", logits, (None, None), logits)
     check.ids(target_ids, logits.shape[0], logits.shape[1], logits)
     backend = choose(impl, logits.device, logits.dtype)
-    tokens = prepare(
-        logits,
-        target_ids,
-        cu_seqlens=cu_seqlens,
-        rewards=rewards,
-        group_id=group_id,
-        seq_weight=seq_weight,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        loss_mask=loss_mask,
-        denominator=denominator,
-        config=config,
-        impl=backend,
-        fuse_groups=backend == "triton" and not needs_two_phases(config, old_logprobs is not None),
-    )
+    loss = known_loss(config)
+    two_phases = needs_two_phases(loss, inputs.get("old_logprobs") is not None)
+    fuse_groups = backend == "triton" and not two_phases
+    tokens = prepare(logits, target_ids, loss, backend, inputs, fuse_groups=fuse_groups)
     if backend == "reference":
-        return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, config)
+        return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, loss)
     from mgrpo.ops import library
 
     z = logits.contiguous()
     need_grad = torch.is_grad_enabled() and logits.requires_grad
-    if needs_two_phases(config, old_logprobs is not None):
-        live = tokens.live(config)
+    if two_phases:
+        live = tokens.live(loss)
         logp, entropy, *_ = library.row_logprob(
             z, tokens.target_ids, live, config.temperature, inplace, backend
         )
-        return token_loss(logp, entropy, tokens, config)
+        return token_loss(logp, entropy, tokens, loss)
+    settings = encoding.encode(config)
     if inplace and need_grad and not torch.compiler.is_compiling():  # a compiler plans its own memory
-        settings = encoding.encode(config)
-        loss, metrics = library.InPlace.apply(  # type: ignore[no-untyped-call]
+        value, metrics = library.InPlace.apply(  # type: ignore[no-untyped-call]
             z, tokens, settings, backend
         )
     else:
-        settings = encoding.encode(config)
-        loss, metrics, _ = library.grpo_loss(z, *library.flatten(tokens), settings, need_grad, backend)
-    return loss, library.name_metrics(metrics)
+        value, metrics, _ = library.grpo_loss(z, *library.flatten(tokens), settings, need_grad, backend)
+    return value, library.name_metrics(metrics)
+
+
+def known_loss(config: GrpoLossConfig) -> PolicyLoss:
+    """The loss of a config whose settings all have a name that the backends know."""
+    if not isinstance(config, GrpoLossConfig):
+        raise TypeError(f"config: expected GrpoLossConfig, got {type(config).__name__}")
+    encoding.check_names(config)
+    return find_loss(config, "config")
 
 
 def prepare(
     like: Tensor,
     target_ids: Tensor,
-    *,
-    cu_seqlens: Tensor,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
-    advantages: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_logprobs: Tensor | None,
-    loss_mask: Tensor | None,
-    denominator: Tensor | float | None,
-    config: GrpoLossConfig,
+    loss: PolicyLoss,
     impl: str,
+    inputs: LossInputs,
+    *,
     fuse_groups: bool = False,
 ) -> Tokens:
     """Check the arguments of a loss call and fold mask, votes, normaliser and what is known of the
@@ -128,40 +132,33 @@ def prepare(
 
     fuse_groups: leave rewards to the kernel, which reduces each row's group itself (`advantages` are then 1).
     """
-    if not isinstance(config, GrpoLossConfig):
-        raise TypeError(f"config: expected GrpoLossConfig, got {type(config).__name__}")
+    unknown = sorted(set(inputs) - set(LossInputs.__annotations__))
+    if unknown:
+        raise TypeError(f"{unknown[0]}: unknown argument")
+    if "cu_seqlens" not in inputs:
+        raise TypeError("cu_seqlens: missing")
+    config, cu_seqlens, loss_mask = loss.config, inputs["cu_seqlens"], inputs.get("loss_mask")
+    seq_weight, denominator = inputs.get("seq_weight"), inputs.get("denominator")
     rows, n = target_ids.shape[0], max(cu_seqlens.numel() - 1, 0)
     check.cu_seqlens(cu_seqlens, rows, like)
     check.mask(loss_mask, rows, like)
     check.vote("seq_weight", seq_weight, n, like)
-    _check_sources(rewards, group_id, advantages)
-    encoding.check_names(config)
+    _check_sources(inputs, loss)
     mask = torch.ones_like(target_ids, dtype=torch.bool) if loss_mask is None else loss_mask != 0
-    given = (old_logprobs, ref_logprobs, rollout_logprobs)
-    for name, x in zip(("old_logprobs", "ref_logprobs", "rollout_logprobs"), given, strict=True):
-        if x is not None:
-            check.floating(name, x, (rows,), like)
-            check.finite(name, x, mask)
-            if not check.values_visible(
-                x
-            ):  # such a row is then treated as one with a bad id: idle, and counted
-                target_ids = torch.where(x.isfinite() | ~mask, target_ids, -1)
-    old_logprobs, ref_logprobs, rollout_logprobs = (_finite(x) for x in given)
-    if config.kl_coef and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: missing, with kl_coef {config.kl_coef}")
-    if config.correction != "none" and rollout_logprobs is None:
-        raise ValueError(f"rollout_logprobs: missing, with correction {config.correction!r}")
+    target_ids, (old, ref, rollout) = _logprobs(target_ids, mask, loss, inputs, like)
     dtype = compute_dtype(like)
     seq_id = torch.repeat_interleave(cu_seqlens.diff(), output_size=rows).long()
     groups = None
+    rewards, group_id = inputs.get("rewards"), inputs.get("group_id")
     if fuse_groups and rewards is not None and group_id is not None:
-        check_rewards(rewards, group_id, n, like)
+        _check_rewards(rewards, group_id, n, like)
         choose(impl, rewards.device, rewards.dtype)  # the kernel takes no more than group_advantage would
-        groups, advantages = Groups(rewards, group_id, seq_weight), torch.ones_like(target_ids, dtype=dtype)
-        rewards = None
-    per_token = _advantages(like, seq_id, n, rewards, group_id, seq_weight, advantages, config, impl)
+        groups = Groups(rewards, group_id, seq_weight)
+        advantages = torch.ones_like(target_ids, dtype=dtype)
+    else:
+        advantages = _advantages(like, seq_id, n, inputs, config, impl)
     votes = cu_seqlens.new_ones(n, dtype=torch.float64) if seq_weight is None else seq_weight.double()
-    if config.sequence_mean:
+    if loss.sequence_mean:
         votes = votes / active_tokens(cu_seqlens, loss_mask).clamp(min=1.0)
     if denominator is None:
         denominator = loss_denominator(
@@ -170,69 +167,86 @@ def prepare(
     votes = votes * _inverse(denominator, like)
     weight = torch.where(mask, votes[seq_id], 0.0).to(dtype)
     tokens = Tokens(
-        target_ids=target_ids,
-        seq_id=seq_id,
-        mask=mask,
-        weight=weight,
-        policy_weight=weight,
-        advantages=per_token.to(dtype),
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        num_sequences=n,
-        groups=groups,
+        target_ids, seq_id, mask, weight, weight, advantages.to(dtype), old, ref, rollout, n, groups
     )
-    if old_logprobs is None or config.correction == "none":
+    if old is None or config.correction == "none":
         return tokens
-    return replace(tokens, policy_weight=weight * correction_weight(old_logprobs.to(dtype), tokens, config))
+    return replace(tokens, policy_weight=weight * correction_weight(old.to(dtype), tokens, config))
 
 
-def _finite(logprobs: Tensor | None) -> Tensor | None:
-    """0 in place of what is not finite, in rows that are masked or idle: 0 x NaN would spoil sums over rows."""
-    return None if logprobs is None else torch.where(logprobs.isfinite(), logprobs, 0.0)
+def _logprobs(
+    target_ids: Tensor, mask: Tensor, loss: PolicyLoss, inputs: LossInputs, like: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(target ids, [old, ref, rollout log-probs]): all there that the loss needs, checked, and finite."""
+    given = {
+        "old_logprobs": inputs.get("old_logprobs"),
+        "ref_logprobs": inputs.get("ref_logprobs"),
+        "rollout_logprobs": inputs.get("rollout_logprobs"),
+    }
+    for name, x in given.items():
+        if x is not None:
+            check.floating(name, x, (target_ids.shape[0],), like)
+            check.finite(name, x, mask)
+            if not check.values_visible(
+                x
+            ):  # such a row is then treated as one with a bad id: idle, and counted
+                target_ids = torch.where(x.isfinite() | ~mask, target_ids, -1)
+    config = loss.config
+    if loss.needs_reference and given["ref_logprobs"] is None:
+        why = f"kl_coef {config.kl_coef}" if config.kl_coef else f"type {config.type!r}"
+        raise ValueError(f"ref_logprobs: missing, with {why}")
+    if config.correction != "none" and given["rollout_logprobs"] is None:
+        raise ValueError(f"rollout_logprobs: missing, with correction {config.correction!r}")
+    # 0 in place of what is not finite, in rows that are masked or idle: 0 x NaN would spoil sums over rows
+    return target_ids, [None if x is None else torch.where(x.isfinite(), x, 0.0) for x in given.values()]
 
 
-def _check_sources(rewards: Tensor | None, group_id: Tensor | None, advantages: Tensor | None) -> None:
-    """Exactly one source of advantages."""
-    if advantages is None:
-        if rewards is None:
-            raise ValueError("advantages: missing; give advantages, or rewards with group_id")
-        if group_id is None:
-            raise ValueError("group_id: missing, rewards need it")
-    elif rewards is not None or group_id is not None:
-        name = "rewards" if rewards is not None else "group_id"
-        raise ValueError(f"{name}: given together with advantages; give one of the two")
+def _check_sources(inputs: LossInputs, loss: PolicyLoss) -> None:
+    """Exactly one source of advantages, and one that the loss can use."""
+    sources = [k for k in ("advantages", "token_advantages") if inputs.get(k) is not None]
+    more = [k for k in ("rewards", "group_id") if inputs.get(k) is not None]
+    if not sources and "rewards" not in more:
+        raise ValueError("advantages: missing; give advantages, token_advantages, or rewards with group_id")
+    if not sources and "group_id" not in more:
+        raise ValueError("group_id: missing, rewards need it")
+    if len(sources) == 2 or (sources and more):
+        first, second = [*sources, *more][:2]
+        raise ValueError(f"{second}: given together with {first}; give one of the two")
+    if sources == ["token_advantages"] and loss.has_sequence_ratio:
+        raise ValueError(
+            f"token_advantages: given with the sequence-level ratio of type {loss.config.type!r}, ratio_level "
+            f"{loss.config.ratio_level!r}, whose gradient has one advantage a trajectory"
+        )
 
 
 def _advantages(
-    like: Tensor,
-    seq_id: Tensor,
-    n: int,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
-    advantages: Tensor | None,
-    config: GrpoLossConfig,
-    impl: str,
+    like: Tensor, seq_id: Tensor, n: int, inputs: LossInputs, config: GrpoLossConfig, impl: str
 ) -> Tensor:
     """Advantage of each token (T,)."""
-    if advantages is not None:
-        if advantages.dim() == 1 and advantages.shape[0] not in (n, seq_id.shape[0]):
-            raise ValueError(
-                f"advantages: {advantages.shape[0]} values for {n} trajectories of {seq_id.shape[0]} tokens"
-            )
-        check.floating("advantages", advantages, (None,), like)
-        check.finite("advantages", advantages)
-        return advantages[seq_id] if advantages.shape[0] == n else advantages
+    per_token, per_sequence = inputs.get("token_advantages"), inputs.get("advantages")
+    if per_token is not None:
+        check.floating("token_advantages", per_token, (seq_id.shape[0],), like)
+        check.finite("token_advantages", per_token)
+        return per_token
+    if per_sequence is not None:
+        check.floating("advantages", per_sequence, (n,), like)
+        check.finite("advantages", per_sequence)
+        return per_sequence[seq_id]
+    rewards, group_id = inputs.get("rewards"), inputs.get("group_id")
     assert rewards is not None and group_id is not None
-    check_rewards(rewards, group_id, n, like)
-    per_sequence = group_advantage(
-        rewards, group_id, seq_weight, estimator=config.estimator, eps=config.advantage_eps, impl=impl
+    _check_rewards(rewards, group_id, n, like)
+    made = group_advantage(
+        rewards,
+        group_id,
+        inputs.get("seq_weight"),
+        estimator=config.estimator,
+        eps=config.advantage_eps,
+        impl=impl,
     )
-    return per_sequence[seq_id]
+    return made[seq_id]
 
 
-def check_rewards(rewards: Tensor, group_id: Tensor, n: int, like: Tensor) -> None:
+def _check_rewards(rewards: Tensor, group_id: Tensor, n: int, like: Tensor) -> None:
     """Rewards and group ids of n trajectories."""
     check.floating("rewards", rewards, (n,), like)
     check.tensor("group_id", group_id, (n,), (torch.int32,), like)

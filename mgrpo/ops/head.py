@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops.backend import rows
 from mgrpo.ops.token_loss import Tokens, token_loss
 
@@ -57,7 +57,7 @@ class Shard(Protocol):
     backend: str
 
     def loss_rows(
-        self, logits: Tensor, tokens: Tokens, config: GrpoLossConfig, need_grad: bool
+        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, need_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logp, entropy, moved) of a chunk; with need_grad its gradient overwrites `logits`."""
 
@@ -80,9 +80,9 @@ class Local:
         self.backend = backend
 
     def loss_rows(
-        self, logits: Tensor, tokens: Tokens, config: GrpoLossConfig, need_grad: bool
+        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, need_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return rows(self.backend).loss_rows(logits, tokens, config, logits if need_grad else None)[:3]
+        return rows(self.backend).loss_rows(logits, tokens, loss, logits if need_grad else None)[:3]
 
     def logprob(
         self, logits: Tensor, target_ids: Tensor, temperature: float
@@ -114,7 +114,7 @@ def loss(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tokens,
-    config: GrpoLossConfig,
+    loss: PolicyLoss,
     chunk: int,
     needs: Needs,
     shard: Shard,
@@ -124,14 +124,14 @@ def loss(
     t = hidden.shape[0]
     logp, entropy = (hidden.new_zeros(t, dtype=torch.float32) for _ in range(2))
     products = _Products(hidden, weight, needs)
-    for piece, h, z in _chunks(hidden, weight, tokens.live(config), chunk):
+    for piece, h, z in _chunks(hidden, weight, tokens.live(loss), chunk):
         part = tokens.rows(piece)
-        lp, en, moved = shard.loss_rows(z, part, config, needs.hidden or needs.weight)
+        lp, en, moved = shard.loss_rows(z, part, loss, needs.hidden or needs.weight)
         logp[piece], entropy[piece] = lp, en
         products.add(z, h, piece, moved)
     if needs.hidden:
         shard.reduce(products.hidden)
-    value, metrics = token_loss(logp, entropy, tokens, config)
+    value, metrics = token_loss(logp, entropy, tokens, loss)
     return value, metrics, *products.done()
 
 

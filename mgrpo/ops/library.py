@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.ops import head
 from mgrpo.ops.backend import rows
 from mgrpo.ops.encoding import decode
-from mgrpo.ops.token_loss import METRICS, Groups, Tokens, token_loss
+from mgrpo.ops.token_loss import METRICS, VECTORS, Groups, Tokens, token_loss
 
 
 def stack(metrics: dict[str, Tensor]) -> Tensor:
@@ -113,179 +112,76 @@ row_logprob.register_autograd(_rows_backward, setup_context=_save_rows)
 # ----------------------------------------------------------------------------------------------
 
 
-def gather(
-    target_ids: Tensor,
-    seq_id: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    policy_weight: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
-    num_sequences: int,
-) -> Tokens:
+def gather(tensors: list[Tensor | None], num_sequences: int) -> Tokens:
     """Tokens from the arguments of an op (`flatten` is the way there)."""
+    vectors: dict[str, Any] = dict(zip(VECTORS, tensors, strict=False))
+    rewards, group_id, seq_weight = tensors[len(VECTORS) :]
     groups = None if rewards is None or group_id is None else Groups(rewards, group_id, seq_weight)
-    return Tokens(
-        target_ids, seq_id, mask, weight, policy_weight, advantages, old, ref, rollout, num_sequences, groups
-    )
+    return Tokens(**vectors, num_sequences=num_sequences, groups=groups)
 
 
-def flatten(tokens: Tokens) -> tuple[Any, ...]:
-    """Tokens as the arguments of an op, target_ids to num_sequences."""
+def flatten(tokens: Tokens) -> tuple[list[Tensor | None], int]:
+    """Tokens as the arguments of an op: the VECTORS and the three tensors of the groups; num_sequences."""
     g = tokens.groups
-    return (
-        tokens.target_ids,
-        tokens.seq_id,
-        tokens.mask,
-        tokens.weight,
-        tokens.policy_weight,
-        tokens.advantages,
-        tokens.old_logprobs,
-        tokens.ref_logprobs,
-        tokens.rollout_logprobs,
-        None if g is None else g.rewards,
-        None if g is None else g.group_id,
-        None if g is None else g.weight,
-        tokens.num_sequences,
-    )
+    groups = (None, None, None) if g is None else (g.rewards, g.group_id, g.weight)
+    return [*[getattr(tokens, name) for name in VECTORS], *groups], tokens.num_sequences
 
 
 @torch.library.custom_op("mgrpo::grpo_loss", mutates_args=())
 def grpo_loss(
     logits: Tensor,
-    target_ids: Tensor,
-    seq_id: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    policy_weight: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
+    tokens: list[Tensor | None],
     num_sequences: int,
     settings: list[float],
     need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, metrics, d loss / d logits or empty)."""
-    tokens = gather(
-        target_ids,
-        seq_id,
-        mask,
-        weight,
-        policy_weight,
-        advantages,
-        old,
-        ref,
-        rollout,
-        rewards,
-        group_id,
-        seq_weight,
-        num_sequences,
-    )
     grad = torch.empty_like(logits) if need_grad else None
-    loss, metrics = _loss_rows(logits, tokens, decode(settings), grad, backend)
+    loss, metrics = _loss_rows(logits, gather(tokens, num_sequences), settings, grad, backend)
     return loss, metrics, logits.new_empty(0) if grad is None else grad
 
 
 @grpo_loss.register_fake
 def _(
     logits: Tensor,
-    target_ids: Tensor,
-    seq_id: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    policy_weight: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
+    tokens: list[Tensor | None],
     num_sequences: int,
     settings: list[float],
     need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.empty_like(logits) if need_grad else logits.new_empty(0)
-    return weight.new_empty(()), weight.new_empty(len(METRICS), dtype=torch.float32), grad
+    return *fake_value(logits), grad
 
 
 @torch.library.custom_op("mgrpo::grpo_loss_", mutates_args=("logits",))
 def grpo_loss_(
-    logits: Tensor,
-    target_ids: Tensor,
-    seq_id: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    policy_weight: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
-    num_sequences: int,
-    settings: list[float],
-    backend: str,
+    logits: Tensor, tokens: list[Tensor | None], num_sequences: int, settings: list[float], backend: str
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics); d loss / d logits overwrites logits."""
-    tokens = gather(
-        target_ids,
-        seq_id,
-        mask,
-        weight,
-        policy_weight,
-        advantages,
-        old,
-        ref,
-        rollout,
-        rewards,
-        group_id,
-        seq_weight,
-        num_sequences,
-    )
-    return _loss_rows(logits, tokens, decode(settings), logits, backend)
+    return _loss_rows(logits, gather(tokens, num_sequences), settings, logits, backend)
 
 
 @grpo_loss_.register_fake
 def _(
-    logits: Tensor,
-    target_ids: Tensor,
-    seq_id: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    policy_weight: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
-    num_sequences: int,
-    settings: list[float],
-    backend: str,
+    logits: Tensor, tokens: list[Tensor | None], num_sequences: int, settings: list[float], backend: str
 ) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(()), weight.new_empty(len(METRICS), dtype=torch.float32)
+    return fake_value(logits)
+
+
+def fake_value(like: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, metrics) of a fast backend, uninitialised."""
+    return like.new_empty((), dtype=torch.float32), like.new_empty(len(METRICS), dtype=torch.float32)
 
 
 def _loss_rows(
-    logits: Tensor, tokens: Tokens, config: GrpoLossConfig, grad: Tensor | None, backend: str
+    logits: Tensor, tokens: Tokens, settings: list[float], grad: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    logp, entropy, _, tokens = rows(backend).loss_rows(logits, tokens, config, grad)
-    loss, metrics = token_loss(logp, entropy, tokens, config)
-    return loss, stack(metrics)
+    loss = decode(settings)
+    logp, entropy, _, tokens = rows(backend).loss_rows(logits, tokens, loss, grad)
+    value, metrics = token_loss(logp, entropy, tokens, loss)
+    return value, stack(metrics)
 
 
 def save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from mgrpo.ops import head
 from mgrpo.ops.encoding import decode
-from mgrpo.ops.library import gather, save_grad, scale_grad, stack
-from mgrpo.ops.token_loss import METRICS
-
-# -------------------------------------------------------------------------------------------
+from mgrpo.ops.library import fake_value, gather, save_grad, scale_grad, stack
 
 
 @torch.library.custom_op("mgrpo::linear_logprob", mutates_args=())
@@ -110,19 +107,8 @@ linear_logprob.register_autograd(_head_backward, setup_context=_save_head)
 @torch.library.custom_op("mgrpo::linear_grpo_loss", mutates_args=())
 def linear_grpo_loss(
     hidden: Tensor,
-    head_weight: Tensor,
-    target_ids: Tensor,
-    seq_id: Tensor,
-    mask: Tensor,
     weight: Tensor,
-    policy_weight: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
+    tokens: list[Tensor | None],
     num_sequences: int,
     settings: list[float],
     chunk: int,
@@ -130,24 +116,14 @@ def linear_grpo_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, d hidden, d weight), gradients empty where needs says so."""
-    tokens = gather(
-        target_ids,
-        seq_id,
-        mask,
-        weight,
-        policy_weight,
-        advantages,
-        old,
-        ref,
-        rollout,
-        rewards,
-        group_id,
-        seq_weight,
-        num_sequences,
-    )
-    config = decode(settings)
     loss, metrics, dh, dw = head.loss(
-        hidden, head_weight, tokens, config, chunk, head.Needs(*needs), head.Local(backend)
+        hidden,
+        weight,
+        gather(tokens, num_sequences),
+        decode(settings),
+        chunk,
+        head.Needs(*needs),
+        head.Local(backend),
     )
     return loss, stack(metrics), dh, dw
 
@@ -155,27 +131,15 @@ def linear_grpo_loss(
 @linear_grpo_loss.register_fake
 def _(
     hidden: Tensor,
-    head_weight: Tensor,
-    target_ids: Tensor,
-    seq_id: Tensor,
-    mask: Tensor,
     weight: Tensor,
-    policy_weight: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rewards: Tensor | None,
-    group_id: Tensor | None,
-    seq_weight: Tensor | None,
+    tokens: list[Tensor | None],
     num_sequences: int,
     settings: list[float],
     chunk: int,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh, dw = head.empty_like_needed(hidden, head_weight, head.Needs(*needs))
-    return weight.new_empty(()), weight.new_empty(len(METRICS), dtype=torch.float32), dh, dw
+    return *fake_value(hidden), *head.empty_like_needed(hidden, weight, head.Needs(*needs))
 
 
 linear_grpo_loss.register_autograd(scale_grad, setup_context=save_grad)

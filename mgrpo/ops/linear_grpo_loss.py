@@ -4,7 +4,7 @@ exist whole. The formula is that of grpo_loss.py with logits = hidden weight^T.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.ops import check, head
 from mgrpo.ops.backend import choose, fast
 from mgrpo.ops.encoding import encode
-from mgrpo.ops.grpo_loss import prepare
+from mgrpo.ops.grpo_loss import LossInputs, known_loss, prepare
 from mgrpo.ops.selective_logprob import row_logprob
 from mgrpo.ops.token_loss import needs_two_phases, token_loss
 
@@ -26,20 +26,11 @@ def linear_grpo_loss(
     weight: Tensor,
     target_ids: Tensor,
     *,
-    cu_seqlens: Tensor,
-    rewards: Tensor | None = None,
-    group_id: Tensor | None = None,
-    seq_weight: Tensor | None = None,
-    advantages: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
-    loss_mask: Tensor | None = None,
-    denominator: Tensor | float | None = None,
     config: GrpoLossConfig,
     chunk: int | None = None,
     tp_group: ProcessGroup | None = None,
     impl: str = "auto",
+    **inputs: Unpack[LossInputs],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_loss` of logits = hidden weight^T, differentiable in hidden (T, H) and weight (V, H).
 
@@ -52,39 +43,25 @@ def linear_grpo_loss(
     check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
     chunk = head.chunk_rows(chunk, weight)
     backend = choose(impl, hidden.device, hidden.dtype)
-    tokens = prepare(
-        hidden,
-        target_ids,
-        cu_seqlens=cu_seqlens,
-        rewards=rewards,
-        group_id=group_id,
-        seq_weight=seq_weight,
-        advantages=advantages,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        loss_mask=loss_mask,
-        denominator=denominator,
-        config=config,
-        impl=backend,
-    )
+    loss = known_loss(config)
+    tokens = prepare(hidden, target_ids, loss, backend, inputs)
     if tp_group is not None:
         from mgrpo.ops import tensor_parallel
 
-        return tensor_parallel.loss(hidden, weight, tokens, config, chunk, fast(backend), tp_group)
+        return tensor_parallel.loss(hidden, weight, tokens, loss, chunk, fast(backend), tp_group)
     if backend == "reference":
         logits = hidden @ weight.t()
-        return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, config)
+        return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, loss)
     from mgrpo.ops import library, library_head
 
-    if needs_two_phases(config, old_logprobs is not None):
-        live = tokens.live(config)
+    if needs_two_phases(loss, tokens.old_logprobs is not None):
+        live = tokens.live(loss)
         logp, entropy, *_ = library_head.linear_logprob(
             hidden, weight, tokens.target_ids, live, config.temperature, chunk, backend
         )
-        return token_loss(logp, entropy, tokens, config)
+        return token_loss(logp, entropy, tokens, loss)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    loss, metrics, _, _ = library_head.linear_grpo_loss(
+    value, metrics, _, _ = library_head.linear_grpo_loss(
         hidden, weight, *library.flatten(tokens), encode(config), chunk, needs, backend
     )
-    return loss, library.name_metrics(metrics)
+    return value, library.name_metrics(metrics)

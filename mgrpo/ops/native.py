@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mgrpo import _C
-from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.ops.encoding import code
+from mgrpo.losses.base import PolicyLoss
+from mgrpo.ops.encoding import code, term_code
 from mgrpo.ops.token_loss import Tokens
 
 
@@ -33,7 +33,7 @@ def group_advantage(
 
 
 def loss_rows(
-    logits: Tensor, tokens: Tokens, config: GrpoLossConfig, grad: Tensor | None
+    logits: Tensor, tokens: Tokens, loss: PolicyLoss, grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tokens]:
     """(logp, entropy, moved, tokens); d loss / d logits goes into `grad` (which may be `logits`) unless None.
 
@@ -54,9 +54,9 @@ def loss_rows(
     logp = torch.empty(logits.shape[0], dtype=torch.float32)
     entropy, moved = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)
     _C.loss_rows(
-        _rows(logits, tokens.target_ids, config.temperature),
+        _rows(logits, tokens.target_ids, loss.config.temperature),
         [_address(x) for x in held],
-        _settings(config, correct=tokens.old_logprobs is None),
+        _settings(loss, correct=tokens.old_logprobs is None),
         _address(grad),
         logp.data_ptr(),
         entropy.data_ptr(),
@@ -95,11 +95,12 @@ def row_gradients(
     _C.row_gradients(_rows(logits, target_ids, temperature), [x.data_ptr() for x in held], grad.data_ptr())
 
 
-def _settings(config: GrpoLossConfig, correct: bool) -> _C.TokenSettings:
+def _settings(loss: PolicyLoss, correct: bool) -> _C.TokenSettings:
     """correct: the token-level correction is not in policy_weight yet (there are no old log-probs)."""
+    config = loss.config
     low, high = config.correction_bounds
     return _C.TokenSettings(
-        loss_type=code("loss_type", config.loss_type),
+        term=term_code(loss),
         clip_eps_low=config.clip_eps_low,
         clip_eps_high=config.clip_eps_high,
         delta=float("inf") if config.delta is None else config.delta,

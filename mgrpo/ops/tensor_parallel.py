@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops import head
 from mgrpo.ops.backend import rows
 from mgrpo.ops.token_loss import METRICS, Tokens, needs_two_phases, token_loss
@@ -56,18 +56,18 @@ class Sharded:
         return head.finish(m, s, b, t, temperature)
 
     def loss_rows(
-        self, logits: Tensor, tokens: Tokens, config: GrpoLossConfig, need_grad: bool
+        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, need_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logp, entropy, maximum, total = self.logprob(logits, tokens.target_ids, config.temperature)
+        logp, entropy, maximum, total = self.logprob(logits, tokens.target_ids, loss.config.temperature)
         if not need_grad:
             return logp, entropy, torch.ones_like(logp, dtype=torch.bool)
         with torch.enable_grad():  # the coefficients are the derivatives of the definition, on (n,) vectors
             leaves = [logp.clone().requires_grad_(), entropy.clone().requires_grad_()]
-            value, _ = token_loss(leaves[0], leaves[1], tokens, config)
+            value, _ = token_loss(leaves[0], leaves[1], tokens, loss)
             c, e = torch.autograd.grad(value, leaves, materialize_grads=True)
         local = self.local_ids(tokens.target_ids)
         rows(self.backend).row_gradients(
-            logits, local, (maximum, total, entropy, c, e), config.temperature, logits
+            logits, local, (maximum, total, entropy, c, e), loss.config.temperature, logits
         )
         return logp, entropy, (c != 0) | (e != 0)
 
@@ -84,20 +84,20 @@ def loss(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tokens,
-    config: GrpoLossConfig,
+    loss: PolicyLoss,
     chunk: int,
     backend: str,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`linear_grpo_loss` over the ranks of `group`; weight (V/p, H). Not for compiled graphs."""
     shard = Sharded(backend, group, weight.shape[0])
-    if needs_two_phases(config, tokens.old_logprobs is not None):
+    if needs_two_phases(loss, tokens.old_logprobs is not None):
         logp, entropy = _Logprob.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, tokens, config, chunk, shard
+            hidden, weight, tokens, loss, chunk, shard
         )
-        return token_loss(logp, entropy, tokens, config)
+        return token_loss(logp, entropy, tokens, loss)
     value, *stats = _Loss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, tokens, config, chunk, shard
+        hidden, weight, tokens, loss, chunk, shard
     )
     return value, dict(zip(METRICS, stats, strict=True))
 
@@ -111,12 +111,12 @@ class _Loss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         tokens: Tokens,
-        config: GrpoLossConfig,
+        loss: PolicyLoss,
         chunk: int,
         shard: Sharded,
     ) -> Any:
         needs = head.Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        value, metrics, dh, dw = head.loss(hidden, weight, tokens, config, chunk, needs, shard)
+        value, metrics, dh, dw = head.loss(hidden, weight, tokens, loss, chunk, needs, shard)
         ctx.needs = needs
         ctx.save_for_backward(dh, dw)
         ctx.mark_non_differentiable(*metrics.values())
@@ -140,14 +140,14 @@ class _Logprob(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         tokens: Tokens,
-        config: GrpoLossConfig,
+        loss: PolicyLoss,
         chunk: int,
         shard: Sharded,
     ) -> Any:
-        ids, live = tokens.target_ids, tokens.live(config)
-        logp, entropy, m, s = head.logprob(hidden, weight, ids, live, config.temperature, chunk, shard)
+        ids, live = tokens.target_ids, tokens.live(loss)
+        logp, entropy, m, s = head.logprob(hidden, weight, ids, live, loss.config.temperature, chunk, shard)
         ctx.save_for_backward(hidden, weight, ids, m, s, entropy)
-        ctx.settings = (config.temperature, chunk, shard)
+        ctx.settings = (loss.config.temperature, chunk, shard)
         return logp, entropy
 
     @staticmethod

@@ -1,14 +1,14 @@
 """From log-probs to the loss: everything that happens once a row of logits has become one log-prob and one
 entropy.
 
-For token t of trajectory j, with ratio r_t = exp(logp_t - old_t), advantage A_j and detached correction c_t:
+For token t of trajectory j, with the term of the loss (mgrpo/losses) in its log-prob, its ratio
+r_t = exp(logp_t - old_t) and its advantage, and with a detached correction c_t:
 
-    J = 1/D sum_j w_j n_j sum_t mask_t [ c_t min(r_t A_j, clip(r_t, 1-eps_low, 1+eps_high) A_j) - kl_coef KL_t
-    + ... ]
+    loss = 1/D sum_j w_j n_j sum_t mask_t [ c_t term_t + kl_coef KL_t - entropy_coef entropy_t ]
 
-with n_j = 1/|o_j| for the sequence-mean loss types and 1 for the others, and D the denominator
-(`loss_denominator`). mask, w, n and 1/D fold into one weight a token, so every loss type is one sum. The loss
-is -J. Source: M-GRPO (arXiv 2511.13288); settings mean what they mean in TRL 1.16.
+with n_j = 1/|o_j| for the losses with a sequence mean and 1 for the others, and D the denominator
+(`loss_denominator`). mask, w, n and 1/D fold into one weight a token, so every loss is one sum. Source: M-GRPO
+(arXiv 2511.13288); settings mean what they mean in TRL 1.16.
 
 Deviations: 1. counts are weighted by the alignment weight w_j, so a multiplicity equals that many copies. 2.
 D may be given, so that gradient accumulation does not depend on how micro-batches are cut. 3. A row whose
@@ -21,12 +21,15 @@ loss finite.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgrpo.config.loss import CLIPPED, SEQUENCE_CORRECTIONS, GrpoLossConfig
+from mgrpo.config.loss import SEQUENCE_CORRECTIONS, GrpoLossConfig
+from mgrpo.losses.base import PolicyLoss, TermInputs
+from mgrpo.losses.registry import find_loss
 
 METRICS = (
     "policy_loss",
@@ -75,16 +78,19 @@ class Tokens:
     num_sequences: int
     groups: Groups | None = None
 
-    def live(self, config: GrpoLossConfig) -> Tensor:
+    def live(self, loss: PolicyLoss) -> Tensor:
         """bool (T,): rows that can change the loss or its gradient; the others need no pass over the
         vocabulary.
 
-        A policy term with advantage 0 is 0 whatever the ratio, and so is its gradient. With a sequence-level
+        A built-in term with advantage 0 is 0 whatever the ratio, and so is its gradient. With a sequence-level
         ratio or correction the whole trajectory shares one factor, which advantage 0 makes as idle as a
         masked one.
         """
-        acts = (self.policy_weight != 0) & (self.advantages != 0)
-        if config.sequence_ratio:  # every token of a live sequence moves the sequence's ratio
+        config = loss.config
+        acts = self.policy_weight != 0
+        if loss.zero_without_advantage:
+            acts = acts & (self.advantages != 0)
+        if loss.has_sequence_ratio:  # every token of a live sequence moves the sequence's ratio
             acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
         if _sequence_correction(config) and self.old_logprobs is None:
             acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
@@ -103,28 +109,21 @@ class Tokens:
     def rows(self, index: Tensor) -> Tokens:
         """The same knowledge about the rows `index` (int64) alone, in that order."""
 
-        def take(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index]
+        taken: dict[str, Any] = {
+            name: None if x is None else x[index] for name in VECTORS for x in (getattr(self, name),)
+        }
+        return replace(self, **taken)
 
-        return replace(
-            self,
-            target_ids=self.target_ids[index],
-            seq_id=self.seq_id[index],
-            mask=self.mask[index],
-            weight=self.weight[index],
-            policy_weight=self.policy_weight[index],
-            advantages=self.advantages[index],
-            old_logprobs=take(self.old_logprobs),
-            ref_logprobs=take(self.ref_logprobs),
-            rollout_logprobs=take(self.rollout_logprobs),
-        )
+
+VECTORS = tuple(field.name for field in fields(Tokens))[:-2]
+"""The fields of Tokens that are (T,), in their order."""
 
 
 def loss_denominator(
     config: GrpoLossConfig, *, cu_seqlens: Tensor, loss_mask: Tensor | None, seq_weight: Tensor | None = None
 ) -> Tensor:
-    """The number that divides the weighted sum of a batch: 0-d float64, additive over micro-batches and
-    ranks.
+    """The number that divides the weighted sum of a batch, the loss's `denominator`: 0-d float64, additive over
+    micro-batches and ranks.
 
     grpo, sapo, gspo: sum of seq_weight; bnpo, dapo, cispo: sum of seq_weight x active tokens; dr_grpo: sum of
     seq_weight x max_completion_length. For gradient accumulation add it up over the whole minibatch (every
@@ -136,11 +135,7 @@ def loss_denominator(
     """
     n = cu_seqlens.numel() - 1
     w = cu_seqlens.new_ones(n, dtype=torch.float64) if seq_weight is None else seq_weight.double()
-    if config.sequence_mean:
-        return w.sum()
-    if config.max_completion_length is not None:
-        return w.sum() * config.max_completion_length
-    return (w * active_tokens(cu_seqlens, loss_mask)).sum()
+    return find_loss(config).denominator(w.sum(), (w * active_tokens(cu_seqlens, loss_mask)).sum())
 
 
 def active_tokens(cu_seqlens: Tensor, loss_mask: Tensor | None) -> Tensor:
@@ -160,11 +155,12 @@ def _sequence_correction(config: GrpoLossConfig) -> bool:
     return config.correction in SEQUENCE_CORRECTIONS or config.veto is not None
 
 
-def needs_two_phases(config: GrpoLossConfig, has_old_logprobs: bool) -> bool:
-    """True where a row's coefficient depends on other rows' log-probs: sequence ratios, and sequence-level
-    corrections of the current policy itself (with old log-probs the correction is known before the
-    logits)."""
-    return config.sequence_ratio or (_sequence_correction(config) and not has_old_logprobs)
+def needs_two_phases(loss: PolicyLoss, has_old_logprobs: bool) -> bool:
+    """True where autograd is to differentiate the term, which the kernels do not know, and where a row's
+    coefficient depends on other rows' log-probs: sequence ratios, and sequence-level corrections of the current
+    policy itself (with old log-probs the correction is known before the logits)."""
+    correction = _sequence_correction(loss.config) and not has_old_logprobs
+    return not loss.fused or loss.has_sequence_ratio or correction
 
 
 def correction_weight(logp: Tensor, tokens: Tokens, config: GrpoLossConfig) -> Tensor:
@@ -196,7 +192,7 @@ def correction_weight(logp: Tensor, tokens: Tokens, config: GrpoLossConfig) -> T
 
 
 def token_loss(
-    logp: Tensor, entropy: Tensor, tokens: Tokens, config: GrpoLossConfig
+    logp: Tensor, entropy: Tensor, tokens: Tokens, loss: PolicyLoss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss 0-d, metrics) from logp and entropy (T,), differentiable in both: the definition every backend is
     held to.
@@ -204,14 +200,15 @@ def token_loss(
     Rows whose log-prob is not finite, and rows that are not live, contribute exactly 0. The means among the
     metrics are over live rows with finite log-probs; ratios are 1 and the rest 0 where there are none.
     """
-    live = tokens.live(config)
+    config = loss.config
+    live = tokens.live(loss)
     finite = logp.detach().isfinite() & entropy.detach().isfinite()
     counted = live & finite
     logp = torch.where(counted, logp, 0.0)
     entropy = torch.where(counted, entropy, 0.0)
     base = logp.detach() if tokens.old_logprobs is None else tokens.old_logprobs.to(logp.dtype)
     log_ratio = torch.where(counted, logp - base, 0.0)
-    if config.sequence_ratio:
+    if loss.has_sequence_ratio:
         total = segment_sum(log_ratio, tokens.seq_id, tokens.num_sequences)
         length = segment_sum(tokens.mask.to(logp.dtype), tokens.seq_id, tokens.num_sequences)
         log_ratio = (total / length.clamp(min=1.0))[tokens.seq_id]
@@ -221,18 +218,23 @@ def token_loss(
     if tokens.old_logprobs is None:  # otherwise the correction is in policy_weight already
         seen = replace(tokens, mask=tokens.mask & counted)
         policy_weight = policy_weight * correction_weight(logp, seen, config)
-    policy = torch.where(counted, policy_weight * policy_term(logp, ratio, advantages, config), 0.0).sum()
-    loss = policy
+    ref = None if tokens.ref_logprobs is None else tokens.ref_logprobs.to(logp.dtype)
+    seen_by_term = TermInputs(
+        logp, base, ratio, advantages, ref, entropy, tokens.seq_id, tokens.num_sequences
+    )
+    terms = loss.term(seen_by_term) if loss.fused else _term_of(loss, seen_by_term, counted)
+    policy = torch.where(counted, policy_weight * terms, 0.0).sum()
+    value = policy
     weight = torch.where(counted, tokens.weight, 0.0).to(logp.dtype)
     kl = torch.zeros_like(logp)
-    if tokens.ref_logprobs is not None:
-        kl = torch.where(counted, kl_term(logp, tokens.ref_logprobs.to(logp.dtype), config), 0.0)
+    if ref is not None:
+        kl = torch.where(counted, kl_term(logp, ref, config), 0.0)
         if config.kl_coef:
-            loss = loss + config.kl_coef * (weight * kl).sum()
+            value = value + config.kl_coef * (weight * kl).sum()
     if config.entropy_coef:
-        loss = loss - config.entropy_coef * (weight * entropy).sum()
+        value = value - config.entropy_coef * (weight * entropy).sum()
     with torch.no_grad():
-        metrics = _ratio_metrics(ratio, tokens, config, counted)
+        metrics = _ratio_metrics(ratio, tokens, loss, counted)
         metrics |= _mismatch_metrics(logp, log_ratio, tokens, config, counted)
         metrics |= {
             "policy_loss": policy.detach(),
@@ -241,22 +243,36 @@ def token_loss(
             "live_row_frac": live.to(logp.dtype).mean() if live.numel() else logp.new_zeros(()),
             "nonfinite_rows": (live & ~finite).sum(),
         }
-    return loss, {name: metrics[name].detach() for name in METRICS}
+    return value, {name: metrics[name].detach() for name in METRICS}
 
 
-def policy_term(logp: Tensor, ratio: Tensor, advantages: Tensor, config: GrpoLossConfig) -> Tensor:
-    """(T,) policy loss of each token before any weight; ValueError for a loss type that has no formula here."""
-    if config.loss_type == "cispo":
-        return -ratio.detach().clamp(max=config.clip_eps_high) * advantages * logp
-    if config.loss_type == "sapo":
-        pos, neg = config.sapo_temperature_pos, config.sapo_temperature_neg
-        tau = torch.where(advantages > 0, torch.full_like(ratio, pos), neg)
-        return -advantages * torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau
-    if config.loss_type not in CLIPPED:
-        raise ValueError(f"loss_type: {config.loss_type!r} has no formula")
-    clipped = ratio.clamp(1.0 - config.clip_eps_low, 1.0 + config.clip_eps_high)
-    unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    return -torch.minimum(unclipped * advantages, clipped * advantages)
+def _term_of(loss: PolicyLoss, tokens: TermInputs, counted: Tensor) -> Tensor:
+    """(T,) terms of a loss that is not built in, which sees the counted rows alone; 0 in the others. TypeError or
+    ValueError naming the loss where it returns something else."""
+    at = counted.nonzero().squeeze(1)
+    zeros = tokens.logprobs * 0.0  # differentiable, also where no row is counted
+    if not at.numel():
+        return zeros
+    seen = replace(
+        tokens,
+        logprobs=tokens.logprobs[at],
+        old_logprobs=tokens.old_logprobs[at],
+        ratio=tokens.ratio[at],
+        advantages=tokens.advantages[at],
+        ref_logprobs=None if tokens.ref_logprobs is None else tokens.ref_logprobs[at],
+        entropy=tokens.entropy[at],
+        seq_id=tokens.seq_id[at],
+    )
+    terms = loss.term(seen)
+    name = f"term of {loss.config.type}"
+    if not isinstance(terms, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(terms).__name__}")
+    if terms.shape != at.shape or terms.dtype != zeros.dtype or terms.device != zeros.device:
+        raise ValueError(
+            f"{name}: {terms.dtype} {tuple(terms.shape)} on {terms.device}, where {zeros.dtype} "
+            f"({at.numel()},) on {zeros.device} is needed, one value a token"
+        )
+    return zeros.index_put((at,), terms)
 
 
 def kl_term(logp: Tensor, ref: Tensor, config: GrpoLossConfig) -> Tensor:
@@ -287,15 +303,11 @@ def _extreme(x: Tensor, rows: Tensor, none: float) -> Tensor:
     return torch.cat([torch.where(rows, x, none), x.new_full((1,), none)]).amin()
 
 
-def _ratio_metrics(
-    ratio: Tensor, tokens: Tokens, config: GrpoLossConfig, counted: Tensor
-) -> dict[str, Tensor]:
+def _ratio_metrics(ratio: Tensor, tokens: Tokens, loss: PolicyLoss, counted: Tensor) -> dict[str, Tensor]:
     """The importance ratio over the counted rows: extremes, mean, and shares of tokens held by the clip."""
-    positive, negative = tokens.advantages > 0, tokens.advantages < 0
-    none = torch.zeros_like(counted)
-    low = none if config.loss_type in ("cispo", "sapo") else negative & (ratio < 1.0 - config.clip_eps_low)
-    bound = config.clip_eps_high if config.loss_type == "cispo" else 1.0 + config.clip_eps_high
-    high = none if config.loss_type == "sapo" else positive & (ratio > bound)
+    lower, upper = loss.ratio_bounds()
+    low = (tokens.advantages < 0) & (ratio < lower)
+    high = (tokens.advantages > 0) & (ratio > upper)
     any_row = counted.any()
     inf = float("inf")
     return {

@@ -20,6 +20,7 @@ from mgrpo.alignment import align
 from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
 from mgrpo.credit import is_gated
+from mgrpo.losses.registry import find_loss
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trainers.base import MicroBatch, MiniBatch
 from mgrpo.trajectory_log.format import LogRef
@@ -78,8 +79,8 @@ class BatchBuilder:
         self._config, self._role, self._trajectories = config, role, trajectory_log
         self._agent = config.agents[role]
         self._ranks = ranks
-        loss = self._agent.loss
-        self._skip_zero = loss.kl_coef == 0 and loss.entropy_coef == 0
+        self._loss = find_loss(self._agent.loss, f"agents.{role}.loss")
+        self._skip_zero = not self._loss.every_token_acts
         self._batcher = Batcher(
             config.trainer.group_size,
             self._agent.d_max,
@@ -235,12 +236,7 @@ class BatchBuilder:
         )
 
     def _denominator(self, plan: Plan) -> float:
-        loss = self._agent.loss
-        if loss.sequence_mean:
-            return plan.denominator
-        if loss.max_completion_length is not None:
-            return plan.denominator * loss.max_completion_length
-        return plan.weighted_tokens
+        return self._loss.denominator(plan.denominator, plan.weighted_tokens)
 
     def _describe(
         self, step: int, groups: Sequence[ClaimedGroup], plans: Sequence[Plan], rewards: Sequence[float]

@@ -24,6 +24,7 @@ from mgrpo.algorithms import open_algorithm
 from mgrpo.config import RunConfig
 from mgrpo.credit import trajectory_reward
 from mgrpo.errors import ConfigError, CorruptionError
+from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import load_policy, load_reference
 from mgrpo.pipeline.batch import BatchBuilder, StepBatch, merge_streams
 from mgrpo.pipeline.step_record import step_body
@@ -232,7 +233,7 @@ class Replayer:
         agent = self._config.agents[role]
         start = Path(agent.model) if agent.model else self._folders(role) / "start"
         policy = load_policy(start, agent.policy)
-        reference = load_reference(policy, start) if agent.loss.kl_coef > 0 else None
+        reference = load_reference(policy, start) if find_loss(agent.loss).needs_reference else None
         learner = new_learner(agent, policy, reference)
         if checkpoint is not None:
             restore_checkpoint(checkpoint, learner.policy, learner.optimizer)

@@ -1,9 +1,9 @@
 """One optimizer step on one minibatch: rows -> hidden states -> sampled tokens -> fused loss -> gradient -> update.
 
-What cannot change the gradient is not computed: a trajectory with advantage 0 needs no forward pass (unless a KL or an
-entropy term acts on it), and masked tokens never reach the vocabulary. The denominators are those of the whole
-minibatch, so the gradient does not depend on how it is cut into micro-batches, or divided among ranks: every rank
-steps through its own micro-batches, and the gradients are summed over the ranks.
+What cannot change the gradient is not computed: a trajectory with advantage 0 needs no forward pass (unless the loss
+has a term that acts on it all the same), and masked tokens never reach the vocabulary. The denominators are those of
+the whole minibatch, so the gradient does not depend on how it is cut into micro-batches, or divided among ranks: every
+rank steps through its own micro-batches, and the gradients are summed over the ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from mgrpo.config import AgentConfig
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.errors import NumericsError
+from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import Policy
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.selective_logprob import selective_logprob
@@ -50,7 +51,7 @@ def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.
 
 
 class Learner:
-    """A policy with its optimizer, its loss and, where the loss has a KL term, its frozen reference.
+    """A policy with its optimizer, its loss and, where the loss compares with one, its frozen reference.
 
     With several ranks each has a learner, and all take the same steps: train() is a collective.
     """
@@ -64,8 +65,12 @@ class Learner:
         reference: Policy | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        if (reference is None) == (loss.kl_coef > 0):
-            raise ValueError(f"reference policy given: {reference is not None}, with kl_coef={loss.kl_coef}")
+        found = find_loss(loss)
+        if (reference is None) == found.needs_reference:
+            raise ValueError(
+                f"reference policy given: {reference is not None}, with kl_coef={loss.kl_coef} and type={loss.type!r}"
+            )
+        self._every_row_acts = found.every_token_acts
         self.policy, self.optimizer, self.loss, self.grad_clip = policy, optimizer, loss, grad_clip
         self.reference, self.ranks = reference, ranks or Ranks()
 
@@ -102,11 +107,10 @@ class Learner:
     def step(self, batch: MiniBatch) -> dict[str, float]:
         """One optimizer step; returns the loss metrics of the minibatch. A minibatch that cannot move the policy
         (no trajectory with an advantage) leaves weights and optimizer state untouched and returns {}."""
-        every_row_acts = self.loss.kl_coef > 0 or self.loss.entropy_coef > 0
         means = _Means()
         self.optimizer.zero_grad(set_to_none=True)
         for micro in batch.micro:
-            rows = micro if every_row_acts else micro.rows(micro.advantages != 0)
+            rows = micro if self._every_row_acts else micro.rows(micro.with_advantage())
             if len(rows.lengths):
                 means.add(self._backward(rows, batch.denominator))
             elif self.ranks.size > 1:  # the others gather weights in this micro-step, which takes every rank
@@ -135,7 +139,8 @@ class Learner:
             self.policy.token_head,
             self.policy.vocabulary.classes(active.targets),
             cu_seqlens=active.cu_seqlens,
-            advantages=rows.advantages.to(device),
+            advantages=rows.advantages.to(device) if active.token_advantages is None else None,
+            token_advantages=active.token_advantages,
             seq_weight=rows.weights.to(device),
             old_logprobs=active.old_logprobs,
             ref_logprobs=None

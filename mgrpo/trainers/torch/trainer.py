@@ -16,6 +16,7 @@ import torch
 from mgrpo.config import RunConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.config.run import WarmStartConfig
+from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import (
     Policy,
     adapter_bytes,
@@ -173,7 +174,7 @@ class TorchTrainer(PolicyTrainer):
     def _load(self, start: Path, checkpoint: Checkpoint | None) -> None:
         policy = self._sharded(load_policy(start, self._agent.policy))
         reference = None
-        if self._agent.loss.kl_coef > 0:
+        if find_loss(self._agent.loss).needs_reference:
             reference = load_reference(policy, start)
             if reference.model is not policy.model:
                 reference = self._sharded(reference)
