@@ -65,7 +65,7 @@ class Workload:
         queries = [f"0/{i // K}" for i in range(n)]
         place = {"rollouts": np.arange(n, dtype=np.int32) % K, "invocations": np.zeros(n, np.int32)}
         ids = {"traj_ids": np.arange(n), "policy_versions": np.zeros(n, np.int32)}
-        batcher.add_many(queries, offsets=offsets, rewards=r.random(n), **columns, **place, **ids)
+        batcher.add_many(queries, offsets=offsets, advantages=r.random(n, np.float32), **columns, **place, **ids)
         for i in range(n):
             batcher.seal(queries[i], i % K, 1)
         lists = long_lists = rivals.Lists([], [], [], [])
@@ -96,7 +96,7 @@ class Workload:
 
 
 def plan_rows(report: Report, quick: bool) -> None:
-    """Packing alone, and the whole plan: draw, advantages, slots, packing."""
+    """Packing alone, and the whole plan: draw, slots, packing."""
     bounds = {256: None, 1000: 0.12, 10_000: 1.2, 100_000: 12.0}
     for n, bound in bounds.items():
         rounds, calls = (7, 20 if n <= 1000 else 2) if quick else (25, 20 if n <= 1000 else 3)
@@ -132,7 +132,7 @@ def tiny_batcher(n: int) -> Batcher:
         tokens=np.zeros(total, np.int32),
         loss_mask=np.ones(total, np.uint8),
         logprobs=np.zeros(total, np.float32),
-        rewards=np.random.default_rng(1).random(n),
+        advantages=np.random.default_rng(1).random(n, np.float32),
         policy_versions=np.zeros(n, np.int32),
     )
     for i in range(n):

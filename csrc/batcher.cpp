@@ -219,11 +219,11 @@ void summarise_advantage(const TrajectoryView& t, Entry& entry) {
 bool Batcher::same_content(const Entry& e, const TrajectoryView& t, int64_t length) const {
   if (e.id != t.id) return false;
   if (e.length == 0) return true;  // it left its group: there is nothing to compare with
+  if (e.length != length || e.policy_version != t.policy_version) return false;
   const bool same_advantage = options_.token_advantages ? !std::memcmp(arena_->advantages(e.handle), t.token_advantages,
                                                                        size_t(length) * sizeof(float))
                                                         : e.advantage == t.advantage;
-  return e.length == length && same_advantage && e.policy_version == t.policy_version &&
-         !std::memcmp(arena_->ids(e.handle), t.tokens, size_t(length) * sizeof(int32_t)) &&
+  return same_advantage && !std::memcmp(arena_->ids(e.handle), t.tokens, size_t(length) * sizeof(int32_t)) &&
          !std::memcmp(arena_->logprobs(e.handle), t.logprobs, size_t(length) * sizeof(float)) &&
          !std::memcmp(arena_->masks(e.handle), t.mask, size_t(length));
 }

@@ -13,11 +13,13 @@ import torch
 from mgrpo.cli.replay import replay_run
 from mgrpo.config import RunConfig, load_config
 from mgrpo.pipeline.batch import BatchBuilder, StepBatch
+from mgrpo.pipeline.replay import EQUAL, UNKNOWN
 from mgrpo.record.reader import Recording
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import Trajectory
 from tests.runs import RELAY, train
+from tests.test_replay import WORKER, replayer, rewrite
 
 MASK = np.array([0, 1, 1, 0, 1], np.uint8)
 
@@ -186,3 +188,14 @@ def test_a_run_trains_and_replays_with_every_form_of_algorithm(
     assert seen > 5
     replay_run(out, [], sample=10, seed=0)
     assert capsys.readouterr().out.splitlines()[-1] == "10 rollouts: every stage bit-equal"
+
+    def forget(head: object, body: object) -> None:
+        for trajectory in getattr(body, "trajectories", ()):
+            trajectory.tokens = b""
+
+    rewrite(out, WORKER, forget)
+    trained = next(
+        r.head for r in recording.rollouts.values() if r.head.split == "train" and r.head.d_k["left"]
+    )
+    found = {s.role: s.status for s in replayer(out).replay(trained.id) if s.name == "advantage"}
+    assert found == {"main": EQUAL, "left": UNKNOWN, "right": EQUAL}  # credit by turns reads the tokens
