@@ -79,7 +79,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_an_engine_from_outside_serves_a_run(plugin: str, tmp_path: Path) -> None:
     """Three steps with it, whose weights are those of the same steps with the engine that it hands its requests to: a
     run depends on the interface of engines and on nothing else of theirs."""
-    steps = ("trainer.steps=3", "record.enabled=false")
+    steps = ("trainer.steps=3", "record.enabled=false", "eval.heldout=1")
     log, out = tmp_path / "log", tmp_path / "own"
     train(RELAY, out, *steps, f'agents.left.engine={{type="{plugin}:Backend", options={{log="{log}"}}}}')
     train(RELAY, tmp_path / "hf", *steps)

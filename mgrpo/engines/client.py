@@ -168,7 +168,7 @@ class ServerClient(ABC):
         raise InfrastructureError(what)
 
     def _hint(self, path: str, status: int) -> str:
-        """What to change about a server that refuses this route with `status`; "" where nothing can be told."""
+        """What to change about a server that refuses this route with `status`; "" where that is not known."""
         return ""
 
     def _checked(self, token_ids: list[int], logprobs: list[float], max_tokens: int) -> None:

@@ -12,7 +12,7 @@ to their end sample.
 - A session keeps its slot between turns; only new tokens are fed. The least recently used idle session makes
   room when slots run out, and is fed afresh when it comes back.
 - `load` swaps weights between steps. Requests in flight go on with the new weights on the keys and values of
-  the old ones (their tokens say which version sampled them); every idle session is fed afresh on its next
+  the old ones (each token keeps the version that sampled it); every idle session is fed afresh on its next
   turn, so that a turn which began under some weights and was not interrupted has exactly the log-probs these
   weights give.
 """
@@ -79,7 +79,7 @@ class HfEngine(Engine):
     ) -> None:
         """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch.
         max_length: tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a
-        row and forward. Raises ConfigError for a model that this engine cannot serve (slot_forward.py)."""
+        row and forward. Raises ConfigError for a model that this engine cannot serve (forward.py)."""
         context = policy.context_length
         max_length = context if max_length is None else max_length
         if max_length is None:
@@ -97,7 +97,7 @@ class HfEngine(Engine):
         self._slots = [_Slot() for _ in range(slots)]
         self._by_session: dict[str, int] = {}
         self._waiting: list[_Request] = []
-        self._talking: set[str] = set()  # sessions with a request in hand
+        self._busy_sessions: set[str] = set()  # with a request in hand
         self._arrays = SlotArrays(slots)
         self._cache = SlotCache(layers, slots, min(64, max_length))
         self._clock = self._epoch = 0
@@ -116,7 +116,7 @@ class HfEngine(Engine):
         self._waiting.append(request)
         Stepper.running().submit(self)
         if session is not None:
-            self._talking.add(session)
+            self._busy_sessions.add(session)
         try:
             return await request.future
         except asyncio.CancelledError:
@@ -124,7 +124,7 @@ class HfEngine(Engine):
             raise
         finally:
             if session is not None:
-                self._talking.discard(session)
+                self._busy_sessions.discard(session)
 
     async def load(self, path_or_state: object, version: int) -> None:
         """Swap the weights: a policy folder (str, Path), Weights, safetensors bytes or a state dict. See the module's
@@ -169,7 +169,7 @@ class HfEngine(Engine):
             with torch.inference_mode():
                 self._admit()
                 return self._advance()
-        except Exception as error:  # the callers must hear of it, whatever it is
+        except Exception as error:  # every caller gets it, whatever it is
             self._fail_all(
                 f"engine of {self.policy.name} failed at version {self._version}: {error!r}", error
             )
@@ -340,7 +340,7 @@ class HfEngine(Engine):
         return prompt
 
     def _check_session(self, prompt: Int64, session: str) -> None:
-        if session in self._talking:
+        if session in self._busy_sessions:
             raise ValueError(f"session {session!r} already has a request running")
         if session in self._by_session:
             slot = self._slots[self._by_session[session]]

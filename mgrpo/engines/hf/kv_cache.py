@@ -1,7 +1,7 @@
 """A KV cache of slots: rows of a batch that live at their own lengths, for any transformers decoder.
 
 Every layer stores keys and values as (slots, heads, capacity, head_dim). One forward works on some of the
-slots: `plan` says which, and to which columns their new tokens go. `update` writes there and returns the
+slots: `plan` chooses them, and the columns to which their new tokens go. `update` writes there and returns the
 first `width` columns of the planned slots; the caller's 4-D mask hides what lies behind each row's own
 length. Nothing is ever cleared: a column is written before the mask shows it.
 """
