@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.episode import Agent
+from mgrpo.environments.scripted import ScriptedEngine
 from mgrpo.tasks.atlas.facts import NONE
 from mgrpo.tasks.atlas.protocol import vocabulary
 from mgrpo.tasks.atlas.questions import plan_of
@@ -30,40 +28,10 @@ class Words:
         return " ".join(self.words[i] for i in token_ids)
 
 
-class ScriptedEngine(Engine):
-    """Says what the script says, cut at max_tokens and after the stop token as a real engine would."""
-
-    def __init__(self, script: Script, tokenizer: Words) -> None:
-        self.script, self.tokenizer = script, tokenizer
-        self.released: list[str] = []
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
-    ) -> Generation:
-        said = self.tokenizer.encode(self.script(self.tokenizer.decode(prompt_ids).split()))[
-            : params.max_tokens
-        ]
-        stops = [i for i, token in enumerate(said) if token in params.stop_token_ids]
-        said = said[: stops[0] + 1] if stops else said
-        zeros = np.zeros(len(said))
-        return Generation(
-            np.asarray(said, np.int32), zeros.astype(np.float32), zeros.astype(np.int32), "stop"
-        )
-
-    async def load(self, path_or_state: object, version: int) -> None:
-        raise AssertionError("a script has no weights")
-
-    def release(self, session: str) -> None:
-        self.released.append(session)
-
-
 def scripted(role: str, script: Script, max_length: int = 64) -> Agent:
     words = Words()
-    return Agent(role, ScriptedEngine(script, words), words, 1.0, max_length)
+    engine = ScriptedEngine(lambda text: script(text.split()), words)
+    return Agent(role, engine, words, 1.0, max_length)
 
 
 def gold_main(said: list[str]) -> str:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mgrpo.config.task import TaskConfig
 from mgrpo.environments.episode import Agent, Conversation, Episode
 from mgrpo.environments.loader import load_task
+from mgrpo.environments.scripted import ScriptedEngine
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError
 from mgrpo.tasks.atlas.facts import entities
@@ -19,7 +20,7 @@ from mgrpo.tasks.atlas.protocol import Call, parse_main, parse_sub, vocabulary
 from mgrpo.tasks.atlas.questions import plan_of
 from mgrpo.tasks.atlas.task import AtlasTask
 from mgrpo.types import Rollout
-from tests.atlas_scripts import Script, ScriptedEngine, gold_main, gold_sub, lines, scripted
+from tests.atlas_scripts import Script, gold_main, gold_sub, lines, scripted
 
 TASK = AtlasTask({})
 SUVA = Question("country of Suva", "Fiji")

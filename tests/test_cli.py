@@ -42,7 +42,7 @@ def test_help_names_every_command_and_imports_little() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout.strip().endswith("False"), done.stderr
-    for command in ("train", "eval", "store", "trainer", "rollout"):
+    for command in ("train", "eval", "init-task", "store", "trainer", "rollout"):
         assert command in done.stdout
 
 

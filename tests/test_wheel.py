@@ -53,6 +53,8 @@ def test_wheel_installs_only_mgrpo(wheel: Path) -> None:
     assert kernels and kernels <= set(names)
     page = {f"mgrpo/view/page/{p.name}" for p in (ROOT / "mgrpo" / "view" / "page").iterdir()}
     assert len(page) >= 8 and page <= set(names)
+    template = {str(p.relative_to(ROOT)) for p in (ROOT / "mgrpo" / "cli" / "template").rglob("*.txt")}
+    assert len(template) == 6 and template <= set(names)
 
 
 def test_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:

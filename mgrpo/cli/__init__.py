@@ -62,6 +62,20 @@ def train(
         launch.start(config, out, overrides or [], fresh=fresh)
 
 
+@app.command(name="init-task")
+def init_task(
+    name: Annotated[str, typer.Argument(help="Name of the task and its package.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the package; default: NAME.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a small package with a task that trains at once, to be changed into your own."""
+    from mgrpo.cli.scaffold import init_task
+
+    folder = init_task(name, out)
+    print(f"{folder}: pip install -e {folder}, then mgrpo train {folder / 'run.toml'} --out runs/{name}")
+
+
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],

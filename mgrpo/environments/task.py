@@ -36,6 +36,8 @@ class StartReport:
         return all(low <= value <= high for value, low, high in self.figures.values())
 
     def __str__(self) -> str:
+        if not self.figures:
+            return "the task accepts any start"
         return ", ".join(
             f"{name} {value:.3f} ({'ok' if low <= value <= high else f'outside {low:g}..{high:g}'})"
             for name, (value, low, high) in self.figures.items()
