@@ -43,8 +43,10 @@ class MetricsWriter:
         self._flush()
         self._sinks = dict(sinks)
 
-    def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
+    def write(self, step: int, seconds: float, values: Mapping[str, float], seq: int | None = None) -> None:
+        """seq: number of the report that the record was made of; for the file alone."""
         record: dict[str, float | None] = {"step": step, "time": round(seconds, 3)}
+        record |= {"seq": seq} if seq is not None else {}
         record |= {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         self._waiting.append(json.dumps(record).encode() + b"\n")
         self._flush()

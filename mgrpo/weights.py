@@ -8,9 +8,9 @@ After a reconnect the missing chunks are asked for again, and no others. Whoever
 trainer that publishes meanwhile keeps the older version for as long as chunks of it are asked for, but never more than
 one beside the newest; a pull whose version is gone begins again with the newest.
 
-A worker on another server asks once for the policy's shell (configuration and tokenizer), which comes the same way, and
-builds its model from it. Labels are `<role>.e<epoch>.v<version>`: after a rollback the same version number may name
-other weights, and so it may for another role.
+A worker on another server asks once for the policy's files without weights (configuration, tokenizer), which come the
+same way, and builds its model from them. Labels are `<role>.e<epoch>.v<version>`: after a rollback the same version
+number may name other weights, and so it may for another role.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class GetChunk(msgspec.Struct, array_like=True, frozen=True):
     length: Count
 
 
-class GetShell(msgspec.Struct, array_like=True, frozen=True):
+class GetFiles(msgspec.Struct, array_like=True, frozen=True):
     wait_s: float = 0.0
 
 
-class ShellIs(msgspec.Struct, array_like=True, frozen=True):
-    """The shell's files, one after the other under one label; no files when the wait was in vain."""
+class FilesAre(msgspec.Struct, array_like=True, frozen=True):
+    """The policy's files, one after the other under one label; no files when the wait was in vain."""
 
     label: Name = ""
     files: dict[Name, Count] = msgspec.field(default_factory=dict)
@@ -112,16 +112,16 @@ class WeightsServer:
         self._lock = threading.Lock()
         self._newest: _Served | None = None
         self._pulled: _Served | None = None  # an older one that somebody has not pulled to its end
-        self._shell: _Served | None = None
+        self._policy_files: _Served | None = None
         self._files: dict[str, int] = {}
 
-    def describe(self, shell: dict[str, bytes]) -> None:
-        """The policy's files without weights, as of shell_files."""
-        data = b"".join(shell.values())
+    def describe(self, files: dict[str, bytes]) -> None:
+        """The policy's files without weights, as of policy_files."""
+        data = b"".join(files.values())
         crc = google_crc32c.value(data)
         with self._lock:
-            self._files = {name: len(content) for name, content in shell.items()}
-            self._shell = _Served(f"shell.{crc:08x}", 0, data, crc)
+            self._files = {name: len(content) for name, content in files.items()}
+            self._policy_files = _Served(f"files.{crc:08x}", 0, data, crc)
 
     def publish(self, weights: Weights) -> None:
         served = _Served(weights.label, weights.version, weights.data, google_crc32c.value(weights.data))
@@ -139,15 +139,15 @@ class WeightsServer:
 
     def handlers(self) -> Mapping[str, Handler]:
         """What an endpoint needs to serve the weights."""
-        return {"weights.get": self._get, "weights.chunk": self._chunk, "weights.shell": self._get_shell}
+        return {"weights.get": self._get, "weights.chunk": self._chunk, "weights.files": self._get_files}
 
-    def _get_shell(self, request: Request) -> Reply | Park:
+    def _get_files(self, request: Request) -> Reply | Park:
         def poll() -> Reply | None:
             with self._lock:
-                shell, files = self._shell, self._files
-            return None if shell is None else Reply(ShellIs(shell.label, files, shell.crc))
+                served, files = self._policy_files, self._files
+            return None if served is None else Reply(FilesAre(served.label, files, served.crc))
 
-        return poll() or Park(poll, request.decode(GetShell).wait_s, Reply(ShellIs()))
+        return poll() or Park(poll, request.decode(GetFiles).wait_s, Reply(FilesAre()))
 
     def _get(self, request: Request) -> Reply | Park:
         wanted = request.decode(GetWeights)
@@ -166,7 +166,7 @@ class WeightsServer:
     def _chunk(self, request: Request) -> Reply:
         wanted = request.decode(GetChunk)
         with self._lock:
-            for served in (self._newest, self._pulled, self._shell):
+            for served in (self._newest, self._pulled, self._policy_files):
                 if served is not None and served.label == wanted.label:
                     chunk = served.chunk(wanted.offset, wanted.length, _peer(request))
                     self._forget()
@@ -233,19 +233,19 @@ def fetch_weights(
             return Weights(newest.label, newest.version, pull.finish())
 
 
-def fetch_shell(client: Client, wait_s: float) -> dict[str, bytes]:
+def fetch_policy_files(client: Client, wait_s: float) -> dict[str, bytes]:
     """The policy's files without weights; {} when the trainer had none within wait_s. Raises DeadlineError like
     fetch_weights."""
     pull = Pull()
     while True:
-        shell = client.call("weights.shell", GetShell(wait_s), timeout=wait_s + 5.0).decode(ShellIs)
-        if not shell.files:
+        found = client.call("weights.files", GetFiles(wait_s), timeout=wait_s + 5.0).decode(FilesAre)
+        if not found.files:
             return {}
-        pull.begin(shell.label, sum(shell.files.values()), shell.crc)
+        pull.begin(found.label, sum(found.files.values()), found.crc)
         if _pull_all(client, pull, None):
             data, at = pull.finish(), 0
             files = {}
-            for name, size in shell.files.items():
+            for name, size in found.files.items():
                 files[name] = data[at : at + size]
                 at += size
             return files

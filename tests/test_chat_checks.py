@@ -18,7 +18,7 @@ from mgrpo.model.chat import ChatFormat
 from mgrpo.model.chat_check import ChatUse, check_chat
 from mgrpo.model.folder import check_chat_folder, check_folder
 from mgrpo.model.policy import Policy, load_policy, save_policy
-from mgrpo.model.shell import policy_from_shell, shell_files, tokenizer_from_shell
+from mgrpo.model.policy_files import policy_files, policy_from_files, tokenizer_from_files
 from mgrpo.run.launch import start
 from tests.chat_templates import COHERE, GLM4, GPT_OSS, LLAMA3, MISTRAL, QWEN3, QWEN25, Family
 from tests.test_chat import CHATML, chat_with, tokenizer
@@ -239,13 +239,13 @@ def test_all_stops_travel_with_the_tokenizer(tmp_path: Path) -> None:
     folder = policy_of(LLAMA3, tmp_path / "model")
     expected = {"<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"}
     policy = load_policy(folder, PolicyConfig())
-    files = shell_files(policy)
+    files = policy_files(policy)
     save_policy(policy, tmp_path / "again")
     for tok in (
         AutoTokenizer.from_pretrained(folder),
         policy.tokenizer,
-        policy_from_shell(files, "main").tokenizer,
-        tokenizer_from_shell(files, "main")[0],
+        policy_from_files(files, "main").tokenizer,
+        tokenizer_from_files(files, "main")[0],
         load_policy(tmp_path / "again").tokenizer,
     ):
         assert set(names(ChatFormat(tok))) == expected
@@ -287,12 +287,12 @@ def test_several_templates_are_saved_and_sent(tmp_path: Path) -> None:
     """default speaks without tools, tool_use with them: first and in what follows, also on another server."""
     folder = policy_of(COHERE, tmp_path / "model")
     assert (folder / "additional_chat_templates" / "tool_use.jinja").is_file()
-    files = shell_files(load_policy(folder))
+    files = policy_files(load_policy(folder))
     assert "additional_chat_templates/tool_use.jinja" in files
     for tok in (
         load_policy(folder).tokenizer,
-        policy_from_shell(files, "m").tokenizer,
-        tokenizer_from_shell(files, "m")[0],
+        policy_from_files(files, "m").tokenizer,
+        tokenizer_from_files(files, "m")[0],
     ):
         assert tok.chat_template == COHERE.template
         form: Any = ChatFormat(tok)
@@ -321,18 +321,18 @@ def test_what_cannot_be_saved_at_the_end_fails_at_the_beginning(tmp_path: Path) 
     policy = load_policy(policy_of(COHERE, tmp_path / "model"))
     policy.tokenizer.chat_template = {**policy.tokenizer.chat_template, "../out": "x"}
     with pytest.raises(ConfigError, match=r"the tokenizer cannot be saved .*Invalid chat template name"):
-        shell_files(policy)
+        policy_files(policy)
     policy = load_policy(tmp_path / "model")
     policy.model.generation_config.do_sample = False
     policy.model.generation_config.temperature = 0.5
     with pytest.raises(ConfigError, match=r"cannot be saved .*generation_config.json"):
-        shell_files(policy)
+        policy_files(policy)
 
 
 @pytest.mark.parametrize("name", ["../x.json", "/x.json", "a/../../x", "model.safetensors", "sub/model.bin"])
-def test_a_shell_writes_nothing_elsewhere(name: str) -> None:
+def test_policy_files_are_written_nowhere_else(name: str) -> None:
     """Paths out of the folder and weights are refused."""
-    for build in (policy_from_shell, tokenizer_from_shell):
+    for build in (policy_from_files, tokenizer_from_files):
         with pytest.raises(ConfigError, match="expected configuration and tokenizer"):
             build({name: b"x"}, "main")
 

@@ -23,7 +23,7 @@ from mgrpo.engines.backend import EngineBackend
 from mgrpo.engines.base import Engine
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.errors import ConfigError
-from mgrpo.model.shell import policy_from_shell
+from mgrpo.model.policy_files import policy_from_files
 
 
 class Logged(Engine):
@@ -54,7 +54,7 @@ class Logged(Engine):
 class Backend(EngineBackend):
     @classmethod
     def open(cls, config, role, files, addresses, on_event):
-        policy = policy_from_shell(files, role)
+        policy = policy_from_files(files, role)
         length = config.agents[role].max_length
         engine = HfEngine(policy, slots=config.rollout.slots, max_length=length)
         return Logged(engine, Path(config.agents[role].engine.options["log"])), policy.tokenizer

@@ -16,7 +16,7 @@ from mgrpo.engines.registry import find_engine, open_engine
 from mgrpo.engines.server_engine import ServerEngine
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import state_bytes
-from mgrpo.model.shell import shell_files
+from mgrpo.model.policy_files import policy_files
 from mgrpo.run import launch
 from mgrpo.weights import Weights
 from tests.fake_server import token
@@ -40,7 +40,7 @@ def test_the_engine_in_this_process_computes_as_the_config_says(
 
     async def ask() -> tuple[Generation, Generation, torch.dtype]:
         engine, tokenizer = open_engine(
-            config, "left", shell_files(policy), Addresses("", {}), lambda line: None
+            config, "left", policy_files(policy), Addresses("", {}), lambda line: None
         )
         assert isinstance(engine, HfEngine) and len(tokenizer.encode("w1")) == 1
         await engine.load(weights, 4)
@@ -120,7 +120,9 @@ def test_an_engine_over_http_gets_its_servers_and_folder_from_the_config(tmp_pat
             config = load_config(RELAY, [f'agents.left.engine={{type="vllm", sync="fs", {where}}}'])
             own = {} if named else {"left": (server.url,)}
             addresses = Addresses("", {}, engines=own, weights=tmp_path / "run")
-            engine, tokenizer = open_engine(config, "left", shell_files(policy), addresses, lambda line: None)
+            engine, tokenizer = open_engine(
+                config, "left", policy_files(policy), addresses, lambda line: None
+            )
             try:
                 assert isinstance(engine, ServerEngine) and len(tokenizer.encode("w1")) == 1
                 await engine.load(weights, 4)

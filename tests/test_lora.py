@@ -27,7 +27,7 @@ from mgrpo.model.policy import (
     state_of,
     trained_state,
 )
-from mgrpo.model.shell import policy_from_shell, shell_files
+from mgrpo.model.policy_files import policy_files, policy_from_files
 from mgrpo.trainers.base import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
@@ -116,9 +116,9 @@ def test_published_weights_are_the_formulas_and_need_no_adapters(tmp_path: Path)
     save_policy(policy, tmp_path / "p")
     folder = load_policy(tmp_path / "p")
     assert all(torch.equal(t, published[n]) for n, t in state_of(folder.model).items())
-    files = shell_files(policy)
+    files = policy_files(policy)
     assert not [n for n in files if "adapter" in n or b"lora" in files[n]]
-    shell = policy_from_shell(files, "main")
+    shell = policy_from_files(files, "main")
     load_state_bytes(shell.model, state_bytes(policy.model))
     assert torch.equal(shell.hidden(IDS), folder.hidden(IDS))
 

@@ -15,7 +15,7 @@ from mgrpo.engines.base import SamplingParams
 from mgrpo.engines.labels import Label
 from mgrpo.engines.registry import open_engine
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.model.shell import shell_files
+from mgrpo.model.policy_files import policy_files
 from mgrpo.weights import Weights
 from tests.fake_sglang import END_OF_TEXT, FakeSglang
 from tests.models import tiny_policy
@@ -277,7 +277,7 @@ def test_an_engine_over_sglang_comes_from_the_config(tmp_path: Path) -> None:
             table = f'{{type="sglang", urls=["{server.url}"], folder="{tmp_path / "shared"}"}}'
             config = load_config(RELAY, [f"agents.left.engine={table}"])
             addresses = Addresses("", {}, weights=tmp_path / "run")
-            engine, _ = open_engine(config, "left", shell_files(policy), addresses, lambda line: None)
+            engine, _ = open_engine(config, "left", policy_files(policy), addresses, lambda line: None)
             try:
                 await engine.load(weights(4), 4)
                 out = await engine.generate(PROMPT, SAMPLED, seed=1)

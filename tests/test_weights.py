@@ -14,7 +14,7 @@ import pytest
 from mgrpo.errors import CorruptionError, DeadlineError, PeerError
 from mgrpo.transport.client import Client
 from mgrpo.transport.server import Handler, Reply, Request, Server
-from mgrpo.weights import CHUNK, IN_FLIGHT, Pull, Weights, WeightsServer, fetch_shell, fetch_weights
+from mgrpo.weights import CHUNK, IN_FLIGHT, Pull, Weights, WeightsServer, fetch_policy_files, fetch_weights
 from tests.chaos.proxy import Proxy
 
 MIB = 1 << 20
@@ -181,13 +181,13 @@ def test_bytes_that_are_not_those_announced_are_refused() -> None:
         assert fetch_weights(client, "", 3, 1.0, pull) == OLD
 
 
-def test_a_shell_larger_than_a_frame_arrives() -> None:
+def test_policy_files_larger_than_a_frame_arrive() -> None:
     """Tokenizers of 30 MB exist, and no frame of the link is as large."""
     files = {"config.json": b"{}", "tokenizer.json": random.Random(6).randbytes(20 * MIB), "empty": b""}
     with served() as (weights, _, server), Client(server.url, timeout=30) as client:
-        assert fetch_shell(client, 0.0) == {}
+        assert fetch_policy_files(client, 0.0) == {}
         weights.describe(files)
-        assert fetch_shell(client, 1.0) == files
+        assert fetch_policy_files(client, 1.0) == files
 
 
 def test_an_answer_that_no_frame_can_carry_is_an_error_by_name() -> None:

@@ -42,13 +42,13 @@ class ServerBackend(EngineBackend):
         """See EngineBackend."""
         from mgrpo.engines.pool import EnginePool
         from mgrpo.engines.server_engine import ServerEngine
-        from mgrpo.model.shell import tokenizer_from_shell
+        from mgrpo.model.policy_files import tokenizer_from_files
         from mgrpo.model.vocabulary import Vocabulary
 
         owner, length = config.owner(role), config.agents[role].max_length
         engine = config.agents[owner].engine
         assert isinstance(engine, ServerEngineConfig)
-        tokenizer, vocab_size = tokenizer_from_shell(files, role)
+        tokenizer, vocab_size = tokenizer_from_files(files, role)
         if addresses.weights is None:
             raise ConfigError(f"agents.{owner}.engine: no folder for weights is known")
         root = Path(engine.folder) if engine.folder is not None else addresses.weights

@@ -280,12 +280,12 @@ def save_policy(policy: Policy, path: str | Path) -> None:
                 _save_merged(policy.model, fresh)
             else:
                 policy.model.save_pretrained(fresh)
-            save_shell(policy, fresh)
+            save_policy_files(policy, fresh)
 
     write_folder(path, write)
 
 
-def save_shell(policy: Policy, folder: Path) -> None:
+def save_policy_files(policy: Policy, folder: Path) -> None:
     """Write all of the policy but its weights into `folder`. Every way to save a policy goes through here, so a trainer
     that sends this at its start knows that it can save at its end. Raises ConfigError for what cannot be saved."""
     try:

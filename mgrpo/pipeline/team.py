@@ -14,7 +14,7 @@ from mgrpo.environments.episode import Agent
 from mgrpo.errors import DeadlineError
 from mgrpo.pipeline.worker_loop import WorkerLoop
 from mgrpo.transport.client import Client
-from mgrpo.weights import Progress, Pull, Weights, fetch_shell, fetch_weights
+from mgrpo.weights import Progress, Pull, Weights, fetch_policy_files, fetch_weights
 
 PULL_REPORT_SECONDS = 10.0  # between two reports of weights that are long under way
 WAIT_SLICE = 1.0  # seconds between two looks at the run's state while waiting
@@ -48,20 +48,20 @@ class Team:
         line for people; tokenizer: takes each role's policy files."""
         for role in self._config.roles:
             client = self._clients[role]
-            files = self._shell(client)
+            files = self._policy_files(client)
             tokenizer(role, files)
             agent = self._config.agents[role]
             engine, words = open_engine(self._config, role, files, self._addresses, on_event=log)
             self._sources[role] = _Source(client, engine, pull=Pull(self._pull_progress(role, log)))
             self.agents[role] = Agent(role, engine, words, agent.loss.temperature, agent.max_length)
 
-    def _shell(self, client: Client) -> dict[str, bytes]:
+    def _policy_files(self, client: Client) -> dict[str, bytes]:
         """The policy's files without weights. Its trainer may be warming up, for any time, or be between two lives, for
         idle_timeout seconds."""
         answered = time.monotonic()
         while True:
             try:
-                if files := fetch_shell(client, WAIT_SLICE):
+                if files := fetch_policy_files(client, WAIT_SLICE):
                     return files
                 answered = time.monotonic()
             except DeadlineError:

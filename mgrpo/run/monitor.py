@@ -189,7 +189,7 @@ class Monitor:
             self._display.line(sign, "yellow")
         step, values = values_of(kind, payload)
         if values and self._metrics is not None:
-            self._metrics.write(step, time.monotonic() - self._began, {"seq": seq, **values})
+            self._metrics.write(step, time.monotonic() - self._began, values, seq)
 
 
 def part_of(source: str) -> str:

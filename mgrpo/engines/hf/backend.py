@@ -30,11 +30,11 @@ class HfBackend(EngineBackend):
 
         from mgrpo.engines.hf.engine import HfEngine
         from mgrpo.model.policy import Policy
-        from mgrpo.model.shell import policy_from_shell
+        from mgrpo.model.policy_files import policy_from_files
 
         engine = config.agents[config.owner(role)].engine
         assert isinstance(engine, HfEngineConfig)
-        policy = policy_from_shell(files, role)
+        policy = policy_from_files(files, role)
         if engine.device != "cpu" or engine.dtype != "float32":
             model = policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
             # sdpa: the engine brings masks of its own, which packed attention does not take

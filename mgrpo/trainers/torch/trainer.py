@@ -25,7 +25,7 @@ from mgrpo.model.policy import (
     save_policy,
     state_bytes,
 )
-from mgrpo.model.shell import shell_files
+from mgrpo.model.policy_files import policy_files
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.trainers.base import Checkpoint, Demos, MiniBatch, PolicyTrainer
 from mgrpo.trainers.torch.checkpoint import (
@@ -100,7 +100,7 @@ class TorchTrainer(PolicyTrainer):
         return tokenizer
 
     def policy_files(self) -> dict[str, bytes]:
-        return shell_files(self.gathered())
+        return policy_files(self.gathered())
 
     def train(
         self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None

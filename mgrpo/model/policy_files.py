@@ -9,26 +9,26 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import Policy, quiet, save_shell
+from mgrpo.model.policy import Policy, quiet, save_policy_files
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.tokens import Tokenizer
 
 WEIGHT_FILES = (".safetensors", ".bin", ".index.json", ".pt")
 
 
-def shell_files(policy: Policy) -> dict[str, bytes]:
+def policy_files(policy: Policy) -> dict[str, bytes]:
     """The policy's configuration and tokenizer files by their path in its folder (a tokenizer with several chat
-    templates has a folder of them). Raises ConfigError as save_shell."""
-    with tempfile.TemporaryDirectory(prefix="mgrpo-shell-") as name:
+    templates has a folder of them). Raises ConfigError as save_policy_files."""
+    with tempfile.TemporaryDirectory(prefix="mgrpo-policy-") as name:
         folder = Path(name)
-        save_shell(policy, folder)
+        save_policy_files(policy, folder)
         return {
             p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
         }
 
 
-def policy_from_shell(files: Mapping[str, bytes], name: str) -> Policy:
-    """A policy with arbitrary weights from shell_files' output. Raises ConfigError naming the policy."""
+def policy_from_files(files: Mapping[str, bytes], name: str) -> Policy:
+    """A policy with arbitrary weights from policy_files' output. Raises ConfigError naming the policy."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     import mgrpo.model.shift_decoder  # noqa: F401 - registers our own architecture
@@ -42,9 +42,9 @@ def policy_from_shell(files: Mapping[str, bytes], name: str) -> Policy:
     return Policy(model, tokenizer, name)
 
 
-def tokenizer_from_shell(files: Mapping[str, bytes], name: str) -> tuple[Tokenizer, int]:
-    """Tokenizer and vocabulary size from shell_files' output; the model itself is not built. Raises as
-    policy_from_shell."""
+def tokenizer_from_files(files: Mapping[str, bytes], name: str) -> tuple[Tokenizer, int]:
+    """Tokenizer and vocabulary size from policy_files' output; the model itself is not built. Raises as
+    policy_from_files."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     with _unpacked(files, name) as folder:
@@ -60,7 +60,7 @@ def tokenizer_from_shell(files: Mapping[str, bytes], name: str) -> tuple[Tokeniz
 @contextmanager
 def _unpacked(files: Mapping[str, bytes], name: str) -> Iterator[Path]:
     """The files in a folder, for as long as it is loaded from."""
-    with tempfile.TemporaryDirectory(prefix="mgrpo-shell-") as folder, quiet():
+    with tempfile.TemporaryDirectory(prefix="mgrpo-policy-") as folder, quiet():
         for file, data in files.items():
             path = PurePosixPath(file)
             if path.is_absolute() or ".." in path.parts or file.endswith(WEIGHT_FILES):
