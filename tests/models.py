@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgrpo.model.policy import Policy
-from mgrpo.model.shift_decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
+from mgrpo.tasks.atlas.decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
 
 Kind = Literal["shift", "llama"]
 VOCAB = 101

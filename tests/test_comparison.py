@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 from mgrpo.cli.comparison import jobs, verdict
-from mgrpo.cli.comparison.variants import COTRAIN, WARM, Variant, chosen, scores, variants
+from mgrpo.cli.comparison.variants import Variant, chosen, scores, variants
 from mgrpo.config import load_config
+from mgrpo.environments.comparison import COTRAIN, MODES, WARM, Figures
 from mgrpo.errors import ConfigError
 from mgrpo.pipeline.replay import Replayer
 from mgrpo.record.reader import Recording
 from mgrpo.run.folder import RunFolder, recorded_run
+from mgrpo.run.processes import load_run_task
+from mgrpo.tasks.atlas.claims import claims
 from tests.runs import RELAY, ROOT, command, finish
 
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
@@ -35,8 +38,9 @@ def test_every_variant_is_a_config_that_can_run() -> None:
     assert [v.name for v in chosen(config, ["lr 0"])] == [COTRAIN, "lr 0"]
     with pytest.raises(ConfigError, match="expected one of"):
         chosen(config, ["lr 1"])
-    names = [s.name for s in scores(config, every)]
+    names = [s.name for s in scores(config, every, load_run_task(config).controls)]
     assert names[0] == WARM and len(set(names)) == len(names)
+    assert names[-2:] == ["random search results", "permuted facts"]
 
 
 class FakeRuns:
@@ -99,7 +103,7 @@ def test_variants_begin_with_the_warm_starts_of_their_seed(tmp_path: Path) -> No
 
 def result(n: int, rate: float, rng: np.random.Generator, easy: np.ndarray | None = None) -> dict[str, Any]:
     chance = np.full(n, rate) if easy is None else np.clip(easy + rate - 0.5, 0, 1)
-    return {"n": n, **{m: (rng.random(n) < chance).astype(float).tolist() for m in verdict.MODES}}
+    return {"n": n, **{m: (rng.random(n) < chance).astype(float).tolist() for m in MODES}}
 
 
 def test_intervals_cover_the_truth_and_pairing_narrows_them() -> None:
@@ -121,8 +125,8 @@ def test_intervals_cover_the_truth_and_pairing_narrows_them() -> None:
 def test_a_row_says_mean_spread_and_difference() -> None:
     """The numbers of the table are those of the outcomes; an equal variant differs by exactly 0."""
     results: Mapping[int, Mapping[str, Any]] = {
-        s: {COTRAIN: {m: [1.0, 1.0, 1.0, 0.0] for m in verdict.MODES},
-            "lr 0": {m: [1.0, 0.0, 0.0, float(s == 2)] for m in verdict.MODES}}
+        s: {COTRAIN: {m: [1.0, 1.0, 1.0, 0.0] for m in MODES},
+            "lr 0": {m: [1.0, 0.0, 0.0, float(s == 2)] for m in MODES}}
         for s in (1, 2)
     }  # fmt: skip
     line = verdict.row(results, "lr 0")["sampled"]
@@ -140,12 +144,12 @@ def test_claims_follow_the_numbers() -> None:
     results = {s: {name: result(400, rate, rng) for name, rate in rates.items()} for s in (1, 2, 3)}
     for r in results.values():
         r["lr 0"] = r[WARM]
-        r["permuted facts"] |= {f"real_{m}": [0.0] * 400 for m in verdict.MODES}
+        r["permuted facts"] |= {f"real_{m}": [0.0] * 400 for m in MODES}
         r[COTRAIN]["d_k"] = {"sub": {"1": 100, "2": 205, "3": 95}}
     table = {name: verdict.row(results, name) for name in results[1]}
-    found = {c.text: c for c in verdict.claims(table, results, 2e-6)}
+    found = {c.text: c for c in claims(Figures(table, results, 2e-6))}
     unknown = {text for text, claim in found.items() if claim.holds is None}
-    assert unknown == {f"expert off behind co-training, {mode}" for mode in verdict.MODES}
+    assert unknown == {f"expert off behind co-training, {mode}" for mode in MODES}
     assert all(c.holds in (True, None) for c in found.values()), [
         c for c in found.values() if c.holds is False
     ]
@@ -153,7 +157,7 @@ def test_claims_follow_the_numbers() -> None:
     for r in results.values():
         r["lr 0"] = result(400, 0.5, rng)
     table = {name: verdict.row(results, name) for name in results[1]}
-    broken = {c.text for c in verdict.claims(table, results, 2e-3) if c.holds is False}
+    broken = {c.text for c in claims(Figures(table, results, 2e-3)) if c.holds is False}
     assert broken == {
         "gain with lr 0, sampled", "gain with lr 0, greedy", "log-probs of sampler and trainer, largest difference",
     }  # fmt: skip
@@ -219,7 +223,7 @@ def test_a_comparison_from_runs_to_report(tmp_path: Path) -> None:
     report = json.loads((out / "compare.json").read_text())
     table = {row["name"]: row for row in report["table"]}
     scores = {p.stem: json.loads(p.read_text()) for p in (out / "scores" / "seed-1").glob("*.json")}
-    for mode in verdict.MODES:
+    for mode in MODES:
         assert scores["lr-0"][mode] == scores["before-RL"][mode] and len(scores["lr-0"][mode]) == 6
         assert table["lr 0"][mode]["mean"] == table["before RL"][mode]["mean"]
     assert (report["failed"], report["seeds"], report["n"]) == ({}, [1], 6)
@@ -251,7 +255,7 @@ def test_the_results_page_says_what_the_numbers_say(rate: float, words: str) -> 
     results = {s: {name: result(400, r, rng) for name, r in rates.items()} for s in (1, 2, 3)}
     del results[2]["shared"]
     table = [verdict.row(results, name) for name in rates]
-    found = verdict.claims({row["name"]: row for row in table}, results, None)
+    found = claims(Figures({row["name"]: row for row in table}, results, None))
     report = {"seeds": [1, 2, 3], "table": table, "claims": [c.as_json() for c in found],
               "runs": {"shared": {"1": "", "3": ""}}}  # fmt: skip
     said = page.reading(report)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests.test_step import denominator_of, relative
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from mgrpo.config.loss import GrpoLossConfig
@@ -32,6 +31,7 @@ from mgrpo.trainers.base import MiniBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.models import VOCAB, tiny_model, tiny_policy, tiny_tokenizer
 from tests.rows import ROWS, rows_of
+from tests.test_learner import denominator_of, relative
 
 IDS = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
 
@@ -138,6 +138,24 @@ def test_broken_folders_are_named(tmp_path: Path):
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
     with pytest.raises(ConfigError, match=r"bare: no causal language model"):
         load_policy(tmp_path / "bare")
+
+
+def test_an_architecture_of_a_task_is_registered_when_a_folder_needs_it(tmp_path: Path) -> None:
+    """A process that has never imported the demo's decoder loads its folder, and its shell; no other is imported."""
+    save_policy(tiny_policy("shift"), tmp_path / "shift")
+    save_policy(tiny_policy("llama"), tmp_path / "llama")
+    code = (
+        "import sys\nfrom mgrpo.model.policy import load_policy\n"
+        "from mgrpo.model.policy_files import policy_from_files, policy_files, tokenizer_from_files\n"
+        "load_policy(sys.argv[1] + '/llama')\nassert not any('atlas' in m for m in sys.modules)\n"
+        "files = policy_files(load_policy(sys.argv[1] + '/shift'))\n"
+        "for name in [m for m in sys.modules if 'atlas' in m]: del sys.modules[name]\n"
+        "print(type(policy_from_files(files, 'x').model).__name__, tokenizer_from_files(files, 'x')[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout.split() == ["ShiftDecoderForCausalLM", str(VOCAB)], done.stderr
 
 
 def test_models_the_fused_loss_cannot_train_are_refused():

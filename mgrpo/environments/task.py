@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+from mgrpo.environments.comparison import Claim, Figures
 from mgrpo.environments.episode import Agent, Episode
 from mgrpo.model.chat_check import ChatUse
 from mgrpo.types import Int32, Rollout, UInt8
@@ -58,6 +59,9 @@ class Task(ABC):
     """Role -> names of the scores with which play() closes its conversations, e.g. {"main": frozenset({"format"})}.
     What is declared is compared with agents.<role>.reward before a run starts, what is not at its first rollout."""
 
+    controls: Mapping[str, Mapping[str, object]] = MappingProxyType({})
+    """For `mgrpo compare`: name of a control -> task options under which co-training's policies are scored as well."""
+
     def __init__(self, options: Mapping[str, object], roles: Sequence[str]) -> None:
         """options: the run's [task.options]; roles: the run's, "main" first. The default takes no options and the roles
         of the class. Raises ValueError for what the task cannot serve."""
@@ -104,3 +108,7 @@ class Task(ABC):
     async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
         """Validate the policies that RL starts from on n questions (eval.gate); the default accepts any."""
         return StartReport({})
+
+    def claims(self, figures: Figures) -> Sequence[Claim]:
+        """What `mgrpo compare` must show, each claim beside what was measured; the default claims nothing."""
+        return ()

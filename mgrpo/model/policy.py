@@ -33,6 +33,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
+from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.trained import decoder_layers, prepare
 from mgrpo.model.vocabulary import Vocabulary
@@ -209,8 +210,7 @@ def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
         raise ConfigError(f"policy folder {folder} has no config.json; expected a Hugging Face model folder")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import mgrpo.model.shift_decoder  # noqa: F401 - registers our own architecture
-
+    register_architecture(folder)
     with quiet():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(

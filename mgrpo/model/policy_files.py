@@ -10,6 +10,7 @@ from typing import Any
 
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy, quiet, save_policy_files
+from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.tokens import Tokenizer
 
@@ -30,8 +31,6 @@ def policy_files(policy: Policy) -> dict[str, bytes]:
 def policy_from_files(files: Mapping[str, bytes], name: str) -> Policy:
     """A policy with arbitrary weights from policy_files' output. Raises ConfigError naming the policy."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    import mgrpo.model.shift_decoder  # noqa: F401 - registers our own architecture
 
     with _unpacked(files, name) as folder:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -71,6 +70,7 @@ def _unpacked(files: Mapping[str, bytes], name: str) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
         try:
+            register_architecture(Path(folder))
             yield Path(folder)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(

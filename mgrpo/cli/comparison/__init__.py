@@ -3,5 +3,5 @@
 variants.py  what is compared, as overrides of one config
 jobs.py      the runs: side by side, resumed, sharing their warm starts
 scores.py    the held-out score of every variant, question by question
-verdict.py   means, spreads, paired intervals, claims, table and picture
+verdict.py   means, spreads, paired intervals, table and picture; the claims about them are the task's
 """

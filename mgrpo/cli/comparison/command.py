@@ -16,11 +16,14 @@ from rich.table import Table
 
 from mgrpo.cli.comparison import jobs, verdict
 from mgrpo.cli.comparison.scores import score
-from mgrpo.cli.comparison.variants import COTRAIN, Variant, chosen, scores
-from mgrpo.config import RunConfig, load_config
+from mgrpo.cli.comparison.variants import Variant, chosen, scores
+from mgrpo.config import load_config
+from mgrpo.environments.comparison import COTRAIN, MODES, Figures
+from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError
 from mgrpo.files import remove_partials, write_atomic
 from mgrpo.metrics import read_metrics
+from mgrpo.run.processes import load_run_task
 from mgrpo.run.progress import Display
 from mgrpo.run.text import clean
 
@@ -38,6 +41,7 @@ def compare(
         signal.signal(number, signal.default_int_handler)
     config = load_config(config_path, overrides)
     every = chosen(config, list(names))
+    task = load_run_task(config)
     numbers = list(range(1, seeds + 1))
     began = time.monotonic()
     with Display() as display:
@@ -50,12 +54,12 @@ def compare(
         results: dict[int, dict[str, Any]] = {seed: {} for seed in numbers}
         for seed in numbers:
             trained = [v for v in every if jobs.is_finished(jobs.run_folder(out, seed, v.name))]
-            for wanted in scores(config, trained):
+            for wanted in scores(config, trained, task.controls):
                 found = score(out, seed, wanted, n, display.line)
                 if found is not None:
                     results[seed][wanted.name] = found
     seconds = time.monotonic() - began
-    report = _report(config, out, every, results) | {
+    report = _report(task, out, every, results) | {
         "command": f"mgrpo compare {config_path} --seeds {seeds} --n {n}",
         "overrides": list(overrides),
         "n": n, "seconds_of_this_call": round(seconds, 1), "machine": _machine(), "failed": failed,
@@ -67,7 +71,7 @@ def compare(
 
 
 def _report(
-    config: RunConfig, out: Path, every: Sequence[Variant], results: Mapping[int, Mapping[str, Any]]
+    task: Task, out: Path, every: Sequence[Variant], results: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, Any]:
     names = list(dict.fromkeys(name for r in results.values() for name in r))
     table = [verdict.row(results, name) for name in names]
@@ -76,13 +80,12 @@ def _report(
         for v in every
     }
     verdict.draw(out / "compare.png", table, runs)
-    drift = _largest_difference(runs)
-    found = verdict.claims({line["name"]: line for line in table}, results, drift)
+    figures = Figures({line["name"]: line for line in table}, results, _largest_difference(runs))
     return {
         "seeds": list(results),
         "table": table,
-        "claims": [c.as_json() for c in found] if config.task.name == "atlas" else [],
-        "equal_seconds": {mode: verdict.at_equal_seconds(runs, mode) for mode in verdict.MODES},
+        "claims": [claim.as_json() for claim in task.claims(figures)],
+        "equal_seconds": {mode: verdict.at_equal_seconds(runs, mode) for mode in MODES},
         "runs": {
             name: {str(s): str(folder) for s, folder in by_seed.items()} for name, by_seed in runs.items()
         },
@@ -132,7 +135,7 @@ def _markdown(report: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for line in report["table"]:
-        cells = [c for mode in verdict.MODES for c in _cells(line, mode)]
+        cells = [c for mode in MODES for c in _cells(line, mode)]
         lines.append(f"| {line['name']} | {' | '.join(cells)} |")
     lines += ["", "Mean ± standard deviation over seeds; in brackets 95 % of the paired bootstrap."]
     if report["claims"]:
@@ -145,7 +148,7 @@ def _markdown(report: Mapping[str, Any]) -> str:
             lines.append(f"| {claim['claim']} | {value} | {bound} | {_word(claim['holds'])} |")
     lines += ["", "| equal seconds (validation) | seconds | sampled | co-training | greedy | co-training |",
               "|---|---|---|---|---|---|"]  # fmt: skip
-    sampled, greedy = (report["equal_seconds"][mode] for mode in verdict.MODES)
+    sampled, greedy = (report["equal_seconds"][mode] for mode in MODES)
     for name, s in sampled.items():
         g = greedy.get(name, s)
         lines.append(
@@ -164,7 +167,7 @@ def _show(report: Mapping[str, Any], out: Path) -> None:
     console.width = max(console.width, 120)  # a table that was piped into a file is not broken at 80
     table = Table("variant", "sampled", "co-training minus it", "greedy", "co-training minus it")
     for line in report["table"]:
-        table.add_row(line["name"], *(c for mode in verdict.MODES for c in _cells(line, mode)))
+        table.add_row(line["name"], *(c for mode in MODES for c in _cells(line, mode)))
     console.print(table)
     for claim in report["claims"]:
         if not claim["holds"]:

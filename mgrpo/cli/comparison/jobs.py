@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgrpo.cli.comparison.variants import COTRAIN, Variant
+from mgrpo.cli.comparison.variants import Variant
 from mgrpo.config import RunConfig, config_digest, load_config
+from mgrpo.environments.comparison import COTRAIN
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.metrics import read_metrics
 from mgrpo.run.folder import RunFolder, recorded_run

@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mgrpo.config import RunConfig
+from mgrpo.environments.comparison import COTRAIN, WARM
 from mgrpo.errors import ConfigError
 from mgrpo.types import MAIN
-
-COTRAIN = "co-training"
-WARM = "before RL"
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,15 @@ def chosen(config: RunConfig, names: list[str]) -> list[Variant]:
     return [v for v in every if not names or v.name in names or v.name == COTRAIN]
 
 
-def scores(config: RunConfig, trained: list[Variant]) -> list[Score]:
-    """Every held-out score of one seed: the start, each trained variant, and co-training's policies put to the test."""
+def scores(
+    config: RunConfig, trained: list[Variant], controls: Mapping[str, Mapping[str, object]]
+) -> list[Score]:
+    """Every held-out score of one seed: the start, each trained variant, and co-training's policies put to the test.
+    controls: of the task, see Task.controls."""
     out = [Score(WARM, dict.fromkeys(config.roles, (COTRAIN, "start")))]
     out += [Score(v.name, dict.fromkeys(config.roles, (v.name, "final"))) for v in trained]
     final = dict.fromkeys(config.roles, (COTRAIN, "final"))
     for role in config.roles:
         others = {r: (COTRAIN, "final" if r == role else "start") for r in config.roles}
         out.append(Score(f"only {role} trained (cross pair)", others))
-    if config.task.name == "atlas":  # controls that this task offers
-        out.append(Score("random search results", final, {"search": "random"}))
-        out.append(Score("permuted facts", final, {"facts": "permuted"}))
-    return out
+    return [*out, *(Score(name, final, options) for name, options in controls.items())]

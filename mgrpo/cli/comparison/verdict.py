@@ -1,4 +1,4 @@
-"""From scores to a verdict: means, spreads, paired bootstrap intervals, and the claims that must hold.
+"""From scores to a table: means, spreads, paired bootstrap intervals; the task judges it (Task.claims).
 
 The bootstrap draws seeds and, within them, questions; the same draw serves both sides of a difference, so what the
 sides share (an easy question, a lucky start) cancels.
@@ -7,46 +7,16 @@ sides share (an easy question, a lucky start) cancels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mgrpo.cli.comparison.variants import COTRAIN, WARM
+from mgrpo.environments.comparison import COTRAIN, MODES, Outcomes, outcomes
 from mgrpo.metrics import read_metrics
 from mgrpo.run.summary import save_figure
 
 RESAMPLES = 5000
-MODES = ("sampled", "greedy")
-Outcomes = npt.NDArray[np.float64]  # (seeds, questions)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Something the comparison must show: value compared with a bound."""
-
-    text: str
-    value: float | None
-    low: float = -np.inf
-    high: float = np.inf
-
-    @property
-    def holds(self) -> bool | None:
-        """None: not measured."""
-        return None if self.value is None else bool(self.low <= self.value <= self.high)
-
-    def as_json(self) -> dict[str, Any]:
-        bounds = {"low": self.low, "high": self.high}
-        finite = {name: float(b) for name, b in bounds.items() if np.isfinite(b)}
-        return {"claim": self.text, "value": self.value, "holds": self.holds, **finite}
-
-
-def outcomes(results: Mapping[int, Mapping[str, Any]], name: str, mode: str) -> Outcomes | None:
-    """(seeds, questions) of one score, seeds that have it only; results[seed][name] is a score file's content."""
-    rows = [r[name][mode] for r in results.values() if name in r and mode in r[name]]
-    return np.array(rows, np.float64) if rows else None
 
 
 def interval(difference: Outcomes, seed: int = 0) -> tuple[float, float]:
@@ -78,65 +48,6 @@ def row(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[str, Any]:
             low, high = interval(ours - theirs)
             line[mode] |= {"cotrain_minus": float((ours - theirs).mean()), "low": low, "high": high}
     return line
-
-
-def claims(
-    table: Mapping[str, Mapping[str, Any]], results: Mapping[int, Mapping[str, Any]], drift: float | None
-) -> list[Claim]:
-    """The claims about the task atlas: its thresholds, each beside what was measured."""
-
-    def get(name: str, mode: str, key: str = "mean") -> float | None:
-        value = table.get(name, {}).get(mode, {}).get(key)
-        return None if value is None else float(value)
-
-    def gain(name: str, mode: str) -> float | None:
-        after, before = get(name, mode), get(WARM, mode)
-        return None if after is None or before is None else after - before
-
-    def real(mode: str) -> float | None:
-        found = outcomes(results, "permuted facts", f"real_{mode}")
-        return None if found is None else float(found.mean())
-
-    out = [
-        Claim("co-training, sampled", get(COTRAIN, "sampled"), low=0.85),
-        Claim("co-training, greedy", get(COTRAIN, "greedy"), low=0.90),
-    ]
-    for name, mode, low in (("frozen sub", "sampled", 0.45), ("frozen sub", "greedy", 0.45),
-                            ("frozen main", "sampled", 0.40), ("frozen main", "greedy", 0.35)):  # fmt: skip
-        out.append(Claim(f"co-training minus {name}, {mode}", get(name, mode, "cotrain_minus"), low=low))
-    out.append(Claim("d_k against the hop mix, total variation", hop_distance(results), high=0.1))
-    for mode in MODES:
-        out.append(Claim(f"random search results, {mode}", get("random search results", mode), high=0.05))
-        out.append(
-            Claim(f"permuted facts, {mode}: follows the documents", get("permuted facts", mode), low=0.90)
-        )
-        out.append(Claim(f"permuted facts, {mode}: says the real world's", real(mode), high=0.05))
-        out.append(Claim(f"gain with shuffled rewards, {mode}", gain("shuffled rewards", mode), high=0.05))
-        out.append(Claim(f"gain with lr 0, {mode}", gain("lr 0", mode), low=0.0, high=0.0))
-        out.append(
-            Claim(f"expert off behind co-training, {mode}", get("expert off", mode, "cotrain_minus"), low=0.0)
-        )
-        for name in table:
-            if name.endswith("(cross pair)"):
-                out.append(
-                    Claim(f"co-training minus {name}, {mode}", get(name, mode, "cotrain_minus"), low=0.40)
-                )
-    out.append(Claim("log-probs of sampler and trainer, largest difference", drift, high=1e-4))
-    return out
-
-
-def hop_distance(results: Mapping[int, Mapping[str, Any]]) -> float | None:
-    """Total variation between co-training's invocations per rollout and the questions' hops, 1 : 2 : 1."""
-    counts: dict[int, int] = {}
-    for r in results.values():
-        for histogram in r.get(COTRAIN, {}).get("d_k", {}).values():
-            for d, c in histogram.items():
-                counts[int(d)] = counts.get(int(d), 0) + c
-    total = sum(counts.values())
-    if not total:
-        return None
-    mix = {1: 0.25, 2: 0.5, 3: 0.25}
-    return 0.5 * sum(abs(counts.get(d, 0) / total - mix.get(d, 0.0)) for d in {*counts, *mix})
 
 
 def curve(run: Path, mode: str) -> list[tuple[int, float, float]]:

@@ -90,7 +90,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._index = {}
 
     def with_previous(self, x: Tensor, layer_idx: int) -> Tensor:
-        """See mgrpo.model.shift_decoder.ShiftCache."""
+        """See mgrpo.tasks.atlas.decoder.ShiftCache."""
         rows, new, width = x.shape
         if layer_idx not in self._carry:
             self._carry[layer_idx] = x.new_zeros(self.slots, width)

@@ -2,7 +2,8 @@
 
     facts -> documents -> search        what there is to know, and the tools
     questions, protocol, play           what is asked, what may be said, how a rollout goes
-    demos, policy, gate                 the start: demonstrations, fresh policies, are they valid
+    demos, decoder, policy, start       the start: demonstrations, fresh policies, are they valid
+    claims                              what a comparison on it must show
     task                                all of it behind the interface of a Task
 
 What the recipe needs (chosen on the validation split):

@@ -50,7 +50,7 @@ def build_policy(seed: int, path: str, width: int) -> None:
     import torch
 
     from mgrpo.model.policy import Policy, save_policy
-    from mgrpo.model.shift_decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
+    from mgrpo.tasks.atlas.decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
 
     tokenizer = build_tokenizer()
     config = ShiftDecoderConfig(

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mgrpo.environments.comparison import Claim, Figures
 from mgrpo.environments.episode import Agent, Episode
 from mgrpo.environments.task import Question, Split, StartReport, Task
+from mgrpo.tasks.atlas.claims import CONTROLS, claims
 from mgrpo.tasks.atlas.demos import Demonstrations
 from mgrpo.tasks.atlas.documents import build_documents
 from mgrpo.tasks.atlas.facts import FactsMode, World
@@ -49,6 +51,7 @@ class AtlasTask(Task):
 
     roles: tuple[str, ...] = ("main", "sub")
     scores = SCORES
+    controls = CONTROLS
 
     def __init__(self, options: Mapping[str, object], roles: Sequence[str] = roles) -> None:
         if set(roles) not in ({"main"}, {"main", "sub"}):
@@ -103,3 +106,6 @@ class AtlasTask(Task):
 
     async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
         return await validate_start(self.library, self.bank, agents, n, seed)
+
+    def claims(self, figures: Figures) -> Sequence[Claim]:
+        return claims(figures)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from mgrpo.model.shift_decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM, ShiftDecoderModel
+from mgrpo.tasks.atlas.decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM, ShiftDecoderModel
 from tests.models import VOCAB, tiny_model
 
 IDS = torch.randint(VOCAB, (4, 20), generator=torch.Generator().manual_seed(1))
