@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, Sequence[str]]] = {
     "untied": ("llama", ()),
     "reference": ("shift", ("loss.kl_coef=0.1",)),
     "sequences": ("llama", ('loss.type="gspo"', 'policy.attention="varlen"')),
+    "own": ("shift", ('loss.type="tests.own_losses:OwnGrpo"', "loss.options.high=0.3")),
     "adapters": ("llama", ("policy.lora.rank=4", "loss.kl_coef=0.1")),
     "last": ("llama", ("policy.last_layers=1", 'policy.dtype="bfloat16"')),
 }

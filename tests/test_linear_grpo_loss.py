@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ def test_the_default_chunk_suits_device_and_vocabulary() -> None:
     assert head.chunk_rows(7, torch.empty(49152, 1)) == 7
 
 
+ROOT = Path(__file__).parent.parent
 MEASURE = """
 import ctypes, sys
 from pathlib import Path
@@ -78,7 +80,7 @@ leaves = [torch.randn(rows, width), torch.randn(vocabulary, width)]
 leaves = [x.requires_grad_() for x in leaves]
 call = {
     "target_ids": torch.zeros(rows, dtype=torch.int64), "cu_seqlens": torch.tensor([0, rows], dtype=torch.int32),
-    "advantages": torch.ones(1), "config": GrpoLossConfig(), "chunk": chunk,
+    "advantages": torch.ones(1), "config": GrpoLossConfig(type=sys.argv[1]), "chunk": chunk,
 }
 for _ in range(2):  # the second call is measured: libraries are loaded and have their buffers
     ctypes.CDLL(None).malloc_trim(0)
@@ -95,11 +97,12 @@ print(above)
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="no high-water mark to reset here"
 )
-def test_memory_above_the_gradients_is_the_chunk() -> None:
+@pytest.mark.parametrize("kind", ["grpo", "gspo", "tests.own_losses:OwnGrpo"])
+def test_memory_above_the_gradients_is_the_chunk(kind: str) -> None:
     """A call's peak is its two gradients (40.25 MiB), a chunk of logits (5 MiB) and small change: no second d
-    weight, no [T, V] (40 MiB each)."""
-    command = [sys.executable, "-c", MEASURE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    weight, no [T, V] (40 MiB each). In one phase, in two, and for a loss of one's own."""
+    command = [sys.executable, "-c", MEASURE, kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, cwd=ROOT)
     assert 0.0 < float(done.stdout) < 12.0, done.stdout
 
 

@@ -19,6 +19,7 @@ CONFIGS = (
     settings("dapo", kl_coef=0.1, entropy_coef=0.02, temperature=0.6),
     settings("gspo"),
     settings("grpo", correction="sequence_mask"),
+    GrpoLossConfig(type="tests.own_losses:Pull", options={"spring": 0.3, "entropy": 0.05}),
 )
 
 

@@ -84,6 +84,41 @@ def test_interpreted_groups_in_the_kernel(small_blocks: None) -> None:
 
 
 @numpy_warns
+def test_interpreted_token_advantages(small_blocks: None) -> None:
+    """An advantage of its own for each token against float64; the trajectories' written out change no bit."""
+    from mgrpo.losses.registry import find_loss
+    from tests.loss_grid import TOLERANCE, configs, error, grid_batch, run_logits
+
+    data = grid_batch(37, torch.float32)
+    rows = data.pop("advantages")
+    repeated = rows.repeat_interleave(data["cu_seqlens"].diff().long())
+    own = torch.randn(19, generator=torch.Generator().manual_seed(4)).round(decimals=2)
+    for config in configs()[::2]:
+        if find_loss(config).has_sequence_ratio:
+            continue
+        a = run_logits(data, config, torch.float32, "triton", advantages=rows)
+        b = run_logits(data, config, torch.float32, "triton", token_advantages=repeated)
+        assert torch.equal(a[0], b[0]) and torch.equal(a[2], b[2]) and a[1] == b[1]
+        exact = run_logits(data, config, torch.float64, "reference", token_advantages=own)
+        got = run_logits(data, config, torch.float32, "triton", token_advantages=own)
+        assert error(got[2], exact[2]) <= TOLERANCE[torch.float32], config
+
+
+@numpy_warns
+def test_interpreted_own_loss(small_blocks: None) -> None:
+    """A term that the kernels do not know, through their log-probs and their gradient rows."""
+    from mgrpo import GrpoLossConfig
+    from tests.loss_grid import TOLERANCE, error, head_batch, run_head
+
+    config = GrpoLossConfig(type="tests.own_losses:Pull", options={"spring": 0.3, "entropy": 0.05})
+    data = head_batch(37, 8, torch.float32)
+    exact = run_head(data, config, torch.float64, "reference")
+    got = run_head(data, config, torch.float32, "triton", chunk=6)
+    for a, b in zip(got[2:], exact[2:], strict=True):
+        assert error(a, b) <= TOLERANCE[torch.float32]
+
+
+@numpy_warns
 def test_interpreted_group_advantage(small_blocks: None) -> None:
     """The stand-alone op agrees with the reference and is bit for bit permutation-proof; zeros are exact."""
     from mgrpo import group_advantage

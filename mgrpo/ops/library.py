@@ -112,25 +112,30 @@ row_logprob.register_autograd(_rows_backward, setup_context=_save_rows)
 # ----------------------------------------------------------------------------------------------
 
 
-def gather(tensors: list[Tensor | None], num_sequences: int) -> Tokens:
+def gather(tensors: list[Tensor], present: list[bool], num_sequences: int) -> Tokens:
     """Tokens from the arguments of an op (`flatten` is the way there)."""
-    vectors: dict[str, Any] = dict(zip(VECTORS, tensors, strict=False))
-    rewards, group_id, seq_weight = tensors[len(VECTORS) :]
-    groups = None if rewards is None or group_id is None else Groups(rewards, group_id, seq_weight)
+    given = iter(tensors)
+    found: list[Any] = [next(given) if here else None for here in present]
+    vectors: dict[str, Any] = dict(zip(VECTORS, found, strict=False))
+    rewards, group_id, seq_weight = found[len(VECTORS) :]
+    groups = None if rewards is None else Groups(rewards, group_id, seq_weight)
     return Tokens(**vectors, num_sequences=num_sequences, groups=groups)
 
 
-def flatten(tokens: Tokens) -> tuple[list[Tensor | None], int]:
-    """Tokens as the arguments of an op: the VECTORS and the three tensors of the groups; num_sequences."""
+def flatten(tokens: Tokens) -> tuple[list[Tensor], list[bool], int]:
+    """Tokens as the arguments of an op: which of the VECTORS and of the three tensors of the groups are there, these
+    tensors, and num_sequences."""
     g = tokens.groups
     groups = (None, None, None) if g is None else (g.rewards, g.group_id, g.weight)
-    return [*[getattr(tokens, name) for name in VECTORS], *groups], tokens.num_sequences
+    found = [*[getattr(tokens, name) for name in VECTORS], *groups]
+    return [x for x in found if x is not None], [x is not None for x in found], tokens.num_sequences
 
 
 @torch.library.custom_op("mgrpo::grpo_loss", mutates_args=())
 def grpo_loss(
     logits: Tensor,
-    tokens: list[Tensor | None],
+    tokens: list[Tensor],
+    present: list[bool],
     num_sequences: int,
     settings: list[float],
     need_grad: bool,
@@ -138,14 +143,15 @@ def grpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, metrics, d loss / d logits or empty)."""
     grad = torch.empty_like(logits) if need_grad else None
-    loss, metrics = _loss_rows(logits, gather(tokens, num_sequences), settings, grad, backend)
+    loss, metrics = _loss_rows(logits, gather(tokens, present, num_sequences), settings, grad, backend)
     return loss, metrics, logits.new_empty(0) if grad is None else grad
 
 
 @grpo_loss.register_fake
 def _(
     logits: Tensor,
-    tokens: list[Tensor | None],
+    tokens: list[Tensor],
+    present: list[bool],
     num_sequences: int,
     settings: list[float],
     need_grad: bool,
@@ -157,15 +163,25 @@ def _(
 
 @torch.library.custom_op("mgrpo::grpo_loss_", mutates_args=("logits",))
 def grpo_loss_(
-    logits: Tensor, tokens: list[Tensor | None], num_sequences: int, settings: list[float], backend: str
+    logits: Tensor,
+    tokens: list[Tensor],
+    present: list[bool],
+    num_sequences: int,
+    settings: list[float],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss, metrics); d loss / d logits overwrites logits."""
-    return _loss_rows(logits, gather(tokens, num_sequences), settings, logits, backend)
+    return _loss_rows(logits, gather(tokens, present, num_sequences), settings, logits, backend)
 
 
 @grpo_loss_.register_fake
 def _(
-    logits: Tensor, tokens: list[Tensor | None], num_sequences: int, settings: list[float], backend: str
+    logits: Tensor,
+    tokens: list[Tensor],
+    present: list[bool],
+    num_sequences: int,
+    settings: list[float],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return fake_value(logits)
 
@@ -188,11 +204,15 @@ def save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     """Keep the gradients an op returned after (loss, metrics); they belong to its first inputs."""
     ctx.set_materialize_grads(False)  # else backward gets zeros as large as each gradient kept here
     ctx.save_for_backward(*output[2:])
-    ctx.tail = len(inputs) - (len(output) - 2)
+    # autograd wants one None for each tensor of a list
+    ctx.tail = [
+        [None] * len(x) if isinstance(x, list) and isinstance(x[0], Tensor) else None
+        for x in inputs[len(output) - 2 :]
+    ]
     ctx.spent = False
 
 
-def scale_grad(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def scale_grad(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
     """The kept gradients times the upstream one, on the device. Nothing but the loss has an upstream gradient: the
     metrics come detached, the gradients stay inside the op."""
     if ctx.spent:
@@ -210,7 +230,7 @@ def scale_grad(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...
         else:
             ctx.spent = True
             grads.append(g.detach().mul_(upstream.to(g.dtype)))
-    return (*grads, *([None] * ctx.tail))
+    return (*grads, *ctx.tail)
 
 
 grpo_loss.register_autograd(scale_grad, setup_context=save_grad)

@@ -108,7 +108,8 @@ linear_logprob.register_autograd(_head_backward, setup_context=_save_head)
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
-    tokens: list[Tensor | None],
+    tokens: list[Tensor],
+    present: list[bool],
     num_sequences: int,
     settings: list[float],
     chunk: int,
@@ -119,7 +120,7 @@ def linear_grpo_loss(
     loss, metrics, dh, dw = head.loss(
         hidden,
         weight,
-        gather(tokens, num_sequences),
+        gather(tokens, present, num_sequences),
         decode(settings),
         chunk,
         head.Needs(*needs),
@@ -132,7 +133,8 @@ def linear_grpo_loss(
 def _(
     hidden: Tensor,
     weight: Tensor,
-    tokens: list[Tensor | None],
+    tokens: list[Tensor],
+    present: list[bool],
     num_sequences: int,
     settings: list[float],
     chunk: int,
