@@ -10,8 +10,8 @@ namespace mgrpo {
 
 namespace {
 
-constexpr double kTight = 0.995;      // micro-steps fuller than this have no room to be dealt anew
-constexpr double kEven = 1.0005;      // dearest bin over mean below which a micro-step is even
+constexpr double kTight = 0.995;      // micro-steps fuller than this have no room to be rebalanced
+constexpr double kEven = 1.0005;      // highest cost of a bin over the mean below which a micro-step is even
 constexpr size_t kSecondPlan = 1024;  // bins up to which a second starting plan is worth its time
 constexpr int kRankSwaps = 8;         // per rank
 
@@ -21,14 +21,14 @@ size_t rounded_up(size_t n, size_t multiple) { return (n + multiple - 1) / multi
 struct Steps {
   Bins bins;
   std::vector<int32_t> order;  // [step * dp + i] -> bin
-  double slowest = 0;          // sum of the dearest bin of every step
+  double slowest = 0;          // sum over steps of the highest cost of a bin
 };
 
-void deal_anew(const Sequences& s, Steps& steps, int dp) {
+void rebalance(const Sequences& s, Steps& steps, int dp) {
   const size_t n = steps.order.size() / dp;
   std::vector<int32_t> uneven(n, -1), step_of(steps.order.size()), begin = {0};
   for (size_t step = 0; step < n; ++step) {
-    double cost = 0, dearest = 0;
+    double cost = 0, max_cost = 0;
     int64_t tokens = 0;
     int32_t count = 0;
     for (int i = 0; i < dp; ++i) {
@@ -36,11 +36,11 @@ void deal_anew(const Sequences& s, Steps& steps, int dp) {
       const Bin& bin = steps.bins.bins[b];
       step_of[b] = int32_t(step);
       cost += bin.cost;
-      dearest = std::max(dearest, bin.cost);
+      max_cost = std::max(max_cost, bin.cost);
       tokens += bin.tokens;
       count += bin.count;
     }
-    if (dearest * dp <= kEven * cost || double(tokens) > kTight * double(s.capacity) * dp) continue;
+    if (max_cost * dp <= kEven * cost || double(tokens) > kTight * double(s.capacity) * dp) continue;
     uneven[step] = int32_t(begin.size() - 1);
     begin.push_back(begin.back() + count);
   }
@@ -64,11 +64,11 @@ Steps into_steps(const Sequences& s, Bins bins, int dp) {
   std::iota(steps.order.begin(), steps.order.end(), 0);
   std::sort(steps.order.begin(), steps.order.end(),
             [&](int32_t a, int32_t b) { return all[a].cost != all[b].cost ? all[a].cost > all[b].cost : a < b; });
-  deal_anew(s, steps, dp);
+  rebalance(s, steps, dp);
   for (size_t step = 0; step < steps.order.size() / dp; ++step) {
-    double dearest = 0;
-    for (int i = 0; i < dp; ++i) dearest = std::max(dearest, all[steps.order[step * dp + i]].cost);
-    steps.slowest += dearest;
+    double max_cost = 0;
+    for (int i = 0; i < dp; ++i) max_cost = std::max(max_cost, all[steps.order[step * dp + i]].cost);
+    steps.slowest += max_cost;
   }
   return steps;
 }

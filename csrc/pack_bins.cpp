@@ -157,8 +157,8 @@ void heavy_step(const Sequences& s, Bins& bins, int dp) {
 }
 
 void rebalance(const Sequences& s, Bins& bins, std::span<const int32_t> members, std::span<const int32_t> positions) {
-  double dearest = 0;
-  for (const int32_t b : members) dearest = std::max(dearest, bins.bins[b].cost);
+  double max_cost = 0;
+  for (const int32_t b : members) max_cost = std::max(max_cost, bins.bins[b].cost);
   std::vector<Bin> fresh(members.size());
   std::vector<int32_t> choice(positions.size());
   for (size_t i = 0; i < positions.size(); ++i) {
@@ -170,7 +170,7 @@ void rebalance(const Sequences& s, Bins& bins, std::span<const int32_t> members,
     fresh[best].tokens += s.length[p];
     fresh[best].cost += s.cost[p];
     ++fresh[best].count;
-    if (fresh[best].cost >= dearest) return;
+    if (fresh[best].cost >= max_cost) return;
     choice[i] = best;
   }
   for (size_t m = 0; m < members.size(); ++m) bins.bins[members[m]] = fresh[m];

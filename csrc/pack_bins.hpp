@@ -55,11 +55,11 @@ bool cheapest_first(const Sequences& s, Bins& bins, int32_t first);
 
 // One micro-step of dp bins around sequences so long that they alone are dearer than an average bin: the dp longest
 // open one bin each, and each bin in turn takes the longest sequences that fit, as long as it stays within the cost of
-// the dearest opener. What they take, the other micro-steps need not carry.
+// the opener of the highest cost. What they take, the other micro-steps need not carry.
 void heavy_step(const Sequences& s, Bins& bins, int dp);
 
 // Deals the sequences of the bins `members` (a whole micro-step) anew, cheapest bin first; keeps the result only when
-// the dearest bin gets cheaper. `positions` are the members' sequences in canonical order.
+// the bin of the highest cost gets cheaper. `positions` are the members' sequences in canonical order.
 void rebalance(const Sequences& s, Bins& bins, std::span<const int32_t> members, std::span<const int32_t> positions);
 
 }  // namespace mgrpo

@@ -156,8 +156,8 @@ def rebalance(s: Sequences, step: list[Bin]) -> list[Bin]:
     cost = 0.0
     for b in step:
         cost += b.cost
-    dearest = max(b.cost for b in step)
-    if dearest * len(step) <= EVEN * cost or sum(b.tokens for b in step) > TIGHT * s.capacity * len(step):
+    max_cost = max(b.cost for b in step)
+    if max_cost * len(step) <= EVEN * cost or sum(b.tokens for b in step) > TIGHT * s.capacity * len(step):
         return step
     fresh = [Bin(number=b.number) for b in step]
     for p in sorted(p for b in step for p in b.members):
@@ -166,7 +166,7 @@ def rebalance(s: Sequences, step: list[Bin]) -> list[Bin]:
             return step
         b = min(fitting, key=lambda b: b.cost)
         s.put(b, p)
-        if b.cost >= dearest:
+        if b.cost >= max_cost:
             return step
     return fresh
 

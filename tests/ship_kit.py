@@ -84,7 +84,7 @@ class FakeStore:
     def stats(self) -> dict[str, Any]:
         return {"roles": {"main": {"lost": 0}}}
 
-    def hurry(self, seconds: float) -> None:
+    def shorten_deadlines(self, seconds: float) -> None:
         pass
 
     def close(self) -> None:

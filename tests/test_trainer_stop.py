@@ -99,7 +99,10 @@ def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
 
 
 def stream(**store: object) -> SimpleNamespace:
-    usual = {"hurry": lambda seconds: None, "resume": lambda checkpoint_step: SimpleNamespace(again=0)}
+    usual = {
+        "shorten_deadlines": lambda seconds: None,
+        "resume": lambda checkpoint_step: SimpleNamespace(again=0),
+    }
     return SimpleNamespace(
         role="main",
         store=SimpleNamespace(**usual, **store),

@@ -275,7 +275,7 @@ def test_a_stopped_trainer_is_a_deadline_error_to_its_workers(tmp_path: Path) ->
                 with pytest.raises(DeadlineError, match=rf"trajectory log of sub at {url}: append\('7/56'\)"):
                     trajectory_log.append(make_trajectory("7/56", 1, "sub", 0)).result(30)
                 assert time.monotonic() - started < 2.0
-                weights.hurry(1.0)
+                weights.shorten_deadlines(1.0)
                 started = time.monotonic()
                 with pytest.raises(DeadlineError, match=rf"trainer sub at {url}: weights.get at step 4"):
                     fetch_weights(weights, "e1.v3", 4, 30.0)

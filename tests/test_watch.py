@@ -61,13 +61,13 @@ def test_top_follows_a_run_on_addresses(tmp_path: Path) -> None:
             Watcher(file.with_suffix(".json")) as watcher,
         ):
             watcher.refresh()
-            assert watcher.standing.state == "running" and watcher.standing.steps["left"] == 0
+            assert watcher.status.state == "running" and watcher.status.steps["left"] == 0
             metrics = {"left/reward/mean": 0.5, "left/time/step": 2.0, "left/align/dup_ratio": 0.25}
             worker.report("step", {"role": "left", "step": 7, "metrics": metrics})
-            wait_for(lambda: watcher.refresh() or watcher.standing.steps["left"] == 7, "the report", 10)
-            assert watcher.standing.left() == (config.trainer.steps - 7) * 2.0
-            assert watcher.standing.value("left/align/dup_ratio") == 0.25
-            assert watcher.standing.stats is not None and set(watcher.standing.stats["roles"]) == set(
+            wait_for(lambda: watcher.refresh() or watcher.status.steps["left"] == 7, "the report", 10)
+            assert watcher.status.left() == (config.trainer.steps - 7) * 2.0
+            assert watcher.status.value("left/align/dup_ratio") == 0.25
+            assert watcher.status.stats is not None and set(watcher.status.stats["roles"]) == set(
                 config.roles
             )
 

@@ -57,7 +57,7 @@ def resolve(asked: str, device: str, dtype: str) -> Kind:
 def choose(
     model: Any, states: Callable[..., Tensor], config: PolicyConfig, device: torch.device, name: str
 ) -> Kind:
-    """Have `model` compute attention as `config` asks. states: trunk arguments -> hidden states. Raises ConfigError
+    """Have `model` compute attention as `config` asks. states: backbone arguments -> hidden states. Raises ConfigError
     as resolve, and where the model does not keep packed sequences apart ("auto" then takes padded rows)."""
     kind = resolve(config.attention, device.type, config.dtype)
     if kind not in PACKED:
@@ -138,7 +138,7 @@ class Packed:
         return Packed(ids, positions, borders, self.longest, self.inside)
 
     def arguments(self) -> dict[str, Any]:
-        """What a transformers trunk is called with."""
+        """What a transformers backbone is called with."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.positions,
@@ -165,7 +165,7 @@ def pack(input_ids: Tensor, lengths: Tensor) -> Packed:
 @torch.no_grad()
 def packs(states: Callable[..., Tensor], device: torch.device, tolerance: float) -> bool:
     """Whether a model computes a packed row as it computes its sequences alone: not every architecture passes the
-    borders on to its attention, and a recurrent one could not use them. states: trunk arguments -> (R, S, H)."""
+    borders on to its attention, and a recurrent one could not use them. states: backbone arguments -> (R, S, H)."""
     rows, lengths = _probe(device)
     together = states(**pack(rows, lengths).arguments())[0]
     return torch.allclose(together, _alone(states, rows, lengths), rtol=tolerance, atol=tolerance)

@@ -158,7 +158,7 @@ class Policy:
         return self._states(input_ids=input_ids).flatten(0, 1).index_select(0, at)
 
     def _states(self, **arguments: Any) -> Tensor:
-        """Final hidden states of the trunk, in the head's dtype."""
+        """Final hidden states of the backbone, in the head's dtype."""
         store = (
             torch.autograd.graph.save_on_cpu(pin_memory=True) if self._offload else contextlib.nullcontext()
         )

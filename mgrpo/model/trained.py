@@ -39,7 +39,7 @@ def prepare(model: Any, config: PolicyConfig, name: str) -> None:
 
 
 def _freeze_all_but(model: Any, last: int, name: str) -> None:
-    """Only the last `last` decoder layers train, and what the trunk computes behind them (the final norm)."""
+    """Only the last `last` decoder layers train, and what the backbone computes behind them (the final norm)."""
     layers = decoder_layers(model, name)
     if last > len(layers):
         raise ConfigError(f"{name}: policy.last_layers={last} exceeds its {len(layers)} decoder layers")

@@ -74,7 +74,7 @@ class BatchBuilder:
     """Builds the minibatches of one role's steps."""
 
     def __init__(self, config: RunConfig, role: str, trajectory_log: Trajectories, ranks: int) -> None:
-        """ranks: processes of the trainer that the micro-batches are dealt out to."""
+        """ranks: processes of the trainer that the micro-batches are divided among."""
         self._algorithm = open_algorithm(config, role)
         self._config, self._role, self._trajectories = config, role, trajectory_log
         self._agent = config.agents[role]

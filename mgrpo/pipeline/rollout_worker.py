@@ -373,9 +373,9 @@ class RolloutWorker:
         """End as soon as possible: what is being played is cancelled. A signal handler may call it."""
         # Where the store has ended too (the launcher was killed), its answer is not waited for as long as usual.
         self._loop.stop()
-        self._store.hurry(STOP_SECONDS)
+        self._store.shorten_deadlines(STOP_SECONDS)
         for client in self._clients.values():
-            client.hurry(STOP_SECONDS)
+            client.shorten_deadlines(STOP_SECONDS)
 
 
 def run_worker(config: RunConfig, number: int, task: Task, addresses: Addresses, folder: Path) -> None:

@@ -260,4 +260,4 @@ class TrainerLoop:
         if number == signal.SIGINT:  # another Ctrl-C does not wait for the checkpoint
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         for stream in self._streams:
-            stream.store.hurry(STOP_SECONDS)
+            stream.store.shorten_deadlines(STOP_SECONDS)

@@ -51,9 +51,9 @@ class StoreClient:
         self._params = params
         self._link.sender = Sender(params.digest, self.role, self.name, self.session)
 
-    def hurry(self, seconds: float) -> None:
+    def shorten_deadlines(self, seconds: float) -> None:
         """This process is to end: wait for no answer longer than `seconds`. A signal handler may call it."""
-        self._link.hurry(seconds)
+        self._link.shorten_deadlines(seconds)
 
     def close(self) -> None:
         """Idempotent."""

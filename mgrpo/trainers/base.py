@@ -108,7 +108,7 @@ class MiniBatch:
     denominator: float
 
     def shard(self, rank: int, size: int) -> MiniBatch:
-        """What one of `size` ranks trains on: the batcher deals micro-batches out in turn."""
+        """What one of `size` ranks trains on: the batcher assigns micro-batches to ranks in turn."""
         return self if size == 1 else MiniBatch(self.micro[rank::size], self.denominator)
 
 

@@ -127,7 +127,7 @@ class Client:
         self._pending: dict[int, _Pending] = {}
         self._unsent: deque[_Pending] = deque()  # the I/O thread's own: taken over, not yet on the wire
         self._awake = False
-        self._hurried: tuple[float, float] | None = None  # (when, seconds)
+        self._shortened: tuple[float, float] | None = None  # (when, seconds)
         self._closed = False
         self.resent = 0
         self._ended = 0  # requests that were answered or have failed
@@ -230,9 +230,9 @@ class Client:
                 raise DeadlineError(self._late("flush", limit, f"{len(self._pending)} requests in flight"))
             time.sleep(0.002)
 
-    def hurry(self, seconds: float) -> None:
+    def shorten_deadlines(self, seconds: float) -> None:
         """From now on no answer is waited for longer than `seconds`. Takes no lock: a signal handler may call it."""
-        self._hurried = time.monotonic(), seconds
+        self._shortened = time.monotonic(), seconds
 
     def close(self) -> None:
         """Fail what is in flight and end the I/O thread. Idempotent."""
@@ -370,8 +370,11 @@ class Client:
         again = []
         for pending in list(self._pending.values()):
             since, limit = max(pending.started, self._moved if pending.bulk else 0.0), pending.timeout
-            if self._hurried is not None and max(since, self._hurried[0]) + self._hurried[1] < since + limit:
-                since, limit = max(since, self._hurried[0]), self._hurried[1]
+            if (
+                self._shortened is not None
+                and max(since, self._shortened[0]) + self._shortened[1] < since + limit
+            ):
+                since, limit = max(since, self._shortened[0]), self._shortened[1]
             if now > since + limit:
                 why = f"no answer to {pending.method}"
                 self._fail(pending, DeadlineError(self._late(pending.where, limit, why, pending.said)))

@@ -31,7 +31,7 @@ RECENT = 20  # steps that the time left is estimated from
 ASK_SECONDS = 2.0
 
 
-class Standing:
+class RunStatus:
     """The last known value of every metric of a run, and what its store says."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -70,14 +70,14 @@ class Standing:
 
 
 class Watcher:
-    """Brings a Standing up to date. Use as a context manager."""
+    """Brings a RunStatus up to date. Use as a context manager."""
 
     def __init__(self, run: Path) -> None:
         """run: a run's folder, or the TOML file of a run on several addresses."""
         config = load_config(run) if run.is_file() else recorded_run(run)
         if run.is_file() and config.store.url is None:
             raise ConfigError(f"{run}: store.url is not set, so the run is known by its folder only")
-        self.standing = Standing(config)
+        self.status = RunStatus(config)
         self._folder = None if run.is_file() else run
         addresses = RunFolder(run).addresses(config)
         self._client = StoreClient(
@@ -88,21 +88,21 @@ class Watcher:
         self._lines = 0
 
     def refresh(self) -> None:
-        standing = self.standing
+        status = self.status
         try:
-            standing.stats = self._client.stats()
-            standing.state = str(standing.stats["control"])
+            status.stats = self._client.stats()
+            status.state = str(status.stats["control"])
             for report in every_report(self._client, self._seen):
                 self._seen = report.seq
-                standing.take(*values_of(report.kind, report.payload))
+                status.take(*values_of(report.kind, report.payload))
         except (DeadlineError, PeerError):
-            standing.stats, standing.state = None, "no answer from the store"
+            status.stats, status.state = None, "no answer from the store"
         if self._folder is not None:
             # A resumed run's store keeps its latest reports only; the file has all of them.
             for number, record in enumerate(read_metrics(self._folder)):
                 if number >= self._lines:
                     self._lines = number + 1
-                    standing.take(int(record.pop("step")), record)
+                    status.take(int(record.pop("step")), record)
 
     def close(self) -> None:
         self._client.close()
@@ -114,38 +114,38 @@ class Watcher:
         self.close()
 
 
-def picture(standing: Standing) -> Group:
+def render(status: RunStatus) -> Group:
     """The whole screen."""
-    config = standing.config
+    config = status.config
     table = Table(box=None, pad_edge=False)
     for title in ("agent", "step", "reward", "correct", "expert", "d_k", "copies", "dropped", "zero-adv", "entropy",
                   "clip", "lag", "ready", "taken"):  # fmt: skip
         table.add_column(title, justify="left" if title == "agent" else "right")
-    roles: Mapping[str, Any] = (standing.stats or {}).get("roles", {})
+    roles: Mapping[str, Any] = (status.stats or {}).get("roles", {})
     for role in config.roles:
         if role not in config.training_roles:
             table.add_row(role, "frozen")
             continue
 
         def show(name: str, form: str = ".3f", role: str = role) -> str:
-            value = standing.value(f"{role}/{name}")
+            value = status.value(f"{role}/{name}")
             return "-" if math.isnan(value) else f"{value:{form}}"
 
         queue = roles.get(role, {})
         table.add_row(
-            role, f"{standing.steps[role]}/{config.trainer.steps}", show("reward/mean"), show("reward/correct", ".2f"),
+            role, f"{status.steps[role]}/{config.trainer.steps}", show("reward/mean"), show("reward/correct", ".2f"),
             show("reward/expert", ".2f"), show("d_k/mean", ".2f"), show("align/dup_ratio", ".0%"),
             show("align/drop_ratio", ".0%"), show("advantage/frac_zero", ".0%"), show("policy/entropy", ".2f"),
             show("loss/clip_ratio_high", ".3f"), show("staleness/max", ".0f"), str(queue.get("ready", "-")),
             str(queue.get("leased", "-")),
         )  # fmt: skip
-    return Group(table, Text(_evaluations(standing)), Text(_foot(standing)))
+    return Group(table, Text(_evaluations(status)), Text(_foot(status)))
 
 
-def _evaluations(standing: Standing) -> str:
+def _evaluations(status: RunStatus) -> str:
     parts = []
     for split in ("validation", "heldout"):
-        found = [(m, standing.values.get(f"eval/{split}/{m}")) for m in ("sampled", "greedy")]
+        found = [(m, status.values.get(f"eval/{split}/{m}")) for m in ("sampled", "greedy")]
         texts = [f"{mode} {known[1]:.3f}" for mode, known in found if known]
         step = next((known[0] for _, known in found if known), 0)
         if texts:
@@ -153,16 +153,16 @@ def _evaluations(standing: Standing) -> str:
     return "accuracy  " + ("; ".join(parts) or "not evaluated yet")
 
 
-def _foot(standing: Standing) -> str:
-    speed, left = standing.value("rollout/perf/tok_per_s"), standing.left()
+def _foot(status: RunStatus) -> str:
+    speed, left = status.value("rollout/perf/tok_per_s"), status.left()
     parts = [] if math.isnan(speed) else [f"{speed:.0f} sampled tokens/s"]
-    if standing.stats is not None:
-        parts.append(f"groups: {standing.stats['open']} in the making, {standing.stats['sealed']} sealed")
-        if standing.stats["dropped"]:
-            parts.append(f"{standing.stats['dropped']} dropped")
-    if not math.isnan(left) and left > 0 and standing.state == "running":
+    if status.stats is not None:
+        parts.append(f"groups: {status.stats['open']} in the making, {status.stats['sealed']} sealed")
+        if status.stats["dropped"]:
+            parts.append(f"{status.stats['dropped']} dropped")
+    if not math.isnan(left) and left > 0 and status.state == "running":
         parts.append(f"{clock(left)} left")
-    parts.append(clean(standing.state))
+    parts.append(clean(status.state))
     return "; ".join(parts)
 
 
@@ -174,10 +174,10 @@ def watch(run: Path, every: float, once: bool) -> None:
     with Watcher(run) as watcher:
         watcher.refresh()
         if once or not console.is_terminal:
-            Console(highlight=False, width=max(console.width, 120)).print(picture(watcher.standing))
+            Console(highlight=False, width=max(console.width, 120)).print(render(watcher.status))
             return
-        with Live(picture(watcher.standing), console=console, auto_refresh=False) as live:
+        with Live(render(watcher.status), console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(every)
                 watcher.refresh()
-                live.update(picture(watcher.standing), refresh=True)
+                live.update(render(watcher.status), refresh=True)

@@ -41,7 +41,7 @@ def variants(config: RunConfig) -> list[Variant]:
         Variant("frozen sub", "only the main agent trains", tuple(f"agents.{r}.frozen=true" for r in subs)),
         Variant("frozen main", "only the sub-agents train", (f"agents.{MAIN}.frozen=true",)),
         Variant("shared", "one policy for all roles, trained on all of it", _shared(config), own_start=True),
-        Variant("shuffled rewards", "control: rewards dealt at random within each group",
+        Variant("shuffled rewards", "control: rewards permuted at random within each group",
                 ("trainer.shuffle_rewards=true",)),
         Variant("lr 0", "control: no update", tuple(f"agents.{r}.optimizer.lr=0.0" for r in config.roles)),
         Variant("expert off", "control: sub-agents are paid for form and outcome only",

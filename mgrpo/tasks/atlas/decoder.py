@@ -197,7 +197,7 @@ class FinalNorm(nn.LayerNorm):
 
 
 class ShiftDecoderPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """Initialisation and capabilities shared by the trunk and the language model."""
+    """Initialisation and capabilities shared by the backbone and the language model."""
 
     config: ShiftDecoderConfig
     config_class = ShiftDecoderConfig

@@ -1,13 +1,13 @@
 """A policy divided over ranks with FSDP2: each rank holds its part of every weight, gradient and optimizer state.
 
-Each decoder layer is gathered when it is needed and let go again, and so is the rest of the trunk. Gradients are *sums*
-over the ranks, never means: the loss of every rank is divided by the denominator of the whole minibatch already.
+Each decoder layer is gathered when it is needed and let go again, and so is the rest of the backbone. Gradients are
+*sums* over the ranks, never means: the loss of every rank is divided by the denominator of the whole minibatch already.
 
 All ranks must run the same number of forwards, so a micro-batch is one forward here: attention "rows", which runs as
 many as there are lengths worth one, becomes "sdpa".
 
-The head weight is needed outside of any module's forward. Where it is the embedding it is what the trunk's forward has
-just gathered, and its gradient leaves with the trunk's. A head of its own is gathered by an autograd operation whose
+The head weight is needed outside of any module's forward. Where it is the embedding it is what the backbone's forward has
+just gathered, and its gradient leaves with the backbone's. A head of its own is gathered by an autograd operation whose
 backward sums the ranks' gradients and gives each rank its part.
 """
 
@@ -34,14 +34,14 @@ class ShardedPolicy(Policy):
         self._home = policy.device
         if self.attention == "rows":
             self.attention = "sdpa"
-        trunk, head = policy.backbone, self.model.get_output_embeddings()
+        backbone, head = policy.backbone, self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
         self._tied = head.weight is embedding.weight
         mesh = init_device_mesh(self._home.type, (ranks.size,))
         names = set(getattr(self.model, "_no_split_modules", None) or ())
-        for module in [m for m in trunk.modules() if type(m).__name__ in names]:
+        for module in [m for m in backbone.modules() if type(m).__name__ in names]:
             fully_shard(module, mesh=mesh)
-        fully_shard(trunk, mesh=mesh)
+        fully_shard(backbone, mesh=mesh)
         if self._tied:
             head.weight = embedding.weight
         else:
