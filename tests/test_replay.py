@@ -317,7 +317,7 @@ def test_roles_that_share_a_policy_train_it_together(
     train(RELAY, run, "agents.left.shares=main", "trainer.steps=6", "trainer.minibatches=2")
     assert sorted(final_weights(run)) == ["main", "right"]
     config, recording = recorded_run(run), Recording([run])
-    assert config.policy_roles == ("main", "right") and config.served_by("main") == ("main", "left")
+    assert config.policy_roles == ("main", "right") and config.roles_of("main") == ("main", "left")
     for step in range(6):
         main, left = (recording.steps[role, step].body() for role in ("main", "left"))
         assert main.queries == left.queries

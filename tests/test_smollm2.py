@@ -317,7 +317,7 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
 def test_configs_are_valid(name: str) -> None:
     """Both files load, name two policies of their own, and their task takes their options."""
     config = load_config(EXAMPLE / f"{name}.toml")
-    assert {config.owner(role) for role in config.roles} == {"main", "sub"} == set(config.training_roles)
+    assert {config.policy_of(role) for role in config.roles} == {"main", "sub"} == set(config.training_roles)
     load_task(config.task, config.roles)
 
 

@@ -16,7 +16,7 @@ from tests.runs import wait_for
 
 
 class Bare(TrainerLoop):
-    """A trainer without processes around it: its stations are written down, the first claim of `stop_at` stops it."""
+    """A trainer without processes around it: its stages are written down, the first claim of `stop_at` stops it."""
 
     def __init__(self, begun: int, stop_at: int) -> None:
         self.events: list[str] = []

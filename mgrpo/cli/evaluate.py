@@ -60,7 +60,7 @@ def policy_paths(config: RunConfig, folder: RunFolder, kept: str) -> dict[str, P
 
 def policy_path(config: RunConfig, folder: RunFolder, role: str, kept: str) -> Path | None:
     """One role's policy before ("start") or after ("final") RL; a frozen one ends as it began. None: not there yet."""
-    owner = config.owner(role)
+    owner = config.policy_of(role)
     agent = config.agents[owner]
     path = folder.agent(owner) / ("start" if agent.frozen else kept)
     if path.name == "start" and agent.model is not None:

@@ -328,7 +328,7 @@ class RunConfig(Settings):
             if agent.shares is not None:
                 self._check_sharing(role, agent)
         self._check_servers()
-        if all(self.agents[self.owner(r)].frozen for r in self.agents):
+        if all(self.agents[self.policy_of(r)].frozen for r in self.agents):
             raise ValueError("every agent is frozen; nothing would be trained")
         for role in self.training_roles:
             if not any(self.agents[role].reward.parts.values()):
@@ -377,17 +377,17 @@ class RunConfig(Settings):
                     f"agents.{role}.{name} differs from that of {agent.shares!r}, whose policy it shares"
                 )
 
-    def owner(self, role: str) -> str:
+    def policy_of(self, role: str) -> str:
         """The role whose policy `role` acts with: itself, unless it shares another's."""
         return self.agents[role].shares or role
 
-    def served_by(self, role: str) -> tuple[str, ...]:
+    def roles_of(self, role: str) -> tuple[str, ...]:
         """The roles that act with the policy of `role`, itself first."""
         return (role, *(r for r in self.roles if self.agents[r].shares == role))
 
     def ranks(self, role: str) -> int:
         """Processes of the trainer that serves `role`; a frozen policy needs one."""
-        owner = self.agents[self.owner(role)]
+        owner = self.agents[self.policy_of(role)]
         return 1 if owner.frozen else owner.policy.ranks
 
     @property
@@ -402,7 +402,7 @@ class RunConfig(Settings):
 
     @property
     def training_roles(self) -> tuple[str, ...]:
-        return tuple(r for r in self.roles if not self.agents[self.owner(r)].frozen)
+        return tuple(r for r in self.roles if not self.agents[self.policy_of(r)].frozen)
 
     @property
     def sub_roles(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ GROUP = "mgrpo.engines"
 def find_engine(config: RunConfig, role: str) -> type[EngineBackend]:
     """The class that agents.<role>.engine.type names; of a role that shares a policy, the owner's. Raises ConfigError
     for a name that is not known."""
-    owner = config.owner(role)
+    owner = config.policy_of(role)
     name, where = config.agents[owner].engine.type, f"agents.{owner}.engine.type"
     return find_class(where, name, BUILT_IN, GROUP, EngineBackend)  # type: ignore[type-abstract]
 

@@ -45,7 +45,7 @@ class ServerBackend(EngineBackend):
         from mgrpo.model.policy_files import tokenizer_from_files
         from mgrpo.model.vocabulary import Vocabulary
 
-        owner, length = config.owner(role), config.agents[role].max_length
+        owner, length = config.policy_of(role), config.agents[role].max_length
         engine = config.agents[owner].engine
         assert isinstance(engine, ServerEngineConfig)
         tokenizer, vocab_size = tokenizer_from_files(files, role)

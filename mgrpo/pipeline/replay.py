@@ -1,4 +1,4 @@
-"""Replay: from the record of a rollout back through the stations of training, bit by bit.
+"""Replay: from the record of a rollout back through the stages of training, bit by bit.
 
     scores -> reward -> advantage -> alignment -> batch -> loss
 
@@ -44,7 +44,7 @@ BATCH = ("length", "active", "version_min", "minibatch", "tokens_crc", "loss_mas
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One station of one role: whether what training used can be rebuilt bit for bit, and if not, what differs."""
+    """One stage of one role: whether what training used can be rebuilt bit for bit, and if not, what differs."""
 
     role: str
     name: str  # reward, advantage, alignment, batch, loss
@@ -160,7 +160,7 @@ class Replayer:
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def _loss(self, role: str, step: int, recorded: StepBody) -> Stage:
-        metrics = self._train_up_to(self._config.owner(role), step)
+        metrics = self._train_up_to(self._config.policy_of(role), step)
         if isinstance(metrics, str):
             return Stage(role, "loss", UNKNOWN, metrics)
         names = sorted(name for name in metrics if name.startswith(("loss/", "policy/")))
@@ -205,7 +205,7 @@ class Replayer:
         lost = f"tokens of step {step}, which follows the last kept checkpoint"
         settings, batches = None, []
         try:
-            for served in self._config.served_by(role):
+            for served in self._config.roles_of(role):
                 record = self._recording.steps.get((served, step))
                 if record is None:
                     return lost

@@ -137,7 +137,7 @@ class RolloutWorker:
             if not self._loop.stopped:  # otherwise it was cut short by stop()
                 raise
 
-    # -- stations ------------------------------------------------------------------------------------------------
+    # -- stages ------------------------------------------------------------------------------------------------
 
     def _validate_start(self) -> bool:
         """Validate the policies RL starts from; False ends the run. A run that skips this goes on, and is not valid."""

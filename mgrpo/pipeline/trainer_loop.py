@@ -1,4 +1,4 @@
-"""One agent's trainer, station after station:
+"""One agent's trainer, stage after stage:
 
     start policy -> (warm start) -> serve weights -> [ claim -> read trajectory log -> credit -> advantage -> align
       -> rows -> loss -> optimizer step -> apply -> publish weights -> status -> record -> (checkpoint -> commit) ]
@@ -64,7 +64,7 @@ class TrainerLoop:
         self._begun = self._checkpointed = 0
         self._weights = WeightsServer()
         self._streams = [
-            RoleStream(config, r, agents / r, addresses, self._weights) for r in config.served_by(role)
+            RoleStream(config, r, agents / r, addresses, self._weights) for r in config.roles_of(role)
         ]
         self._store = self._streams[0].store
 
@@ -83,7 +83,7 @@ class TrainerLoop:
             self._run()
         self._trainer.close()
 
-    # -- stations ------------------------------------------------------------------------------------------------
+    # -- stages ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         checkpoint = self._trainer.load(self._start_policy())

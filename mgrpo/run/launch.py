@@ -80,7 +80,7 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
         agent, where = config.agents[role], f"agents.{role}"
         find_loss(agent.loss, f"{where}.loss")
         if agent.model is not None:
-            length = max(config.agents[r].max_length for r in config.served_by(role))
+            length = max(config.agents[r].max_length for r in config.roles_of(role))
             check_folder(Path(agent.model), f"{where}.model", length, task.chat)
             if task.chat:
                 check_chat_folder(Path(agent.model), f"{where}.model", task.chat_use)

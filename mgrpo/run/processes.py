@@ -89,8 +89,10 @@ def run_trainer_process(
     signal.signal(signal.SIGINT, _leave_at_once)
     if role not in config.agents:
         raise ConfigError(f"--agent {role}: unknown role; the config has {', '.join(config.roles)}")
-    if config.owner(role) != role:
-        raise ConfigError(f"--agent {role}: it shares a policy; start the trainer of {config.owner(role)!r}")
+    if config.policy_of(role) != role:
+        raise ConfigError(
+            f"--agent {role}: it shares a policy; start the trainer of {config.policy_of(role)!r}"
+        )
     folder = RunFolder(out)
     folder.make_room_for_sockets(config)
     if config.ranks(role) == 1:

@@ -72,7 +72,7 @@ def store(folder: Path) -> Result:
 
 
 def trainer(folder: Path) -> Result:
-    """20 deaths at each of the five stations."""
+    """20 deaths at each of the five stages."""
     steps, rng = 42, random.Random(1)
     quiet = kill_trainer(folder / "quiet", [], steps)
     ends = []

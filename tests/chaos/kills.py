@@ -1,4 +1,4 @@
-"""kill -9: the store under load, and a trainer at every station of its step."""
+"""kill -9: the store under load, and a trainer at every stage of its step."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def toy_trainer(url: str, folder: str, steps: int, die: str) -> None:
     at = tuple(die.split(":")) if die else ("", "")
     path = Path(folder) / "checkpoint.npz"
 
-    def station(name: str, step: int) -> None:
+    def stage(name: str, step: int) -> None:
         if at == (name, str(step)):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -159,33 +159,33 @@ def toy_trainer(url: str, folder: str, steps: int, die: str) -> None:
         trainer.status(version=step, step=step, checkpoint_step=step - 1)
         while step < steps:
             groups = trainer.claim(2, timeout=60)
-            station("claimed", step)
+            stage("claimed", step)
             for group in groups:
                 rng = np.random.default_rng([group.index, step])
                 weights = weights * 0.9 + sum(r.reward for r in group.rollouts) * rng.standard_normal(8)
-            station("stepped", step)
+            stage("stepped", step)
             trainer.apply(step, groups)
-            station("applied", step)
+            stage("applied", step)
             if step % 2 or step == steps - 1:
                 with Path(f"{path}.new").open("wb") as file:
                     np.savez(file, step=step + 1, weights=weights)
                     file.flush()
                     os.fsync(file.fileno())
                 Path(f"{path}.new").rename(path)
-                station("checkpointed", step)
+                stage("checkpointed", step)
                 trainer.commit(step)
-                station("committed", step)
+                stage("committed", step)
             step += 1
             trainer.status(version=step, step=step, checkpoint_step=step - 1)
 
 
 def kill_trainer(folder: Path, deaths: Sequence[tuple[str, int]], steps: int) -> dict[str, object]:
-    """Train in synchronous mode while the trainer dies at each of `deaths` (station, step); returns its final
+    """Train in synchronous mode while the trainer dies at each of `deaths` (stage, step); returns its final
     weights and the trained-group ledger."""
     folder.mkdir()
     with running_store(folder, training_roles=["main"]) as store:
         worker = mgrpo.connect(store.url, role="worker", run=DIGEST, timeout=60)
-        left = [f"{station}:{step}" for station, step in deaths] + [""]
+        left = [f"{stage}:{step}" for stage, step in deaths] + [""]
         process = spawn(store.url, folder, steps, left.pop(0))
         index = restarts = 0
         deadline = time.monotonic() + 300 + 60 * len(deaths)

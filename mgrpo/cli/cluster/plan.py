@@ -140,7 +140,7 @@ def _addresses(config: RunConfig, site: Site, ports: _Ports) -> Iterator[str]:
     for role in config.roles:
         port = ports.take()
         if config.agents[role].url is None:
-            yield f'agents.{role}.url="tcp://{_host(site, TRAINER, config.owner(role))}:{port}"'
+            yield f'agents.{role}.url="tcp://{_host(site, TRAINER, config.policy_of(role))}:{port}"'
     for role in config.policy_roles:
         if n := config.agents[role].engine.started_servers:
             hosts = [_server_host(config, site, role, i) for i in range(n)]
@@ -209,7 +209,7 @@ def _trainer(config: RunConfig, site: Site, role: str) -> Part:
         *(site.python, "-m", "mgrpo", "trainer", str(site.config)),
         *("--agent", role, "--out", str(site.root)),
     ]
-    urls = {name: str(config.agents[name].url) for name in config.served_by(role)}
+    urls = {name: str(config.agents[name].url) for name in config.roles_of(role)}
     for name, url in urls.items():
         command += ["--set", f"agents.{name}.url={_everywhere(url)}"]
     return Part(

@@ -32,7 +32,7 @@ class HfBackend(EngineBackend):
         from mgrpo.model.policy import Policy
         from mgrpo.model.policy_files import policy_from_files
 
-        engine = config.agents[config.owner(role)].engine
+        engine = config.agents[config.policy_of(role)].engine
         assert isinstance(engine, HfEngineConfig)
         policy = policy_from_files(files, role)
         if engine.device != "cpu" or engine.dtype != "float32":

@@ -64,7 +64,7 @@ class VllmBackend(ServerBackend):
             raise ConfigError(
                 f"agents.{role}.model is missing: a vllm server starts from a Hugging Face folder"
             )
-        length = max(config.agents[r].max_length for r in config.served_by(role))
+        length = max(config.agents[r].max_length for r in config.roles_of(role))
         arguments = [
             *(engine.python, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(agent.model), "--served-model-name", MODEL, *_listen(address)),

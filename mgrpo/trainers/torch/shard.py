@@ -6,9 +6,9 @@ Each decoder layer is gathered when it is needed and let go again, and so is the
 All ranks must run the same number of forwards, so a micro-batch is one forward here: attention "rows", which runs as
 many as there are lengths worth one, becomes "sdpa".
 
-The head weight is needed outside of any module's forward. Where it is the embedding it is what the backbone's forward has
-just gathered, and its gradient leaves with the backbone's. A head of its own is gathered by an autograd operation whose
-backward sums the ranks' gradients and gives each rank its part.
+The head weight is needed outside of any module's forward. Where it is the embedding it is what the backbone's forward
+has just gathered, and its gradient leaves with the backbone's. A head of its own is gathered by an autograd operation
+whose backward sums the ranks' gradients and gives each rank its part.
 """
 
 from __future__ import annotations
