@@ -91,7 +91,7 @@ def variants() -> list[Variant]:
         rows = {"BLOCK": device.BLOCK}
         out.append(_variant(f"gradient {dtype}", logprob.gradient_kernel, dtype, rows))
         partials = logprob.partials_kernel
-        out.append(_variant(f"partials {dtype}", partials, dtype, rows | {"HAS_LIVE": True}))
+        out.append(_variant(f"partials {dtype}", partials, dtype, rows | {"HAS_ACTIVE": True}))
     group = {"ESTIMATOR": 0, "WEIGHTED": True, "BLOCK": device.GROUP_BLOCK}
     kernel = group_advantage.group_advantage_kernel
     out.append(_variant("group_advantage", kernel, "fp32", group, warps=2))
@@ -102,7 +102,7 @@ def variants() -> list[Variant]:
 
 _INT64 = {"target_ids", "seq_id", "begin", "end", "order"}
 _INT32 = {"group_id"}
-_BYTES = {"live", "moved_out"}
+_BYTES = {"active", "has_grad_out"}
 _FLOAT64 = {"deviation"}
 _SIZES = {"stride", "grad_stride", "vocabulary", "n"}
 _SCALARS = {

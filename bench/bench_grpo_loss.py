@@ -69,7 +69,7 @@ def main() -> int:
         "ours, in place": ours,
         "ours, new gradient": lambda: ours(inplace=False),
         "ours, in place, entropy in the loss": lambda: ours(entropy),
-        "ours, in place, half the rows dead": lambda: ours(mask=half),
+        "ours, in place, half the rows masked": lambda: ours(mask=half),
         "chunked in-place torch": lambda: (chunked_inplace(work, batch), wait()),
         "naive autograd": by(naive),
         "naive autograd, same outputs": by(naive_same_outputs),

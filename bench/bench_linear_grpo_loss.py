@@ -30,7 +30,7 @@ from mgrpo import linear_grpo_loss
 
 
 def main() -> int:
-    """All rows live, then half of them; peak memory of each."""
+    """All rows active, then half of them; peak memory of each."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments.add_argument("--rounds", type=int, default=5)
@@ -46,7 +46,7 @@ def main() -> int:
     hidden = torch.randn(rows, width, generator=g).to(dtype).to(args.device).requires_grad_()
     weight = (torch.randn(vocabulary, width, generator=g) * 0.05).to(dtype).to(args.device).requires_grad_()
     full = make_batch(rows, vocabulary, args.device)
-    half = make_batch(rows, vocabulary, args.device, dead=0.5)
+    half = make_batch(rows, vocabulary, args.device, masked=0.5)
     wait = (lambda: None) if cpu else torch.cuda.synchronize
     leaves = (hidden, weight)
 
@@ -86,7 +86,7 @@ def main() -> int:
         "three products alone": products,
         "three products, new gradients": products_new,
         "ours": ours,
-        "ours, half the rows dead": lambda: ours(half),
+        "ours, half the rows masked": lambda: ours(half),
         "chunked in-place torch": chunked,
         "naive autograd": by(naive_head),
         "naive autograd, same outputs": by(naive_head_same_outputs),
@@ -110,7 +110,7 @@ def main() -> int:
     report.figure("ours / three products", ratio(times, "ours", "three products alone"), "x", at_most=bound)
     again = ratio(times, "ours", "three products, new gradients")
     report.figure("ours / three products, new gradients", again, "x", at_most=bound)
-    report.figure("half dead / ours", ratio(times, "ours, half the rows dead", "ours"), "x", at_most=0.6)
+    report.figure("half masked / ours", ratio(times, "ours, half the rows masked", "ours"), "x", at_most=0.6)
     rivals = {
         name: ratio(times, name, "ours")
         for name in times
@@ -124,7 +124,7 @@ def main() -> int:
     returned = hidden.numel() * hidden.element_size() + weight.numel() * weight.element_size()
     peaks = {}
     for name, provider in providers.items():
-        if name.startswith("three products") or name == "ours, half the rows dead":
+        if name.startswith("three products") or name == "ours, half the rows masked":
             continue
         with PeakMemory(args.device) as peak:
             provider()

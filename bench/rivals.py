@@ -43,8 +43,8 @@ class Batch:
         }
 
 
-def make_batch(rows: int, vocabulary: int, device: str, length: int = 64, dead: float = 0.0) -> Batch:
-    """A batch with `dead` of its rows masked, every other run of 16."""
+def make_batch(rows: int, vocabulary: int, device: str, length: int = 64, masked: float = 0.0) -> Batch:
+    """A batch with the fraction `masked` of its rows masked, every other run of 16."""
     g = torch.Generator().manual_seed(0)
     n = -(-rows // length)
     cu = torch.arange(0, n + 1).mul(length).clamp(max=rows).to(torch.int32)
@@ -57,7 +57,7 @@ def make_batch(rows: int, vocabulary: int, device: str, length: int = 64, dead: 
         advantages.to(device),
         advantages[seq].to(device),
         None,
-        (period >= dead * 32).to(device),
+        (period >= masked * 32).to(device),
     )
 
 

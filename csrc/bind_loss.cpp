@@ -93,7 +93,7 @@ void register_loss(py::module_& m) {
   m.def(
       "loss_rows",
       [](const LogitRows& x, const std::array<Address, 6>& in, const TokenSettings& s, Address grad, Address logp,
-         Address entropy, Address moved) {
+         Address entropy, Address has_grad) {
         const LossInputs inputs{at<float>("policy_weight", in[0], x.rows), at<float>("weight", in[1], x.rows),
                                 at<float>("advantages", in[2], x.rows),    maybe<float>("old_logprobs", in[3]),
                                 maybe<float>("ref_logprobs", in[4]),       maybe<float>("rollout_logprobs", in[5])};
@@ -103,19 +103,19 @@ void register_loss(py::module_& m) {
                     "rollout_logprobs: missing, with correction ", int(s.correction));
         loss_rows(x, inputs, s, grad ? logits_at("grad", grad, x.bfloat16, x.rows) : nullptr,
                   at<float>("logp", logp, x.rows), at<float>("entropy", entropy, x.rows),
-                  at<uint8_t>("moved", moved, x.rows));
+                  at<uint8_t>("has_grad", has_grad, x.rows));
       },
       py::arg("rows"), py::arg("inputs"), py::arg("settings"), py::arg("grad"), py::arg("logp"), py::arg("entropy"),
-      py::arg("moved"), unlocked,
+      py::arg("has_grad"), unlocked,
       "inputs: addresses of policy_weight, weight, advantages, old, ref and rollout log-probs (0: absent).");
   m.def(
       "row_partials",
-      [](const LogitRows& x, Address live, Address maximum, Address sum, Address weighted, Address target) {
-        row_partials(x, maybe<uint8_t>("live", live), at<float>("maximum", maximum, x.rows),
+      [](const LogitRows& x, Address active, Address maximum, Address sum, Address weighted, Address target) {
+        row_partials(x, maybe<uint8_t>("active", active), at<float>("maximum", maximum, x.rows),
                      at<float>("sum", sum, x.rows), at<float>("weighted", weighted, x.rows),
                      at<float>("target", target, x.rows));
       },
-      py::arg("rows"), py::arg("live"), py::arg("maximum"), py::arg("sum"), py::arg("weighted"), py::arg("target"),
+      py::arg("rows"), py::arg("active"), py::arg("maximum"), py::arg("sum"), py::arg("weighted"), py::arg("target"),
       unlocked, "Partial softmax statistics of each row (see loss_rows.hpp).");
   m.def(
       "row_gradients",

@@ -166,7 +166,7 @@ double token_coefficient(const TokenSettings& s, double logp, double advantage, 
 }
 
 void loss_rows(const LogitRows& x, const LossInputs& in, const TokenSettings& s, void* grad, float* logp,
-               float* entropy, uint8_t* moved) {
+               float* entropy, uint8_t* has_grad) {
   const float k = float(kLog2e / x.temperature);
   const bool other_terms = s.kl_coef != 0.0 || s.entropy_coef != 0.0;
   const auto one_row = [&](int64_t row, Scratch& scratch) {  // false: nothing to write but zeros
@@ -191,28 +191,29 @@ void loss_rows(const LogitRows& x, const LossInputs& in, const TokenSettings& s,
     if (c == 0.0 && e == 0.0) return false;
     const RowScale scale{k, r.maximum, log2_sum, float(c / x.temperature), float(e / x.temperature), float(h)};
     write_gradient(x, z, scale, id, lp, scratch.exponentials(), scratch.block_max(), row_of(x, grad, row));
-    moved[row] = 1;
+    has_grad[row] = 1;
     return true;
   };
   parallel_for(x.rows, kGrain, x.threads, [&] {
     return [&, scratch = Scratch(x.vocabulary)](int64_t begin, int64_t end) mutable {
       for (int64_t row = begin; row < end; ++row) {
         logp[row] = entropy[row] = 0.0f;
-        moved[row] = 0;
-        const bool live =
+        has_grad[row] = 0;
+        const bool active =
             (in.policy_weight[row] != 0.0f && in.advantages[row] != 0.0f) || (other_terms && in.weight[row] != 0.0f);
-        if (!live || !one_row(row, scratch)) zero_row(x, grad, row);
+        if (!active || !one_row(row, scratch)) zero_row(x, grad, row);
       }
     };
   });
 }
 
-void row_partials(const LogitRows& x, const uint8_t* live, float* maximum, float* sum, float* weighted, float* target) {
+void row_partials(const LogitRows& x, const uint8_t* active, float* maximum, float* sum, float* weighted,
+                  float* target) {
   const float k = float(kLog2e / x.temperature);
   parallel_for(x.rows, kGrain, x.threads, [&] {
     return [&, scratch = Scratch(x.vocabulary)](int64_t begin, int64_t end) mutable {
       for (int64_t row = begin; row < end; ++row) {
-        if (live && !live[row]) {
+        if (active && !active[row]) {
           maximum[row] = weighted[row] = target[row] = 0.0f;
           sum[row] = 1.0f;
           continue;

@@ -43,16 +43,17 @@ struct LossInputs {
   const float *policy_weight, *weight, *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs;
 };
 
-// One pass: logp and entropy of every live row and its gradient into grad (same dtype and stride; may be the logits).
-// A dead row gets logp = entropy = 0 and gradient 0; moved (rows) is 1 where the gradient is not all 0. grad null: no
+// One pass: logp and entropy of every active row and its gradient into grad (same dtype and stride; may be the logits).
+// A masked row gets logp = entropy = 0 and gradient 0; has_grad (rows) is 1 where the gradient is not all 0. grad null: no
 // gradient.
 void loss_rows(const LogitRows& x, const LossInputs& in, const TokenSettings& settings, void* grad, float* logp,
-               float* entropy, uint8_t* moved);
+               float* entropy, uint8_t* has_grad);
 
 // Partial statistics of a (shard of a) row: maximum and the target's logit as they are (-infinity where the target is not
 // in this shard), and with u = (z - maximum) / temperature the sums of exp(u) and exp(u) u.
-// live (may be null: all): rows with 0 are not read and get 0, 1, 0, 0.
-void row_partials(const LogitRows& x, const uint8_t* live, float* maximum, float* sum, float* weighted, float* target);
+// active (may be null: all): rows with 0 are not read and get 0, 1, 0, 0.
+void row_partials(const LogitRows& x, const uint8_t* active, float* maximum, float* sum, float* weighted,
+                  float* target);
 
 // Gradient of sum_t c_t logp_t + e_t entropy_t, given the statistics of the whole vocabulary (maximum, sum of exp(u),
 // entropy); c = e = 0 rows give 0 and are not read.

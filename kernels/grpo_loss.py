@@ -3,7 +3,7 @@ logits.
 
 One program a row: it reduces its own group (cached loads of N rewards), sweeps the row once for its
 statistics, forms the token's coefficient, and sweeps it again to write the gradient, which may overwrite the
-logits. A dead row is not read. Formulas: token_loss.py and group_advantage.py among the ops.
+logits. A masked row is not read. Formulas: token_loss.py and group_advantage.py among the ops.
 """
 
 import triton
@@ -78,7 +78,7 @@ def grpo_loss_kernel(
     rollout,
     logp_out,  # float32 (T,)
     entropy_out,  # float32 (T,)
-    moved_out,  # uint8 (T,), 1 where the gradient is not all 0
+    has_grad_out,  # uint8 (T,), 1 where the gradient is not all 0
     stride,
     grad_stride,
     vocabulary,
@@ -134,9 +134,9 @@ def grpo_loss_kernel(
         tl.store(advantages + row, a)
     else:
         a = tl.load(advantages + row)
-    live = (pw != 0.0) & (a != 0.0)
+    active = (pw != 0.0) & (a != 0.0)
     if (KL != 0) | ENTROPY:
-        live = live | (w != 0.0)
+        active = active | (w != 0.0)
     logp = w * 0.0
     h = w * 0.0
     c = w * 0.0
@@ -145,7 +145,7 @@ def grpo_loss_kernel(
     s = w * 0.0 + 1.0
     wanted = tl.load(target_ids + row)
     row_ptr = logits + row * stride
-    if live:
+    if active:
         m, s, b = row_statistics(row_ptr, vocabulary, k, BLOCK)
         here = (wanted >= 0) & (wanted < vocabulary)
         z = tl.load(row_ptr + wanted, mask=here, other=float("nan")).to(tl.float32)
@@ -178,10 +178,10 @@ def grpo_loss_kernel(
             h = logp
     tl.store(logp_out + row, logp)
     tl.store(entropy_out + row, h)
-    moved = (c != 0.0) | (e != 0.0)
-    tl.store(moved_out + row, moved.to(tl.uint8))
+    has_grad = (c != 0.0) | (e != 0.0)
+    tl.store(has_grad_out + row, has_grad.to(tl.uint8))
     if NEED_GRAD:
-        if moved:
+        if has_grad:
             tl.debug_barrier()  # every lane has the target's logit before a lane may overwrite it
             write_gradient(
                 row_ptr,

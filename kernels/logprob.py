@@ -69,7 +69,7 @@ def write_zeros(out_ptr, vocabulary, BLOCK: tl.constexpr):
 def partials_kernel(
     logits,  # (T, V)
     target_ids,  # int64 (T,); outside [0, V): not in this shard
-    live,  # uint8 (T,), read when HAS_LIVE
+    active,  # uint8 (T,), read when HAS_ACTIVE
     maximum,  # float32 (T,), and the next three
     total,
     weighted,
@@ -77,16 +77,16 @@ def partials_kernel(
     stride,
     vocabulary,
     k,
-    HAS_LIVE: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Statistics of each row: max z, sum exp(u), sum exp(u) u, target's z; (0, 1, 0, 0) for rows that are not
-    live."""
+    active."""
     row = tl.program_id(0).to(tl.int64)
-    alive = True
-    if HAS_LIVE:
-        alive = tl.load(live + row) != 0
-    if alive:
+    row_active = True
+    if HAS_ACTIVE:
+        row_active = tl.load(active + row) != 0
+    if row_active:
         row_ptr = logits + row * stride
         m, s, b = row_statistics(row_ptr, vocabulary, k, BLOCK)
         wanted = tl.load(target_ids + row)

@@ -118,9 +118,11 @@ def loss_rows(
     grad: int,
     logp: int,
     entropy: int,
-    moved: int,
+    has_grad: int,
 ) -> None: ...
-def row_partials(rows: LogitRows, live: int, maximum: int, sum: int, weighted: int, target: int) -> None: ...
+def row_partials(
+    rows: LogitRows, active: int, maximum: int, sum: int, weighted: int, target: int
+) -> None: ...
 def row_gradients(rows: LogitRows, inputs: Sequence[int], grad: int) -> None: ...
 def group_advantage(
     rewards: int, group_id: int, weight: int, n: int, estimator: int, eps: float, out: int

@@ -92,7 +92,7 @@ def test_rewards_and_groups_are_the_advantages_they_make() -> None:
 
 
 def test_a_masked_batch_and_an_empty_one_are_zero() -> None:
-    """No live row: loss 0, gradient 0, finite metrics."""
+    """No active row: loss 0, gradient 0, finite metrics."""
     data = grid_batch(33, torch.float32) | {"loss_mask": torch.zeros(19, dtype=torch.bool)}
     loss, metrics, grad = run_logits(data, settings("dapo"), torch.float32, "cpu")
     assert float(loss) == 0 and not grad.any()

@@ -40,15 +40,15 @@ def test_opcheck_passes_for_every_op() -> None:
     data = grid_batch(33, torch.float32)
     logits = data["logits"].float()
     flat, numbers = library.flatten(tokens_of(data, config, logits)), encode(config)
-    ids, live = data["target_ids"], torch.ones(19, dtype=torch.bool)
+    ids, active = data["target_ids"], torch.ones(19, dtype=torch.bool)
     head = head_batch(33, 8, torch.float32)
     h, w = head["hidden"].float().requires_grad_(), head["weight"].float().requires_grad_()
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (library.group_advantage, (torch.randn(6), torch.zeros(6).int(), None, "grpo", 1e-6, "cpu")),
-        (library.row_logprob, (logits.clone().requires_grad_(), ids, live, 0.7, False, "cpu")),
+        (library.row_logprob, (logits.clone().requires_grad_(), ids, active, 0.7, False, "cpu")),
         (library.grpo_loss, (logits.clone().requires_grad_(), *flat, numbers, True, "cpu")),
         (library.grpo_loss_, (logits.clone(), *flat, numbers, "cpu")),
-        (library_head.linear_logprob, (h, w, ids, live, 0.7, 5, "cpu")),
+        (library_head.linear_logprob, (h, w, ids, active, 0.7, 5, "cpu")),
         (library_head.linear_grpo_loss, (h, w, *flat, numbers, 5, [True, True], "cpu")),
     ]
     for op, args in cases:

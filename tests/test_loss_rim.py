@@ -269,7 +269,7 @@ def test_the_border_to_cpp_refuses_tensors_of_other_shapes() -> None:
         ("target_ids", lambda: native.row_partials(z, ids[:1], None, 1.0)),
         ("target_ids", lambda: native.row_partials(z, ids.int(), None, 1.0)),
         ("target_ids", lambda: native.row_partials(z, torch.zeros(4, dtype=torch.int64)[::2], None, 1.0)),
-        ("live", lambda: native.row_partials(z, ids, torch.ones(2), 1.0)),
+        ("active", lambda: native.row_partials(z, ids, torch.ones(2), 1.0)),
         ("grad", lambda: native.row_gradients(z, ids, c, 1.0, torch.zeros(2, 3))),
         ("grad", lambda: native.row_gradients(z, ids, c, 1.0, z.bfloat16())),
         ("inputs", lambda: native.row_gradients(z, ids, (*c[:4], torch.zeros(1)), 1.0, z.clone())),

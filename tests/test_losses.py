@@ -91,7 +91,7 @@ def test_grpo_written_again_is_the_fused_grpo() -> None:
     a, b = (run_head(data, config, torch.float32, "cpu", chunk=5) for config in (fused, mine))
     torch.testing.assert_close(b[0], a[0], rtol=1e-6, atol=1e-7)
     assert error(b[2], a[2]) <= 2e-6 and error(b[3], a[3]) <= 2e-6
-    for name in ("ratio_mean", "ratio_max", "entropy", "live_row_frac", "mismatch_kl", "ess"):
+    for name in ("ratio_mean", "ratio_max", "entropy", "active_row_frac", "mismatch_kl", "ess"):
         torch.testing.assert_close(b[1][name], a[1][name])
     for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
         logits = grid_batch(129, dtype)

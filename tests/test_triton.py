@@ -133,8 +133,8 @@ def test_interpreted_group_advantage(small_blocks: None) -> None:
             want = group_advantage(rewards, ids, w, estimator=estimator, impl="reference")
             got = group_advantage(rewards, ids, w, estimator=estimator, impl="triton")
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-            moved = None if w is None else w[order]
-            again = group_advantage(rewards[order], ids[order], moved, estimator=estimator, impl="triton")
+            has_grad = None if w is None else w[order]
+            again = group_advantage(rewards[order], ids[order], has_grad, estimator=estimator, impl="triton")
             assert torch.equal(got[order], again) and not got[24:].any()
 
 

@@ -59,7 +59,7 @@ class Rows(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tokens]: ...
 
     def row_partials(
-        self, logits: Tensor, target_ids: Tensor, live: Tensor | None, temperature: float
+        self, logits: Tensor, target_ids: Tensor, active: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
     def row_gradients(

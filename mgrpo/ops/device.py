@@ -67,7 +67,7 @@ def loss_rows(
     tokens."""
     t, v = logits.shape
     logp = torch.empty(t, dtype=torch.float32, device=logits.device)
-    entropy, moved = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.uint8)
+    entropy, has_grad = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.uint8)
     groups = tokens.groups
     advantages = torch.empty_like(logp) if groups else _float(tokens.advantages)
     pw, w = _float(tokens.policy_weight), _float(tokens.weight)
@@ -98,7 +98,7 @@ def loss_rows(
                 rollout,
                 logp,
                 entropy,
-                moved,
+                has_grad,
                 logits.stride(0),
                 out.stride(0),
                 v,
@@ -134,7 +134,7 @@ def loss_rows(
             )
     if groups:
         tokens = tokens.with_advantages(advantages)
-    return logp, entropy, moved.bool(), tokens
+    return logp, entropy, has_grad.bool(), tokens
 
 
 def loss_registers(groups: bool, estimator: int) -> int | None:
@@ -147,24 +147,24 @@ def loss_registers(groups: bool, estimator: int) -> int | None:
 
 
 def row_partials(
-    logits: Tensor, target_ids: Tensor, live: Tensor | None, temperature: float
+    logits: Tensor, target_ids: Tensor, active: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As native.row_partials."""
     t, v = logits.shape
     maximum = torch.empty(t, dtype=torch.float32, device=logits.device)
     out = (maximum, torch.empty_like(maximum), torch.empty_like(maximum), torch.empty_like(maximum))
-    alive = target_ids if live is None else live.to(torch.uint8)
+    active_rows = target_ids if active is None else active.to(torch.uint8)
     with _on(logits):
         if t:
             row_kernels.partials_kernel[(t,)](
                 logits,
                 target_ids,
-                alive,
+                active_rows,
                 *out,
                 logits.stride(0),
                 v,
                 math.log2(math.e) / temperature,
-                HAS_LIVE=live is not None,
+                HAS_ACTIVE=active is not None,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )

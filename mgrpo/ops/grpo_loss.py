@@ -95,9 +95,9 @@ def grpo_loss(
     z = logits.contiguous()
     need_grad = torch.is_grad_enabled() and logits.requires_grad
     if two_phases:
-        live = tokens.live(loss)
+        active = tokens.active(loss)
         logp, entropy, *_ = library.row_logprob(
-            z, tokens.target_ids, live, config.temperature, inplace, backend
+            z, tokens.target_ids, active, config.temperature, inplace, backend
         )
         return token_loss(logp, entropy, tokens, loss)
     settings = encoding.encode(config)

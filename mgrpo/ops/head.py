@@ -1,7 +1,7 @@
 """The vocabulary head without [T, V]: chunks of rows, three products, nothing for rows that cannot move a
 gradient.
 
-    for each chunk of live rows:   z = h W^T          (1)
+    for each chunk of active rows:   z = h W^T          (1)
                                    z <- d loss / d z   in place (loss_rows)
                                    dh = z W            (2)
                                    dW += z^T h         (3), accumulated in float32
@@ -9,7 +9,7 @@ gradient.
 Dead rows (masked, voteless, or of advantage 0 with no other term) never reach (1); rows whose gradient turned
 out to be 0, because the clip holds them or their logits are not finite, leave before (2) and (3) where the
 count is known without a device synchronisation (on the CPU). Where a row's coefficient depends on other rows,
-`logprob` runs (1) for every live row and `logprob_backward` all three for the rows that move.
+`logprob` runs (1) for every active row and `logprob_backward` all three for the rows that move.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Shard(Protocol):
     def loss_rows(
         self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, need_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logp, entropy, moved) of a chunk; with need_grad its gradient overwrites `logits`."""
+        """(logp, entropy, has_grad) of a chunk; with need_grad its gradient overwrites `logits`."""
 
     def logprob(
         self, logits: Tensor, target_ids: Tensor, temperature: float
@@ -124,11 +124,11 @@ def loss(
     t = hidden.shape[0]
     logp, entropy = (hidden.new_zeros(t, dtype=torch.float32) for _ in range(2))
     products = _Products(hidden, weight, needs)
-    for piece, h, z in _chunks(hidden, weight, tokens.live(loss), chunk):
+    for piece, h, z in _chunks(hidden, weight, tokens.active(loss), chunk):
         part = tokens.rows(piece)
-        lp, en, moved = shard.loss_rows(z, part, loss, needs.hidden or needs.weight)
+        lp, en, has_grad = shard.loss_rows(z, part, loss, needs.hidden or needs.weight)
         logp[piece], entropy[piece] = lp, en
-        products.add(z, h, piece, moved)
+        products.add(z, h, piece, has_grad)
     if needs.hidden:
         shard.reduce(products.hidden)
     value, metrics = token_loss(logp, entropy, tokens, loss)
@@ -139,15 +139,15 @@ def logprob(
     hidden: Tensor,
     weight: Tensor,
     target_ids: Tensor,
-    live: Tensor,
+    active: Tensor,
     temperature: float,
     chunk: int,
     shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `live` is False."""
+    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False."""
     out = [hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
     out[3].fill_(1.0)
-    for piece, _, z in _chunks(hidden, weight, live, chunk):
+    for piece, _, z in _chunks(hidden, weight, active, chunk):
         for whole, part in zip(out, shard.logprob(z, target_ids[piece], temperature), strict=True):
             whole[piece] = part
     logp, entropy, maximum, total = out
@@ -191,11 +191,11 @@ def empty_like_needed(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Ten
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, live: Tensor, chunk: int
+    hidden: Tensor, weight: Tensor, active: Tensor, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(row indices, hidden rows, their logits) of the live rows; the logits' buffer is the same every
+    """(row indices, hidden rows, their logits) of the active rows; the logits' buffer is the same every
     time."""
-    index = live.nonzero().squeeze(1)
+    index = active.nonzero().squeeze(1)
     buffer = hidden.new_empty(min(chunk, index.numel()), weight.shape[0])
     for piece in torch.split(index, chunk):
         h = hidden[piece]
@@ -220,12 +220,12 @@ class _Products:
             self.weight.zero_()
         return self.hidden, self.weight
 
-    def add(self, z: Tensor, h: Tensor, piece: Tensor, moved: Tensor | None) -> None:
-        """z (n, V): the gradient of rows `piece`, whose hidden states are h; moved None: all of them."""
+    def add(self, z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor | None) -> None:
+        """z (n, V): the gradient of rows `piece`, whose hidden states are h; has_grad None: all of them."""
         if not (self.needs.hidden or self.needs.weight):
             return
-        if moved is not None:
-            z, h, piece = _drop(z, h, piece, moved)
+        if has_grad is not None:
+            z, h, piece = _drop(z, h, piece, has_grad)
         if self.needs.hidden:
             self.hidden[piece] = z @ self.head
         if self.needs.weight:
@@ -250,15 +250,15 @@ class _Products:
                 self.weight[v : v + _COLUMNS].addmm_(z[:, v : v + _COLUMNS].float().t(), h)
 
 
-def _drop(z: Tensor, h: Tensor, piece: Tensor, moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _drop(z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Leave rows out whose gradient is 0. A row that is not finite must go: 0 x NaN would spoil the
     products."""
     if z.device.type != "cpu":  # the count is not known here without waiting for the device
-        return z, torch.where(moved[:, None], h, 0.0), piece
-    count = int(moved.sum())
+        return z, torch.where(has_grad[:, None], h, 0.0), piece
+    count = int(has_grad.sum())
     if count > _COMPACT_BELOW * z.shape[0]:
-        return z, torch.where(moved[:, None], h, 0.0), piece
-    keep = moved.nonzero().squeeze(1)
+        return z, torch.where(has_grad[:, None], h, 0.0), piece
+    keep = has_grad.nonzero().squeeze(1)
     for to, source in enumerate(keep.tolist()):  # forward and in place: to <= source
         if to != source:
             z[to] = z[source]

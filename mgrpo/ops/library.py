@@ -53,17 +53,17 @@ def _(
 
 @torch.library.custom_op("mgrpo::row_logprob", mutates_args=())
 def row_logprob(
-    logits: Tensor, target_ids: Tensor, live: Tensor, temperature: float, inplace: bool, backend: str
+    logits: Tensor, target_ids: Tensor, active: Tensor, temperature: float, inplace: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `live` is False. inplace: backward may
+    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False. inplace: backward may
     use the storage of logits for its gradient."""
-    partials = rows(backend).row_partials(logits, target_ids, live, temperature)
+    partials = rows(backend).row_partials(logits, target_ids, active, temperature)
     return head.finish(*partials, temperature)
 
 
 @row_logprob.register_fake
 def _(
-    logits: Tensor, target_ids: Tensor, live: Tensor, temperature: float, inplace: bool, backend: str
+    logits: Tensor, target_ids: Tensor, active: Tensor, temperature: float, inplace: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a, b, c, d = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4))
     return a, b, c, d

@@ -17,13 +17,13 @@ def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     target_ids: Tensor,
-    live: Tensor,
+    active: Tensor,
     temperature: float,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `live` is False."""
-    return head.logprob(hidden, weight, target_ids, live, temperature, chunk, head.Local(backend))
+    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False."""
+    return head.logprob(hidden, weight, target_ids, active, temperature, chunk, head.Local(backend))
 
 
 @linear_logprob.register_fake
@@ -31,7 +31,7 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     target_ids: Tensor,
-    live: Tensor,
+    active: Tensor,
     temperature: float,
     chunk: int,
     backend: str,

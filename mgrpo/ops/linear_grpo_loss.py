@@ -55,9 +55,9 @@ def linear_grpo_loss(
     from mgrpo.ops import library, library_head
 
     if needs_two_phases(loss, tokens.old_logprobs is not None):
-        live = tokens.live(loss)
+        active = tokens.active(loss)
         logp, entropy, *_ = library_head.linear_logprob(
-            hidden, weight, tokens.target_ids, live, config.temperature, chunk, backend
+            hidden, weight, tokens.target_ids, active, config.temperature, chunk, backend
         )
         return token_loss(logp, entropy, tokens, loss)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]

@@ -35,9 +35,9 @@ def group_advantage(
 def loss_rows(
     logits: Tensor, tokens: Tokens, loss: PolicyLoss, grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tokens]:
-    """(logp, entropy, moved, tokens); d loss / d logits goes into `grad` (which may be `logits`) unless None.
+    """(logp, entropy, has_grad, tokens); d loss / d logits goes into `grad` (which may be `logits`) unless None.
 
-    logp and entropy float32 (T,), 0 in dead rows and NaN in rows that are not finite; moved bool (T,): the
+    logp and entropy float32 (T,), 0 in masked rows and NaN in rows that are not finite; has_grad bool (T,): the
     row's gradient is not all 0.
     """
     inputs = (
@@ -52,7 +52,7 @@ def loss_rows(
     if grad is not None:
         _check_grad(grad, logits)
     logp = torch.empty(logits.shape[0], dtype=torch.float32)
-    entropy, moved = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)
+    entropy, has_grad = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)
     _C.loss_rows(
         _rows(logits, tokens.target_ids, loss.config.temperature),
         [_address(x) for x in held],
@@ -60,24 +60,24 @@ def loss_rows(
         _address(grad),
         logp.data_ptr(),
         entropy.data_ptr(),
-        moved.data_ptr(),
+        has_grad.data_ptr(),
     )
-    return logp, entropy, moved, tokens
+    return logp, entropy, has_grad, tokens
 
 
 def row_partials(
-    logits: Tensor, target_ids: Tensor, live: Tensor | None, temperature: float
+    logits: Tensor, target_ids: Tensor, active: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(maximum, sum, weighted, target) float32 (T,) of each row, or of its shard (ids outside it: target
     -inf).
 
-    live: bool (T,); rows where it is False are not read and get (0, 1, 0, 0), a log-prob of 0.
+    active: bool (T,); rows where it is False are not read and get (0, 1, 0, 0), a log-prob of 0.
     """
-    if live is not None:
-        _check_vector("live", live, logits.shape[0], torch.bool)
+    if active is not None:
+        _check_vector("active", active, logits.shape[0], torch.bool)
     maximum = torch.empty(logits.shape[0], dtype=torch.float32)
     out = (maximum, torch.empty_like(maximum), torch.empty_like(maximum), torch.empty_like(maximum))
-    _C.row_partials(_rows(logits, target_ids, temperature), _address(live), *(x.data_ptr() for x in out))
+    _C.row_partials(_rows(logits, target_ids, temperature), _address(active), *(x.data_ptr() for x in out))
     return out
 
 

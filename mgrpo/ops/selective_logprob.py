@@ -50,14 +50,14 @@ def selective_logprob(
             from mgrpo.ops import tensor_parallel
 
             shard = tensor_parallel.Sharded(fast(backend), tp_group, weight.shape[0])
-            live = torch.ones_like(target_ids, dtype=torch.bool)
-            return head.logprob(hidden, weight, target_ids, live, temperature, chunk, shard)[:2]
+            active = torch.ones_like(target_ids, dtype=torch.bool)
+            return head.logprob(hidden, weight, target_ids, active, temperature, chunk, shard)[:2]
         if backend == "reference":
             return _reference(hidden, weight, target_ids, temperature, chunk)
         from mgrpo.ops import library_head
 
-        live = torch.ones_like(target_ids, dtype=torch.bool)
-        out = library_head.linear_logprob(hidden, weight, target_ids, live, temperature, chunk, backend)
+        active = torch.ones_like(target_ids, dtype=torch.bool)
+        out = library_head.linear_logprob(hidden, weight, target_ids, active, temperature, chunk, backend)
         return out[0], out[1]
 
 

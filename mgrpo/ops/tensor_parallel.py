@@ -144,8 +144,8 @@ class _Logprob(torch.autograd.Function):
         chunk: int,
         shard: Sharded,
     ) -> Any:
-        ids, live = tokens.target_ids, tokens.live(loss)
-        logp, entropy, m, s = head.logprob(hidden, weight, ids, live, loss.config.temperature, chunk, shard)
+        ids, active = tokens.target_ids, tokens.active(loss)
+        logp, entropy, m, s = head.logprob(hidden, weight, ids, active, loss.config.temperature, chunk, shard)
         ctx.save_for_backward(hidden, weight, ids, m, s, entropy)
         ctx.settings = (loss.config.temperature, chunk, shard)
         return logp, entropy

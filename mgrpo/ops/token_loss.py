@@ -43,7 +43,7 @@ METRICS = (
     "mismatch_kl",
     "ess",
     "logprob_diff_max",
-    "live_row_frac",
+    "active_row_frac",
     "nonfinite_rows",
 )
 """Keys of the metrics every loss call returns, each a 0-d tensor on the logits' device."""
@@ -78,7 +78,7 @@ class Tokens:
     num_sequences: int
     groups: Groups | None = None
 
-    def live(self, loss: PolicyLoss) -> Tensor:
+    def active(self, loss: PolicyLoss) -> Tensor:
         """bool (T,): rows that can change the loss or its gradient; the others need no pass over the
         vocabulary.
 
@@ -90,7 +90,7 @@ class Tokens:
         acts = self.policy_weight != 0
         if loss.zero_without_advantage:
             acts = acts & (self.advantages != 0)
-        if loss.has_sequence_ratio:  # every token of a live sequence moves the sequence's ratio
+        if loss.has_sequence_ratio:  # every token of a active sequence moves the sequence's ratio
             acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
         if _sequence_correction(config) and self.old_logprobs is None:
             acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
@@ -197,13 +197,13 @@ def token_loss(
     """(loss 0-d, metrics) from logp and entropy (T,), differentiable in both: the definition every backend is
     held to.
 
-    Rows whose log-prob is not finite, and rows that are not live, contribute exactly 0. The means among the
-    metrics are over live rows with finite log-probs; ratios are 1 and the rest 0 where there are none.
+    Rows whose log-prob is not finite, and rows that are not active, contribute exactly 0. The means among the
+    metrics are over active rows with finite log-probs; ratios are 1 and the rest 0 where there are none.
     """
     config = loss.config
-    live = tokens.live(loss)
+    active = tokens.active(loss)
     finite = logp.detach().isfinite() & entropy.detach().isfinite()
-    counted = live & finite
+    counted = active & finite
     logp = torch.where(counted, logp, 0.0)
     entropy = torch.where(counted, entropy, 0.0)
     base = logp.detach() if tokens.old_logprobs is None else tokens.old_logprobs.to(logp.dtype)
@@ -240,8 +240,8 @@ def token_loss(
             "policy_loss": policy.detach(),
             "kl": _mean(kl, counted),
             "entropy": _mean(entropy, counted),
-            "live_row_frac": live.to(logp.dtype).mean() if live.numel() else logp.new_zeros(()),
-            "nonfinite_rows": (live & ~finite).sum(),
+            "active_row_frac": active.to(logp.dtype).mean() if active.numel() else logp.new_zeros(()),
+            "nonfinite_rows": (active & ~finite).sum(),
         }
     return value, {name: metrics[name].detach() for name in METRICS}
 
