@@ -65,7 +65,9 @@ class Workload:
         queries = [f"0/{i // K}" for i in range(n)]
         place = {"rollouts": np.arange(n, dtype=np.int32) % K, "invocations": np.zeros(n, np.int32)}
         ids = {"traj_ids": np.arange(n), "policy_versions": np.zeros(n, np.int32)}
-        batcher.add_many(queries, offsets=offsets, advantages=r.random(n, np.float32), **columns, **place, **ids)
+        batcher.add_many(
+            queries, offsets=offsets, advantages=r.random(n, np.float32), **columns, **place, **ids
+        )
         for i in range(n):
             batcher.seal(queries[i], i % K, 1)
         lists = long_lists = rivals.Lists([], [], [], [])
