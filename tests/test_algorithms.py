@@ -200,6 +200,17 @@ def test_settings_that_cannot_act_are_refused_by_name(override: str, words: str)
         load_config(RELAY, [override])
 
 
+def test_a_team_reward_needs_weights_of_main_alone() -> None:
+    """With grpo a sub-agent's own parts may all have weight 0, and main's may not."""
+    unpaid = "reward={format=0.0,outcome=0.0,expert=0.0}"
+    load_config(RELAY, [f"agents.left.{unpaid}", "agents.left.algorithm.type=grpo"])
+    with pytest.raises(ConfigError, match=r"agents.left.reward has no part"):
+        load_config(RELAY, [f"agents.left.{unpaid}"])
+    frozen = ["agents.main.frozen=true", "agents.main.reward={gate=false,format=0.0,correct=0.0}"]
+    with pytest.raises(ConfigError, match=r"agents.main.reward has no part"):
+        load_config(RELAY, [*frozen, "agents.left.algorithm.type=grpo"])
+
+
 class Picky(mgrpo.algorithms.Algorithm):
     """A class from outside that wants an option."""
 

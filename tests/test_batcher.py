@@ -259,6 +259,12 @@ def test_advantages_of_tokens() -> None:
         b.add("r", 0, 0, 9, ids, mask, logprobs, np.array([0, np.nan, 0, 0], np.float32), 0)
     with pytest.raises(TrajectoryError, match="advantage is not a numpy array"):
         b.add("r", 0, 0, 9, ids, mask, logprobs, 0.5, 0)
+    again = np.array([9.0, 1.0, -1.0, 9.0], np.float32)
+    assert not b.add("q", 0, 0, 0, np.zeros(4, np.int32), mask, logprobs, again, 0)
+    for n in (4, 90):  # as long with other advantages, and longer
+        columns = (np.zeros(n, np.int32), np.ones(n, np.uint8), np.zeros(n, np.float32))
+        with pytest.raises(TrajectoryError, match="already here as trajectory 0 with other content"):
+            b.add("q", 0, 0, 0, *columns, np.ones(n, np.float32), 0)
     assert b.used_bytes == 3 * 16 * 13
 
 

@@ -74,21 +74,6 @@ class PluginAlgorithm(Settings):
     """Its own settings, which it checks."""
 
 
-_BuiltIn = (
-    MGrpoAlgorithm
-    | GrpoAlgorithm
-    | DrGrpoAlgorithm
-    | RlooAlgorithm
-    | BatchAlgorithm
-    | TurnCreditAlgorithm
-    | LeaveOneOutCallAlgorithm
-)
-ALGORITHM_TYPES: tuple[str, ...] = tuple(
-    get_args(kind.model_fields["type"].annotation)[0] for kind in get_args(_BuiltIn)
-)
-"""The names of the built-in kinds."""
-
-
 def _kind(section: object) -> str:
     name = section.get("type", "mgrpo") if isinstance(section, dict) else getattr(section, "type", None)
     return f"({name})" if isinstance(name, str) and name in ALGORITHM_TYPES else "(plugin)"
@@ -106,3 +91,10 @@ AlgorithmConfig = Annotated[
     Discriminator(_kind),
 ]
 """`agents.<role>.algorithm`: the section of a built-in kind, else that of a class from outside."""
+
+ALGORITHM_TYPES = frozenset(
+    kind.model_fields["type"].default
+    for kind in (get_args(tagged)[0] for tagged in get_args(get_args(AlgorithmConfig)[0]))
+    if kind is not PluginAlgorithm
+)
+"""The names of the built-in kinds."""

@@ -331,9 +331,10 @@ class RunConfig(Settings):
         if all(self.agents[self.policy_of(r)].frozen for r in self.agents):
             raise ValueError("every agent is frozen; nothing would be trained")
         for role in self.training_roles:
-            if not any(self.agents[role].reward.parts.values()):
+            paid = MAIN if self.agents[role].algorithm.type == "grpo" else role  # a team reward is main's
+            if not any(self.agents[paid].reward.parts.values()):
                 raise ValueError(
-                    f"agents.{role}.reward has no part with a weight above 0: all its rewards would be equal"
+                    f"agents.{paid}.reward has no part with a weight above 0: all its rewards would be equal"
                 )
         remote = [r for r, a in self.agents.items() if a.url is None] if self.store.url else []
         if (
