@@ -107,7 +107,7 @@ def test_failures_are_counted_by_kind_and_the_rest_arrives(worker: Worker) -> No
     assert sorted(q for m, q in ends if m == "rollout_fail") == ["0/1", "0/2", "0/3"]
     assert sorted(q for m, q in ends if m == "rollout_final") == ["0/0", "0/0", "0/1", "0/2", "0/3"]
     reasons = "\n".join(worker.store.reasons)
-    for words in ("agents.main.max_length", "KeyError: 'task'", "the search is down", "test_worker.py:"):
+    for words in ("agents.main.max_length", "KeyError: 'task'", "the search is down", "test_rollout_worker.py:"):
         assert words in reasons
 
 
@@ -158,7 +158,7 @@ def test_what_fails_every_rollout_ends_the_run_with_its_place(worker: Worker) ->
     for _ in range(LOST_WAVES - 1):
         assert worker.play()["rollout/failed"] == 2
     with pytest.raises(
-        InfrastructureError, match=r"each of 3 waves .* KeyError: 'all' \(.*test_worker\.py:\d+, in _"
+        InfrastructureError, match=r"each of 3 waves .* KeyError: 'all' \(.*test_rollout_worker\.py:\d+, in _"
     ):
         worker.play()
 
@@ -225,7 +225,7 @@ def _play_for_ever(folder: str) -> None:
 
 def test_sigterm_while_rollouts_are_played(tmp_path: Path) -> None:
     """The rollouts are cancelled, the process ends well, and its log has no traceback."""
-    code = "import sys; from tests.test_worker import _play_for_ever; _play_for_ever(sys.argv[1])"
+    code = "import sys; from tests.test_rollout_worker import _play_for_ever; _play_for_ever(sys.argv[1])"
     with started([sys.executable, "-c", code, str(tmp_path)]) as process:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["playing\n"] * 2
