@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from mgrpo.config.task import TaskConfig
 from mgrpo.environments.loader import load_task
 from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError
+from mgrpo.pipeline.play import play
 from mgrpo.tasks.atlas.task import AtlasTask
+from tests.play_kit import REQUEST, SlowEngine, team
 
 RUN = """
 [task]
@@ -129,6 +132,14 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, source: str, words
     with pytest.raises(ConfigError, match=words) as error:
         load_task(config.task, PAIR)
     assert "\n" not in str(error.value)
+
+
+def test_a_failure_in_a_file_is_placed_in_it(tmp_path: Path) -> None:
+    """What its play() raises fails the rollout with file and line, as a package's does."""
+    source = TASK + "    async def play(self, question, episode):\n        raise KeyError('shelf')\n"
+    task = load_task(load_config(written(tmp_path, 'path = "my_task.py:MyTask"', source)).task, PAIR)
+    result = asyncio.run(play(task, REQUEST, team(SlowEngine()), 1))
+    assert result.kind == "task" and f"'shelf' ({tmp_path}/my_task.py:7, in play)" in result.failure
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

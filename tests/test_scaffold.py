@@ -12,8 +12,10 @@ import pytest
 from mgrpo.cli.scaffold import init_task
 from mgrpo.errors import ConfigError
 from mgrpo.view.data import RunView
+from tests.browser import MISSING, browser
 from tests.runs import ROOT, final_weights, records, summary, train
 from tests.test_cli import mgrpo, refused
+from tests.test_view import served
 
 SHORT = (
     "trainer.steps=3",
@@ -63,6 +65,16 @@ def test_it_trains_from_its_file_and_reports_its_metric(by_path: Path) -> None:
     assert len(values) == 3 and all(0 <= value <= 1 for value in values)
     assert any(name.encode() in p.read_bytes() for p in (by_path / "tensorboard").iterdir())
     assert [point[1] for point in RunView(by_path).overview()["series"][name]] == values
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")
+def test_the_page_draws_its_metric(by_path: Path, tmp_path: Path) -> None:
+    """A chart of its own, among those that every run has."""
+    with served(by_path) as (url, _), browser(tmp_path) as page:
+        page.open(url)
+        title = "helper_followed (reported by the task)"
+        page.until("return document.querySelector(`[data-chart='${arguments[0]}'] circle`) !== null", title)
+        assert page.problems() == []
 
 
 def test_it_trains_installed_to_the_same_bits(
