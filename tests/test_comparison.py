@@ -13,16 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mgrpo.algorithms.mgrpo import MGrpo
+from mgrpo.algorithms.registry import open_algorithm
 from mgrpo.cli.comparison import jobs, verdict
+from mgrpo.cli.comparison.shuffled import ShuffledRewards
 from mgrpo.cli.comparison.variants import Variant, chosen, scores, variants
 from mgrpo.config import load_config
+from mgrpo.config.algorithm import MGrpoAlgorithm
+from mgrpo.config.run import RewardConfig
 from mgrpo.environments.comparison import COTRAIN, MODES, WARM, Figures
 from mgrpo.errors import ConfigError
-from mgrpo.pipeline.replay import Replayer
-from mgrpo.record.reader import Recording
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.processes import load_run_task
 from mgrpo.tasks.atlas.claims import claims
+from tests.algorithm_kit import random_groups
 from tests.runs import RELAY, ROOT, command, finish
 
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
@@ -181,30 +185,32 @@ def test_equal_seconds_reads_both_curves_at_the_shorter_run(tmp_path: Path) -> N
     assert found[COTRAIN] == {"seconds": 41.0, "accuracy": 0.9, "cotrain": 0.9}
 
 
-def test_shuffled_rewards_are_the_same_rewards_elsewhere(recorded: Path) -> None:
+def test_shuffled_rewards_are_the_same_rewards_elsewhere() -> None:
     """The control changes who gets which reward of a group, the same way every time, and nothing else."""
-    config = recorded_run(recorded)
-    control = config.model_copy(
-        update={"trainer": config.trainer.model_copy(update={"shuffle_rewards": True})}
-    )
-    recording = Recording([recorded])
+    weights = RewardConfig(gate=False)
+    control, other = (ShuffledRewards({"seed": seed}, "sub", weights) for seed in (1, 2))
+    groups = [group for seed in range(8) for group in random_groups(seed)]
     moved = 0
-    for step in range(3):
-        record = recording.steps["left", step].body()
-        plain, again, shuffled = (
-            Replayer(c, recording, RunFolder(recorded).agent)._build("left", step, record)[0]
-            for c in (config, control, control)
-        )
-        assert plain and again and shuffled
-        assert [m.reward for m in again.members] == [m.reward for m in shuffled.members]
-        for group in range(len(plain.groups)):
-            rewards = [[m.reward for m in b.members if m.group == group] for b in (plain, shuffled)]
-            assert sorted(rewards[0]) == sorted(rewards[1])
-            moved += rewards[0] != rewards[1]
-        assert [m.trajectory.tokens.tobytes() for m in plain.members] == [
-            m.trajectory.tokens.tobytes() for m in shuffled.members
-        ]
-    assert moved > 0
+    for group in groups:
+        permuted = control.permuted(group)
+        before, after = ([m.reward for m in g.members] for g in (group, permuted))
+        assert sorted(before) == sorted(after)
+        moved += before != after
+        for a, b in zip(group.members, permuted.members, strict=True):
+            assert (a.rollout, a.invocation, a.weight) == (b.rollout, b.invocation, b.weight)
+            assert a.tokens is b.tokens and a.loss_mask is b.loss_mask
+    assert moved > 8
+    assert control.advantages(groups) == control.advantages(groups) != other.advantages(groups)
+    plain = MGrpo(MGrpoAlgorithm(), "sub", weights)
+    assert control.advantages(groups) == plain.advantages([control.permuted(g) for g in groups])
+
+
+def test_the_control_of_shuffled_rewards_is_a_config(recorded: Path) -> None:
+    """What the comparison overrides is a config that finds the class, for every role."""
+    config = recorded_run(recorded)
+    (variant,) = [v for v in variants(config) if v.name == "shuffled rewards"]
+    changed = load_config(RunFolder(recorded).config, variant.overrides)
+    assert all(isinstance(open_algorithm(changed, role), ShuffledRewards) for role in changed.roles)
 
 
 @pytest.mark.slow

@@ -178,8 +178,6 @@ class TrainerConfig(Settings):
     """Tokens, padding included, of one forward and backward pass."""
     max_lag: int = Field(0, ge=0)
     """Steps that a sampled token may be older than the weights it trains; 0 is synchronous and reproducible."""
-    shuffle_rewards: bool = False
-    """A control: the rewards of each group are permuted among its trajectories at random. Nothing can be learned."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """Denominator of the ratio: what the sampler reported, or a forward pass of the trainer before the step."""
     checkpoint_every: int = Field(20, ge=1)

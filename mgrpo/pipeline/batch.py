@@ -8,7 +8,7 @@ trajectory log (memory to memory, token data never passes through Python objects
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -134,8 +134,6 @@ class BatchBuilder:
                 reward = self._algorithm.reward(invocation.scores, rollouts[invocation.rollout])
                 tokens = self._tokens(group.query, invocation)
                 members.append(Member(number, claimed[invocation.rollout], invocation, tokens, reward))
-        if self._config.trainer.shuffle_rewards:
-            members[first:] = self._shuffled(group, members[first:])
         alignment = self._agent.alignment
         aligned = align(
             counts, d_max=self._agent.d_max, seed=self._config.seed, step=step, query=group.query, role=self._role,
@@ -163,12 +161,6 @@ class BatchBuilder:
                 f"{query}/{invocation.rollout}/{self._role}/{invocation.invocation} has no tokens"
             )
         return self._trajectories.read(invocation.ref)
-
-    def _shuffled(self, group: ClaimedGroup, members: Sequence[Member]) -> list[Member]:
-        """The same trajectories with each other's rewards: a pure function of (seed, group, role)."""
-        seed = [self._config.seed, group.index, self._config.roles.index(self._role)]
-        order = np.random.default_rng(seed).permutation(len(members))
-        return [replace(m, reward=members[i].reward) for m, i in zip(members, order, strict=True)]
 
     def _advantages(self, groups: Sequence[RolloutGroup]) -> Sequence[Sequence[float | Float32]]:
         """What the algorithm gives the groups of one minibatch. Raises ValueError for too many or too few numbers."""

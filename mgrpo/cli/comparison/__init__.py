@@ -3,5 +3,6 @@
 variants.py  what is compared, as overrides of one config
 jobs.py      the runs: side by side, resumed, sharing their warm starts
 scores.py    the held-out score of every variant, question by question
+shuffled.py  a control: rewards permuted within each group
 verdict.py   means, spreads, paired intervals, table and picture; the claims about them are the task's
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mgrpo.cli.comparison.shuffled import ShuffledRewards
 from mgrpo.config import RunConfig
 from mgrpo.environments.comparison import COTRAIN, WARM
 from mgrpo.errors import ConfigError
@@ -42,11 +43,18 @@ def variants(config: RunConfig) -> list[Variant]:
         Variant("frozen main", "only the sub-agents train", (f"agents.{MAIN}.frozen=true",)),
         Variant("shared", "one policy for all roles, trained on all of it", _shared(config), own_start=True),
         Variant("shuffled rewards", "control: rewards permuted at random within each group",
-                ("trainer.shuffle_rewards=true",)),
+                tuple(f"agents.{r}.algorithm={_shuffled(config)}" for r in config.roles)),
         Variant("lr 0", "control: no update", tuple(f"agents.{r}.optimizer.lr=0.0" for r in config.roles)),
         Variant("expert off", "control: sub-agents are paid for form and outcome only",
                 tuple(f"agents.{r}.reward.expert=0.0" for r in subs)),
     ]  # fmt: skip
+
+
+def _shuffled(config: RunConfig) -> str:
+    """Of mgrpo.cli.comparison.shuffled, as TOML."""
+    return (
+        f'{{ type = "{ShuffledRewards.__module__}:ShuffledRewards", options = {{ seed = {config.seed} }} }}'
+    )
 
 
 def _shared(config: RunConfig) -> tuple[str, ...]:
