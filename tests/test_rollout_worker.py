@@ -107,7 +107,12 @@ def test_failures_are_counted_by_kind_and_the_rest_arrives(worker: Worker) -> No
     assert sorted(q for m, q in ends if m == "rollout_fail") == ["0/1", "0/2", "0/3"]
     assert sorted(q for m, q in ends if m == "rollout_final") == ["0/0", "0/0", "0/1", "0/2", "0/3"]
     reasons = "\n".join(worker.store.reasons)
-    for words in ("agents.main.max_length", "KeyError: 'task'", "the search is down", "test_rollout_worker.py:"):
+    for words in (
+        "agents.main.max_length",
+        "KeyError: 'task'",
+        "the search is down",
+        "test_rollout_worker.py:",
+    ):
         assert words in reasons
 
 
