@@ -24,7 +24,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mgrpo.config.loss import TEMPERATURES
 from mgrpo.engines.base import SamplingParams
 from mgrpo.engines.client import LOOK_SECONDS, Completion, ServerClient, ServerInfo, Span
 from mgrpo.errors import InfrastructureError
@@ -58,7 +57,7 @@ class SglangClient(ServerClient):
     """See ServerClient."""
 
     name = "SGLang"
-    temperatures = TEMPERATURES
+    temperatures = (1e-6, 1e6)  # below, it takes the likeliest token
     logprobs_hint = "start it without SGLANG_RETURN_ORIGINAL_LOGPROB"
     versions_hint = "needs SGLang 0.5.6 or newer"
     length_setting = "context-length"
