@@ -28,7 +28,8 @@ Sum = TypeVar("Sum", "float", "Tensor")
 
 @dataclass(frozen=True, slots=True)
 class TermInputs:
-    """T sampled tokens, without masked ones: vectors (T,) of one floating dtype on one device."""
+    """T sampled tokens, without masked ones: vectors (T,) of one floating dtype on one device. (A built-in term gets
+    every row of the call, those that do not count with log-prob 0.)"""
 
     logprobs: Tensor
     """log pi(token) in nats under the policy that is trained. Differentiable, as are entropy and ratio."""

@@ -222,6 +222,7 @@ def token_loss(
     seen_by_term = TermInputs(
         logp, base, ratio, advantages, ref, entropy, tokens.seq_id, tokens.num_sequences
     )
+    # A built-in term sees all rows: it is finite where one does not count, and no index is made on the device.
     terms = loss.term(seen_by_term) if loss.fused else _term_of(loss, seen_by_term, counted)
     policy = torch.where(counted, policy_weight * terms, 0.0).sum()
     value = policy
