@@ -9,11 +9,11 @@ autograd is held by both of its forms: the loss alone, and with the entropy metr
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from bench.common import Report, interleave, parser, ratio
+from bench.common import Report, Timing, interleave, parser, ratio
 from bench.rivals import (
     CONFIG,
     Batch,
@@ -26,6 +26,8 @@ from bench.rivals import (
     that_fit,
 )
 from mgrpo import grpo_loss
+
+OURS = "ours, in place"
 
 
 def main() -> int:
@@ -89,27 +91,8 @@ def main() -> int:
         providers = that_fit(providers, restore)
     rounds = 3 if args.quick else args.rounds
     times = interleave(providers, rounds=rounds, clock="thread" if cpu else "wall", before=restore)
-    size = source.numel() * source.element_size()
-    for name, t in times.items():
-        over = t.median / times["memcpy of the logits"].median
-        note = f"spread {t.spread:.0%}, {over:.2f} memcpys, {t.throughput(2 * size):.1f} GB/s of read + write"
-        report.figure(name, t.median, "ms", note=note)
-    chunked, autograd = (5.0, 18.0) if cpu else (None, None)
-    ours_name = "ours, in place"
-    report.figure("chunked / ours", ratio(times, "chunked in-place torch", ours_name), "x", at_least=chunked)
-    for form in ("naive autograd", "naive autograd, same outputs"):
-        if form in times:
-            report.figure(f"{form} / ours", ratio(times, form, ours_name), "x", at_least=autograd)
-    form = "naive autograd, entropy in the loss"
-    if form in times:
-        against = ratio(times, form, "ours, in place, entropy in the loss")
-        report.figure("entropy in the loss, naive / ours", against, "x")
-    against = ratio(times, ours_name, "memcpy of the logits")
-    # On a GPU a memcpy moves 2X bytes; two sweeps move 3X.
-    report.figure("ours / memcpy", against, "x", at_most=2.2 if cpu else 1.25 * 1.5)
-    if "liger-kernel" in times:
-        report.figure("liger / ours", ratio(times, "liger-kernel", ours_name), "x")
-    for name in (ours_name, "chunked in-place torch", "naive autograd"):
+    report_times(report, times, cpu, source.numel() * source.element_size())
+    for name in (OURS, "chunked in-place torch", "naive autograd"):
         if name not in providers:
             continue
         work.copy_(source)
@@ -117,6 +100,28 @@ def main() -> int:
             providers[name]()
         report.figure(f"peak memory above base: {name}", peak.bytes / 1e6, "MB")
     return report.finish(args)
+
+
+def report_times(report: Report, times: Mapping[str, Timing], cpu: bool, size: int) -> None:
+    """Each time, and the ratios that have a bound. size: bytes of the logits."""
+    for name, t in times.items():
+        over = t.median / times["memcpy of the logits"].median
+        note = f"spread {t.spread:.0%}, {over:.2f} memcpys, {t.throughput(2 * size):.1f} GB/s of read + write"
+        report.figure(name, t.median, "ms", note=note)
+    chunked, autograd = (5.0, 18.0) if cpu else (None, None)
+    report.figure("chunked / ours", ratio(times, "chunked in-place torch", OURS), "x", at_least=chunked)
+    for form in ("naive autograd", "naive autograd, same outputs"):
+        if form in times:
+            report.figure(f"{form} / ours", ratio(times, form, OURS), "x", at_least=autograd)
+    form = "naive autograd, entropy in the loss"
+    if form in times:
+        against = ratio(times, form, "ours, in place, entropy in the loss")
+        report.figure("entropy in the loss, naive / ours", against, "x")
+    against = ratio(times, OURS, "memcpy of the logits")
+    # On a GPU a memcpy moves 2X bytes; two sweeps move 3X.
+    report.figure("ours / memcpy", against, "x", at_most=2.2 if cpu else 1.25 * 1.5)
+    if "liger-kernel" in times:
+        report.figure("liger / ours", ratio(times, "liger-kernel", OURS), "x")
 
 
 if __name__ == "__main__":

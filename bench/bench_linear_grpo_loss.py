@@ -9,12 +9,13 @@ inputs, and the two gradients every provider returns are taken off.
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from bench.common import Report, interleave, parser, ratio
+from bench.common import Report, Timing, interleave, parser, ratio
 from bench.rivals import (
     CONFIG,
     PeakMemory,
@@ -99,7 +100,15 @@ def main() -> int:
     if not cpu:
         providers = that_fit(providers)
     times = interleave(providers, rounds=3 if args.quick else args.rounds, clock="thread" if cpu else "wall")
-    flops = 6.0 * rows * width * vocabulary
+    report_times(report, times, cpu, 6.0 * rows * width * vocabulary)
+    held.clear()
+    returned = hidden.numel() * hidden.element_size() + weight.numel() * weight.element_size()
+    report_memory(report, providers, args, returned)
+    return report.finish(args)
+
+
+def report_times(report: Report, times: Mapping[str, Timing], cpu: bool, flops: float) -> None:
+    """Each time, and the ratios that have a bound. flops: of the three products."""
     for name, t in times.items():
         over = t.median / times["three products alone"].median
         note = (
@@ -120,8 +129,12 @@ def main() -> int:
         report.figure(f"{name} / ours", factor, "x")
     best = min(rivals.values())
     report.figure("best rival / ours", best, "x", at_least=None if cpu else 1.25)
-    held.clear()
-    returned = hidden.numel() * hidden.element_size() + weight.numel() * weight.element_size()
+
+
+def report_memory(
+    report: Report, providers: Mapping[str, Callable[[], object]], args: argparse.Namespace, returned: int
+) -> None:
+    """Peak memory of each provider beside the gradients that it returns (`returned` bytes)."""
     peaks = {}
     for name, provider in providers.items():
         if name.startswith("three products") or name == "ours, half the rows masked":
@@ -134,7 +147,6 @@ def main() -> int:
     bounds = {"naive autograd": None, "naive autograd, same outputs": None if args.quick else 0.06}
     for form in (name for name in bounds if name in peaks):
         report.figure(f"peak memory, ours / {form}", peaks["ours"] / peaks[form], at_most=bounds[form])
-    return report.finish(args)
 
 
 if __name__ == "__main__":

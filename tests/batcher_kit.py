@@ -16,6 +16,19 @@ Call = tuple[str, tuple[Any, ...]]
 DEFAULTS: dict[str, Any] = {"k": 4, "d_max": {"sub": 3}, "capacity": 96, "dp": 2, "arena_bytes": 1 << 22}
 
 
+GOOD: dict[str, Any] = {
+    "query": "7/2",
+    "rollout": 1,
+    "invocation": 0,
+    "traj_id": 41,
+    "tokens": np.array([5, 6, 7], np.int32),
+    "loss_mask": np.array([0, 1, 1], np.uint8),
+    "logprobs": np.array([0, -1, -2], np.float32),
+    "advantage": 0.5,
+    "policy_version": 3,
+}
+
+
 def make(**options: Any) -> Batcher:
     return Batcher(**{**DEFAULTS, **options})
 
@@ -128,3 +141,24 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
         x, y = np.asarray(a[key]), np.asarray(b[key])
         assert x.shape == y.shape, f"{key}: {x.shape} != {y.shape}"
         assert x.size == 0 or x.tobytes() == y.astype(x.dtype).tobytes(), f"{key}:\n{x}\n{y}"
+
+
+def snapshot(batcher: Batcher) -> dict[str, Any]:
+    state = batcher.state_dict()
+    state["used"] = batcher.used_bytes
+    return {key: value for key, value in state.items() if key != "ages"}
+
+
+def assert_unchanged(batcher: Batcher, before: dict[str, Any]) -> None:
+    after = snapshot(batcher)
+    for key, value in before.items():
+        assert np.array_equal(np.asarray(value), np.asarray(after[key])), key
+
+
+def fill(b: Batcher, advantages: dict[tuple[int, int], float], query: str = "q", length: int = 4) -> None:
+    """One group: (rollout, invocation) -> advantage; rollouts not named have d = 0."""
+    for (k, i), advantage in advantages.items():
+        traj_id = 1000 * len(b) + 10 * k + i
+        b.add(query, k, i, traj_id, *tokens_of(length, traj_id), advantage, 0)
+    for k in range(b.options["k"]):
+        b.seal(query, k, sum(kk == k for kk, _ in advantages))

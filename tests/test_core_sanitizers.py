@@ -13,10 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-BORDER = [
-    f"tests/test_{name}.py"
-    for name in ("batcher", "batcher_border", "alignment", "prefetch", "trajectory_log")
-]
+BATCHER = ("batcher", "batcher_refusals", "batcher_buffers", "batcher_border")
+BORDER = [f"tests/test_{name}.py" for name in (*BATCHER, "alignment", "prefetch", "trajectory_log")]
 
 
 def run(*command: str, **env: str) -> str:
