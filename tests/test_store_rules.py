@@ -131,7 +131,7 @@ def test_groups_too_old_at_the_claim_are_passed_over_and_replaced(tmp_path: Path
             driver.end(query, rollout, version)
     driver.publish("main", 2)
     assert driver.claim(1) == ["new"]
-    assert driver.stats()["roles"]["main"]["lost"] == 1
+    assert driver.stats()["roles"]["main"]["skipped"] == 1
     with pytest.raises(Refusal, match=r"RETRY_AFTER|ahead"):
         driver.open("next", 2)  # sub is still at version 0 and has two groups before it
     driver.publish("sub", 1)
@@ -200,7 +200,7 @@ def test_settled_groups_leave_memory_and_come_back_for_a_rollback(tmp_path: Path
     assert driver.stats()["in_memory"] == 0
     driver.end("q3", 0)  # a late copy of an old record: the same answer, nothing else
     resumed = driver.call("resume", rec.Resume("main", 11, "again", 1), "trainer:main")
-    assert (resumed.epoch, resumed.again) == (2, 8)
+    assert (resumed.epoch, resumed.requeued) == (2, 8)
     groups = driver.call("claim", rec.Claim("main", 2, 1, 8, 0.0), "trainer:main")
     assert [group.index for group in groups] == list(range(12, 20))
     driver.database.close()
@@ -263,7 +263,7 @@ def test_a_slow_worker_makes_no_group_stale_in_a_run_in_order(tmp_path: Path) ->
     for index in (5, 7):
         play(driver, index, 0)
     train(driver, 1, 4)
-    assert all(role["lost"] == 0 for role in driver.stats()["roles"].values())
+    assert all(role["skipped"] == 0 for role in driver.stats()["roles"].values())
     driver.database.close()
 
 
@@ -280,14 +280,14 @@ def test_a_dropped_group_moves_those_behind_it_one_place_up(tmp_path: Path) -> N
     for rollout in range(2):
         driver.call("rollout_fail", rec.RolloutFail("q1", rollout, 0, "engine down"))
     opened[2] = driver.call("open_group", rec.OpenGroup("q2", 2, {}, 2))
-    assert [o.oldest for o in opened.values()] == [{"main": 0, "sub": 0}] * 3
+    assert [o.min_versions for o in opened.values()] == [{"main": 0, "sub": 0}] * 3
     play(driver, 2, 0)
     assert driver.claim(1, 2) == ["q0", "q2"]
     driver.call("apply", rec.Groups("main", 1, [("q0", 1), ("q2", 1)], 0), "trainer:main")
     driver.publish("main", 1)
     assert driver.claim(1, 2, "sub") == ["q0", "q2"]
     driver.publish("sub", 1)
-    assert driver.call("open_group", rec.OpenGroup("q3", 2, {}, 3)).oldest == {"main": 1, "sub": 1}
+    assert driver.call("open_group", rec.OpenGroup("q3", 2, {}, 3)).min_versions == {"main": 1, "sub": 1}
     driver.database.close()
 
 

@@ -101,7 +101,7 @@ def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
 def stream(**store: object) -> SimpleNamespace:
     usual = {
         "shorten_deadlines": lambda seconds: None,
-        "resume": lambda checkpoint_step: SimpleNamespace(again=0),
+        "resume": lambda checkpoint_step: SimpleNamespace(requeued=0),
     }
     return SimpleNamespace(
         role="main",

@@ -204,13 +204,14 @@ class RolloutWorker:
         planned = self._config.trainer.steps * self._config.trainer.questions
         if index < planned:
             return False
-        return index >= planned + max(int(role["lost"]) for role in self._store.stats()["roles"].values())
+        return index >= planned + max(int(role["skipped"]) for role in self._store.stats()["roles"].values())
 
     def _play(self, batch: RolloutBatch) -> None:
-        oldest = {
-            role: max(group.oldest.get(role, 0) for group, _ in batch) for role in self._config.training_roles
+        min_versions = {
+            role: max(group.min_versions.get(role, 0) for group, _ in batch)
+            for role in self._config.training_roles
         }
-        version = self._team.sync(oldest)
+        version = self._team.sync(min_versions)
         if self._number == 0:
             self._evaluate_if_due(version)
         began = time.monotonic()

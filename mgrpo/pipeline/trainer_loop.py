@@ -112,7 +112,7 @@ class TrainerLoop:
                 self._report("phase", {"text": f"{self._role}: a checkpoint was passed over: {damage}"})
             self._commit(checkpoint)
             self._report(
-                "phase", {"text": f"{self._role}: resumed at step {step}, {resumed.again} groups again"}
+                "phase", {"text": f"{self._role}: resumed at step {step}, {resumed.requeued} groups again"}
             )
         self._publish(step)
         if not self._agent.frozen:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.files import sync_folder
 from mgrpo.store.records import Control, RunParams
-from mgrpo.store.state import APPLIED, COMMITTED, KEEP_REPORTS, LEASED, LOST, OPEN, READY, Row, State
+from mgrpo.store.state import APPLIED, COMMITTED, KEEP_REPORTS, LEASED, SKIPPED, OPEN, READY, Row, State
 from mgrpo.transport import codec
 
 APPLICATION_ID = 0x6D677270  # "mgrp"
@@ -237,14 +237,14 @@ class Database:
             state.sealed += group_state == "sealed"
             if group_state == "dropped":
                 state.drop(index)
-        for mark in LOST:
+        for mark in SKIPPED:
             for role, index in db.execute(
                 "SELECT role, idx FROM deliveries WHERE state = ?", (mark,)
             ).fetchall():
                 if role in state.roles:
-                    state.roles[role].lost.append(index)
+                    state.roles[role].skipped.append(index)
         for held in state.roles.values():
-            held.lost.sort()
+            held.skipped.sort()
         row = db.execute("SELECT value FROM meta WHERE key = 'control'").fetchone()
         if row is not None:
             state.control = codec.decode(row[0], Control)

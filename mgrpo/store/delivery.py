@@ -30,7 +30,7 @@ from mgrpo.store.state import (
     COMMITTED,
     DROPPED,
     LEASED,
-    LOST,
+    SKIPPED,
     QUARANTINED,
     READY,
     STALE,
@@ -55,28 +55,28 @@ class Deliveries:
         ready again. The caller has brought every group of the role with a later step into memory."""
         role = self._any_role(request.role)
         if request.nonce == role.nonce:
-            return Resumed(role.epoch, role.again, role.resumed_from)
+            return Resumed(role.epoch, role.requeued, role.resumed_from)
         self._check_epoch(role, request.epoch, first=True)
         if role.epoch and request.checkpoint_step > role.step:
             raise BadMessage(
                 f"checkpoint of step {request.checkpoint_step}, but role {role.name!r} has applied up to "
                 f"step {role.step}: this store is older than the checkpoint"
             )
-        again = 0
+        requeued = 0
         for delivery in self._of(role):
             if delivery.state == LEASED or (
                 delivery.state in (APPLIED, COMMITTED) and delivery.step > request.checkpoint_step
             ):
                 self.state.move(delivery, READY, epoch=0, step=-1)
                 role.cursor = min(role.cursor, delivery.index)
-                again += 1
+                requeued += 1
             elif delivery.state == APPLIED:
                 self.state.move(delivery, COMMITTED)
-        role.epoch, role.nonce, role.again = role.epoch + 1, request.nonce, again
+        role.epoch, role.nonce, role.requeued = role.epoch + 1, request.nonce, requeued
         role.resumed_from = role.step = role.checkpoint_step = request.checkpoint_step
         role.claim_seq, role.claimed = 0, []
         self.state.save_role(role)
-        return Resumed(role.epoch, again, role.step)
+        return Resumed(role.epoch, requeued, role.step)
 
     def status(self, request: Status) -> RoleStatus:
         """The trainer publishes a policy version."""
@@ -268,7 +268,7 @@ class Deliveries:
         if group is None or group.state == DROPPED:
             return True
         delivery = group.deliveries.get(role.name)
-        return delivery is not None and delivery.state in (COMMITTED, *LOST, *also)
+        return delivery is not None and delivery.state in (COMMITTED, *SKIPPED, *also)
 
     def nack(self, request: Groups) -> None:
         """Give groups back unused, with a reason."""

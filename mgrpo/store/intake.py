@@ -93,7 +93,7 @@ class Intake:
                 raise Refusal("RETRY_AFTER", f"role {role.name!r} has not published a version yet")
             room = (params.max_lag + role.version + 1) * params.batch
             if request.index is None:
-                taken = state.sealed - (len(role.lost) - state.dropped) + running
+                taken = state.sealed - (len(role.skipped) - state.dropped) + running
             else:
                 taken = role.place(request.index)
             if taken >= room:
@@ -107,12 +107,12 @@ class Intake:
     def _opened(self, group: Group) -> Opened:
         opened = group.opened
         params = self.state.params
-        oldest = {
+        min_versions = {
             role.name: max(0, role.place(group.index) // params.batch - params.max_lag)
             for role in self.state.roles.values()
         }
         return Opened(
-            opened.query, group.index, group.attempt, group.state, opened.k, group.finished(), oldest
+            opened.query, group.index, group.attempt, group.state, opened.k, group.finished(), min_versions
         )
 
     def open_groups(self, worker: str, first: int, last: int) -> list[OpenGroupInfo]:

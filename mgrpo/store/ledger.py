@@ -156,7 +156,7 @@ class Ledger:
                     "ready": len(role.ready),
                     "leased": len(role.leased),
                     "applied": len(role.applied),
-                    "lost": len(role.lost),
+                    "skipped": len(role.skipped),
                 }
                 for role in state.roles.values()
             },

@@ -28,7 +28,7 @@ class _Collector:
             "mgrpo_store_role", "Version, step and epoch of a role", labels=["role", "what"]
         )
         for role, values in stats.get("roles", {}).items():
-            for name in ("ready", "leased", "applied", "lost"):
+            for name in ("ready", "leased", "applied", "skipped"):
                 deliveries.add_metric([role, name], values[name])
             for name in ("epoch", "version", "step", "checkpoint_step"):
                 numbers.add_metric([role, name], -1 if values[name] is None else values[name])

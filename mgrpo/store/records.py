@@ -51,9 +51,9 @@ class OpenGroup(Record):
 
 
 class Opened(Record):
-    """index: the group's ticket number. attempt: which opening this is. finished: rollouts that need no
-    replay. oldest: of each training role, the oldest version whose tokens are not too old when the group's turn comes,
-    as far as the groups before it are known."""
+    """index: the group's ticket number. attempt: which opening this is. finished: rollouts that need no replay.
+    min_versions: of each training role, the oldest version whose tokens are not too old when the group's turn comes, as
+    far as the groups before it are known."""
 
     query: str
     index: int
@@ -61,7 +61,7 @@ class Opened(Record):
     state: str
     k: int
     finished: list[int]
-    oldest: dict[str, int] = msgspec.field(default_factory=dict)
+    min_versions: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 class InvocationDone(Record):
@@ -112,11 +112,11 @@ class Resume(Record):
 
 
 class Resumed(Record):
-    """epoch: the caller's fencing token. again: groups made ready again. step: last step the checkpoint
+    """epoch: the caller's fencing token. requeued: groups made ready again. step: last step the checkpoint
     holds."""
 
     epoch: int
-    again: int
+    requeued: int
     step: int
 
 

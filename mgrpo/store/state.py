@@ -33,7 +33,7 @@ InvocationKey = tuple[int, int, str, int]  # rollout, attempt, role, invocation
 OPEN, SEALED, DROPPED = "open", "sealed", "dropped"
 READY, LEASED, APPLIED, COMMITTED = "ready", "leased", "applied", "committed"
 QUARANTINED, STALE = "quarantined", "stale"
-LOST = (QUARANTINED, STALE)  # this role will never train on it
+SKIPPED = (QUARANTINED, STALE)  # this role will never train on it
 KEEP_REPORTS = 20_000
 
 
@@ -57,7 +57,7 @@ class RoleBody(Record):
     checkpoint_step: int
     claim_seq: int
     claimed: list[str]
-    again: int
+    requeued: int
 
 
 @dataclass(slots=True)
@@ -118,7 +118,7 @@ class Group:
     def is_settled(self) -> bool:
         """Nothing can happen to it any more, short of a rollback or a requeue."""
         if self.state == SEALED:
-            return all(d.state in (COMMITTED, *LOST) for d in self.deliveries.values())
+            return all(d.state in (COMMITTED, *SKIPPED) for d in self.deliveries.values())
         return self.state == DROPPED
 
 
@@ -131,7 +131,7 @@ class Role:
     epoch: int = 0
     nonce: str = ""
     resumed_from: int = -1
-    again: int = 0
+    requeued: int = 0
     version: int | None = None
     step: int = -1
     checkpoint_step: int = -1
@@ -140,13 +140,13 @@ class Role:
     ready: list[tuple[int, str]] = field(default_factory=list)
     leased: set[str] = field(default_factory=set)
     applied: set[str] = field(default_factory=set)
-    lost: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
     cursor: int = 0  # every group below this index is committed or lost for this role
 
     def row(self) -> Row:
         body = RoleBody(
             self.epoch, self.nonce, self.resumed_from, self.version, self.step, self.checkpoint_step,
-            self.claim_seq, self.claimed, self.again,
+            self.claim_seq, self.claimed, self.requeued,
         )  # fmt: skip
         return (self.name, codec.encode(body))
 
@@ -158,7 +158,7 @@ class Role:
 
     def place(self, index: int) -> int:
         """How many groups the role trains on before the one with this index."""
-        return index - bisect_left(self.lost, index)
+        return index - bisect_left(self.skipped, index)
 
 
 class State:
@@ -235,8 +235,8 @@ class State:
             role.leased.discard(delivery.query)
         elif delivery.state == APPLIED:
             role.applied.discard(delivery.query)
-        elif delivery.state in LOST:
-            del role.lost[bisect_left(role.lost, delivery.index)]
+        elif delivery.state in SKIPPED:
+            del role.skipped[bisect_left(role.skipped, delivery.index)]
         delivery.state = state
         for name, value in changes.items():
             setattr(delivery, name, value)
@@ -250,7 +250,7 @@ class State:
         """No role will ever train on this index."""
         self.dropped += 1
         for role in self.roles.values():
-            insort(role.lost, index)
+            insort(role.skipped, index)
 
     def index_delivery(self, delivery: Delivery) -> None:
         role = self.roles[delivery.role]
@@ -260,8 +260,8 @@ class State:
             role.leased.add(delivery.query)
         elif delivery.state == APPLIED:
             role.applied.add(delivery.query)
-        elif delivery.state in LOST:
-            insort(role.lost, delivery.index)
+        elif delivery.state in SKIPPED:
+            insort(role.skipped, delivery.index)
 
     def retire(self) -> None:
         """Let settled groups leave memory (their rows are written by now)."""
@@ -278,7 +278,7 @@ class State:
         b = codec.decode(body, RoleBody)
         role.epoch, role.nonce, role.resumed_from, role.version = b.epoch, b.nonce, b.resumed_from, b.version
         role.step, role.checkpoint_step, role.claim_seq = b.step, b.checkpoint_step, b.claim_seq
-        role.claimed, role.again = list(b.claimed), b.again
+        role.claimed, role.requeued = list(b.claimed), b.requeued
 
     def load_group(
         self,
@@ -304,7 +304,7 @@ class State:
             delivery.deadline = now + self.params.lease_s
             if delivery.role in self.roles:
                 group.deliveries[delivery.role] = delivery
-                if delivery.state not in LOST:  # those are indexed at start, in memory or not
+                if delivery.state not in SKIPPED:  # those are indexed at start, in memory or not
                     self.index_delivery(delivery)
         self.groups[query] = group
         if state == OPEN:

@@ -25,10 +25,10 @@ from mgrpo.transport.codec import Record
 
 @dataclass(slots=True)
 class WorkerGroup:
-    """An open group in a worker's hands. `finished`: rollouts that already ended and need no replay. `oldest`: of each
-    training role, the oldest version to sample it with. `closed`: the store takes no more of its records, because it is
-    complete, its time was up, or too few of its rollouts had a reward; it becomes true as soon as a record is refused
-    for that reason."""
+    """An open group in a worker's hands. `finished`: rollouts that already ended and need no replay. `min_versions`: of
+    each training role, the oldest version to sample it with. `closed`: the store takes no more of its records, because
+    it is complete, its time was up, or too few of its rollouts had a reward; it becomes true as soon as a record is
+    refused for that reason."""
 
     query: str
     index: int
@@ -36,7 +36,7 @@ class WorkerGroup:
     state: str
     k: int
     finished: list[int]
-    oldest: dict[str, int] = field(default_factory=dict)
+    min_versions: dict[str, int] = field(default_factory=dict)
     closed: bool = False
     _waiting: dict[int, list[Future[Answer]]] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class WorkerClient(StoreClient):
             else:
                 return WorkerGroup(
                     opened.query, opened.index, opened.attempt, opened.state, opened.k, opened.finished,
-                    opened.oldest, opened.state != "open",
+                    opened.min_versions, opened.state != "open",
                 )  # fmt: skip
 
     def invocation_done(
