@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.files import sync_folder
 from mgrpo.store.records import Control, RunParams
-from mgrpo.store.state import APPLIED, COMMITTED, KEEP_REPORTS, LEASED, SKIPPED, OPEN, READY, Row, State
+from mgrpo.store.state import APPLIED, COMMITTED, KEEP_REPORTS, LEASED, OPEN, READY, SKIPPED, Row, State
 from mgrpo.transport import codec
 
 APPLICATION_ID = 0x6D677270  # "mgrp"
