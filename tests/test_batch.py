@@ -142,6 +142,10 @@ class Ladder(Algorithm):
     def advantages(self, groups):
         return [[self.settings["step"] * m.rollout.rollout + m.reward for m in g.members] for g in groups]
 
+class Lost(Ladder):
+    def reward(self, scores, rollout):
+        return float("nan") if rollout.rollout == 2 else 0.0
+
 class Forgetful(Algorithm):
     def advantages(self, groups):
         return [[0.0 for m in g.members[1:]] for g in groups]
@@ -163,6 +167,12 @@ def test_an_algorithm_that_forgets_a_trajectory_is_named(outside: str) -> None:
         ValueError, match=r"Forgetful.advantages\(\) gave \[3, 3\] numbers for groups of \[4, 4\]"
     ):
         build(f"agents.left.algorithm.type={outside}:Forgetful", "trainer.minibatches=1")
+
+
+def test_a_reward_that_is_no_number_is_named(outside: str) -> None:
+    """Query, rollout, role and invocation stand in the error, before anything is computed from it."""
+    with pytest.raises(ValueError, match=r"0/0/2/left/0: reward nan is not within \+-1.70141e\+38"):
+        build(f"agents.left.algorithm={{type='{outside}:Lost',options={{step=1}}}}")
 
 
 def test_a_run_trains_and_replays_with_every_form_of_algorithm(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mgrpo.algorithms import GroupMember, GroupRollout, RolloutGroup, open_algorithm
-from mgrpo.algorithms.statistics import group_statistics
+from mgrpo.algorithms.statistics import LARGEST_REWARD, group_statistics
 from mgrpo.alignment import align
 from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
@@ -132,6 +132,10 @@ class BatchBuilder:
             if invocation.rollout in claimed:
                 counts[invocation.rollout] += 1
                 reward = self._algorithm.reward(invocation.scores, rollouts[invocation.rollout])
+                if not abs(reward) <= LARGEST_REWARD:
+                    raise ValueError(
+                        f"{self._name(group.query, invocation)}: reward {reward} is not within +-{LARGEST_REWARD:g}"
+                    )
                 tokens = self._tokens(group.query, invocation)
                 members.append(Member(number, claimed[invocation.rollout], invocation, tokens, reward))
         alignment = self._agent.alignment
@@ -157,10 +161,11 @@ class BatchBuilder:
 
     def _tokens(self, query: str, invocation: ClaimedInvocation) -> Trajectory:
         if invocation.ref is None:
-            raise ValueError(
-                f"{query}/{invocation.rollout}/{self._role}/{invocation.invocation} has no tokens"
-            )
+            raise ValueError(f"{self._name(query, invocation)} has no tokens")
         return self._trajectories.read(invocation.ref)
+
+    def _name(self, query: str, invocation: ClaimedInvocation) -> str:
+        return f"{query}/{invocation.rollout}/{self._role}/{invocation.invocation}"
 
     def _advantages(self, groups: Sequence[RolloutGroup]) -> Sequence[Sequence[float | Float32]]:
         """What the algorithm gives the groups of one minibatch. Raises ValueError for too many or too few numbers."""
