@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests.test_step import denominator_of, relative
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from mgrpo.config.loss import GrpoLossConfig
@@ -32,6 +31,7 @@ from mgrpo.trainers.base import MiniBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.models import VOCAB, tiny_model, tiny_policy, tiny_tokenizer
 from tests.rows import ROWS, rows_of
+from tests.test_learner import denominator_of, relative
 
 IDS = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
 
@@ -189,7 +189,7 @@ def llama(**settings: object) -> Policy:
 
 
 def step_gradient(policy: Policy, cuts: list[list[int]], loss: GrpoLossConfig) -> list[torch.Tensor]:
-    """What Learner.step hands to the optimizer for test_step's rows, cut into micro-batches."""
+    """What Learner.step hands to the optimizer for test_learner's rows, cut into micro-batches."""
     rows = rows_of(1)
     seen: list[torch.Tensor] = []
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
