@@ -207,7 +207,7 @@ def llama(**settings: object) -> Policy:
 
 
 def step_gradient(policy: Policy, cuts: list[list[int]], loss: GrpoLossConfig) -> list[torch.Tensor]:
-    """What Learner.step hands to the optimizer for test_step's rows, cut into micro-batches."""
+    """What Learner.step hands to the optimizer for test_learner's rows, cut into micro-batches."""
     rows = rows_of(1)
     seen: list[torch.Tensor] = []
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
