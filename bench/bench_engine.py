@@ -28,7 +28,7 @@ from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.model.chat import ChatFormat
 from mgrpo.model.policy import Policy, load_policy, load_state_bytes, state_bytes
 from mgrpo.tasks.atlas.decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
-from mgrpo.trainers.base import MicroBatch
+from mgrpo.trainers.batch import MicroBatch
 from mgrpo.trainers.torch.learner import logprobs_of
 
 PROMPT, NEW = 20, 40

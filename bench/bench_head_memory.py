@@ -32,7 +32,7 @@ def child(kind: str, tokens: int, layers: int, recompute: bool) -> float:
     from mgrpo.config.loss import GrpoLossConfig
     from mgrpo.config.policy import PolicyConfig
     from mgrpo.model.policy import Policy
-    from mgrpo.trainers.base import MicroBatch, MiniBatch
+    from mgrpo.trainers.batch import MicroBatch, MiniBatch
     from mgrpo.trainers.torch.learner import Learner
 
     torch.set_num_threads(1)

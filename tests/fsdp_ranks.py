@@ -16,7 +16,7 @@ from mgrpo.config import RunConfig, load_config
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.model.policy import Policy, state_of
 from mgrpo.run.torchrun import as_rank
-from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mgrpo.trainers.base import MicroBatch
+from mgrpo.trainers.batch import MicroBatch
 from tests.models import VOCAB
 
 ROWS, WIDTH = 10, 12

@@ -9,7 +9,7 @@ import pytest
 
 from mgrpo.config import config_digest, dump_config, load_config
 from mgrpo.errors import ConfigError
-from mgrpo.run.processes import run_params
+from mgrpo.run.processes import check_plugins, run_params
 
 ROOT = Path(__file__).parent.parent
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
@@ -237,3 +237,15 @@ def test_the_stores_times_are_configuration_and_no_part_of_what_a_run_computes()
         for name in ("group_timeout", "lease"):
             with pytest.raises(ConfigError, match=f"store.{name}"):
                 load_config(ATLAS, [f"store.{name}={wrong}"])
+
+
+def test_advantages_of_tokens_need_ratios_of_tokens() -> None:
+    """A per-token algorithm beside a loss whose ratio is the trajectory's is refused before anything starts."""
+    relay = ROOT / "tests" / "relay.toml"
+    tokens = 'agents.left.algorithm={type="turn_credit"}'
+    check_plugins(load_config(relay, [tokens]))
+    for loss in ('{type="gspo"}', '{ratio_level="sequence"}'):
+        with pytest.raises(
+            ConfigError, match=r"agents\.left: algorithm 'turn_credit' .*ratio_level = \"token\""
+        ):
+            check_plugins(load_config(relay, [tokens, f"agents.left.loss={loss}"]))

@@ -21,7 +21,7 @@ from mgrpo.pipeline.batch import merge_streams
 from mgrpo.pipeline.replay import Replayer
 from mgrpo.record.reader import Recording
 from mgrpo.run.folder import RunFolder, recorded_run
-from mgrpo.trainers.base import MiniBatch
+from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.fsdp_ranks import CUTS, MIDDLE, TOKENS, VARIANTS, config_of, cut, gradient, padded, start_of, train

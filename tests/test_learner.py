@@ -13,7 +13,7 @@ from mgrpo.config.run import OptimizerConfig
 from mgrpo.errors import NumericsError
 from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import Policy
-from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from mgrpo.trainers.torch.schedule import learning_rate
 from tests.models import tiny_policy

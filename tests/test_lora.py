@@ -28,7 +28,7 @@ from mgrpo.model.policy import (
     trained_state,
 )
 from mgrpo.model.policy_files import policy_files, policy_from_files
-from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 

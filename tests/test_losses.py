@@ -12,7 +12,7 @@ from mgrpo import GrpoLossConfig, grpo_loss, linear_grpo_loss, loss_denominator
 from mgrpo.errors import ConfigError
 from mgrpo.losses.registry import find_loss
 from mgrpo.run import launch
-from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.loss_grid import (
     TOLERANCE,

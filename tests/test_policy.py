@@ -27,7 +27,7 @@ from mgrpo.model.policy import (
     state_of,
     trained_state,
 )
-from mgrpo.trainers.base import MiniBatch
+from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.models import VOCAB, tiny_model, tiny_policy, tiny_tokenizer
 from tests.rows import ROWS, rows_of

@@ -19,7 +19,7 @@ from mgrpo.record.reader import Recording
 from mgrpo.record.schema import RolloutBody, RolloutHead, StepBody, StepHead
 from mgrpo.record.segments import SegmentWriter
 from mgrpo.run.folder import RunFolder, recorded_run
-from mgrpo.trainers.base import MiniBatch
+from mgrpo.trainers.batch import MiniBatch
 from tests.runs import RELAY, final_weights, resume, train
 
 STAGES = ["reward", "advantage", "alignment", "batch", "loss"]

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mgrpo.config.settings import Options
 from mgrpo.plugins import known_names
 
 LOSS_GROUP = "mgrpo.losses"
@@ -59,7 +60,7 @@ class GrpoLossConfig(BaseModel):
     own: "package.module:Class", a subclass of mgrpo.losses.base.PolicyLoss, or a name that an installed package
     gives one."""
 
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Keyword arguments of a loss of your own. The built-in types have none."""
 
     ratio_level: RatioLevel = "auto"

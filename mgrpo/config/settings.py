@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -20,10 +21,14 @@ class Settings(BaseModel):
     )
 
 
-def _finite(options: dict[str, Any]) -> dict[str, Any]:
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
     for name, number in _numbers(options):
         if not math.isfinite(number):
             raise ValueError(f"{name} should be a finite number, got {number}")
+    try:
+        json.dumps(options)  # as the run's own copy of its config is written
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected texts, numbers, lists and tables: {error}") from None
     return options
 
 
@@ -39,5 +44,5 @@ def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(part, f"{name}.{number}")
 
 
-Options = Annotated[dict[str, Any], AfterValidator(_finite)]
-"""Settings that only a class from outside knows."""
+Options = Annotated[dict[str, Any], AfterValidator(_plain)]
+"""Settings of a task, or of a class from outside: each checks its own."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from mgrpo.config.settings import Settings
+from mgrpo.config.settings import Options, Settings
 
 
 class TaskConfig(Settings):
@@ -19,7 +16,7 @@ class TaskConfig(Settings):
     """A built-in task, one that an installed package gives, or "package.module:Class". With path unset too: "atlas"."""
     path: str | None = None
     """A class in a file that is not installed, e.g. "my_task.py:MyTask", relative to the config file."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     """Settings of the task itself; each task checks its own."""
 
     @model_validator(mode="before")
@@ -45,23 +42,3 @@ class TaskConfig(Settings):
     def label(self) -> str:
         """What people call the task: its name, or file and class without the folder."""
         return self.name or Path(self.path or "").name
-
-    @field_validator("options")
-    @classmethod
-    def _finite(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name, number in _numbers(value):
-            if not math.isfinite(number):
-                raise ValueError(f"{name} should be a finite number, got {number}")
-        return value
-
-
-def _numbers(tree: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every float in a tree of tables and lists, with its dotted name."""
-    if isinstance(tree, float):
-        yield name.removeprefix("."), tree
-    elif isinstance(tree, dict):
-        for key, part in tree.items():
-            yield from _numbers(part, f"{name}.{key}")
-    elif isinstance(tree, list):
-        for number, part in enumerate(tree):
-            yield from _numbers(part, f"{name}.{number}")

@@ -22,7 +22,7 @@ from mgrpo.config import RunConfig
 from mgrpo.credit import is_gated
 from mgrpo.losses.registry import find_loss
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
-from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import MAIN, Float32, Trajectory
 

@@ -17,7 +17,8 @@ from mgrpo.config.run import RecordConfig
 from mgrpo.pipeline.batch import Member, StepBatch
 from mgrpo.record.schema import ROW, MiniBatchRecord, StepBody, StepHead, StepSettings
 from mgrpo.record.writer import RecordWriter, Report
-from mgrpo.trainers.base import Checkpoint, MiniBatch
+from mgrpo.trainers.base import Checkpoint
+from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.checkpoint import step_folders, step_of
 
 _TENSORS = ("ids", "loss_mask", "rollout_logprobs", "lengths", "advantages", "weights")

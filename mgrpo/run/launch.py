@@ -19,7 +19,6 @@ from mgrpo.config import RunConfig, check_same_run, dump_config, load_config
 from mgrpo.engines.base import PATIENCE_SECONDS
 from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError, GateError, MgrpoError
-from mgrpo.losses.registry import find_loss
 from mgrpo.model.folder import check_chat_folder, check_folder
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
 from mgrpo.run.interrupts import Interrupts
@@ -78,7 +77,6 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
     task = load_run_task(config)
     for role in config.policy_roles:
         agent, where = config.agents[role], f"agents.{role}"
-        find_loss(agent.loss, f"{where}.loss")
         if agent.model is not None:
             length = max(config.agents[r].max_length for r in config.roles_of(role))
             check_folder(Path(agent.model), f"{where}.model", length, task.chat)

@@ -15,30 +15,38 @@ from mgrpo.engines.process import run_server
 from mgrpo.engines.registry import find_engine
 from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError, MgrpoError
+from mgrpo.losses.registry import find_loss
 from mgrpo.run.folder import RunFolder
 from mgrpo.run.supervisor import die_with_parent
+from mgrpo.sinks.registry import find_sinks
 from mgrpo.store.records import RunParams
+from mgrpo.trainers.registry import check_trainer
 
 
 def check_plugins(config: RunConfig) -> None:
-    """Raise ConfigError where the config names an engine, a trainer or a metric sink that does not exist."""
-    from mgrpo.engines.registry import find_engine
-    from mgrpo.sinks.registry import find_sinks
-    from mgrpo.trainers.registry import find_trainer
-
+    """Raise ConfigError for a part that the config names and that does not exist, refuses its settings, or does not fit
+    another."""
     find_sinks(config.metrics.sinks)
     for role in config.policy_roles:
         find_engine(config, role)
-        find_trainer(config, role)
+        check_trainer(config, role)
+    for role in config.training_roles:
+        algorithm, loss = (
+            open_algorithm(config, role),
+            find_loss(config.agents[role].loss, f"agents.{role}.loss"),
+        )
+        if algorithm.per_token and loss.has_sequence_ratio:
+            raise ConfigError(
+                f"agents.{role}: algorithm {config.agents[role].algorithm.type!r} gives every token an advantage of "
+                f"its own, and the ratio of loss {config.agents[role].loss.type!r} is the whole trajectory's; set "
+                f'agents.{role}.loss.ratio_level = "token" or choose another loss'
+            )
 
 
 def load_run_task(config: RunConfig) -> Task:
-    """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it, and
-    for an algorithm that is unknown or refuses its settings."""
+    """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it."""
     from mgrpo.environments.loader import load_task
 
-    for role in config.training_roles:
-        open_algorithm(config, role)
     task = load_task(config.task, config.roles)
     for role, names in task.scores.items():
         if role in config.agents:

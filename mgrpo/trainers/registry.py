@@ -19,6 +19,12 @@ def find_trainer(config: RunConfig, role: str) -> type[PolicyTrainer]:
     return find_class(where, name, BUILT_IN, GROUP, PolicyTrainer)  # type: ignore[type-abstract]
 
 
+def check_trainer(config: RunConfig, role: str) -> None:
+    """Raise ConfigError as find_trainer() does; what is built in is not imported, and torch with it."""
+    if config.agents[role].policy.trainer not in BUILT_IN:
+        find_trainer(config, role)
+
+
 def open_trainer(config: RunConfig, role: str, folder: Path) -> PolicyTrainer:
     """The trainer of `role`'s policy, on this rank. folder: the agent's, the same on all ranks (on several servers: a
     shared file system). Raises ConfigError as find_trainer()."""

@@ -19,7 +19,7 @@ from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import Policy
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.selective_logprob import selective_logprob
-from mgrpo.trainers.base import MicroBatch, MiniBatch
+from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.ranks import Ranks
 
 _NAMES = {  # what the loss reports -> what the run calls it

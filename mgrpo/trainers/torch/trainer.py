@@ -27,7 +27,8 @@ from mgrpo.model.policy import (
 )
 from mgrpo.model.policy_files import policy_files
 from mgrpo.model.tokens import Tokenizer
-from mgrpo.trainers.base import Checkpoint, Demos, MiniBatch, PolicyTrainer
+from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
+from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.checkpoint import (
     CheckpointWriter,
     latest_checkpoint,
