@@ -65,7 +65,7 @@ def test_the_engine_in_this_process_computes_as_the_config_says(
         ('{type="vllm", sync="copy"}', r"agents\.left\.engine\.sync: .*'fs', 'nccl' or 'lora', got 'copy'"),
         ('{type="sglang"}', r"agents\.left\.engine\.urls: required"),
         ('{type="vlm", sync="fs"}', r"type 'vlm' is none of hf, vllm, sglang; .* options = {...}, got sync"),
-        ('{type="a:B", options={x=inf}}', r"agents\.left\.engine\.options: .*finite numbers"),
+        ('{type="a:B", options={x=inf}}', r"agents\.left\.engine\.options: .*finite number"),
     ],
 )
 def test_an_engine_takes_only_the_settings_of_its_type(table: str, message: str) -> None:
