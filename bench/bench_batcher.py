@@ -1,8 +1,8 @@
 """Batcher: planning and assembly against Python batchers and against memcpy, and the quality of the plans.
 
-Workload: log-normal lengths, median 1500, sigma 1, at most 32768; capacity 32768; 8 ranks; seed 0; 9 bytes a
-token. Cost of a sequence: L + L^2 / (12 H) with H = 5120 (arithmetic of a transformer layer of hidden size
-H). Everything runs on one thread; figures are CPU time of the process.
+Workload: log-normal lengths, median 1500, sigma 1, at most 32768; capacity 32768; 8 ranks; seed 0; 9 bytes a token.
+Cost of a sequence: L + L^2 / (12 H) with H = 5120 (arithmetic of a transformer layer of hidden size H). Everything runs
+on one thread; figures are CPU time of the process.
 
     python -m bench.bench_batcher [--quick] [--json PATH] [--picture docs/img/batcher_time.png]
 """
@@ -264,9 +264,8 @@ def corpus_at_lower_bound(size: int) -> float:
 
 
 def floor(lengths: np.ndarray, cost: tuple[float, float]) -> float:
-    """A lower bound of lockstep for any plan: the longest sequence sets the pace of its micro-step, whose
-    other ranks can hold at most capacity tokens each of the longest others (cut freely), and all other
-    micro-steps are even."""
+    """A lower bound of lockstep for any plan: the longest sequence sets the pace of its micro-step, whose other ranks
+    can hold at most capacity tokens each of the longest others (cut freely), and all other micro-steps are even."""
     sizes = np.sort(lengths.astype(np.float64))[::-1]
     costs = cost[0] * sizes + cost[1] * sizes**2
     filled = np.minimum(np.cumsum(sizes), DP * CAPACITY)
@@ -284,8 +283,7 @@ def imbalance(lengths: np.ndarray, p: dict[str, Any]) -> float:
 
 
 def exactness_rows(report: Report) -> None:
-    """Gradients of counted and computed copies, bits under threads and order, and the tokens alignment
-    saves."""
+    """Gradients of counted and computed copies, bits under threads and order, and the tokens alignment saves."""
     from tests import batcher_kit as kit
     from tests.test_alignment import gradient
 

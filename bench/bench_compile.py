@@ -1,5 +1,4 @@
-"""Registers, shared memory and spills of every Triton kernel on sm_80, sm_90 and sm_100, compiled without a
-GPU.
+"""Registers, shared memory and spills of every Triton kernel on sm_80, sm_90 and sm_100, compiled without a GPU.
 
     python -m bench.bench_compile [--json FILE] [--arch 80 90 100]
 

@@ -64,8 +64,7 @@ def load(url: str, number: int, seconds: float, key: str) -> None:
 
 
 def load_http(port: int, seconds: float) -> None:
-    """One client process of the rival: one request at a time on a kept connection, as its client library
-    does."""
+    """One client process of the rival: one request at a time on a kept connection, as its client library does."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.connect()
     connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -98,8 +98,7 @@ def slope(logp: Tensor, b: Batch, rows: slice) -> Tensor:
 
 
 def chunked_inplace(logits: Tensor, b: Batch, chunk: int = 256) -> Tensor:
-    """What careful torch does: softmax in place a chunk at a time, the gradient over the logits. Returns
-    it."""
+    """What careful torch does: softmax in place a chunk at a time, the gradient over the logits. Returns it."""
     for at in range(0, logits.shape[0], chunk):
         rows = slice(at, at + chunk)
         z, ids = logits[rows], b.ids[rows, None]

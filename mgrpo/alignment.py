@@ -1,9 +1,8 @@
 """Trajectory alignment to D_max: which invocations of a rollout are trained on, how often, with which weight.
 
-Rollout k of a query has d_k >= 0 invocations of a sub-agent role; arXiv 2511.13288 makes every rollout
-contribute exactly D_max of them: duplicate at random when d_k < D_max, drop at random when d_k > D_max. Let
-m(k,i) be the number of copies. The weight w(k,i) of one kept invocation, all its copies together, before any
-token normalisation:
+Rollout k of a query has d_k >= 0 invocations of a sub-agent role; arXiv 2511.13288 makes every rollout contribute
+exactly D_max of them: duplicate at random when d_k < D_max, drop at random when d_k > D_max. Let m(k,i) be the number
+of copies. The weight w(k,i) of one kept invocation, all its copies together, before any token normalisation:
 
     weights    m / D_max                the paper's draw, every distinct trajectory computed once (default)
     duplicate  m / D_max                the same draw, copies materialised (1 / D_max each)
@@ -63,8 +62,7 @@ def align(
     mode: Mode = "weights",
     vote: Vote = "per_rollout",
 ) -> Alignment:
-    """Align one group: counts[k] = d_k of its K rollouts. The same arguments give the same answer on any
-    machine.
+    """Align one group: counts[k] = d_k of its K rollouts. The same arguments give the same answer on any machine.
 
     seed and step are taken modulo 2^64. Raises ValueError for d_max < 1, a negative count or an unknown
     option.

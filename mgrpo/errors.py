@@ -1,5 +1,4 @@
-"""Typed errors. Every message names the value and the bound, or the peer, step and queue that was waited
-for."""
+"""Typed errors. Every message names the value and the bound, or the peer, step and queue that was waited for."""
 
 from __future__ import annotations
 

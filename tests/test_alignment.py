@@ -46,8 +46,7 @@ def draws(d: int, d_max: int, mode: str) -> Counter[tuple[int, ...]]:
 @pytest.mark.parametrize(("d", "d_max"), [(5, 2), (7, 1), (6, 5), (12, 3)])
 @pytest.mark.parametrize("mode", ["weights", "expected"])
 def test_dropped_invocations_are_a_uniform_subset(d: int, d_max: int, mode: str) -> None:
-    """d_k > D_max: every subset of D_max invocations comes with the same frequency (chi-square, 1e5
-    draws)."""
+    """d_k > D_max: every subset of D_max invocations comes with the same frequency (chi-square, 1e5 draws)."""
     subsets = [tuple(int(i in s) for i in range(d)) for s in combinations(range(d), d_max)]
     assert p_value(draws(d, d_max, mode), dict.fromkeys(subsets, DRAWS / len(subsets))) > 1e-4
 
@@ -130,8 +129,7 @@ def test_align_is_the_plan_of_one_group(mode: Any) -> None:
 
 
 def test_every_argument_of_the_draw_matters_and_nothing_else() -> None:
-    """Seed, step, query, rollout and role change the draw; an int names the same query as its decimal
-    text."""
+    """Seed, step, query, rollout and role change the draw; an int names the same query as its decimal text."""
     base: dict[str, Any] = {"d_max": 3, "seed": 1, "step": 2, "query": "12/3", "role": "sub"}
     counts = [9] * 24
 

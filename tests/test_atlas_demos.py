@@ -39,8 +39,8 @@ def turns(demo: Demo) -> list[tuple[bool, list[str]]]:
 
 
 def test_sub_demos_keep_the_protocol_and_copy() -> None:
-    """Every trained run is a legal turn; the query is the entity; opened titles were found; values stand in
-    the last document under the field, or are `none` for an asked relation that is absent."""
+    """Every trained run is a legal turn; the query is the entity; opened titles were found; values stand in the last
+    document under the field, or are `none` for an asked relation that is absent."""
     seen = Counter[str]()
     for demo in batch("sub"):
         runs = turns(demo)

@@ -126,8 +126,7 @@ def test_the_planned_queries_are_the_first_in_natural_order() -> None:
 
 
 def test_bins_reach_their_lower_bound() -> None:
-    """The micro-batch count is ceil(tokens / capacity), rounded up to dp, on at least 99 % of a seeded
-    corpus."""
+    """The micro-batch count is ceil(tokens / capacity), rounded up to dp, on at least 99 % of a seeded corpus."""
     r = np.random.default_rng(0)
     reached = 0
     for _ in range(500):

@@ -55,8 +55,7 @@ def test_equals_the_twin(opts: dict[str, Any], seed: int, step: int, skip_zero: 
 def test_arrival_order_threads_and_state_do_not_matter(
     opts: dict[str, Any], seed: int, order: int, threads: int
 ) -> None:
-    """Any permutation of the calls, any number of threads, a state round trip in the middle: the same
-    bits."""
+    """Any permutation of the calls, any number of threads, a state round trip in the middle: the same bits."""
     reference = make(**opts, threads=1)
     calls = workload(reference, seed, queries=4)
     replay(calls, reference)

@@ -135,8 +135,7 @@ def test_seal_and_fail_refuse_contradictions() -> None:
 
 
 def test_redelivery_is_ignored_and_counted() -> None:
-    """The same trajectory again is no error, also after the seal; another read of the same bytes counts as
-    the same."""
+    """The same trajectory again is no error, also after the seal; another read of the same bytes counts as the same."""
     b = make()
     assert b.add(**GOOD)
     before = b.used_bytes

@@ -56,8 +56,7 @@ def test_the_formula_group_by_group(estimator: str, impl: str) -> None:
 @limits(max_examples=60, deadline=None)
 @given(st.data())
 def test_permuting_rows_permutes_the_result_bit_for_bit(data: st.DataObject) -> None:
-    """For any rewards (huge spreads too), groups and weights, on the C++ backend; advantages of a group sum
-    to 0."""
+    """For any rewards (huge spreads too), groups and weights, on the C++ backend; advantages of a group sum to 0."""
     n = data.draw(st.integers(1, 40))
     number = st.floats(-1e6, 1e6, width=32)
     rewards = torch.tensor(data.draw(st.lists(number, min_size=n, max_size=n)))

@@ -1,5 +1,4 @@
-"""grpo_loss: every backend against the float64 reference over the grid, -inf rows and the delta grid
-included."""
+"""grpo_loss: every backend against the float64 reference over the grid, -inf rows and the delta grid included."""
 
 from __future__ import annotations
 
@@ -74,8 +73,7 @@ def test_threads_change_no_bit() -> None:
 
 
 def test_rewards_and_groups_are_the_advantages_they_make() -> None:
-    """rewards + group_id give what group_advantage's advantages give; singleton and equal groups move
-    nothing."""
+    """rewards + group_id give what group_advantage's advantages give; singleton and equal groups move nothing."""
     from mgrpo import group_advantage
 
     data = grid_batch(129, torch.float32)

@@ -1,5 +1,4 @@
-"""The layers of the house: a module may import only what stands before it in this list, or its own
-package."""
+"""The layers of the house: a module may import only what stands before it in this list, or its own package."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ def test_imports_point_downwards() -> None:
 
 
 def test_kernels_stand_alone() -> None:
-    """Device code never imports mgrpo, and the folder is no package: `import kernels` stays free for
-    others."""
+    """Device code never imports mgrpo, and the folder is no package: `import kernels` stays free for others."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     for path in (ROOT / "kernels").glob("*.py"):
         assert not any(

@@ -24,8 +24,7 @@ def name(config: GrpoLossConfig) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("config", configs(), ids=name)
 def test_the_gradients_are_the_float64_references(config: GrpoLossConfig, dtype: torch.dtype) -> None:
-    """d hidden and d weight through chunks of 5 rows, one-phase and two-phase, with and without old
-    log-probs.
+    """d hidden and d weight through chunks of 5 rows, one-phase and two-phase, with and without old log-probs.
 
     bf16 rounds its logits, so there the bound is torch's own error at bf16.
     """
@@ -107,8 +106,8 @@ def test_memory_above_the_gradients_is_the_chunk(kind: str) -> None:
 
 
 def test_dead_rows_never_reach_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masked rows and rows of advantage 0 are not in the first product, clipped rows not in the other two;
-    the gradient is the one that computes them all."""
+    """Masked rows and rows of advantage 0 are not in the first product, clipped rows not in the other two; the gradient
+    is the one that computes them all."""
     data = head_batch(517, 24, torch.float32)
     seen: list[int] = []
     chunks, drop = head._chunks, head._drop
@@ -177,8 +176,7 @@ def test_the_gradient_is_spent_only_by_scaling() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_selective_logprob_is_the_float64_log_softmax(dtype: torch.dtype) -> None:
-    """Log-probs and entropies at two temperatures, chunked; bf16 within what rounding its logits costs
-    torch."""
+    """Log-probs and entropies at two temperatures, chunked; bf16 within what rounding its logits costs torch."""
     data = head_batch(517, 24, dtype)
     h, w, ids = data["hidden"], data["weight"], data["target_ids"]
     for temperature in (0.6, 1.3):

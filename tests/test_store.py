@@ -61,8 +61,7 @@ def test_a_group_travels_from_worker_to_both_trainers_once(store: StoreServer) -
 
 
 def test_a_store_restart_keeps_every_acknowledged_record(tmp_path: Path) -> None:
-    """After a restart an open group is still open, a lease is still held and a sealed group can be
-    claimed."""
+    """After a restart an open group is still open, a lease is still held and a sealed group can be claimed."""
     path = tmp_path / "store.db"
     server = StoreServer(f"ipc://{tmp_path}/s", path, run_params())
     main, sub = publish(server.url, "main"), publish(server.url, "sub")
@@ -101,8 +100,7 @@ def test_same_record_again_is_fine_and_other_content_is_a_conflict(store: StoreS
 
 
 def test_a_worker_that_comes_back_replays_under_a_new_attempt(store: StoreServer) -> None:
-    """Invocations of the dead attempt are not claimed; the zombie is fenced; finished rollouts need no
-    replay."""
+    """Invocations of the dead attempt are not claimed; the zombie is fenced; finished rollouts need no replay."""
     with publish(store.url, "main") as main, publish(store.url, "sub") as sub:
         with connect(store, "worker", name="w") as old, connect(store, "worker", name="w") as new:
             group = old.open_group(query="a", k=2, d_max={}, index=0)
@@ -161,8 +159,7 @@ def test_resume_fences_the_zombie_and_returns_what_the_checkpoint_lacks(store: S
 def test_failed_rollouts_make_partial_or_dropped_groups_and_admission_replaces_them(
     store: StoreServer,
 ) -> None:
-    """One of two rollouts failed: too few for a baseline, the group is dropped and its place is given
-    again."""
+    """One of two rollouts failed: too few for a baseline, the group is dropped and its place is given again."""
     with publish(store.url, "main") as main, publish(store.url, "sub"), connect(store, "worker") as worker:
         group = worker.open_group(query="a", k=2, d_max={}, index=0)
         worker.rollout_fail(group, 0, "engine down").result(5)

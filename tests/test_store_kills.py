@@ -15,8 +15,7 @@ def test_a_killed_store_has_every_record_it_acknowledged(tmp_path: Path) -> None
 
 
 def test_a_trainer_killed_at_every_station_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """claimed, stepped, applied, checkpointed, committed: each group once, weights bit-equal to a quiet
-    run."""
+    """claimed, stepped, applied, checkpointed, committed: each group once, weights bit-equal to a quiet run."""
     steps = 6
     quiet = kill_trainer(tmp_path / "quiet", [], steps)
     killed = kill_trainer(tmp_path / "killed", [(s, 2 * (i // 2) + 1) for i, s in enumerate(STATIONS)], steps)

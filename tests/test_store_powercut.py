@@ -1,5 +1,4 @@
-"""The store after power cuts: everything acknowledged is there, and the controls show that the test can
-fail."""
+"""The store after power cuts: everything acknowledged is there, and the controls show that the test can fail."""
 
 from __future__ import annotations
 

@@ -121,8 +121,7 @@ def test_leases_and_open_groups_get_their_full_time_after_a_restart(driver: Driv
 
 
 def test_groups_too_old_at_the_claim_are_passed_over_and_replaced(tmp_path: Path) -> None:
-    """max_lag 1: what version 0 sampled cannot be trained at version 2, and admission gives its place
-    away."""
+    """max_lag 1: what version 0 sampled cannot be trained at version 2, and admission gives its place away."""
     driver = Driver(tmp_path, batch=1, max_lag=1)
     driver.open("old", 0)
     driver.open("new", 1)

@@ -60,8 +60,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
-    """Loss, metrics, d hidden (summed over ranks) and d weight (each rank's half) are the whole
-    vocabulary's."""
+    """Loss, metrics, d hidden (summed over ranks) and d weight (each rank's half) are the whole vocabulary's."""
     previous = os.environ.get("GLOO_SOCKET_IFNAME")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:

@@ -147,8 +147,7 @@ def test_sequence_corrections_and_veto_drop_whole_trajectories() -> None:
 
 
 def test_a_nan_row_is_counted_and_moves_nothing() -> None:
-    """NaN, +inf and an all -inf row are metrics; the gradients of the others are what they are without
-    them."""
+    """NaN, +inf and an all -inf row are metrics; the gradients of the others are what they are without them."""
     data = batch(5, [3, 4])
     data["loss_mask"] = torch.ones(7, dtype=torch.uint8)
     hidden, weight = data.pop("hidden"), data.pop("weight")

@@ -115,8 +115,7 @@ def test_bad_trajectories_are_refused_and_nothing_is_written(tmp_path: Path) -> 
 def test_a_failing_disk_acknowledges_nothing_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """While writes or syncs fail no reference is given; the same request succeeds once the disk works
-    again."""
+    """While writes or syncs fail no reference is given; the same request succeeds once the disk works again."""
     trajectory_log, server = served(tmp_path)
     with trajectory_log, server, TrajectoryLogClient(server.url, digest=DIGEST, role="sub") as client:
         first = client.append(make_trajectory("q", 0, "sub", 0)).result(10)

@@ -78,8 +78,7 @@ class FaultyDisk:
     "error", ["database or disk is full", "disk I/O error", "attempt to write a readonly database"]
 )
 def test_no_ack_without_commit_and_recovery_when_the_disk_is_back(tmp_path: Path, error: str) -> None:
-    """While commits fail nothing is acknowledged; afterwards the very same requests are, and nothing was
-    lost."""
+    """While commits fail nothing is acknowledged; afterwards the very same requests are, and nothing was lost."""
     with StoreServer("tcp://127.0.0.1:0", tmp_path / "s.db", run_params(), connect=FaultyDisk) as store:
         main = publish(store.url, "main")
         publish(store.url, "sub").close()
@@ -104,8 +103,7 @@ def test_no_ack_without_commit_and_recovery_when_the_disk_is_back(tmp_path: Path
 
 
 def test_a_real_full_disk(tmp_path: Path) -> None:
-    """A file system of 3 MiB fills up: no acknowledgement beyond what fits, recovery once there is room
-    again."""
+    """A file system of 3 MiB fills up: no acknowledgement beyond what fits, recovery once there is room again."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs needs root")
     small = tmp_path / "small"

@@ -65,8 +65,7 @@ def test_interpreted_gradients(small_blocks: None) -> None:
 
 @numpy_warns
 def test_interpreted_groups_in_the_kernel(small_blocks: None) -> None:
-    """Rewards reduced inside the loss kernel, for each estimator, with and without votes, scattered
-    groups."""
+    """Rewards reduced inside the loss kernel, for each estimator, with and without votes, scattered groups."""
     from tests.loss_grid import error, grid_batch, run_logits, settings
 
     data = grid_batch(19, torch.float32)

@@ -10,13 +10,13 @@
     for query in plan.queries:
         batcher.drop(query)                        # frees the arena
 
-The work happens in C++ (csrc/), without the GIL; token data goes from the caller's arrays into the arena and
-from there into the caller's buffers, never through Python objects. torch tensors share memory through
-`tensor.numpy()` (inputs and outputs) or `torch.from_numpy`.
+The work happens in C++ (csrc/), without the GIL; token data goes from the caller's arrays into the arena and from there
+into the caller's buffers, never through Python objects. torch tensors share memory through `tensor.numpy()` (inputs and
+outputs) or `torch.from_numpy`.
 
-`seg_weight` is w(k,i) of mgrpo.alignment, *before* any token normalisation: a loss multiplies it with the
-token mask and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which under
-per_rollout votes is K', the number of rollouts with d_k > 0.
+`seg_weight` is w(k,i) of mgrpo.alignment, *before* any token normalisation: a loss multiplies it with the token mask
+and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which under per_rollout votes is K',
+the number of rollouts with d_k > 0.
 
 Advantages are the caller's (mgrpo/algorithms), one a trajectory or one a token. Those that depend on the weights of the
 alignment take them from mgrpo.align, which draws the same as plan().
@@ -166,8 +166,7 @@ class Batcher:
         return self._core.add_many([query_name(q) for q in queries], self._role(role), columns, self._clock())
 
     def seal(self, query: str | int, rollout: int, d: int, role: str | None = None) -> None:
-        """Rollout `rollout` has exactly d invocations. Idempotent; another d raises
-        TrajectoryConflictError."""
+        """Rollout `rollout` has exactly d invocations. Idempotent; another d raises TrajectoryConflictError."""
         self._core.seal(query_name(query), self._role(role), rollout, d, self._clock())
 
     def fail(self, query: str | int, rollout: int, invocation: int, role: str | None = None) -> None:
@@ -202,8 +201,7 @@ class Batcher:
         queries: Sequence[str | int] | None = None,
         skip_zero: bool = False,
     ) -> Plan:
-        """Plan a batch of the named queries, or of the first n_groups ready ones (None: all), in canonical
-        order.
+        """Plan a batch of the named queries, or of the first n_groups ready ones (None: all), in canonical order.
 
         Pure: the same content and step give the same plan. skip_zero keeps rows without a gradient (every
         trained token has advantage exactly 0) out of the micro-batches, for losses without a KL or entropy term. Raises
@@ -232,8 +230,7 @@ class Batcher:
         self._core.write(plan.core, rank, _as_numpy(out))
 
     def write_padded(self, plan: Plan, rank: int, micro_batch: int, out: Mapping[str, Any]) -> None:
-        """Write one micro-batch as right-padded rows of similar length; plan.padded_shapes tells (rows,
-        width).
+        """Write one micro-batch as right-padded rows of similar length; plan.padded_shapes tells (rows, width).
 
         ids i32[R,W] is required; loss_mask u8[R,W], logprobs f32[R,W], advantages f32[R,W], lengths i32[R],
         seg_advantage f32[R], seg_weight f32[R], seg_traj i64[R], seg_row i32[R]. R and W may be larger than

@@ -129,8 +129,8 @@ class Plan:
 
     @property
     def denominator(self) -> float:
-        """What a sequence-mean loss divides by, over all ranks: K'; K x groups with empty="count"; the number
-        of invocations with vote="per_invocation"."""
+        """What a sequence-mean loss divides by, over all ranks: K'; K x groups with empty="count"; the number of
+        invocations with vote="per_invocation"."""
         if self._options["vote"] == "per_invocation":
             return float(self.rows.weight.sum())
         if self._options["empty"] == "count":
@@ -139,8 +139,7 @@ class Plan:
 
     @property
     def weighted_tokens(self) -> float:
-        """sum of w(k,i) |o|, |o| = tokens with loss_mask 1, over all ranks: what a token-mean loss divides
-        by."""
+        """sum of w(k,i) |o|, |o| = tokens with loss_mask 1, over all ranks: what a token-mean loss divides by."""
         return float((self.rows.weight * self.rows.active).sum())
 
     @cached_property
@@ -167,8 +166,8 @@ class Plan:
         return shapes
 
     def buffers(self, *, advantages: bool = False, position_ids: bool = False) -> Buffers:
-        """Fresh buffers for Batcher.write of one rank; reuse them where you can, a fresh allocation costs as
-        much as the work."""
+        """Fresh buffers for Batcher.write of one rank; reuse them where you can, a fresh allocation costs as much as
+        the work."""
         return _allocate(self.buffer_shapes(advantages=advantages, position_ids=position_ids))
 
     def padded_buffers(self, rank: int, micro_batch: int) -> Buffers:

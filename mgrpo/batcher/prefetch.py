@@ -37,8 +37,8 @@ class Batch:
 
 
 class Prefetcher:
-    """Iterates over batches. Asking for the next one ends the current: its queries leave the batcher only
-    then, so a state_dict taken in between still holds everything that is not trained on.
+    """Iterates over batches. Asking for the next one ends the current: its queries leave the batcher only then, so a
+    state_dict taken in between still holds everything that is not trained on.
 
     wanted: for every batch (step, n_groups) or (step, query names). With a number, the batch takes the first
     ready queries in canonical order, which depends on what has arrived; with names it does not.

@@ -1,5 +1,5 @@
-"""Settings of the policy loss. A setting that contradicts another, or could not change anything, is an
-error. What the losses compute is in mgrpo/losses."""
+"""Settings of the policy loss. A setting that contradicts another, or could not change anything, is an error. What the
+losses compute is in mgrpo/losses."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class GrpoLossConfig(BaseModel):
     """Keyword arguments of a loss of your own. The built-in types have none."""
 
     ratio_level: RatioLevel = "auto"
-    """Importance ratio of each token, or the geometric mean over the sequence (GSPO). `auto`: sequence for
-    gspo, token for every other built-in type."""
+    """Importance ratio of each token, or the geometric mean over the sequence (GSPO). `auto`: sequence for gspo, token
+    for every other built-in type."""
 
     clip_eps_low: float = Field(default=0.2, ge=0.0, le=1.0)
     """The ratio is clipped below at 1 - clip_eps_low (not used by cispo and sapo)."""
@@ -101,10 +101,10 @@ class GrpoLossConfig(BaseModel):
     """Logits are divided by it: the temperature the tokens were sampled with."""
 
     correction: Correction = "none"
-    """Correction for the mismatch of training and inference engines, a factor on the policy term (detached),
-    from rho = exp(old_logprobs - rollout_logprobs): token_tis = min(rho, high); mis (IcePop) = rho inside
-    [low, high], 0 outside; sequence_mask and geometric = the product or the geometric mean of rho over the
-    sequence, inside [low, high], 0 outside."""
+    """Correction for the mismatch of training and inference engines, a factor on the policy term (detached), from rho =
+    exp(old_logprobs - rollout_logprobs): token_tis = min(rho, high); mis (IcePop) = rho inside [low, high], 0 outside;
+    sequence_mask and geometric = the product or the geometric mean of rho over the sequence, inside [low, high], 0
+    outside."""
 
     correction_low: float | None = Field(default=None, ge=0.0, le=_LARGEST)
     """Lower bound; None: 0.5 for mis, 0 for sequence_mask, 0.99 for geometric. token_tis has none."""

@@ -127,8 +127,8 @@ class AgentConfig(Settings):
     frozen: bool = False
     """Roll out with the starting policy, never train it."""
     url: str | None = None
-    """Where this agent's trainer listens for trajectories and serves weights, e.g. "tcp://10.0.0.2:5601".
-    Unset: a local socket of the run."""
+    """Where this agent's trainer listens for trajectories and serves weights, e.g. "tcp://10.0.0.2:5601". Unset: a
+    local socket of the run."""
     d_max: int = Field(1, ge=1)
     """Invocations per rollout after alignment; 1 for the main agent."""
     max_length: int = Field(128, ge=2)

@@ -1,9 +1,9 @@
 """One agent's policy: a Hugging Face causal language model, its tokenizer, and how its weights travel.
 
-The trainer never asks the model for logits: it takes the final hidden states of the rows that carry loss and
-the head weight, and lets the fused loss multiply them. That is exact only where logits = hidden @
-head_weight.T, so a model that does anything after its head (a bias, a scale, a soft cap) is refused when it
-is loaded (head_guard.py). Rows of the head that are no token of the tokenizer take no part (vocabulary.py).
+The trainer never asks the model for logits: it takes the final hidden states of the rows that carry loss and the head
+weight, and lets the fused loss multiply them. That is exact only where logits = hidden @ head_weight.T, so a model that
+does anything after its head (a bias, a scale, a soft cap) is refused when it is loaded (head_guard.py). Rows of the
+head that are no token of the tokenizer take no part (vocabulary.py).
 
 Dropout stays off in training as well: the trainer must reproduce the sampler's log-probs.
 

@@ -23,8 +23,7 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def choose(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs an op on this device and dtype: `impl` itself, or for "auto" the fastest that
-    can."""
+    """The backend that runs an op on this device and dtype: `impl` itself, or for "auto" the fastest that can."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl: {impl!r} is not one of {', '.join(get_args(Impl))}")
     if impl == "auto":

@@ -1,7 +1,6 @@
-"""Input checks of the loss ops. Shapes, dtypes and devices are checked always; values (ranges, monotony,
-finiteness) where looking at them needs no device synchronisation: on the CPU, outside a compiled graph. On a
-GPU the kernels treat a row with a bad id or a non-finite log-prob as idle and count it in the metric
-`nonfinite_rows`."""
+"""Input checks of the loss ops. Shapes, dtypes and devices are checked always; values (ranges, monotony, finiteness)
+where looking at them needs no device synchronisation: on the CPU, outside a compiled graph. On a GPU the kernels treat
+a row with a bad id or a non-finite log-prob as idle and count it in the metric `nonfinite_rows`."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ def values_visible(x: Tensor) -> bool:
 def tensor(
     name: str, x: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
 ) -> None:
-    """TypeError or ValueError naming `name` unless x has this shape (None: any size), dtype and like's
-    device."""
+    """TypeError or ValueError naming `name` unless x has this shape (None: any size), dtype and like's device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:

@@ -18,8 +18,7 @@ from mgrpo.ops.encoding import code, term_code
 from mgrpo.ops.token_loss import Tokens
 
 BLOCK = 2048
-"""Logits a program holds at a time; with WARPS it keeps the statistics of a row in registers without a
-spill."""
+"""Logits a program holds at a time; with WARPS it keeps the statistics of a row in registers without a spill."""
 WARPS = 8
 GROUP_BLOCK = 32
 """Rewards a program reduces at a time; with 64 the loss spills on sm_100."""

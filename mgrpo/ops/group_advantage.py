@@ -41,8 +41,8 @@ def group_advantage(
 ) -> Tensor:
     """Advantages (N,) of rewards (N,) within groups.
 
-    rewards float (N,); group_id int32 (N,), any values, groups need not be contiguous; weight float (N,) or
-    None (1). Permuting the rows permutes the result bit for bit. Not differentiable.
+    rewards float (N,); group_id int32 (N,), any values, groups need not be contiguous; weight float (N,) or None (1).
+    Permuting the rows permutes the result bit for bit. Not differentiable.
 
     Raises TypeError/ValueError naming the argument: shapes, dtypes, devices, an unknown estimator, eps < 0,
     and (on the CPU) rewards that are not finite or beyond half of their dtype's range, whose differences would
@@ -143,13 +143,11 @@ def _times_power(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _exact_sum(x: Tensor, group: Tensor, bound: Tensor) -> Tensor:
-    """(G,) sums of x (N,), independent of order: terms are first rounded to a grid on which every partial sum
-    is exact.
+    """(G,) sums of x (N,), independent of order: terms are first rounded to a grid on which every partial sum is exact.
 
     bound (G,) is at least the sum of |x| in each group.
     """
-    # x + anchor - anchor rounds x to ulp(anchor); with anchor = 1.5 * 2^k >= bound every partial sum fits 53
-    # bits.
+    # x + anchor - anchor rounds x to ulp(anchor); with anchor = 1.5 * 2^k >= bound every partial sum fits 53 bits.
     anchor = 1.5 * torch.exp2(torch.ceil(torch.log2(bound.clamp(min=1e-280))) + 1.0)
     terms = (x + anchor[group]) - anchor[group]
     return torch.zeros_like(bound).index_add(0, group, terms)

@@ -127,8 +127,7 @@ def prepare(
     *,
     fuse_groups: bool = False,
 ) -> Tokens:
-    """Check the arguments of a loss call and fold mask, votes, normaliser and what is known of the
-    correction.
+    """Check the arguments of a loss call and fold mask, votes, normaliser and what is known of the correction.
 
     fuse_groups: leave rewards to the kernel, which reduces each row's group itself (`advantages` are then 1).
     """

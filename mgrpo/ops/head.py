@@ -100,8 +100,7 @@ class Local:
 def finish(
     maximum: Tensor, total: Tensor, weighted: Tensor, target: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, maximum, sum) float32 from the statistics of whole rows; NaN where a row is not
-    finite."""
+    """(logp, entropy, maximum, sum) float32 from the statistics of whole rows; NaN where a row is not finite."""
     log_sum = total.double().log()
     logp = (target.double() - maximum.double()) / temperature - log_sum
     entropy = log_sum - weighted.double() / total.double()
@@ -119,8 +118,7 @@ def loss(
     needs: Needs,
     shard: Shard,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """(loss, metrics, d hidden, d weight) where a row's coefficient is known row by row: gradient in
-    forward."""
+    """(loss, metrics, d hidden, d weight) where a row's coefficient is known row by row: gradient in forward."""
     t = hidden.shape[0]
     logp, entropy = (hidden.new_zeros(t, dtype=torch.float32) for _ in range(2))
     products = _Products(hidden, weight, needs)
@@ -164,8 +162,7 @@ def logprob_backward(
     needs: Needs,
     shard: Shard,
 ) -> tuple[Tensor, Tensor]:
-    """(d hidden, d weight) of sum c logp + e entropy; coefficients: maximum, sum, entropy, c, e, each
-    (T,)."""
+    """(d hidden, d weight) of sum c logp + e entropy; coefficients: maximum, sum, entropy, c, e, each (T,)."""
     products = _Products(hidden, weight, needs)
     *_, c, e = coefficients
     local = shard.local_ids(target_ids)
@@ -179,8 +176,7 @@ def logprob_backward(
 
 
 def empty_like_needed(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
-    """Uninitialised (d hidden, d weight); empty where not needed. d weight is float32 whatever the weight
-    is."""
+    """Uninitialised (d hidden, d weight); empty where not needed. d weight is float32 whatever the weight is."""
     dh = (
         torch.empty_like(hidden, memory_format=torch.contiguous_format)
         if needs.hidden
@@ -193,8 +189,7 @@ def empty_like_needed(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Ten
 def _chunks(
     hidden: Tensor, weight: Tensor, active: Tensor, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(row indices, hidden rows, their logits) of the active rows; the logits' buffer is the same every
-    time."""
+    """(row indices, hidden rows, their logits) of the active rows; the logits' buffer is the same every time."""
     index = active.nonzero().squeeze(1)
     buffer = hidden.new_empty(min(chunk, index.numel()), weight.shape[0])
     for piece in torch.split(index, chunk):
@@ -251,8 +246,7 @@ class _Products:
 
 
 def _drop(z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Leave rows out whose gradient is 0. A row that is not finite must go: 0 x NaN would spoil the
-    products."""
+    """Leave rows out whose gradient is 0. A row that is not finite must go: 0 x NaN would spoil the products."""
     if z.device.type != "cpu":  # the count is not known here without waiting for the device
         return z, torch.where(has_grad[:, None], h, 0.0), piece
     count = int(has_grad.sum())

@@ -55,8 +55,8 @@ def _(
 def row_logprob(
     logits: Tensor, target_ids: Tensor, active: Tensor, temperature: float, inplace: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False. inplace: backward may
-    use the storage of logits for its gradient."""
+    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False. inplace: backward may use the
+    storage of logits for its gradient."""
     partials = rows(backend).row_partials(logits, target_ids, active, temperature)
     return head.finish(*partials, temperature)
 

@@ -88,8 +88,7 @@ def row_gradients(
     temperature: float,
     grad: Tensor,
 ) -> None:
-    """Gradient of sum c logp + e entropy into `grad` (may be `logits`); coefficients: maximum, sum, entropy,
-    c, e."""
+    """Gradient of sum c logp + e entropy into `grad` (may be `logits`); coefficients: maximum, sum, entropy, c, e."""
     _check_grad(grad, logits)
     held = [_rows_of(x, logits.shape[0]) for x in coefficients]
     _C.row_gradients(_rows(logits, target_ids, temperature), [x.data_ptr() for x in held], grad.data_ptr())

@@ -1,8 +1,8 @@
 """From log-probs to the loss: everything that happens once a row of logits has become one log-prob and one
 entropy.
 
-For token t of trajectory j, with the term of the loss (mgrpo/losses) in its log-prob, its ratio
-r_t = exp(logp_t - old_t) and its advantage, and with a detached correction c_t:
+For token t of trajectory j, with the term of the loss (mgrpo/losses) in its log-prob, its ratio r_t = exp(logp_t -
+old_t) and its advantage, and with a detached correction c_t:
 
     loss = 1/D sum_j w_j n_j sum_t mask_t [ c_t term_t + kl_coef KL_t - entropy_coef entropy_t ]
 
@@ -79,8 +79,7 @@ class Tokens:
     groups: Groups | None = None
 
     def active(self, loss: PolicyLoss) -> Tensor:
-        """bool (T,): rows that can change the loss or its gradient; the others need no pass over the
-        vocabulary.
+        """bool (T,): rows that can change the loss or its gradient; the others need no pass over the vocabulary.
 
         A built-in term with advantage 0 is 0 whatever the ratio, and so is its gradient. With a sequence-level
         ratio or correction the whole trajectory shares one factor, which advantage 0 makes as idle as a
@@ -126,10 +125,9 @@ def loss_denominator(
     micro-batches and ranks.
 
     grpo, sapo, gspo: sum of seq_weight; bnpo, dapo, cispo: sum of seq_weight x active tokens; dr_grpo: sum of
-    seq_weight x max_completion_length. For gradient accumulation add it up over the whole minibatch (every
-    trajectory that has a vote, also those dropped for having advantage 0) and pass the sum as `denominator`
-    to each micro-batch: the summed gradient is then that of the whole minibatch, however it is cut between
-    trajectories.
+    seq_weight x max_completion_length. For gradient accumulation add it up over the whole minibatch (every trajectory
+    that has a vote, also those dropped for having advantage 0) and pass the sum as `denominator` to each micro-batch:
+    the summed gradient is then that of the whole minibatch, however it is cut between trajectories.
 
     cu_seqlens int32 (N+1,), loss_mask (T,) or None (all ones), seq_weight (N,) or None (all ones).
     """

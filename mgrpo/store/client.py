@@ -85,8 +85,7 @@ class StoreClient:
         self._call("report", rec.Report(next(self._reports), kind, dict(payload)), int)
 
     def reports(self, after: int = 0, timeout: float = 0.0) -> list[rec.Reported]:
-        """Up to 256 reports with a sequence number beyond `after`; waits up to `timeout` for the first
-        one."""
+        """Up to 256 reports with a sequence number beyond `after`; waits up to `timeout` for the first one."""
         deadline = time.monotonic() + timeout
         while True:
             slice_s = max(0.0, min(SLICE_S, deadline - time.monotonic()))

@@ -79,8 +79,7 @@ class Core:
             self.ledger.tick(now)
 
     def commit(self) -> None:
-        """Make everything handled so far durable. Raises sqlite3.Error; then call drop() and later
-        reload()."""
+        """Make everything handled so far durable. Raises sqlite3.Error; then call drop() and later reload()."""
         if self.ledger is not None:
             self.database.commit(self.ledger.state.take_dirty())
             self.ledger.state.retire()

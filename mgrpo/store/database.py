@@ -166,8 +166,7 @@ class Database:
             self.checkpoint(WAL_PAGES)
 
     def checkpoint(self, beyond_pages: int = 0) -> bool:
-        """Move the WAL into the file when it has grown beyond so many pages and nobody is copying the
-        file."""
+        """Move the WAL into the file when it has grown beyond so many pages and nobody is copying the file."""
         wal = Path(f"{self.path}-wal")
         if not wal.exists() or wal.stat().st_size <= beyond_pages * 4096:
             return False
@@ -280,8 +279,7 @@ class Database:
         return [query for (query,) in self._db.execute(sql, (role, COMMITTED, step)).fetchall()]
 
     def trained(self, role: str) -> list[Row]:
-        """(role, step, query, index, state) of everything in the role's surviving optimizer history, in
-        order."""
+        """(role, step, query, index, state) of everything in the role's surviving optimizer history, in order."""
         sql = (
             "SELECT role, step, query, idx, state FROM deliveries "
             "WHERE role = ? AND state IN (?, ?) ORDER BY step, idx"

@@ -51,8 +51,8 @@ class Deliveries:
     # -- who ------------------------------------------------------------------------------------------------
 
     def resume(self, request: Resume) -> Resumed:
-        """A trainer (re)starts from a checkpoint: raise the epoch, make everything beyond the checkpoint
-        ready again. The caller has brought every group of the role with a later step into memory."""
+        """A trainer (re)starts from a checkpoint: raise the epoch, make everything beyond the checkpoint ready again.
+        The caller has brought every group of the role with a later step into memory."""
         role = self._any_role(request.role)
         if request.nonce == role.nonce:
             return Resumed(role.epoch, role.requeued, role.resumed_from)
@@ -241,9 +241,8 @@ class Deliveries:
         self.state.save_role(role)
 
     def commit(self, request: Commit) -> int:
-        """A durable checkpoint holds every step up to `step`. Returns the role's cursor: every group with a
-        lower index is committed or lost, so its trajectories are needed only for a rollback behind this
-        checkpoint."""
+        """A durable checkpoint holds every step up to `step`. Returns the role's cursor: every group with a lower index
+        is committed or lost, so its trajectories are needed only for a rollback behind this checkpoint."""
         role = self._holder(request.role, request.epoch)
         if request.step > role.step:
             raise BadMessage(
@@ -310,8 +309,7 @@ class Deliveries:
 
 
 def invocations_of(group: Group, role: str) -> list[ClaimedInvocation]:
-    """The role's trajectories in rollouts that ended well, of the attempt each ended in, in canonical
-    order."""
+    """The role's trajectories in rollouts that ended well, of the attempt each ended in, in canonical order."""
     kept = [
         record
         for (rollout, attempt, its_role, _), record in group.invocations.items()

@@ -65,8 +65,7 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Read a store's file, live or not. Raises ConfigError when it is no store, CorruptionError when
-    damaged."""
+    """Read a store's file, live or not. Raises ConfigError when it is no store, CorruptionError when damaged."""
     with snapshot(path) as copy, closing(sqlite3.connect(copy)) as db:
         try:
             return _read(db, Path(path))
@@ -79,8 +78,7 @@ def snapshot(path: str | Path) -> Iterator[Path]:
     """A consistent private copy of the store's file, gone afterwards."""
     path = Path(path)
     if path.resolve() in SERVED_HERE:
-        # closing any descriptor of a file drops the POSIX locks that this process holds on it, SQLite's
-        # included
+        # closing any descriptor of a file drops the POSIX locks that this process holds on it, SQLite's included
         raise ConfigError(f"store {path} is served by this very process: ask it for its stats")
     if not path.is_file():
         raise ConfigError(f"no store at {path}")

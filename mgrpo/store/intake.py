@@ -75,8 +75,8 @@ class Intake:
         check_finite("meta", (v for v in request.meta.values() if isinstance(v, float)))
 
     def _admit(self, request: OpenGroup) -> int:
-        """The index of a new group, or a refusal. A numbered group is admitted by its number alone, so
-        admission does not depend on who asks first."""
+        """The index of a new group, or a refusal. A numbered group is admitted by its number alone, so admission does
+        not depend on who asks first."""
         state, params = self.state, self.state.params
         if len(state.open) >= MAX_OPEN:
             raise Refusal("RETRY_AFTER", f"{MAX_OPEN} groups are open")

@@ -50,8 +50,7 @@ class _Collector:
 
 
 class MetricsEndpoint:
-    """Serves `stats` at http://address:port/metrics until close(). Raises ConfigError when the port is
-    taken."""
+    """Serves `stats` at http://address:port/metrics until close(). Raises ConfigError when the port is taken."""
 
     def __init__(self, stats: Callable[[], Mapping[str, Any]], port: int, address: str = "127.0.0.1") -> None:
         registry = CollectorRegistry()

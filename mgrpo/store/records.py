@@ -18,12 +18,11 @@ Counts = dict[Name, Small]
 
 
 class RunParams(Record):
-    """What a run is, fixed when its store is created. `digest` is that of the run's configuration: a peer
-    with another digest is refused. batch: groups of one optimizer step. max_lag: how many versions old a
-    group may be when it is trained. in_order: groups are numbered from 0 without gaps and are claimed in that order,
-    whichever is ready first. Times in seconds, and the only thing that may change when a run is resumed: lease_s, after
-    which a claim that is not renewed is taken back; group_timeout_s, after which a group is closed if nothing of it has
-    arrived meanwhile."""
+    """What a run is, fixed when its store is created. `digest` is that of the run's configuration: a peer with another
+    digest is refused. batch: groups of one optimizer step. max_lag: how many versions old a group may be when it is
+    trained. in_order: groups are numbered from 0 without gaps and are claimed in that order, whichever is ready first.
+    Times in seconds, and the only thing that may change when a run is resumed: lease_s, after which a claim that is not
+    renewed is taken back; group_timeout_s, after which a group is closed if nothing of it has arrived meanwhile."""
 
     run: Name
     digest: Name
@@ -169,8 +168,8 @@ class ClaimedGroup(Record):
 
 
 class Groups(Record):
-    """Names claimed groups, each with its lease, to renew, apply or nack. step is that of apply; reason that
-    of nack."""
+    """Names claimed groups, each with its lease, to renew, apply or nack. step is that of apply; reason that of
+    nack."""
 
     role: Name
     epoch: Count
@@ -223,9 +222,9 @@ class Control(Record):
 
 
 class WaitFor(Record):
-    """Level-triggered: satisfied as soon as all that is given holds. versions: at least these are published.
-    sealed: at least so many groups are sealed or gone. not_state: the run state is another. after: reports
-    beyond this sequence number exist."""
+    """Level-triggered: satisfied as soon as all that is given holds. versions: at least these are published. sealed: at
+    least so many groups are sealed or gone. not_state: the run state is another. after: reports beyond this sequence
+    number exist."""
 
     wait_s: float
     versions: dict[Name, Signed] = msgspec.field(default_factory=dict)

@@ -44,9 +44,8 @@ class TrainerClient(StoreClient):
             self._renewer.join(5.0)
 
     def resume(self, checkpoint_step: int) -> rec.Resumed:
-        """Take the role over from a checkpoint that holds every step up to checkpoint_step (the value before
-        the first step when there is none). Fences any older holder; everything beyond the checkpoint becomes
-        ready again."""
+        """Take the role over from a checkpoint that holds every step up to checkpoint_step (the value before the first
+        step when there is none). Fences any older holder; everything beyond the checkpoint becomes ready again."""
         self.lease_s = (self._params or self.params()).lease_s
         nonce = secrets.token_hex(8)
         for last in (False, False, True):  # refused when another trainer of the role resumed in between
@@ -94,15 +93,14 @@ class TrainerClient(StoreClient):
                 )
 
     def apply(self, step: int, groups: Sequence[rec.ClaimedGroup]) -> None:
-        """The optimizer step `step` has used these groups. Call it before the step's checkpoint is
-        written."""
+        """The optimizer step `step` has used these groups. Call it before the step's checkpoint is written."""
         self.step = step
         self._call("apply", self._named(groups, step=step), None)
         self._drop(groups)
 
     def commit(self, step: int) -> int:
-        """A durable checkpoint holds every step up to `step`. Returns the cursor: trajectories of groups with
-        a lower index are needed only to roll back behind this checkpoint (see TrajectoryLog.truncate)."""
+        """A durable checkpoint holds every step up to `step`. Returns the cursor: trajectories of groups with a lower
+        index are needed only to roll back behind this checkpoint (see TrajectoryLog.truncate)."""
         cursor: int = self._call("commit", rec.Commit(self.agent, self.epoch, step), int)
         return cursor
 

@@ -42,8 +42,8 @@ class WorkerGroup:
 
 
 class WorkerClient(StoreClient):
-    """Opens groups and fills them. Records are pipelined: the methods return futures that raise the typed
-    errors, and flush raises the first of them."""
+    """Opens groups and fills them. Records are pipelined: the methods return futures that raise the typed errors, and
+    flush raises the first of them."""
 
     def __init__(self, url: str, role: str = "worker", **options: Any) -> None:
         self._failed: list[BaseException] = []
@@ -54,8 +54,8 @@ class WorkerClient(StoreClient):
         meta: Mapping[str, str | int | float | bool | None] | None = None, seed: int = 0,
         policy: Mapping[str, int] | None = None, timeout: float | None = None,
     ) -> WorkerGroup:  # fmt: skip
-        """Open a group, or open it again after a crash (a new attempt). Waits while the store refuses new
-        groups and raises RetryAfterError after `timeout` (0: at once)."""
+        """Open a group, or open it again after a crash (a new attempt). Waits while the store refuses new groups and
+        raises RetryAfterError after `timeout` (0: at once)."""
         limit = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
         while True:
@@ -106,8 +106,7 @@ class WorkerClient(StoreClient):
         self, group: WorkerGroup, rollout: int, *, reward: float, correct: float, d_k: Mapping[str, int],
         scores: Mapping[str, float] | None = None, versions: tuple[int, int] = (-1, -1), status: str = "ok",
     ) -> Future[Answer]:  # fmt: skip
-        """The rollout ended. Leaves once all its invocations are acknowledged; if one was refused, so is
-        this."""
+        """The rollout ended. Leaves once all its invocations are acknowledged; if one was refused, so is this."""
         record = rec.RolloutFinal(
             group.query,
             rollout,
@@ -128,9 +127,8 @@ class WorkerClient(StoreClient):
         )
 
     def _after(self, group: WorkerGroup, rollout: int, method: str, record: Record) -> Future[Answer]:
-        """Submit `record` when the rollout's invocations are acknowledged. Callbacks run on the link's I/O
-        thread, which must not wait for room in its own window: the record's place is taken by
-        submit_later."""
+        """Submit `record` when the rollout's invocations are acknowledged. Callbacks run on the link's I/O thread,
+        which must not wait for room in its own window: the record's place is taken by submit_later."""
         waiting = [
             future for future in group._waiting.pop(rollout, []) if not future.done() or future.exception()
         ]

@@ -209,8 +209,8 @@ class TrajectoryLog:
 
     @_locked
     def truncate(self, below: int) -> int:
-        """Delete closed segments that hold only groups with an index below `below`; returns how many. Pass
-        the cursor of the oldest checkpoint that a run may still go back to."""
+        """Delete closed segments that hold only groups with an index below `below`; returns how many. Pass the cursor
+        of the oldest checkpoint that a run may still go back to."""
         gone = [s for s in self.segments() if s != self._segment and self._newest.get(s, -1) < below]
         for segment in gone:
             self._name(segment).unlink()

@@ -143,8 +143,8 @@ class Client:
         self, method: str, body: object = None, frames: Sequence[Buffer] = (), *, timeout: float | None =
         None, step: int | None = None, queue: str = "", bulk: bool = False,
     ) -> Future[Answer]:  # fmt: skip
-        """Send a request; the future raises the typed error of a refusal, or DeadlineError. Waits for room in
-        the window. bulk: one of many large ones, whose deadline counts from the last answer to any of them. Raises
+        """Send a request; the future raises the typed error of a refusal, or DeadlineError. Waits for room in the
+        window. bulk: one of many large ones, whose deadline counts from the last answer to any of them. Raises
         ValueError when a frame or the message is larger than the peer accepts."""
         pending = self._prepare(method, body, frames, timeout, step, queue, bulk)
         self._enqueue(pending)
@@ -159,8 +159,8 @@ class Client:
         step: int | None = None,
         queue: str = "",
     ) -> tuple[Callable[[BaseException | None], None], Future[Answer]]:
-        """Reserve a place in the window now, send later: returns (start, future). start(None) sends,
-        start(error) fails the future; it never blocks, so it may be called from another future's callback."""
+        """Reserve a place in the window now, send later: returns (start, future). start(None) sends, start(error) fails
+        the future; it never blocks, so it may be called from another future's callback."""
         pending = self._prepare(method, body, (), timeout, step, queue)
         with self._lock:
             self._deferred.add(pending.id)

@@ -128,8 +128,7 @@ def client_keys(addresses: Addresses, name: str) -> ClientKeys | None:
 
 
 def init_keys(folder: str | Path) -> Path:
-    """Make a server's key pair in a new folder; returns the secret file. Raises ConfigError when there is
-    one."""
+    """Make a server's key pair in a new folder; returns the secret file. Raises ConfigError when there is one."""
     folder = Path(folder)
     try:
         (folder / "allowed").mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,12 @@
 """The answering side of the link: one ROUTER on its own thread, handlers by method name.
 
-One turn of the loop: take every message that has arrived (up to a bound), run its handlers, call `barrier`
-once, then send the answers. With a barrier that fsyncs, an answer therefore means "durable", and one fsync
-serves many requests: while it runs the next batch gathers in the socket. When the barrier fails nothing of
-the batch is answered with "ok"; every peer is told UNAVAILABLE and sends again.
+One turn of the loop: take every message that has arrived (up to a bound), run its handlers, call `barrier` once, then
+send the answers. With a barrier that fsyncs, an answer therefore means "durable", and one fsync serves many requests:
+while it runs the next batch gathers in the socket. When the barrier fails nothing of the batch is answered with "ok";
+every peer is told UNAVAILABLE and sends again.
 
-A handler that cannot answer yet returns Park: it is polled after every batch and every `tick_s` until it has
-an answer or its time is up (long polls are level-triggered: nothing is lost when the poller goes away and
-asks again).
+A handler that cannot answer yet returns Park: it is polled after every batch and every `tick_s` until it has an answer
+or its time is up (long polls are level-triggered: nothing is lost when the poller goes away and asks again).
 
 An answer reaches every peer that stays connected: what a peer's connection has no room for waits here until it has.
 So a client sends a request again only after a new connection, or when it was told UNAVAILABLE. A server that fails
@@ -324,8 +323,7 @@ class Server:
     def _internal(
         self, identity: bytes, number: int, method: str, error: Exception, answers: list[Answer]
     ) -> None:
-        """A handler's own bug: the asker is told, the others are served on after `fault` has mended the
-        state."""
+        """A handler's own bug: the asker is told, the others are served on after `fault` has mended the state."""
         log.error("handler of %s failed", method, exc_info=error)
         self.counters["INTERNAL"] += 1
         answers.append((identity, number, "INTERNAL", f"{type(error).__name__}: {error}", ()))
@@ -406,8 +404,7 @@ class Server:
 def pack(
     items: Sequence[tuple[int, str, bytes, Sequence[Buffer]]], sender: Sender, header_bytes: int = 32 << 10
 ) -> list[tuple[bytes, list[Buffer]]]:
-    """Messages (header, frames) that carry all items in order, each header below header_bytes plus one
-    item."""
+    """Messages (header, frames) that carry all items in order, each header below header_bytes plus one item."""
     return [(header, frames) for header, frames, _ in pack_counted(items, sender, header_bytes)]
 
 

@@ -120,8 +120,7 @@ class Proxy:
 
 
 def proxy_faults(folder: Path, n: int, seed: int) -> dict[str, object]:
-    """n faults under load; counts lost records and how long after each fault a fresh request is
-    acknowledged."""
+    """n faults under load; counts lost records and how long after each fault a fresh request is acknowledged."""
     rng = random.Random(seed)
     recovery: list[float] = []
     with StoreServer("tcp://127.0.0.1:0", folder / "s.db", run_params(max_lag=1000)) as store:

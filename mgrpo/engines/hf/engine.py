@@ -1,8 +1,7 @@
 """In-process engine over a Hugging Face model: continuous batching on a slot cache.
 
-Each step feeds every running request at once: its whole prompt (in chunks), what its session's history gained
-since the last turn, or the one token it sampled before. Requests of similar width share a forward. Those fed
-to their end sample.
+Each step feeds every running request at once: its whole prompt (in chunks), what its session's history gained since the
+last turn, or the one token it sampled before. Requests of similar width share a forward. Those fed to their end sample.
 
 - Noise: request tokens use u_0, u_1, ... = numpy's Philox(seed), one uniform a token, by inverse CDF;
   neighbours and arrival order do not matter. Logits depend on the batch in the last bits only (matrix kernels
@@ -77,9 +76,9 @@ class HfEngine(Engine):
         max_length: int | None = None,
         prefill_chunk: int = 256,
     ) -> None:
-        """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch.
-        max_length: tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a
-        row and forward. Raises ConfigError for a model that this engine cannot serve (forward.py)."""
+        """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch. max_length:
+        tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a row and forward.
+        Raises ConfigError for a model that this engine cannot serve (forward.py)."""
         context = policy.context_length
         max_length = context if max_length is None else max_length
         if max_length is None:
@@ -128,8 +127,8 @@ class HfEngine(Engine):
 
     async def load(self, path_or_state: object, version: int) -> None:
         """Swap the weights: a policy folder (str, Path), Weights, safetensors bytes or a state dict. See the module's
-        docstring for what becomes of cached keys and values. Raises ValueError or ConfigError and keeps the
-        old weights where the new do not fit."""
+        docstring for what becomes of cached keys and values. Raises ValueError or ConfigError and keeps the old weights
+        where the new do not fit."""
         if isinstance(path_or_state, str | Path):
             load_state(self.policy.model, state_of(load_policy(path_or_state).model))
         elif isinstance(path_or_state, bytes | bytearray | memoryview | Weights):

@@ -128,8 +128,8 @@ class VllmClient(ServerClient):
 
 
 def sampling_body(params: SamplingParams, seed: int, never: Sequence[int] = ()) -> dict[str, object]:
-    """Everything for the tokens to come from softmax(logits / temperature) and nothing else, over
-    all ids but those of `never`."""
+    """Everything for the tokens to come from softmax(logits / temperature) and nothing else, over all ids but those of
+    `never`."""
     body: dict[str, object] = {
         "n": 1,
         "max_tokens": params.max_tokens,

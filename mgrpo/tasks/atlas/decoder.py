@@ -308,8 +308,8 @@ class ShiftDecoderForCausalLM(ShiftDecoderPreTrainedModel, GenerationMixin):  # 
         logits_to_keep: int | Tensor = 0,
         **kwargs: object,
     ) -> CausalLMOutputWithPast:
-        """Logits (R, S, V), of the last `logits_to_keep` positions only when that is not 0; with `labels`
-        (R, S), -100 ignored, also transformers' next-token loss."""
+        """Logits (R, S, V), of the last `logits_to_keep` positions only when that is not 0; with `labels` (R, S), -100
+        ignored, also transformers' next-token loss."""
         out = self.model(
             input_ids,
             attention_mask=attention_mask,

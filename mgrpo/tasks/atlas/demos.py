@@ -1,8 +1,7 @@
 """Demonstrations for the warm start: the skills are exact, the strategies are random.
 
-Every sequence relabels all entity tokens by its own random permutation, so no fact can be memorised: a value
-can only be copied from the context, and a held-out name is a token like any other. Only training countries
-occur in tasks.
+Every sequence relabels all entity tokens by its own random permutation, so no fact can be memorised: a value can only
+be copied from the context, and a held-out name is a token like any other. Only training countries occur in tasks.
 
 sub    85 % a hop of a real chain, 15 % a mostly ill-posed task; the query is the entity; opens a uniformly
        random result, with .35 a second one; answers from the last document: its field is the asked relation

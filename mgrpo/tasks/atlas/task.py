@@ -36,8 +36,8 @@ class AtlasOptions(BaseModel):
     """"random" answers every search with arbitrary documents: a control in which nothing can be known."""
 
     facts: FactsMode = "real"
-    """"permuted": the documents tell of a world with values dealt anew, a control for memorised facts.
-    Answers follow the documents; `info["real_answer"]` of a question is what the real world says."""
+    """"permuted": the documents tell of a world with values dealt anew, a control for memorised facts. Answers follow
+    the documents; `info["real_answer"]` of a question is what the real world says."""
 
     turn_tokens: int = Field(default=TURN_WORDS, ge=TURN_WORDS)
     """Most tokens of one turn. The built-in tokenizer needs 4; a pretrained one splits names into several."""
