@@ -33,7 +33,7 @@ from mgrpo.transport.server import Handler, Park, Reply, Request
 CHUNK = 512 << 10  # bytes; each must cross the slowest link well within a heartbeat's time-out
 IN_FLIGHT = 16  # chunks; 8 MiB keep a link of 100 MiB/s busy over 80 ms
 PULL_S = 60.0  # a version of which no chunk was asked for so long is not being pulled any more
-TELL_S = 1.0  # between two reports of progress
+REPORT_S = 1.0  # between two reports of progress
 
 Progress = Callable[[int, int], None]  # (bytes that have arrived, bytes in all)
 
@@ -255,7 +255,7 @@ def _pull_all(client: Client, pull: Pull, step: int | None) -> bool:
     """Ask for the chunks that are missing, in order; False when the version is gone."""
     missing = deque(offset for offset in range(0, pull.size, CHUNK) if offset not in pull.chunks)
     waiting: deque[tuple[int, Future[Answer]]] = deque()
-    told = time.monotonic()
+    reported = time.monotonic()
     while missing or waiting:
         while missing and len(waiting) < IN_FLIGHT:
             offset = missing.popleft()
@@ -265,7 +265,7 @@ def _pull_all(client: Client, pull: Pull, step: int | None) -> bool:
             waiting.append((offset, future))
         offset, future = waiting[0]
         try:
-            answer = future.result(TELL_S)
+            answer = future.result(REPORT_S)
         except DeadlineError as error:
             raise DeadlineError(
                 f"{error}; of {pull.label} {pull.received} of {pull.size} bytes have arrived"
@@ -277,7 +277,7 @@ def _pull_all(client: Client, pull: Pull, step: int | None) -> bool:
                 return False
             waiting.popleft()
             pull.take(offset, answer.frames[0])
-        if pull.progress is not None and time.monotonic() - told > TELL_S:
-            told = time.monotonic()
+        if pull.progress is not None and time.monotonic() - reported > REPORT_S:
+            reported = time.monotonic()
             pull.progress(pull.received, pull.size)
     return True

@@ -230,7 +230,7 @@ class Batcher:
         self._core.write(plan.core, rank, _as_numpy(out))
 
     def write_padded(self, plan: Plan, rank: int, micro_batch: int, out: Mapping[str, Any]) -> None:
-        """Write one micro-batch as right-padded rows of similar length; plan.padded_shapes tells (rows, width).
+        """Write one micro-batch as right-padded rows of similar length; plan.padded_shapes holds (rows, width).
 
         ids i32[R,W] is required; loss_mask u8[R,W], logprobs f32[R,W], advantages f32[R,W], lengths i32[R],
         seg_advantage f32[R], seg_weight f32[R], seg_traj i64[R], seg_row i32[R]. R and W may be larger than

@@ -26,7 +26,7 @@ Show = Callable[[Conversation, bool, str], None]  # (who, did they say it themse
 
 
 class ShownConversation(Conversation):
-    """A conversation that is told of as it happens."""
+    """A conversation that is printed as it happens."""
 
     show: Show
 
@@ -41,7 +41,7 @@ class ShownConversation(Conversation):
 
 
 class ShownEpisode(Episode):
-    """An episode whose conversations are told of as they happen."""
+    """An episode whose conversations are printed as they happen."""
 
     def __init__(self, agents: Mapping[str, Agent], seed: int, show: Show) -> None:
         super().__init__("chat", 0, agents, seed)
@@ -93,8 +93,8 @@ def ask(
         return None
     answer = rollout.info.get("answer")
     invocations = sum(rollout.d_k().values())
-    told = clean(str(answer)) if answer is not None else "none in the agreed form"
-    console.print(Text(f"answer: {told}   ({invocations} invocations)", style="bold"))
+    shown = clean(str(answer)) if answer is not None else "none in the agreed form"
+    console.print(Text(f"answer: {shown}   ({invocations} invocations)", style="bold"))
     return rollout
 
 

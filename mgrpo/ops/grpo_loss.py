@@ -31,7 +31,7 @@ from mgrpo.ops.token_loss import (
 
 
 class LossInputs(TypedDict, total=False):
-    """What a loss is told about T tokens in N trajectories, beside the logits and the ids of the tokens.
+    """The arguments of a loss about T tokens in N trajectories, beside the logits and the ids of the tokens.
 
     Exactly one source of advantages: `advantages`, `token_advantages`, or `rewards` with `group_id`.
     """

@@ -31,7 +31,7 @@ from mgrpo.run.supervisor import HEALTHY_SECONDS, Supervisor
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' subsystem
 ENGINE_HEALTHY = 300.0  # a server that fails while it starts, which takes minutes, fails for good
 LOOK_SECONDS = 0.1
-END_SECONDS = 30.0  # for the parts to end by themselves once the run is over; then they are told to
+END_SECONDS = 30.0  # for the parts to end by themselves once the run is over; then they get SIGTERM
 
 
 def start(config_path: Path, out: Path, overrides: Sequence[str], *, fresh: bool) -> None:
@@ -178,7 +178,7 @@ class _Launch:
                 display.line(f"the run ends: {error}", "red")
                 raise
             finally:
-                # Trainers write a last checkpoint when they are told to stop; the store must still be there for it.
+                # Trainers write a last checkpoint when they get SIGTERM; the store must still be there for it.
                 children.stop([name for name in children.pids() if name != "store"])
                 monitor.close(outcome)
                 shutil.rmtree(folder.weights, ignore_errors=True)

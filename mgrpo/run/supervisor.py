@@ -2,8 +2,8 @@
 
 While the run goes on, a child that ends is started again, however it ended: its state is in its checkpoint and in the
 store. Restarts wait longer each time, and they end: a child that dies again and again without having got anywhere is a
-bug, a model that does not fit into memory or a broken machine, and the run ends with the child's name and last words.
-Exit status 2 (a mistake in the config, a damaged file) ends the run at once.
+bug, a model that does not fit into memory or a broken machine, and the run ends with the child's name and its last line
+of output. Exit status 2 (a mistake in the config, a damaged file) ends the run at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CRASHES = frozenset(
 
 
 class ChildFailed(MgrpoError):
-    """A process of the run keeps failing; the message carries its last words."""
+    """A process of the run keeps failing; the message carries its last line of output."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class _Child:
     log: Path
     healthy: float
     stop_seconds: float
-    saves: str  # what it does when it is told to stop: "write its checkpoint"
+    saves: str  # what it does when it is stopped: "write its checkpoint"
     process: subprocess.Popen[bytes]
     begins: int  # where its present life begins in the log
     started: float = field(default_factory=time.monotonic)

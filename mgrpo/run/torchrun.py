@@ -51,7 +51,7 @@ def run_ranks(size: int, arguments: Sequence[str], threads: int, stop_seconds: f
         text = f"rank {rank} of {size}: {_reason(failure.exitcode, failure.message)}"
         raise (ConfigError if status == 2 else MgrpoError)(text) from None
     except SignalException:
-        raise SystemExit(0) from None  # told to stop, and the ranks have
+        raise SystemExit(0) from None  # SIGTERM, and the ranks have stopped
 
 
 def as_rank(work: Callable[[], None]) -> NoReturn:

@@ -1,9 +1,8 @@
 """The store as a process part: the ledger on a database file, served on a link.
 
-Each turn of the link's loop runs many requests against the ledger in memory and then commits their rows in
-one transaction; only then do the answers leave. When the commit fails (disk full, I/O error) the ledger is
-read back from the file, so memory never knows more than the disk, and every peer of the turn is told to ask
-again.
+Each turn of the link's loop runs many requests against the ledger in memory and then commits their rows in one
+transaction; only then do the answers leave. When the commit fails (disk full, I/O error) the ledger is read back from
+the file, so memory never knows more than the disk, and every peer of the turn is answered UNAVAILABLE and asks again.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 One turn of the loop: take every message that has arrived (up to a bound), run its handlers, call `barrier` once, then
 send the answers. With a barrier that fsyncs, an answer therefore means "durable", and one fsync serves many requests:
 while it runs the next batch gathers in the socket. When the barrier fails nothing of the batch is answered with "ok";
-every peer is told UNAVAILABLE and sends again.
+every peer gets UNAVAILABLE and sends again.
 
 A handler that cannot answer yet returns Park: it is polled after every batch and every `tick_s` until it has an answer
 or its time is up (long polls are level-triggered: nothing is lost when the poller goes away and asks again).
 
 An answer reaches every peer that stays connected: what a peer's connection has no room for waits here until it has.
-So a client sends a request again only after a new connection, or when it was told UNAVAILABLE. A server that fails
+So a client sends a request again only after a new connection, or after an answer UNAVAILABLE. A server that fails
 answers everything with the reason until it is closed; check() raises it for the process around it.
 """
 
@@ -229,8 +229,8 @@ class Server:
             self._binding.release()
 
     def _refuse_all(self, poller: zmq.Poller) -> None:
-        """Until close(): whoever waits for an answer, or asks, is told why there is none. An answer to request 0 is one
-        to all requests of a peer."""
+        """Until close(): whoever waits for an answer, or asks, gets the reason why there is none. An answer to request
+        0 is one to all requests of a peer."""
         ((header, _),) = pack([(0, "STOPPED", codec.encode(self._last_words()), ())], Sender())
         untold = list(self._peers)
         while not self._stopping:
@@ -323,7 +323,7 @@ class Server:
     def _internal(
         self, identity: bytes, number: int, method: str, error: Exception, answers: list[Answer]
     ) -> None:
-        """A handler's own bug: the asker is told, the others are served on after `fault` has mended the state."""
+        """A handler's own bug: the asker gets an error, the others are served on after `fault` has mended the state."""
         log.error("handler of %s failed", method, exc_info=error)
         self.counters["INTERNAL"] += 1
         answers.append((identity, number, "INTERNAL", f"{type(error).__name__}: {error}", ()))

@@ -24,7 +24,7 @@ PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("base.js", "curves.js", "steps.js", "tree.js", "rollouts.js", "app.js")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 COOKIE = "mgrpo-token"
-TREES = 2000  # rollout trees in an exported file, unless told otherwise
+TREES = 2000  # rollout trees in an exported file, unless --trees says otherwise
 
 
 def page(title: str, data: str = "") -> str:

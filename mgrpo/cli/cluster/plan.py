@@ -35,7 +35,7 @@ class Part:
     gpus: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     serves_for_ever: bool = False
-    """Ends only when it is told to; the others end with the run."""
+    """Ends only when it is stopped; the others end with the run."""
     is_server: bool = False
     """An inference server, which runs in an environment or image of its own."""
 

@@ -151,16 +151,16 @@ def _start(
 def _stop(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
     """A launcher that gets SIGTERM ends its own processes and leaves a run that can be resumed; at another Ctrl-C it
     gets another one, and ends them at once."""
-    deadline, told = time.monotonic() + seconds, -1
+    deadline, forwarded = time.monotonic() + seconds, -1
     with Interrupts() as interrupts:
         while left := [process for process in processes if process.poll() is None]:
             for process in left:
-                if interrupts.count > told:
+                if interrupts.count > forwarded:
                     process.terminate()
                 if time.monotonic() > deadline:
                     process.kill()
                     process.wait(10)
-            told = interrupts.count
+            forwarded = interrupts.count
             time.sleep(0.1)
 
 

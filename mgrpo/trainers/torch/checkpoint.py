@@ -98,7 +98,7 @@ class CheckpointWriter:
             try:
                 saved = _write(partial, step, state, self._keep, self._group, self._is_main)
                 self._done = saved
-            except BaseException as error:  # raised again where it can be heard: in saved()
+            except BaseException as error:  # raised again in saved(), by the thread that waits
                 self._error = error
 
         self._thread = threading.Thread(target=write, name=f"mgrpo-checkpoint {step}", daemon=True)

@@ -121,7 +121,7 @@ class Ranks:
         return command, part
 
     def _wait_for(self, key: str) -> None:
-        beat, heard, pause = -1, time.monotonic(), 0.001
+        beat, last_beat, pause = -1, time.monotonic(), 0.001
         ended: float | None = None
         while True:
             try:  # asked again and again: a wait of the store's own complains on stderr whenever its time is up
@@ -133,14 +133,14 @@ class Ranks:
             pause = min(2 * pause, POLL_SECONDS)
             now = time.monotonic()
             if (seen := self._store.add("beat", 0)) != beat:
-                beat, heard = seen, now
+                beat, last_beat = seen, now
             if self._terminated:
                 ended = ended or now
                 if now - ended > self._last:
                     raise DeadlineError(
                         f"rank {self.rank} of {self.size}: was to stop, no command of rank 0 within {self._last:g} s"
                     )
-            if now - heard > self._silence:
+            if now - last_beat > self._silence:
                 raise DeadlineError(
                     f"rank {self.rank} of {self.size}: no command and no heartbeat of rank 0 within {self._silence:g} s"
                 )
