@@ -100,7 +100,7 @@ struct Finish {
 struct Rows {
   const float* rewards;
   const float* weight;  // may be null
-  float vote(int64_t i) const { return weight ? weight[i] : 1.0f; }
+  float weight_of(int64_t i) const { return weight ? weight[i] : 1.0f; }
 };
 
 // Whether every reward is within kLargestReward, and every weight finite and at least 0. Cloned functions must not throw: an exception
@@ -151,7 +151,7 @@ MGRPO_INLINE void see(const Rows& rows, int64_t begin, int64_t end, Group& g) {
     g.members += int32_t(i - begin) - 8;
   }
   for (; i < end; ++i) {
-    if (rows.vote(i) > 0) g.see(rows.rewards[i], rows.vote(i));
+    if (rows.weight_of(i) > 0) g.see(rows.rewards[i], rows.weight_of(i));
   }
 }
 
@@ -173,14 +173,14 @@ MGRPO_INLINE void add(const Rows& rows, int64_t begin, int64_t end, Group& g) {
     g.total += double(i - begin);
   }
   for (; i < end; ++i) {
-    if (rows.vote(i) > 0) g.add(rows.rewards[i], rows.vote(i));
+    if (rows.weight_of(i) > 0) g.add(rows.rewards[i], rows.weight_of(i));
   }
 }
 
 // Sum of w (d - shift)^2 of some rows, for variances that cancel in the raw moments.
 MGRPO_INLINE double centred_square(const Rows& rows, int64_t i, const Group& g) {
   const double d = (double(rows.rewards[i]) - g.low) - g.shift();
-  return rows.vote(i) > 0 ? snap(double(rows.vote(i)) * (d * d), g.grid2) : 0.0;
+  return rows.weight_of(i) > 0 ? snap(double(rows.weight_of(i)) * (d * d), g.grid2) : 0.0;
 }
 
 MGRPO_INLINE void finish_run(const Rows& rows, int64_t begin, int64_t end, const Group& g, const Finish& finish,
@@ -196,7 +196,7 @@ MGRPO_INLINE void finish_run(const Rows& rows, int64_t begin, int64_t end, const
       std::memcpy(out + i, &x, sizeof x);
     }
   }
-  for (; i < end; ++i) out[i] = finish.apply(rows.rewards[i], rows.vote(i), g, shift, factor);
+  for (; i < end; ++i) out[i] = finish.apply(rows.rewards[i], rows.weight_of(i), g, shift, factor);
 }
 
 // One group that is the rows [begin, end).
@@ -275,13 +275,13 @@ MGRPO_CLONES bool contiguous(const Rows& rows, const Ids& ids, int64_t n, const 
 void scattered(const Rows& rows, const Ids& ids, int64_t n, const Finish& finish, float* out) {
   std::vector<Group> groups(std::size_t(ids.width));
   for (int64_t i = 0; i < n; ++i) {
-    if (rows.vote(i) > 0) groups[ids[i]].see(rows.rewards[i], rows.vote(i));
+    if (rows.weight_of(i) > 0) groups[ids[i]].see(rows.rewards[i], rows.weight_of(i));
   }
   for (Group& g : groups) {
     if (g.varied()) g.lay_grids();
   }
   for (int64_t i = 0; i < n; ++i) {
-    if (rows.vote(i) > 0) groups[ids[i]].add(rows.rewards[i], rows.vote(i));
+    if (rows.weight_of(i) > 0) groups[ids[i]].add(rows.rewards[i], rows.weight_of(i));
   }
   struct Scale {
     double shift = 0.0, factor = 0.0;
@@ -310,9 +310,9 @@ void scattered(const Rows& rows, const Ids& ids, int64_t n, const Finish& finish
     const Scale& s = scales[ids[i]];
     if (finish.estimator == AdvantageEstimator::rloo) {
       const Group& g = groups[ids[i]];
-      out[i] = g.varied() ? finish.apply(rows.rewards[i], rows.vote(i), g, s.shift, s.factor) : 0.0f;
+      out[i] = g.varied() ? finish.apply(rows.rewards[i], rows.weight_of(i), g, s.shift, s.factor) : 0.0f;
     } else {
-      out[i] = rows.vote(i) > 0 ? float(((double(rows.rewards[i]) - s.low) - s.shift) * s.factor) : 0.0f;
+      out[i] = rows.weight_of(i) > 0 ? float(((double(rows.rewards[i]) - s.low) - s.shift) * s.factor) : 0.0f;
     }
   }
 }

@@ -30,7 +30,7 @@ def snapped_sum(x, anchor):
 
 @triton.jit
 def load_members(rewards, weight, group_id, group, at, end, MATCH: tl.constexpr, WEIGHTED: tl.constexpr):
-    """(reward, weight, membership) of rows `at`, float64; a member lies before `end`, votes, and (MATCH) is
+    """(reward, weight, membership) of rows `at`, float64; a member lies before `end`, has a weight, and (MATCH) is
     of `group`."""
     inside = at < end
     r = tl.load(rewards + at, mask=inside, other=0.0).to(tl.float64)

@@ -67,7 +67,7 @@ def grpo_loss_kernel(
     grad,  # (T, V), may be the logits; not written without NEED_GRAD
     target_ids,  # int64 (T,)
     seq_id,  # int64 (T,), trajectory of each row
-    policy_weight,  # float32 (T,), mask x vote x normaliser x what is known of the correction
+    policy_weight,  # float32 (T,), mask x sequence weight x normaliser x what is known of the correction
     weight,  # float32 (T,), the same without the correction
     advantages,  # float32 (T,): read, or written with GROUPS
     rewards,  # (N,), with GROUPS
@@ -124,12 +124,12 @@ def grpo_loss_kernel(
                 _, _, _, _, spread = moments(
                     rewards, seq_weight, group_id, group, 0, n, False, WEIGHTED, BLOCK_N
                 )
-            vote = 1.0
+            seq_w = 1.0
             if WEIGHTED:
-                vote = tl.load(seq_weight + own)
+                seq_w = tl.load(seq_weight + own)
             r = tl.load(rewards + own).to(tl.float64)
             a = advantage(
-                r, vote.to(tl.float64), low, varied, total, shift, spread, advantage_eps, ESTIMATOR
+                r, seq_w.to(tl.float64), low, varied, total, shift, spread, advantage_eps, ESTIMATOR
             ).to(tl.float32)
         tl.store(advantages + row, a)
     else:

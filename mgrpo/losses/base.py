@@ -74,9 +74,9 @@ class PolicyLoss(ABC):
     def term(self, tokens: TermInputs) -> Tensor:
         """Loss of each token before any weight, (T,), differentiable in logprobs, ratio and entropy."""
 
-    def denominator(self, votes: Sum, tokens: Sum) -> Sum:
+    def denominator(self, weights: Sum, tokens: Sum) -> Sum:
         """D, additive over micro-batches, from the sums over trajectories of w_j and of w_j x sampled tokens."""
-        return votes if self.sequence_mean else tokens
+        return weights if self.sequence_mean else tokens
 
     def ratio_bounds(self) -> tuple[float, float]:
         """Bounds at which the term holds a ratio below (advantage < 0) and above (advantage > 0), for metrics."""

@@ -48,10 +48,10 @@ class Gspo(Grpo):
 class DrGrpo(TokenMean):
     """dr_grpo: every trajectory is divided by the same length."""
 
-    def denominator(self, votes: Sum, tokens: Sum) -> Sum:
+    def denominator(self, weights: Sum, tokens: Sum) -> Sum:
         length = self.config.max_completion_length
         assert length is not None, "the config refuses dr_grpo without it"
-        return votes * length
+        return weights * length
 
 
 class Cispo(PolicyLoss):

@@ -99,7 +99,7 @@ def mask(loss_mask: Tensor | None, rows: int, like: Tensor) -> None:
         tensor("loss_mask", loss_mask, (rows,), _MASKS, like)
 
 
-def vote(name: str, x: Tensor | None, count: int, like: Tensor) -> None:
+def weights(name: str, x: Tensor | None, count: int, like: Tensor) -> None:
     """Weights (N,), finite and not negative, or None."""
     if x is None:
         return

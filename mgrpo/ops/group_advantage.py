@@ -58,7 +58,7 @@ def group_advantage(
     backend = choose(impl, rewards.device, rewards.dtype)
     if backend != "cpu":  # the C++ looks at the values itself, in the pass it makes anyway
         check.rewards(rewards)
-        check.vote("weight", weight, rewards.shape[0], rewards)
+        check.weights("weight", weight, rewards.shape[0], rewards)
     if backend != "reference":
         from mgrpo.ops import library
 

@@ -127,7 +127,7 @@ def prepare(
     *,
     fuse_groups: bool = False,
 ) -> Tokens:
-    """Check the arguments of a loss call and fold mask, votes, normaliser and what is known of the correction.
+    """Check the arguments of a loss call and fold mask, weights, normaliser and what is known of the correction.
 
     fuse_groups: leave rewards to the kernel, which reduces each row's group itself (`advantages` are then 1).
     """
@@ -141,7 +141,7 @@ def prepare(
     rows, n = target_ids.shape[0], max(cu_seqlens.numel() - 1, 0)
     check.cu_seqlens(cu_seqlens, rows, like)
     check.mask(loss_mask, rows, like)
-    check.vote("seq_weight", seq_weight, n, like)
+    check.weights("seq_weight", seq_weight, n, like)
     _check_sources(inputs, loss)
     mask = torch.ones_like(target_ids, dtype=torch.bool) if loss_mask is None else loss_mask != 0
     target_ids, (old, ref, rollout) = _logprobs(target_ids, mask, loss, inputs, like)
@@ -156,15 +156,15 @@ def prepare(
         advantages = torch.ones_like(target_ids, dtype=dtype)
     else:
         advantages = _advantages(like, seq_id, n, inputs, config, impl)
-    votes = cu_seqlens.new_ones(n, dtype=torch.float64) if seq_weight is None else seq_weight.double()
+    row_weight = cu_seqlens.new_ones(n, dtype=torch.float64) if seq_weight is None else seq_weight.double()
     if loss.sequence_mean:
-        votes = votes / active_tokens(cu_seqlens, loss_mask).clamp(min=1.0)
+        row_weight = row_weight / active_tokens(cu_seqlens, loss_mask).clamp(min=1.0)
     if denominator is None:
         denominator = loss_denominator(
             config, cu_seqlens=cu_seqlens, loss_mask=loss_mask, seq_weight=seq_weight
         )
-    votes = votes * _inverse(denominator, like)
-    weight = torch.where(mask, votes[seq_id], 0.0).to(dtype)
+    row_weight = row_weight * _inverse(denominator, like)
+    weight = torch.where(mask, row_weight[seq_id], 0.0).to(dtype)
     tokens = Tokens(
         target_ids, seq_id, mask, weight, weight, advantages.to(dtype), old, ref, rollout, n, groups
     )

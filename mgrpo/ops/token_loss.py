@@ -126,7 +126,7 @@ def loss_denominator(
 
     grpo, sapo, gspo: sum of seq_weight; bnpo, dapo, cispo: sum of seq_weight x active tokens; dr_grpo: sum of
     seq_weight x max_completion_length. For gradient accumulation add it up over the whole minibatch (every trajectory
-    that has a vote, also those dropped for having advantage 0) and pass the sum as `denominator` to each micro-batch:
+    that has a weight, also those dropped for having advantage 0) and pass the sum as `denominator` to each micro-batch:
     the summed gradient is then that of the whole minibatch, however it is cut between trajectories.
 
     cu_seqlens int32 (N+1,), loss_mask (T,) or None (all ones), seq_weight (N,) or None (all ones).

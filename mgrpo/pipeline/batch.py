@@ -63,7 +63,7 @@ class StepBatch:
 
 def merge_streams(batches: Sequence[StepBatch]) -> list[MiniBatch]:
     """The minibatches of one learner: those of all roles that share its policy, the i-th of each in one step. Their
-    denominators add up, so that a token (or a vote) weighs the same whichever role it belongs to."""
+    denominators add up, so that a token (or a sequence) weighs the same whichever role it belongs to."""
     return [
         MiniBatch([m for part in parts for m in part.micro], sum(part.denominator for part in parts))
         for parts in zip(*(batch.minibatches for batch in batches), strict=True)
