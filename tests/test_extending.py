@@ -97,7 +97,7 @@ def test_each_part_changes_what_is_learned(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ('agents.main.loss={type="carefull"}', r"loss\.type: 'carefull' is unknown, expected .*careful, .*grpo"),
+        ('agents.main.loss={type="carefull"}', r"loss: type: 'carefull' is unknown, expected .*careful, .*grpo"),
         ('agents.main.algorithm={type="medean"}', r"algorithm\.type 'medean' is unknown, expected .*median, mgrpo"),
         ('agents.main.engine={type="plane"}', r"engine\.type 'plane' is unknown, expected hf, plain, sglang, vllm or"),
         ('agents.main.policy.trainer="avg"', r"policy\.trainer 'avg' is unknown, expected averaged, torch or"),
