@@ -219,6 +219,19 @@ def test_token_advantages_that_repeat_the_rows_change_no_bit(impl: str) -> None:
                 assert x == y if isinstance(x, dict) else torch.equal(x, y), config
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_advantages_may_have_one_value_a_token(impl: str) -> None:
+    """(T,) values that repeat those of the trajectories change no bit, in any config; another length is refused."""
+    data = grid_batch(69, torch.float32)
+    per_token = repeated(data)["token_advantages"]
+    for config in configs():
+        a, b = (run_logits(x, config, torch.float32, impl) for x in (data, data | {"advantages": per_token}))
+        for x, y in zip(a, b, strict=True):
+            assert x == y if isinstance(x, dict) else torch.equal(x, y), config
+    with pytest.raises(ValueError, match=r"^advantages: 5 values for 6 trajectories of 19 tokens"):
+        run_logits(data | {"advantages": torch.ones(5)}, configs()[0], torch.float32, impl)
+
+
 def test_token_advantages_against_the_float64_reference() -> None:
     """An advantage of its own for each token, of both signs and 0, in every backend's rows and metrics."""
     g = torch.Generator().manual_seed(4)

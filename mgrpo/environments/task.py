@@ -62,12 +62,14 @@ class Task(ABC):
     controls: Mapping[str, Mapping[str, object]] = MappingProxyType({})
     """For `mgrpo compare`: name of a control -> task options under which co-training's policies are scored as well."""
 
-    def __init__(self, options: Mapping[str, object], roles: Sequence[str]) -> None:
-        """options: the run's [task.options]; roles: the run's, "main" first. The default takes no options and the roles
-        of the class. Raises ValueError for what the task cannot serve."""
+    def __init__(
+        self, options: Mapping[str, object] = MappingProxyType({}), roles: Sequence[str] | None = None
+    ) -> None:
+        """options: the run's [task.options]; roles: the run's, "main" first (None: those of the class). The default
+        takes no options and the roles of the class. Raises ValueError for what the task cannot serve."""
         if options:
             raise ValueError(f"options {sorted(options)} given, expected none")
-        if set(roles) != set(self.roles):
+        if roles is not None and set(roles) != set(self.roles):
             raise ValueError(f"roles {list(roles)} given, expected {list(self.roles)}")
 
     @abstractmethod

@@ -39,7 +39,7 @@ class LossInputs(TypedDict, total=False):
     cu_seqlens: Required[Tensor]
     """int32 (N+1,), delimits the trajectories."""
     advantages: Tensor | None
-    """(N,), one for each trajectory."""
+    """(N,), one for each trajectory, or (T,); where N = T they are the trajectories'."""
     token_advantages: Tensor | None
     """(T,), one for each token. Not with a sequence-level ratio, whose gradient has one advantage a trajectory."""
     rewards: Tensor | None
@@ -228,9 +228,13 @@ def _advantages(
         check.finite("token_advantages", per_token)
         return per_token
     if per_sequence is not None:
-        check.floating("advantages", per_sequence, (n,), like)
+        check.floating("advantages", per_sequence, (None,), like)
+        if per_sequence.shape[0] not in (n, seq_id.shape[0]):
+            raise ValueError(
+                f"advantages: {per_sequence.shape[0]} values for {n} trajectories of {seq_id.shape[0]} tokens"
+            )
         check.finite("advantages", per_sequence)
-        return per_sequence[seq_id]
+        return per_sequence[seq_id] if per_sequence.shape[0] == n else per_sequence
     rewards, group_id = inputs.get("rewards"), inputs.get("group_id")
     assert rewards is not None and group_id is not None
     _check_rewards(rewards, group_id, n, like)
