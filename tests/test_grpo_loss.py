@@ -135,7 +135,6 @@ def test_rows_that_are_not_finite_are_counted_and_move_nothing() -> None:
         ("group_id", {"advantages": None, "rewards": torch.zeros(6)}),
         ("advantages", {"advantages": None}),
         ("advantages", {"advantages": torch.zeros(7)}),
-        ("advantages", {"advantages": torch.zeros(19)}),
         ("token_advantages", {"token_advantages": torch.zeros(19)}),
         ("token_advantages", {"advantages": None, "token_advantages": torch.zeros(6)}),
         ("token_advantages", {"advantages": None, "token_advantages": torch.full((19,), float("inf"))}),
