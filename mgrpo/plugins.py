@@ -8,7 +8,9 @@ adds a name with an entry point in the seam's group, e.g. `mgrpo.tasks`; a modul
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -29,10 +31,11 @@ def find_class(where: str, name: str, built_in: Mapping[str, str], group: str, b
     module_name, colon, class_name = target.partition(":")
     if not (module_name and colon and class_name):
         raise ConfigError(f"{where} {name!r} is unknown, expected {known_names(built_in, installed)}")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{where} {name!r}: module {error.name!r} is not installed") from error
+    with errors_named(f"{where} {name!r}"):
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{where} {name!r}: module {error.name!r} is not installed") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{where} {name!r}: {module_name} has no {base.__name__} class {class_name!r}")
     return found
@@ -41,3 +44,22 @@ def find_class(where: str, name: str, built_in: Mapping[str, str], group: str, b
 def known_names(built_in: Mapping[str, str], installed: Mapping[str, EntryPoint]) -> str:
     """What a name may be, for errors."""
     return f"{', '.join(sorted({*built_in, *installed}))} or 'package.module:Class'"
+
+
+@contextmanager
+def errors_named(where: str) -> Iterator[None]:
+    """Turn what code from outside raises, while it is imported or made, into a ConfigError that names file and line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{where}: {type(error).__name__}: {error} ({_place(error)})") from error
+
+
+def _place(error: BaseException) -> str:
+    """file:line of the innermost line that raised; of a syntax error the line that cannot be read."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"

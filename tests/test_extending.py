@@ -114,3 +114,24 @@ def test_an_unknown_name_is_refused_with_those_there_are(
         config = load_config(installed / "run.toml", [override])
         check_plugins(config)
         load_run_task(config)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'agents.main.loss={type="broken:Part"}',
+        'agents.main.algorithm={type="broken:Part"}',
+        'agents.main.engine={type="broken:Part"}',
+        'agents.main.policy.trainer="broken:Part"',
+        'metrics.sinks=["broken:Part"]',
+        'task={name="broken:Part"}',
+    ],
+)
+def test_a_part_whose_module_fails_is_named_with_its_line(installed: Path, override: str) -> None:
+    """An error of the user's own code, at import: one line with its kind, file and line, for every seam."""
+    (installed / "broken.py").write_text("import math\n\nRATE = math.log(0)\n")
+    with pytest.raises(ConfigError, match=r"'broken:Part': ValueError: .*\(.*broken\.py:3\)$") as caught:
+        config = load_config(installed / "run.toml", [override])
+        check_plugins(config)
+        load_run_task(config)
+    assert "\n" not in str(caught.value)

@@ -19,6 +19,7 @@ from mgrpo.errors import ConfigError, InfrastructureError
 
 CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 10.0  # for questions that a healthy server answers at once
+NEVER = -1e9  # added to the logit of an id that must not be sampled: its probability is exactly 0
 LOWEST = -9999.0  # nats; servers write this or less for a log-prob of minus infinity
 
 

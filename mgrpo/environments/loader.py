@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from mgrpo.config.task import TaskConfig
 from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError
-from mgrpo.plugins import find_class
+from mgrpo.plugins import errors_named, find_class
 
 BUILT_IN = {
     "atlas": "mgrpo.tasks.atlas.task:AtlasTask",
@@ -28,7 +26,7 @@ def load_task(config: TaskConfig, roles: Sequence[str]) -> Task:
     """The task of a config; its module is imported only now. Raises ConfigError naming what is wrong, and where the
     task's own code raised."""
     found = _find(config)
-    with _named(f"task {config.label!r}"):
+    with errors_named(f"task {config.label!r}"):
         try:
             return found(dict(config.options), tuple(roles))
         except (ValueError, TypeError) as error:  # a refusal
@@ -42,8 +40,7 @@ def _find(config: TaskConfig) -> type[Task]:
     name = str(config.name)
     if ".py:" in name:
         raise ConfigError(f"task.name {name!r} is a file; name it by task.path")
-    with _named(f"task.name {name!r}"):
-        return find_class("task.name", name, BUILT_IN, GROUP, Task)  # type: ignore[type-abstract]
+    return find_class("task.name", name, BUILT_IN, GROUP, Task)  # type: ignore[type-abstract]
 
 
 def _class_in(file: Path, name: str) -> type[Task]:
@@ -56,28 +53,9 @@ def _class_in(file: Path, name: str) -> type[Task]:
     assert spec is not None and spec.loader is not None, "it ends with .py"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look it up there
-    with _named(where):
+    with errors_named(where):
         spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"{where} has no Task class {name!r}")
     return found
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """What a task's code raises while it is imported or made becomes a ConfigError with its place."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{where}: {type(error).__name__}: {error} ({_place(error)})") from error
-
-
-def _place(error: BaseException) -> str:
-    """file:line of the innermost line that raised; of a syntax error the line that cannot be read."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename}:{last.lineno}"

@@ -89,7 +89,7 @@ class Tokens:
         acts = self.policy_weight != 0
         if loss.zero_without_advantage:
             acts = acts & (self.advantages != 0)
-        if loss.has_sequence_ratio:  # every token of a active sequence moves the sequence's ratio
+        if loss.has_sequence_ratio:  # every token of an active sequence moves the sequence's ratio
             acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
         if _sequence_correction(config) and self.old_logprobs is None:
             acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))

@@ -25,11 +25,10 @@ from collections.abc import Sequence
 import msgspec
 
 from mgrpo.engines.base import SamplingParams
-from mgrpo.engines.client import LOOK_SECONDS, Completion, ServerClient, ServerInfo, Span
+from mgrpo.engines.client import LOOK_SECONDS, NEVER, Completion, ServerClient, ServerInfo, Span
 from mgrpo.errors import InfrastructureError
 
 RETRY_SECONDS = 0.05  # before a request that was aborted without a token is sent again
-NEVER = -1e9  # added to the logit of an id that must not be sampled: its probability is exactly 0
 UPDATING = "updating:"  # before the label of a server whose update is under way; see weight_sync.py
 
 Triple = tuple[float, int, str | None]

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 import msgspec
 
 from mgrpo.engines.base import SamplingParams
-from mgrpo.engines.client import LOOK_SECONDS, Completion, ServerClient, ServerInfo, Span
+from mgrpo.engines.client import LOOK_SECONDS, NEVER, Completion, ServerClient, ServerInfo, Span
 from mgrpo.errors import InfrastructureError
 
 HOTTEST = 2.0  # the highest temperature the server takes
 COOLEST = 0.01  # it raises lower ones to this
-NEVER = -1e9  # added to the logit of an id that must not be sampled: its probability is exactly 0
 
 
 class _Span(msgspec.Struct):
