@@ -10,8 +10,8 @@ order of the rows, so a group's numbers do not depend on the groups beside it.
 
 The same formulas stand in mgrpo.ops.group_advantage, whose reference adds terms rounded to a grid, so that no order of
 the rows changes a bit on any backend. In float64 that is another last bit: of the rows of 30,000 random groups (one
-member, equal rewards and weights of 0 among them) a third has the same one, and all have the same float32. Recorded runs
-are replayed bit for bit in float64, so the two stay apart.
+member, equal rewards and weights of 0 among them) a third has the same one, and all have the same float32. Recorded
+runs are replayed bit for bit in float64, so the two stay apart.
 """
 
 from __future__ import annotations
