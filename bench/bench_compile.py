@@ -61,7 +61,7 @@ def variants() -> list[Variant]:
         cases = {
             "plain": plain | {"HAS_OLD": True},
             "groups": plain | {"GROUPS": True, "WEIGHTED": True, "HAS_OLD": True},
-            "groups without votes": plain | {"GROUPS": True, "HAS_OLD": False},
+            "groups without weights": plain | {"GROUPS": True, "HAS_OLD": False},
             "groups, forward only": plain | {"GROUPS": True, "HAS_OLD": True, "NEED_GRAD": False},
             "everything": full | {"LOSS": 0, "HAS_OLD": True},
             "everything, batch": full | {"LOSS": 0, "HAS_OLD": True, "ESTIMATOR": 3},

@@ -65,7 +65,7 @@ def test_interpreted_gradients(small_blocks: None) -> None:
 
 @numpy_warns
 def test_interpreted_groups_in_the_kernel(small_blocks: None) -> None:
-    """Rewards reduced inside the loss kernel, for each estimator, with and without votes, scattered groups."""
+    """Rewards reduced inside the loss kernel, for each estimator, with and without weights, scattered groups."""
     from tests.loss_grid import error, grid_batch, run_logits, settings
 
     data = grid_batch(19, torch.float32)
@@ -73,9 +73,9 @@ def test_interpreted_groups_in_the_kernel(small_blocks: None) -> None:
     rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, 0.25, 7.0])
     groups = torch.tensor([-3, 9, 9, 4, -3, 9], dtype=torch.int32)
     for estimator in ("grpo", "dr_grpo", "rloo", "batch"):
-        for votes in (data["seq_weight"], None):
+        for weights in (data["seq_weight"], None):
             config = settings("dapo", estimator=estimator)
-            more = {"rewards": rewards, "group_id": groups, "seq_weight": votes}
+            more = {"rewards": rewards, "group_id": groups, "seq_weight": weights}
             exact = run_logits(data, config, torch.float64, "reference", **more)
             got = run_logits(data, config, torch.float32, "triton", **more)
             assert error(got[2], exact[2]) <= 5e-6
@@ -137,10 +137,10 @@ def test_interpreted_group_advantage(small_blocks: None) -> None:
     g = torch.Generator().manual_seed(0)
     rewards = torch.cat([torch.randn(24, generator=g), torch.full((3,), 0.1), torch.ones(1)])
     ids = torch.cat([torch.randint(0, 4, (24,), generator=g), torch.full((3,), 7), torch.full((1,), 8)]).int()
-    votes = torch.randint(0, 4, (28,), generator=g) / 4.0
+    weights = torch.randint(0, 4, (28,), generator=g) / 4.0
     order = torch.randperm(28, generator=g)
     for estimator in ("grpo", "dr_grpo", "rloo", "batch"):
-        for w in (None, votes):
+        for w in (None, weights):
             want = group_advantage(rewards, ids, w, estimator=estimator, impl="reference")
             got = group_advantage(rewards, ids, w, estimator=estimator, impl="triton")
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)

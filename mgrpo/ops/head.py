@@ -6,7 +6,7 @@ gradient.
                                    dh = z W            (2)
                                    dW += z^T h         (3), accumulated in float32
 
-Dead rows (masked, voteless, or of advantage 0 with no other term) never reach (1); rows whose gradient turned
+Dead rows (masked, of weight 0, or of advantage 0 with no other term) never reach (1); rows whose gradient turned
 out to be 0, because the clip holds them or their logits are not finite, leave before (2) and (3) where the
 count is known without a device synchronisation (on the CPU). Where a row's coefficient depends on other rows,
 `logprob` runs (1) for every active row and `logprob_backward` all three for the rows that move.
