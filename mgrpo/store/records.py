@@ -235,7 +235,7 @@ class WaitFor(Record):
 
 class World(Record):
     """What a wait answers: the state of everything one can wait for, and whether the condition holds. open: groups
-    that workers have in hand."""
+    that workers have in hand. workers: names of the rollout workers that are alive."""
 
     satisfied: bool
     control: Control
@@ -243,6 +243,7 @@ class World(Record):
     sealed: int
     reports: int
     open: int = 0
+    workers: list[str] = msgspec.field(default_factory=list)
 
 
 class OpenGroups(Record):
