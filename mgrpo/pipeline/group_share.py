@@ -17,6 +17,8 @@ class GroupShare:
         """first: no group before this index is needed any more."""
         self._number, self._workers = number, workers
         self._next = {number: self._first_of(number, first)}  # class -> index of its next group
+        self._aside: set[int] = set()  # passed for now
+        self._again: set[int] = set()  # set aside before, to be tried again
 
     def divide(self, live: Collection[int], first: int) -> None:
         """Take over what dead workers leave, and give back what is a living one's. live: numbers of the workers that
@@ -25,6 +27,8 @@ class GroupShare:
         dead = [c for c in range(self._workers) if c not in among]
         mine = [self._number, *(c for c in dead if among[c % len(among)] == self._number)]
         self._next = {c: self._next.get(c, self._first_of(c, first)) for c in mine}
+        self._aside = {index for index in self._aside if index % self._workers in self._next}
+        self._again = {index for index in self._again if index % self._workers in self._next}
 
     def classes(self) -> list[int]:
         """Those that are this worker's now."""
@@ -32,13 +36,24 @@ class GroupShare:
 
     def next(self, leave_out: Collection[int] = ()) -> int:
         """Index of the oldest group not passed yet, those in `leave_out` aside."""
-        return min(self._free(index, leave_out) for index in self._next.values())
+        return min([*(self._free(index, leave_out) for index in self._next.values()), *self._again])
 
     def passed(self, index: int) -> None:
         """This group is opened, or not to be."""
+        self._again.discard(index)
         c = index % self._workers
-        if c in self._next and index >= self._next[c]:
+        if index >= self._next.get(c, index + 1):
             self._next[c] = index + self._workers
+
+    def set_aside(self, index: int) -> None:
+        """This group is in another worker's hands: the next ones come first, until retry()."""
+        self.passed(index)
+        self._aside.add(index)
+
+    def retry(self) -> None:
+        """What was set aside may be free by now."""
+        self._again |= self._aside
+        self._aside.clear()
 
     def _free(self, index: int, leave_out: Collection[int]) -> int:
         while index in leave_out:

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from mgrpo.config import RunConfig
 from mgrpo.environments.task import Question
-from mgrpo.errors import DeadlineError, InfrastructureError, RetryAfterError
+from mgrpo.errors import DeadlineError, GroupHeldError, InfrastructureError, RetryAfterError
 from mgrpo.pipeline.evaluations import Evaluations
 from mgrpo.pipeline.group_share import GroupShare
 from mgrpo.pipeline.open_groups import OpenGroups
@@ -166,9 +166,10 @@ class Streaming:
             seen, index = self._news, self._share.next(self._playing)
             try:
                 found = await self._in_thread(self._open, index)
-            except (
-                RetryAfterError
-            ):  # until a version is published, a group is lost or another worker done with it
+            except GroupHeldError:
+                self._share.set_aside(index)
+                continue
+            except RetryAfterError:  # until a version is published, or a group is lost
                 await self._until(lambda: self._news != seen)  # noqa: B023 - awaited at once
                 continue
             self._share.passed(index)
@@ -288,9 +289,12 @@ class Streaming:
 
     async def _watch(self) -> None:
         """Until the run is over. Raises DeadlineError when nothing has come for idle_timeout seconds."""
-        idle_since = time.monotonic()
+        idle_since = retried = time.monotonic()
         while not self._is_over():
             seen = self._news
+            if time.monotonic() - retried >= WAIT_SLICE:
+                retried = time.monotonic()
+                self._share.retry()
             self._context.shipper.check()
             self._leave_closed_groups()
             self._divide_groups()

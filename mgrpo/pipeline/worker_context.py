@@ -75,7 +75,7 @@ class WorkerContext:
 
     def open_group(self, index: int) -> tuple[WorkerGroup, Question] | None:
         """Group number `index`, opened again after a restart; None where the store has closed it. Raises
-        RetryAfterError while it is not admitted."""
+        RetryAfterError while it is not admitted, GroupHeldError while another worker that is alive has it."""
         question = question_of(self.task, index, self.config.seed)
         try:
             group = self.store.open_group(
@@ -95,10 +95,15 @@ class WorkerContext:
         """No step will claim this group: it comes after those of the last step, and no group that was lost to some role
         left room. Asks the store, where the number does not say it."""
         trainer = self.config.trainer
-        planned = (trainer.steps - 1) * trainer.questions + trainer.pool
-        if index < planned:
+        if index < trainer.steps * trainer.questions:
             return False
-        return index >= planned + max(int(role["skipped"]) for role in self.store.stats()["roles"].values())
+        needed = []
+        for role in self.store.stats()["roles"].values():
+            done = int(role["step"]) + 1
+            needed.append(
+                int(role["skipped"]) + done * trainer.questions + (trainer.steps - done) * trainer.pool
+            )
+        return index >= max(needed)
 
     def deliver(self, group: WorkerGroup, result: RolloutResult) -> None:
         """Record a result and hand it to the shipper."""
