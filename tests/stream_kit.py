@@ -126,6 +126,7 @@ class Gates:
         self.evaluated: list[list[int]] = []  # versions of the tokens of each rollout of an evaluation
         self.shut: set[tuple[int, int] | str] = set()  # rollouts, or "eval"
         self.failing = False
+        self.lost: set[int] = set()  # groups of which no rollout succeeds
 
     async def wait(self, key: tuple[int, int] | str) -> None:
         while key in self.shut:
@@ -143,7 +144,7 @@ class Gates:
             main.append("hi")
             await main.sample(2, stop=".")
             await self.wait("eval" if evaluation else key)
-            if self.failing:
+            if self.failing or (key[0] in self.lost and not evaluation):
                 raise KeyError("nothing works")
             await main.sample(2, stop=".")
         finally:

@@ -8,7 +8,6 @@ import pytest
 
 from mgrpo.environments.episode import Episode
 from mgrpo.errors import InfrastructureError
-from mgrpo.pipeline.rollout_metrics import Load, RolloutMetrics
 from mgrpo.types import Rollout
 from tests.play_kit import SlowEngine, one_turn, played
 
@@ -74,37 +73,3 @@ def test_what_ends_in_time_is_not_touched() -> None:
         return await _solo(episode)
 
     assert played(script, deadline=LONG).kind == "infrastructure"
-
-
-def test_who_is_dropped_is_reported() -> None:
-    """The share of failed rollouts among those with as many calls, and among those that took as long."""
-    metrics = RolloutMetrics()
-    late, quick = played(_stuck, deadline=0.05), played(_solo)
-    for result in (late, quick, quick):
-        metrics.take(result)
-    report = metrics.report(2.0)
-    drop = {name: value for name, value in report.items() if "/drop/" in name}
-    assert drop["rollout/drop/by_calls_0"] == 0 and drop["rollout/drop/by_calls_2"] == 1
-    assert report["rollout/failed_by_deadline"] == 1
-    bins = RolloutMetrics()
-    for seconds, calls in ((1.0, 3), (1.1, 4), (4000.0, 17)):
-        bins.take(type(late)(late.request, 0, None, "x", "deadline", calls=calls, seconds=seconds))
-    names = {name.removeprefix("rollout/drop/by_") for name in bins.report(1.0) if "/drop/" in name}
-    assert names == {"calls_3_4", "calls_more", "duration_1s", "duration_4s", "duration_more"}
-
-
-def test_load_is_a_mean_over_time() -> None:
-    """Two places: both taken for 2 s, one for 1 s, none for 1 s; then a new span begins."""
-    load = Load(2, 10.0)
-    load.change(2, 10.0)
-    load.change(-1, 12.0)
-    load.change(-1, 13.0)
-    load.queue(3)
-    load.queue(0)
-    assert load.report(14.0) == {
-        "rollout/perf/busy": 5 / 8,
-        "rollout/perf/in_flight": 5 / 4,
-        "rollout/perf/queue": 1.5,
-    }
-    load.change(1, 15.0)
-    assert load.report(16.0)["rollout/perf/busy"] == 0.25

@@ -64,6 +64,16 @@ def test_the_lag_bounds_what_starts(made: list[Run], tmp_path: Path) -> None:
     assert worker.gates.started[12:] == [(6, 0), (6, 1), (7, 0), (7, 1)]
 
 
+def test_lost_groups_are_replaced_to_the_end(made: list[Run], tmp_path: Path) -> None:
+    """Each makes room for one beyond what was planned, the last one too, and no more than that are begun."""
+    run, worker = streaming(made, tmp_path)
+    worker.gates.lost = {1, 4, 5}
+    worker.begin()
+    assert [run.train() for _ in range(3)] == [[0, 2], [3, 6], [7, 8]]
+    worker.end()
+    assert worker.gates.started == [(group, rollout) for group in range(9) for rollout in range(2)]
+
+
 def test_weights_arrive_while_a_rollout_runs(made: list[Run], tmp_path: Path) -> None:
     """It goes on under the new ones, and each token carries the version that sampled it."""
     run, worker = streaming(made, tmp_path)
