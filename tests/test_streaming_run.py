@@ -42,7 +42,7 @@ def test_an_agent_alone_streams(tmp_path: Path, window: int) -> None:
     settings = ("trainer.max_lag=2", "trainer.steps=6", "eval.every=2", f"trainer.claim_window={window}")
     train(ROOT / "tests" / "alone.toml", out, *settings)
     data = summary(out)
-    assert data["finished"] and data["steps"] == 6 and set(data["heldout"]) == {"warm", "final"}
+    assert data["finished"] and data["steps"] == 6 and set(data["heldout"]) == {"start", "final"}
     ages = trained_ages(out)
     assert max(ages) <= 2 and min(ages) >= 0 and ages.total() == 6 * 4 * 4
     assert groups_of(out) == ({"committed": 6 * 4}, {4: 6})
