@@ -417,8 +417,8 @@ class StreamingRun:
         for role, model in self.roles.items():
             self.take_over(role, max(model.checkpoints))
         self.end_all()
-        for _ in range(3 * self.pool):
-            first = self.first_missing()
+        last = max(self.groups, default=-1) + 3 * self.pool
+        while (first := self.first_missing()) <= last:
             opened = self.open_index("w0", first)
             if opened:
                 self.end_index(first)
