@@ -15,6 +15,7 @@ from mgrpo.environments.attempt import Attempt
 from mgrpo.environments.episode import Agent, Episode, mix
 from mgrpo.environments.failure import Failure, Kind, failure_of
 from mgrpo.environments.task import Question, Task
+from mgrpo.environments.tools import ToolCalls
 from mgrpo.errors import InfrastructureError
 from mgrpo.types import Rollout, Trajectory
 
@@ -47,6 +48,11 @@ class RolloutResult:
     failure: str = ""
     kind: Kind | None = None  # of the failure
     mismatches: int = 0  # turns with a retokenization mismatch
+    tools: Mapping[str, list[float]] = field(default_factory=dict)  # metrics of a failed rollout's tool calls
+
+    def metrics(self) -> Mapping[str, list[float]]:
+        """Full name -> values: the task's own and those of its tools; of a failed rollout, its tools'."""
+        return self.tools if self.rollout is None else self.rollout.metrics
 
     def trajectories(self) -> list[Trajectory]:
         """Those of the rollout; none where there is none."""
@@ -81,8 +87,9 @@ async def play(
     if isinstance(request.question, Unasked):
         return RolloutResult(request, 0, None, request.question.failure.text, request.question.failure.kind)
     failure: Failure | None = None
+    tools = ToolCalls()
     for attempt in range(ATTEMPTS):
-        episode = Episode(request.query, request.rollout, agents, mix(seed, attempt), attempt)
+        episode = Episode(request.query, request.rollout, agents, mix(seed, attempt), attempt, tools)
         try:
             rollout = await _attempt(task, request.question, episode)
             if accept is not None:
@@ -99,7 +106,7 @@ async def play(
         if failure.kind != "infrastructure":
             break
     assert failure is not None
-    return RolloutResult(request, attempt, None, failure.text, failure.kind)
+    return RolloutResult(request, attempt, None, failure.text, failure.kind, tools=tools.metrics())
 
 
 async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:

@@ -26,7 +26,7 @@ class RolloutMetrics:
             self.failed[result.kind] += 1
             self.failure = result.failure
         self.tokens += sum(int(t.loss_mask.sum()) for t in result.trajectories())
-        for name, values in (result.rollout.metrics if result.rollout else {}).items():
+        for name, values in result.metrics().items():
             self.values.setdefault(name, []).extend(values)
 
     def report(self, seconds: float) -> dict[str, float]:
