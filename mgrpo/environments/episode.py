@@ -135,10 +135,10 @@ class Conversation:
         ContextOverflowError where there is no room for max_tokens, AttemptOverError once the episode has ended."""
         if self._over:
             raise AttemptOverError(f"{self._session} is not continued: its attempt has ended")
-        outside_tools(f"{self._session} samples")
         if params.max_tokens > self.room:
             raise self._overflow(f"a turn of {params.max_tokens} tokens")
         self.mismatches += self._ids[: len(self._seen)] != self._seen
+        outside_tools(f"{self._session} samples")
         out = await self.agent.engine.generate(
             self._ids, params, seed=mix(self._seed, self._turn), session=self._session
         )

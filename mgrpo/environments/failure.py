@@ -1,7 +1,7 @@
 """Why a rollout failed, and whose matter that is.
 
     infrastructure   an engine, tool or judge did not answer (InfrastructureError, ConnectionError, TimeoutError): the
-                     rollout is tried again (a call through Episode.tool has been by then)
+                     rollout is tried again
     room             a trajectory outgrew its agent's max_length (ContextOverflowError)
     task             anything else that the task's code, a tool or a judge raised, and a rollout that cannot be used
 
