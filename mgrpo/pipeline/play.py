@@ -17,6 +17,7 @@ from mgrpo.environments.attempt import Attempt
 from mgrpo.environments.episode import Agent, Episode, mix
 from mgrpo.environments.failure import Failure, Kind, failure_of
 from mgrpo.environments.task import Question, Task
+from mgrpo.environments.tools import ToolCalls
 from mgrpo.errors import InfrastructureError
 from mgrpo.types import Rollout, Trajectory
 
@@ -51,6 +52,13 @@ class RolloutResult:
     mismatches: int = 0  # turns with a retokenization mismatch
     calls: int = 0  # sub-agents that the last attempt called
     seconds: float = 0.0  # from its start to its end, all attempts together
+    tools: Mapping[str, list[float]] = field(
+        default_factory=dict
+    )  # metrics of its tool calls, all attempts together
+
+    def metrics(self) -> Mapping[str, list[float]]:
+        """Full name -> values: the task's own and those of its tools; of a failed rollout, its tools'."""
+        return self.tools if self.rollout is None else self.rollout.metrics
 
     def trajectories(self) -> list[Trajectory]:
         """Those of the rollout; none where there is none."""
@@ -100,7 +108,8 @@ async def play(
             f"in attempt {attempts.number} with {attempts.calls()} calls of sub-agents"
         )
         result = RolloutResult(request, attempts.number, None, text, "deadline")
-    return replace(result, calls=attempts.calls(), seconds=time.monotonic() - began)
+    seconds, tools = time.monotonic() - began, attempts.tools.metrics()
+    return replace(result, calls=attempts.calls(), seconds=seconds, tools=tools)
 
 
 @dataclass(slots=True)
@@ -114,6 +123,7 @@ class _Attempts:
     accept: Callable[[Rollout], object] | None
     number: int = 0
     episode: Episode | None = None  # of the last
+    tools: ToolCalls = field(default_factory=ToolCalls)
 
     def calls(self) -> int:
         return 0 if self.episode is None else self.episode.calls()
@@ -123,7 +133,12 @@ class _Attempts:
         request, failure = self.request, None
         for self.number in range(ATTEMPTS):
             self.episode = episode = Episode(
-                request.query, request.rollout, self.agents, mix(self.seed, self.number), self.number
+                request.query,
+                request.rollout,
+                self.agents,
+                mix(self.seed, self.number),
+                self.number,
+                self.tools,
             )
             try:
                 rollout = await _attempt(self.task, request.question, episode)

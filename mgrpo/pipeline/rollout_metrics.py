@@ -63,7 +63,7 @@ class RolloutMetrics:
         for rate, value in zip(self.drop, (result.calls, result.seconds), strict=True):
             rate.take(value, result.kind is not None)
         self.tokens += sum(int(t.loss_mask.sum()) for t in result.trajectories())
-        for name, values in (result.rollout.metrics if result.rollout else {}).items():
+        for name, values in result.metrics().items():
             self.values.setdefault(name, []).extend(values)
 
     def report(self, seconds: float) -> dict[str, float]:
