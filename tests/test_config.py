@@ -248,8 +248,8 @@ def test_the_stores_times_are_configuration_and_no_part_of_what_a_run_computes()
     ("engine", "lag", "message"),
     [
         ('{on_update="recompute"}', 1, None),
-        ('{on_update="keep"}', 0, None),  # the default
-        ('{on_update="recompute"}', 0, "main.engine.on_update has no effect with trainer.max_lag=0"),
+        ('{on_update="recompute"}', 0, None),  # the default
+        ('{on_update="keep"}', 0, "main.engine.on_update has no effect with trainer.max_lag=0"),
         ('{type="vllm", on_update="keep"}', 1, None),
         ('{type="vllm", on_update="keep"}', 0, "main.engine.on_update has no effect with trainer.max_lag=0"),
         (
