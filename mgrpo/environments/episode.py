@@ -328,6 +328,10 @@ class Episode:
         for conversation in self._conversations():
             conversation.release()
 
+    def calls(self) -> int:
+        """Conversations of sub-agents that were opened."""
+        return sum(len(places) for places in self._opened_at.values())
+
     def mismatches(self) -> int:
         """Turns with a retokenization mismatch: their text does not encode back to the ids that were sampled (must stay
         0)."""

@@ -9,6 +9,7 @@ they need the same or newer ones.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ class OpenGroups:
         self.in_flight = 0
         self._waiting = 0
         self._groups: dict[int, _Open] = {}
+        self._order: list[int] = []  # heap of indices; one whose group has nothing waiting is passed
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -48,6 +50,7 @@ class OpenGroups:
             raise ValueError(f"group {index} has no rollout to play")
         self._groups[index] = _Open(waiting, dict(min_versions or {}))
         self._waiting += len(waiting)
+        heapq.heappush(self._order, index)
 
     def next(self, versions: Mapping[str, int] | None = None) -> tuple[int, int] | None:
         """(group, rollout) of the next one, from now on in flight; None while all places are taken, no open group has
@@ -55,8 +58,9 @@ class OpenGroups:
         whatever is needed)."""
         if self.in_flight >= self.concurrency or not self._waiting:
             return None
-        index = min(index for index, group in self._groups.items() if group.waiting)
-        group = self._groups[index]
+        while (oldest := self._groups.get(self._order[0])) is None or not oldest.waiting:
+            heapq.heappop(self._order)
+        index, group = self._order[0], oldest
         if versions is not None and any(versions[role] < v for role, v in group.min_versions.items()):
             return None
         rollout = group.waiting.pop(0)

@@ -162,6 +162,10 @@ class HfEngine(Engine):
         """Requests that are running or waiting."""
         return len(self._waiting) + int(self._arrays.running.sum())
 
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
     def step(self) -> bool:
         """Feed and sample once; True when a request was answered."""
         try:
