@@ -29,6 +29,7 @@ import numpy as np
 from bench.common import Report, parser
 from bench.simulation import Mode, Outcome, Setup, Simulation, Turns, Work
 from bench.store_rules import AnyOrder, RealStore, StoreRules
+from bench.waits import least_seconds, one_wait
 
 GPUS_AN_ENGINE, GPUS_A_RANK, IN_FLIGHT, K = 4, 8, 20, 16
 TRAIN_RATE = 2000.0  # tokens a second and GPU
@@ -156,38 +157,13 @@ def table(title: str, rows: Sequence[Row], best: float) -> None:
 # -- the bound ------------------------------------------------------------------------------------------------
 
 
-def waits(index: int, k: int, sigma: float, median: float = 0.5, seed: int = 0) -> list[float]:
-    """Seconds that the tool of each rollout of a group takes; bench/bench_rollouts.py waits for the same."""
-    r = np.random.default_rng([seed, index])
-    return [float(s) for s in r.lognormal(np.log(median), sigma, k)]
-
-
-def one_wait(k: int, sigma: float, median: float = 0.5, seed: int = 0) -> Work:
-    """Rollouts that are one wait."""
-    return lambda index: [[(0.0, seconds)] for seconds in waits(index, k, sigma, median, seed)]
-
-
-def least_seconds(questions: int, k: int, slots: int, max_lag: int, sigma: float, steps: int) -> float:
-    """No scheduler needs less for `steps` steps where every group is trained, none with a token older than max_lag
-    steps: step s ends after step s - 1, after its longest rollout, which began when step s - max_lag - 1 had ended, and
-    with `slots` places for the work."""
-    ends: list[float] = []
-    work = 0.0
-    for step in range(steps):
-        seconds = [s for i in range(questions) for s in waits(step * questions + i, k, sigma)]
-        work += sum(seconds)
-        opened = ends[step - max_lag - 1] if step > max_lag else 0.0
-        ends.append(max(ends[-1] if ends else 0.0, opened + max(seconds), work / slots))
-    return ends[-1]
-
-
 def bound_rows(report: Report, steps: int) -> None:
     """64 slots, sigma 1: few rollouts a step against many."""
     targets = {(64, 1): 0.8, (64, 2): 0.9}
     for questions, lag in itertools.product((8, 64), (1, 2, 4)):
         setup = Setup(questions, 8, 64)
         outcome = Simulation(setup, one_wait(8, 1.0), RealStore(8, questions, lag)).run(steps=steps)
-        least = least_seconds(questions, 8, 64, lag, 1.0, steps)
+        least = least_seconds(questions, 8, 64, lag, steps, sigma=1.0)
         report.figure(
             f"{questions} x 8 rollouts a step, 64 slots, max_lag {lag}: busy",
             outcome.busy(*outcome.steady(3)), at_least=targets.get((questions, lag)),

@@ -1,9 +1,10 @@
 """A run on a virtual clock: workers, engines and a trainer as events, the run's rules and scheduler as they are.
 
-Real are the store's rules (mgrpo/store/ledger.py, through bench/store_rules.py), the worker's scheduler
-(mgrpo/pipeline/open_groups.py) and, with `ranks`, the C++ batcher, whose plan says how long the slowest rank of a step
-takes. Made up are the engines (sequences that decode together slow each other down), the tools (they wait) and the
-trainer (tokens a second). One role is trained; reading, building and recording cost nothing, as they run beside a step.
+Real are the store's rules (mgrpo/store/ledger.py, through bench/store_rules.py), the worker's scheduler and share of
+the groups (mgrpo/pipeline/open_groups.py, mgrpo/pipeline/group_share.py) and, with `ranks`, the C++ batcher, whose plan
+says how long the slowest rank of a step takes. Made up are the engines (sequences that decode together slow each other
+down), the tools (they wait) and the trainer (tokens a second). One role is trained; reading, building and recording
+cost nothing, as they run beside a step.
 
     outcome = Simulation(setup, work, RealStore(k, batch, max_lag)).run(seconds=3600)
 """
@@ -22,6 +23,7 @@ import numpy as np
 
 from bench.store_rules import StoreRules
 from mgrpo import Batcher
+from mgrpo.pipeline.group_share import GroupShare
 from mgrpo.pipeline.open_groups import OpenGroups
 
 Turns = Sequence[
@@ -205,7 +207,7 @@ class _Worker:
         self.groups = OpenGroups(slots)
         self.version = 0
         self.refused = False
-        self._next = number
+        self._share = GroupShare(number, run.setup.workers)
         self._wave = 0  # groups that may still be opened in this wave
         self._wave_version = -1  # weights of the last wave
         self._work: dict[int, Sequence[Turns]] = {}
@@ -240,14 +242,14 @@ class _Worker:
         return self._wave > 0
 
     def _open(self) -> bool:
-        index, setup = self._next, self.run.setup
+        index, setup = self._share.next(), self.run.setup
         least = self.run.rules.open(self.number, index, self.run.clock.now)
         if least is None:
             self.refused = True
             if setup.mode != "stream" and len(self.groups):
                 self._wave = 0
             return False
-        self._next += setup.workers
+        self._share.passed(index)
         self._wave -= 1
         self._work[index] = self.run.work(index)
         self.groups.add(index, range(setup.group_size), {ROLE: least})

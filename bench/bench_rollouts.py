@@ -1,0 +1,221 @@
+"""How busy rollout slots are in a run: real store, workers and trainer, tools that wait, policies that cost nothing.
+
+Each rollout waits once, a log-normal time (median 0.5 s); 64 may be under way at once, all workers together. Busy is
+the sum of the waits over (wall time x 64), from the first rollout of step 3 to the first of the last step, as the
+task's own log tells; whatever the pipeline itself takes counts as idle. Beside every row stand the simulator's share
+(bench/simulation.py, same waits, same rules; the trainer's measured seconds are its only input) and the least time that
+any scheduler needs which trains every group with no token older than max_lag. Rivals in the same command: strict waves
+(max_lag 0), batch-synchronous with a quarter more started and the slowest cut (asyncio alone, with neither store nor
+trainer), and the ideal: 64 slots always busy.
+
+    python -m bench.bench_rollouts [--quick] [--json PATH] [--sigma 1] [--max-lag 0 1 2 4] [--workers 1 4]
+
+--quick takes about three minutes on two cores, the full form (sigma 0.5, 1, 1.5) about half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.common import Report, parser
+from bench.simulation import Outcome, Setup, Simulation, busy_share, steady_part
+from bench.store_rules import RealStore
+from bench.waits import least_seconds, one_wait, waits
+from mgrpo.metrics import read_metrics
+from tests.runs import ROOT, train
+
+CONFIG = ROOT / "bench" / "waiting.toml"
+SLOTS, K, MEDIAN = 64, 8, 0.5
+SKIP = 3  # steps before the counting begins
+AGREE = 0.05  # the simulator's busy share may differ by so much
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    questions: int
+    sigma: float
+    max_lag: int
+    workers: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.questions} x {K}, sigma {self.sigma:g}, max_lag {self.max_lag}, {self.workers} worker"
+            + "s" * (self.workers > 1)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One row. wall: seconds from the first rollout to the end of the last; ideal: the sum of the waits over the slots.
+    least: what any scheduler needs. idle: the trainer's share of waiting. age_max: steps, of any trained token."""
+
+    case: Case
+    busy: float
+    simulated: float
+    wall: float
+    ideal: float
+    least: float
+    idle: float
+    age_max: float
+
+
+def run(case: Case, folder: Path) -> Measured:
+    """A whole run of the product."""
+    out, log = folder / "run", folder / "log"
+    options = {"log": str(log), "k": K, "sigma": case.sigma, "median": MEDIAN, "slots": SLOTS // case.workers}
+    sets = [f"task.options.{name}={json.dumps(value)}" for name, value in options.items()]
+    sets += [
+        f"trainer.{name}={value}"
+        for name, value in {
+            "steps": case.steps, "questions": case.questions, "group_size": K, "max_lag": case.max_lag,
+        }.items()
+    ]  # fmt: skip
+    sets += [f"rollout.workers={case.workers}", f"rollout.slots={SLOTS // case.workers}"]
+    train(CONFIG, out, *sets, timeout=1200)
+    lines = [line.split() for file in log.glob("*.log") for line in file.read_text().splitlines()]
+    rollouts = [(int(index), float(start), float(seconds)) for index, _, start, seconds in lines]
+    planned = case.steps * case.questions * K
+    assert len(rollouts) >= planned, f"{len(rollouts)} rollouts in the log, expected {planned}"
+    first, last = steady_part(((index // case.questions, start) for index, start, _ in rollouts), SKIP)
+    spans = [(start, start + seconds) for _, start, seconds in rollouts]
+    trained = [m for m in read_metrics(out) if "main/time/step" in m]
+    outcome = simulate(
+        case, statistics.median(m["main/time/step"] - m["main/time/wait_batch"] for m in trained)
+    )
+    needed = [seconds for index, _, seconds in rollouts if index < case.steps * case.questions]
+    return Measured(
+        case, busy_share(spans, SLOTS, first, last), outcome.busy(*outcome.steady(SKIP)),
+        max(end for _, end in spans) - min(start for start, _ in spans), sum(needed) / SLOTS,
+        least_seconds(case.questions, K, SLOTS, case.max_lag, case.steps, case.sigma, MEDIAN),
+        sum(m["main/time/wait_batch"] for m in trained) / sum(m["main/time/step"] for m in trained),
+        max(m["main/staleness/max"] for m in trained),
+    )  # fmt: skip
+
+
+def simulate(case: Case, step_s: float) -> Outcome:
+    """The same on a virtual clock. step_s: what a step takes once its groups are there."""
+    mode = "stream" if case.max_lag else "waves"
+    setup = Setup(case.questions, K, SLOTS, case.workers, mode, step_s=step_s)  # type: ignore[arg-type]
+    rules = RealStore(K, case.questions, case.max_lag)
+    return Simulation(setup, one_wait(K, case.sigma, MEDIAN), rules).run(steps=case.steps)
+
+
+async def cut_slowest(questions: int, sigma: float, steps: int) -> tuple[float, float]:
+    """(busy share, seconds a step) of batch-synchronous rollouts: a quarter more groups are started than a step trains
+    on; as soon as enough are complete, the rest is cancelled. Its slots are busy also with what is thrown away."""
+    places, spans, index = asyncio.Semaphore(SLOTS), [], 0
+    began = time.monotonic()
+
+    async def rollout(seconds: float) -> None:
+        async with places:
+            start = time.monotonic()
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                spans.append((start, time.monotonic()))
+
+    async def group(number: int) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for seconds in waits(number, K, sigma, MEDIAN):
+                tasks.create_task(rollout(seconds))
+
+    for _ in range(steps):
+        running = {asyncio.create_task(group(index + i)) for i in range(-(-questions * 5 // 4))}
+        index += len(running)
+        done: set[asyncio.Task[None]] = set()
+        while len(done) < questions:
+            more, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            done |= more
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    ended = time.monotonic()
+    return busy_share(spans, SLOTS, began, ended), (ended - began) / steps
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """Many rollouts a step for every sigma, lag and number of workers; few for sigma 1 and one worker."""
+    steps = 6 if args.quick else 12
+    many = [
+        Case(64, s, lag, n, steps) for s, n, lag in itertools.product(args.sigma, args.workers, args.max_lag)
+    ]
+    few = [Case(8, 1.0, lag, 1, 2 * steps) for lag in args.max_lag] if 1.0 in args.sigma else []
+    return many + few
+
+
+def table(rows: list[Measured]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title="measured runs")
+    for column in ("", "busy", "simulated", "wall", "of ideal", "of the least", "trainer idle", "oldest"):
+        shown.add_column(column, justify="left" if not column else "right")
+    for r in rows:
+        shown.add_row(
+            r.case.name, f"{r.busy:.3f}", f"{r.simulated:.3f}", f"{r.wall:.1f} s", f"{r.wall / r.ideal:.2f} x",
+            f"{r.wall / r.least:.2f} x", f"{r.idle:.2f}", f"{r.age_max:.0f}",
+        )  # fmt: skip
+    Console(width=130).print(shown)
+
+
+def judge(report: Report, rows: list[Measured]) -> None:
+    """Targets: sigma 1 and many rollouts a step."""
+    least_busy = {1: 0.8, 2: 0.9}
+    for r in rows:
+        judged = r.case.sigma == 1 and r.case.questions == 64
+        report.figure(
+            f"{r.case.name}: busy", r.busy, at_least=least_busy.get(r.case.max_lag) if judged else None,
+            note=f"takes {r.wall / r.least:.2f} x the least of any scheduler",
+        )  # fmt: skip
+        if judged and r.case.max_lag == 2:
+            report.figure(f"{r.case.name}: wall of ideal", r.wall / r.ideal, "x", at_most=1.15)
+        if r.age_max > r.case.max_lag:
+            raise SystemExit(f"{r.case.name}: a token {r.age_max:g} steps old was trained")
+    apart = max(abs(r.busy - r.simulated) for r in rows)
+    report.figure("largest difference between simulated and measured busy share", apart, at_most=AGREE)
+
+
+def main() -> int:
+    p = parser(__doc__ or "")
+    p.add_argument("--sigma", type=float, nargs="+")
+    p.add_argument("--max-lag", type=int, nargs="+")
+    p.add_argument("--workers", type=int, nargs="+")
+    args = p.parse_args()
+    args.sigma = args.sigma or ([1.0] if args.quick else [0.5, 1.0, 1.5])
+    args.max_lag = args.max_lag or ([0, 1, 2] if args.quick else [0, 1, 2, 4])
+    args.workers = args.workers or ([1] if args.quick else [1, 4])
+    report = Report("bench_rollouts")
+    rows = []
+    for case in cases(args):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(run(case, Path(folder)))
+        print(f"{case.name}: busy {rows[-1].busy:.3f}, simulated {rows[-1].simulated:.3f}", flush=True)
+    for sigma, questions in itertools.product(args.sigma, sorted({r.case.questions for r in rows})):
+        busy, seconds = asyncio.run(cut_slowest(questions, sigma, 3))
+        ideal = questions * K * MEDIAN * 2.718281828 ** (sigma**2 / 2) / SLOTS
+        report.figure(
+            f"{questions} x {K}, sigma {sigma:g}, batch-synchronous, slowest fifth cut: of ideal", seconds / ideal, "x",
+            note=f"slots in use {busy:.2f}, a fifth of it for nothing",
+        )  # fmt: skip
+    table(rows)
+    judge(report, rows)
+    status = report.finish(args)
+    if args.json:
+        data = json.loads(Path(args.json).read_text()) | {"rows": [asdict(r) for r in rows]}
+        Path(args.json).write_text(json.dumps(data, indent=1) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
