@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -52,19 +51,28 @@ def test_only_the_last_steps_are_shown() -> None:
 
 
 def test_bars_never_overlap_and_other_names_are_no_harm() -> None:
-    """A record that was written late, parts that are unknown or sum to more than the step, missing numbers."""
+    """Records that were written together and late, parts that are unknown or sum to more than the step, missing
+    numbers: every step has its whole length all the same."""
     odd = [
-        step(1, 5.0, 5.0, wait_batch=9.0),
-        step(2, 9.0, 6.0, train=1.0, build=2.0),
+        step(1, 9.4, 5.0, wait_batch=9.0),
+        step(2, 9.5, 3.0, train=1.0, build=2.0),
         step(3, 9.5, 2.0, wait_batch=0.5) | {"main/time/weights": None},
     ]
     found = timeline(odd, ["main"])
     assert found is not None
     bars = found.rows["main"]
-    assert all(a.end <= b.start for a, b in itertools.pairwise(bars))
-    assert all(b.start < b.end for b in bars)
-    assert [b.part for b in bars] == ["wait_batch", "train", "other", "wait_batch"]
+    assert [(b.step, b.part, b.start, b.end) for b in bars] == [
+        (1, "wait_batch", -0.5, 4.5), (2, "train", 4.5, 5.5), (2, "other", 5.5, 7.5), (3, "wait_batch", 7.5, 8.0),
+        (3, "other", 8.0, 9.5),
+    ]  # fmt: skip
     assert timeline([{"step": 1, "time": 2.0, "main/reward/mean": 1.0}], ["main"]) is None
+
+
+def test_a_gap_stays_a_gap() -> None:
+    """A trainer that was away between two steps has no bar there."""
+    found = timeline([step(1, 5.0, 2.0, train=2.0), step(2, 20.0, 3.0, train=3.0)], ["main"])
+    assert found is not None
+    assert [(b.start, b.end) for b in found.rows["main"]] == [(3.0, 5.0), (17.0, 20.0)]
 
 
 def test_a_terminal_shows_the_waiting() -> None:

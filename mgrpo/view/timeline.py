@@ -7,6 +7,7 @@ version was the newest, which is one bar of that height; with several workers it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,19 +65,21 @@ def timeline(
 def _trainer(records: list[Mapping[str, Any]], role: str, last: int) -> list[Bar]:
     steps = [r for r in records if _number(r, f"{role}/time/step") is not None][-last:]
     bars: list[Bar] = []
-    for record in steps:
-        step, end = int(record["step"]), float(record["time"])
+    after = math.inf  # where the next step begins
+    for record in reversed(steps):
+        # Several records may be written at once, late for all but the last of their steps.
         left = _number(record, f"{role}/time/step") or 0.0
-        at = end - left
-        if bars and at < bars[-1].end:  # records are written a moment after their steps
-            at = min(bars[-1].end, end)
-        for part in PARTS:
-            seconds = min(left, _number(record, f"{role}/time/{part}") or 0.0)
+        end = min(float(record["time"]), after)
+        at = after = end - left
+        mine = []
+        for part in (*PARTS, "other"):
+            seconds = left if part == "other" else min(left, _number(record, f"{role}/time/{part}") or 0.0)
             left -= seconds
-            bars.append(Bar(step, part, at, min(end, at + seconds)))
-            at = min(end, at + seconds)
-        bars.append(Bar(step, "other", at, end))
-    return [bar for bar in bars if bar.end > bar.start]
+            if seconds > 0:
+                mine.append(Bar(int(record["step"]), part, at, at + seconds))
+            at += seconds
+        bars = mine + bars
+    return bars
 
 
 def _rollouts(records: list[Mapping[str, Any]]) -> list[Bar]:
