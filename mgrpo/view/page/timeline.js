@@ -7,7 +7,8 @@ function timelineFigure(run) {
   const found = run.timeline;
   if (!found) return null;
   const names = Object.keys(found.rows);
-  const W = 760, L = 70, R = 8, T = 6, ROW = 26, GAP = 8, H = T + names.length * (ROW + GAP) + 22;
+  const W = Math.max(340, Math.min(1200, innerWidth - 60)), // so that its text has the size of the page's
+    L = 70, R = 8, T = 6, ROW = 26, GAP = 8, H = T + names.length * (ROW + GAP) + 22;
   const x = (t) => L + ((t - found.start) / Math.max(1e-9, found.end - found.start)) * (W - L - R);
   const picture = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "timeline of the last steps" });
   names.forEach((name, row) => {
