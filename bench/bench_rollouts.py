@@ -8,7 +8,7 @@ any scheduler needs which trains every group with no token older than max_lag. R
 (max_lag 0), batch-synchronous with a quarter more started and the slowest cut (asyncio alone, with neither store nor
 trainer), and the ideal: 64 slots always busy.
 
-    python -m bench.bench_rollouts [--quick] [--json PATH] [--sigma 1] [--max-lag 0 1 2 4] [--workers 1 4]
+    python -m bench.bench_rollouts [--quick] [--json PATH] [--sigma 1] [--max-lag 0 1 2 4] [--workers 1 4] [--steps 12]
 
 --quick takes about three minutes on two cores, the full form (sigma 0.5, 1, 1.5) about half an hour.
 """
@@ -146,7 +146,7 @@ async def cut_slowest(questions: int, sigma: float, steps: int) -> tuple[float, 
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """Many rollouts a step for every sigma, lag and number of workers; few for sigma 1 and one worker."""
-    steps = 6 if args.quick else 12
+    steps = args.steps
     many = [
         Case(64, s, lag, n, steps) for s, n, lag in itertools.product(args.sigma, args.workers, args.max_lag)
     ]
@@ -191,7 +191,9 @@ def main() -> int:
     p.add_argument("--sigma", type=float, nargs="+")
     p.add_argument("--max-lag", type=int, nargs="+")
     p.add_argument("--workers", type=int, nargs="+")
+    p.add_argument("--steps", type=int, help="of a run with many rollouts a step; with few, twice as many")
     args = p.parse_args()
+    args.steps = args.steps or (6 if args.quick else 12)
     args.sigma = args.sigma or ([1.0] if args.quick else [0.5, 1.0, 1.5])
     args.max_lag = args.max_lag or ([0, 1, 2] if args.quick else [0, 1, 2, 4])
     args.workers = args.workers or ([1] if args.quick else [1, 4])
