@@ -3,10 +3,12 @@
 Each rollout waits once, a log-normal time (median 0.5 s); 64 may be under way at once, all workers together. Busy is
 the sum of the waits over (wall time x 64), from the first rollout of step 3 to the first of the last step, as the
 task's own log tells; whatever the pipeline itself takes counts as idle. Beside every row stand the simulator's share
-(bench/simulation.py, same waits, same rules; the trainer's measured seconds are its only input) and the least time that
-any scheduler needs which trains every group with no token older than max_lag. Rivals in the same command: strict waves
-(max_lag 0), batch-synchronous with a quarter more started and the slowest cut (asyncio alone, with neither store nor
-trainer), and the ideal: 64 slots always busy.
+(bench/simulation.py, same waits, same rules; how long a step takes once its groups are there, and how long after it the
+next rollouts start, is measured in the run and is all that it is told) and the least time that any scheduler needs
+which trains every group with no token older than max_lag. "late" is how much longer than asked for the waits took: on a
+quiet machine nothing, elsewhere the busy shares are too small by as much and more. Rivals in the same command: strict
+waves (max_lag 0), batch-synchronous with a quarter more started and the slowest cut (asyncio alone, with neither store
+nor trainer), and the ideal: 64 slots always busy.
 
     python -m bench.bench_rollouts [--quick] [--json PATH] [--sigma 1] [--max-lag 0 1 2 4] [--workers 1 4] [--steps 12]
 
@@ -19,10 +21,12 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,7 +62,8 @@ class Case:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One row. wall: seconds from the first rollout to the end of the last; ideal: the sum of the waits over the slots.
-    least: what any scheduler needs. idle: the trainer's share of waiting. age_max: steps, of any trained token."""
+    least: what any scheduler needs. idle: the trainer's share of waiting. late: what the waits took
+    too long, over the waits. age_max: steps, of any trained token."""
 
     case: Case
     busy: float
@@ -67,6 +72,7 @@ class Measured:
     ideal: float
     least: float
     idle: float
+    late: float
     age_max: float
 
 
@@ -84,29 +90,45 @@ def run(case: Case, folder: Path) -> Measured:
     sets += [f"rollout.workers={case.workers}", f"rollout.slots={SLOTS // case.workers}"]
     train(CONFIG, out, *sets, timeout=1200)
     lines = [line.split() for file in log.glob("*.log") for line in file.read_text().splitlines()]
-    rollouts = [(int(index), float(start), float(seconds)) for index, _, start, seconds in lines]
+    rollouts = [(int(index), float(start), float(seconds)) for index, _, start, seconds, _ in lines]
+    late = sum(float(line[4]) for line in lines) / sum(float(line[3]) for line in lines) - 1
     planned = case.steps * case.questions * K
     assert len(rollouts) >= planned, f"{len(rollouts)} rollouts in the log, expected {planned}"
     first, last = steady_part(((index // case.questions, start) for index, start, _ in rollouts), SKIP)
     spans = [(start, start + seconds) for _, start, seconds in rollouts]
     trained = [m for m in read_metrics(out) if "main/time/step" in m]
-    outcome = simulate(
-        case, statistics.median(m["main/time/step"] - m["main/time/wait_batch"] for m in trained)
-    )
+    step_s = statistics.median(m["main/time/step"] - m["main/time/wait_batch"] for m in trained)
+    outcome = simulate(case, step_s, max(0.0, turnaround(case, rollouts) - step_s))
     needed = [seconds for index, _, seconds in rollouts if index < case.steps * case.questions]
     return Measured(
         case, busy_share(spans, SLOTS, first, last), outcome.busy(*outcome.steady(SKIP)),
         max(end for _, end in spans) - min(start for start, _ in spans), sum(needed) / SLOTS,
         least_seconds(case.questions, K, SLOTS, case.max_lag, case.steps, case.sigma, MEDIAN),
         sum(m["main/time/wait_batch"] for m in trained) / sum(m["main/time/step"] for m in trained),
+        late,
         max(m["main/staleness/max"] for m in trained),
     )  # fmt: skip
 
 
-def simulate(case: Case, step_s: float) -> Outcome:
-    """The same on a virtual clock. step_s: what a step takes once its groups are there."""
+def turnaround(case: Case, rollouts: Sequence[tuple[int, float, float]]) -> float:
+    """Seconds from the end of a step's last rollout to the first rollout that its version admits: the lower quartile,
+    since it may find no place free."""
+    complete = [0.0] * case.steps
+    begun = [math.inf] * case.steps
+    for index, start, seconds in rollouts:
+        if (step := index // case.questions) < case.steps:
+            complete[step] = max(complete[step], start + seconds)
+            begun[step] = min(begun[step], start)
+    ends = list(itertools.accumulate(complete, max))
+    pairs = zip(ends, begun[case.max_lag + 1 :], strict=False)
+    return statistics.quantiles([max(0.0, start - end) for end, start in pairs], n=4)[0]
+
+
+def simulate(case: Case, step_s: float, sync_s: float) -> Outcome:
+    """The same on a virtual clock. step_s: what a step takes once its groups are there; sync_s: from then on to the
+    first rollout with the new weights."""
     mode = "stream" if case.max_lag else "waves"
-    setup = Setup(case.questions, K, SLOTS, case.workers, mode, step_s=step_s)  # type: ignore[arg-type]
+    setup = Setup(case.questions, K, SLOTS, case.workers, mode, step_s=step_s, sync_s=sync_s)  # type: ignore[arg-type]
     rules = RealStore(K, case.questions, case.max_lag)
     return Simulation(setup, one_wait(K, case.sigma, MEDIAN), rules).run(steps=case.steps)
 
@@ -159,12 +181,22 @@ def table(rows: list[Measured]) -> None:
     from rich.table import Table
 
     shown = Table(title="measured runs")
-    for column in ("", "busy", "simulated", "wall", "of ideal", "of the least", "trainer idle", "oldest"):
+    for column in (
+        "",
+        "busy",
+        "simulated",
+        "wall",
+        "of ideal",
+        "of the least",
+        "trainer idle",
+        "late",
+        "oldest",
+    ):
         shown.add_column(column, justify="left" if not column else "right")
     for r in rows:
         shown.add_row(
             r.case.name, f"{r.busy:.3f}", f"{r.simulated:.3f}", f"{r.wall:.1f} s", f"{r.wall / r.ideal:.2f} x",
-            f"{r.wall / r.least:.2f} x", f"{r.idle:.2f}", f"{r.age_max:.0f}",
+            f"{r.wall / r.least:.2f} x", f"{r.idle:.2f}", f"{r.late:.1%}", f"{r.age_max:.0f}",
         )  # fmt: skip
     Console(width=130).print(shown)
 
@@ -202,7 +234,8 @@ def main() -> int:
     for case in cases(args):
         with tempfile.TemporaryDirectory() as folder:
             rows.append(run(case, Path(folder)))
-        print(f"{case.name}: busy {rows[-1].busy:.3f}, simulated {rows[-1].simulated:.3f}", flush=True)
+        r = rows[-1]
+        print(f"{r.case.name}: busy {r.busy:.3f}, simulated {r.simulated:.3f}, late {r.late:.1%}", flush=True)
     for sigma, questions in itertools.product(args.sigma, sorted({r.case.questions for r in rows})):
         busy, seconds = asyncio.run(cut_slowest(questions, sigma, 3))
         ideal = questions * K * MEDIAN * 2.718281828 ** (sigma**2 / 2) / SLOTS

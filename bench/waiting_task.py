@@ -3,7 +3,7 @@
 Each rollout samples one token, waits for its tool and samples another one. How long it waits is drawn from (seed,
 index, rollout) by bench.waits, so that the simulator can wait the same. At most `slots` rollouts of a worker are under
 way at once, whoever starts them: that many places the tools have. Each line of the log is one rollout:
-index, rollout, start (monotonic seconds), seconds of the wait.
+index, rollout, start (monotonic seconds), seconds of the wait, seconds that it took.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class WaitingTask(Task):
             start = time.monotonic()
             await main.sample(1, stop="w0")
             await asyncio.sleep(seconds)
-            self._write(f"{index} {episode.rollout} {start:.6f} {seconds:.6f}\n")
+            took = time.monotonic() - start
+            self._write(f"{index} {episode.rollout} {start:.6f} {seconds:.6f} {took:.6f}\n")
         main.append("w3")
         return await self._end(main, episode)
 
