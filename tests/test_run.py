@@ -48,7 +48,7 @@ def test_a_run_leaves_results_and_nothing_else(undisturbed: Path) -> None:
     assert (
         data["finished"] and data["valid"] and data["steps"] == STEPS and data["retokenization_mismatch"] == 0
     )
-    for when in ("warm", "final"):
+    for when in ("start", "final"):
         assert set(data["heldout"][when]) == {"greedy", "sampled"}
     assert set(data["d_k"]) == {"left", "right"}
     assert set(final_weights(undisturbed)) == set(ROLES)
@@ -157,9 +157,11 @@ def test_a_killed_launcher_takes_its_children_along(tmp_path: Path) -> None:
 
 
 def test_an_invalid_start_ends_the_run_and_says_why(tmp_path: Path) -> None:
-    """The gate does not pass: no RL step, a reason with the figure and its bound, nothing left behind."""
+    """The start validation does not pass: no RL step, a reason with the figure and its bound, nothing left behind."""
     out = tmp_path / "run"
-    with started(command("train", str(RELAY), "--out", str(out), "--set=task.options.gate=false")) as process:
+    with started(
+        command("train", str(RELAY), "--out", str(out), "--set=task.options.valid=false")
+    ) as process:
         output, _ = process.communicate(timeout=800)
     assert process.returncode == 1
     assert "not a valid start" in output and "readiness 0.000 (outside 0.5..1)" in output
@@ -203,8 +205,10 @@ def test_asynchronous_runs_keep_the_lag_and_survive_failures(tmp_path: Path) -> 
     rows = [r for r in records(out) if "main/reward/mean" in r]
     assert [r["step"] for r in rows] == list(range(1, 9))
     assert max(r["main/staleness/max"] for r in rows) <= 1
-    played = [r["rollout/time/batch"] for r in records(out) if "rollout/time/batch" in r]
-    assert len(played) == 8 * 2  # two workers, no batch beyond the last step
+    with contextlib.closing(sqlite3.connect(out / "store.db")) as database:
+        assert database.execute("SELECT count(*) FROM groups").fetchone() == (
+            8 * 4,
+        )  # none beyond the last step
     assert all(r["main/rollouts/failed"] == 4 for r in rows)  # one of four rollouts in each of four groups
     assert leftovers(out) == []
 

@@ -35,7 +35,7 @@ class BatchRollouts:
 
     def run(self, version: int) -> int:
         """Play until every trainer has made its last step; the version then published. version: published now."""
-        self._cursor += version * self._config.trainer.questions // self._workers * self._workers
+        self._cursor += version * self._config.trainer.pool // self._workers * self._workers
         self._reported_at = idle_since = time.monotonic()
         while (version := self._context.published()) < self._config.trainer.steps:
             self._context.loop.check_stop()

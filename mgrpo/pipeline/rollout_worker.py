@@ -123,17 +123,20 @@ class RolloutWorker:
     def _validate_start(self) -> bool:
         """Validate the policies RL starts from; False ends the run. A run that skips this goes on, and is not valid."""
         context = self._context
-        n = context.config.eval.gate
+        n = context.config.eval.start_validation
         context.team.sync({})
         self._evaluate("heldout", "validation", step=0)
         if not n:
             context.store.report(
-                "gate", {"valid": False, "figures": {}, "text": "skipped (eval.gate = 0): not valid"}
+                "start_validation",
+                {"valid": False, "figures": {}, "text": "skipped (eval.start_validation = 0): not valid"},
             )
             return True
         report = context.loop.run(context.task.validate_start(context.team.agents, n, context.config.seed))
         figures = {name: list(values) for name, values in report.figures.items()}
-        context.store.report("gate", {"valid": report.valid, "figures": figures, "text": str(report)})
+        context.store.report(
+            "start_validation", {"valid": report.valid, "figures": figures, "text": str(report)}
+        )
         if not report.valid:
             context.store.set_control("stopping", f"not a valid start, RL was not begun: {report}")
         return report.valid

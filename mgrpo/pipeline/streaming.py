@@ -296,7 +296,7 @@ class Streaming:
                 retried = time.monotonic()
                 self._share.retry()
             self._context.shipper.check()
-            self._leave_closed_groups()
+            self._start_rollouts()
             self._divide_groups()
             await self._report()
             if self._groups.in_flight or self._evaluating:
