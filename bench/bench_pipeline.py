@@ -184,7 +184,7 @@ def picture(path: Path, rows: Sequence[Row], shares: Sequence[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    best = max(r.steps for r in rows)
+    best = rows[-1].steps
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.5, 1, 1)
     )
@@ -195,7 +195,7 @@ def picture(path: Path, rows: Sequence[Row], shares: Sequence[Row]) -> None:
         left.text(
             r.steps / best + 0.01, y, f"{r.steps / best:.2f}  (busy {r.busy:.2f})", va="center", fontsize=8
         )
-    left.set(xlim=(0, 1.25), xlabel="steps an hour, of the ideal's")
+    left.set(xlim=(0, 1.35), xlabel="steps an hour, of the ideal's")
     left.set_title(f"{rows[0].gpus} GPUs, {rows[0].rollout_gpus} of them for rollouts, {rows[0].in_flight:,} in flight",
                    fontsize=10)  # fmt: skip
     left.tick_params(axis="y", labelsize=8)
