@@ -71,6 +71,7 @@ class Streaming:
         self._seen_workers = {context.number}  # those that have been alive while this one ran
         self._began = time.monotonic()
         self._world: World | None = None
+        self._worlds = 0  # how often the store has been heard
         self._metrics, self._load = RolloutMetrics(), Load(self._groups.concurrency, self._began)
         self._skipped = 0  # groups that the store had closed incomplete, since the last report
         self._failed_in_a_row = 0
@@ -100,6 +101,7 @@ class Streaming:
                 background += [
                     self._tasks.create_task(work) for work in (self._open_groups(), self._look_at_queues())
                 ]
+                self._evaluate_if_due()  # what a worker before this one may not have come to
                 await self._watch()
                 for task in [*background, *self._rollouts]:
                     task.cancel()
@@ -114,6 +116,7 @@ class Streaming:
         label, version = "", -1
         while True:
             self._world = world = await self._in_thread(self._next_world, role, version + 1)
+            self._worlds += 1
             self._tell()
             status = next(status for status in world.roles if status.role == role)
             if status.version is None or status.label == label:
@@ -163,14 +166,14 @@ class Streaming:
         """Open this worker's groups in order, each as soon as a place is free that no open group fills."""
         while True:
             await self._until(self._groups.wants_group)
-            seen, index = self._news, self._share.next(self._playing)
+            seen, index = self._worlds, self._share.next(self._playing)
             try:
                 found = await self._in_thread(self._open, index)
             except GroupHeldError:
                 self._share.set_aside(index)
                 continue
             except RetryAfterError:  # until a version is published, or a group is lost
-                await self._until(lambda: self._news != seen)  # noqa: B023 - awaited at once
+                await self._until(lambda: self._worlds != seen)  # noqa: B023 - awaited at once
                 continue
             self._share.passed(index)
             if found is None or (is_closed(found[0]) and len(found[0].finished) < found[0].k):
