@@ -34,6 +34,7 @@ from mgrpo.errors import (
     DeadlineError,
     FencedError,
     GroupClosedError,
+    GroupHeldError,
     MgrpoError,
     PeerError,
     RetryAfterError,
@@ -56,6 +57,7 @@ _ERRORS: dict[str, type[MgrpoError]] = {
     "CLOSED": GroupClosedError,
     "CONFLICT": ConflictError,
     "FENCED": FencedError,
+    "HELD": GroupHeldError,
     "RETRY_AFTER": RetryAfterError,
 }
 

@@ -41,4 +41,5 @@ class HfBackend(EngineBackend):
                 model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa")
             )
         slots, length = view.rollout.slots, view.agent.max_length
-        return HfEngine(policy, slots=slots, max_length=length), policy.tokenizer
+        made = HfEngine(policy, slots=slots, max_length=length, on_update=engine.on_update)
+        return made, policy.tokenizer
