@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 
 from mgrpo.config import config_digest, dump_config, load_config
+from mgrpo.config.run import TrainerConfig
 from mgrpo.errors import ConfigError
 from mgrpo.run.processes import check_plugins, run_params
 
@@ -249,3 +251,29 @@ def test_advantages_of_tokens_need_ratios_of_tokens() -> None:
             ConfigError, match=r"agents\.left: algorithm 'turn_credit' .*ratio_level = \"token\""
         ):
             check_plugins(load_config(relay, [tokens, f"agents.left.loss={loss}"]))
+
+
+def test_streaming_settings_that_cannot_act_are_refused() -> None:
+    """By name and number: a window that max_lag cannot pay for, a concurrency without streaming, a deadline that the
+    store's timeout would forestall."""
+    refused = {
+        "claim_window=2 with questions=16 makes tokens 1 steps older, max_lag=0": {"trainer.claim_window": 2},
+        "claim_window=18 with questions=16 makes tokens 2 steps older, max_lag=1": {
+            "trainer.claim_window": 18, "trainer.max_lag": 1,
+        },
+        "rollout.concurrency=4 has no effect with trainer.max_lag=0": {"rollout.concurrency": 4},
+        "rollout.deadline=60 must be less than store.group_timeout=60": {
+            "rollout.deadline": 60.0, "store.group_timeout": 60.0,
+        },
+        "trainer.oversample": {"trainer.oversample": 0.5},
+    }  # fmt: skip
+    for message, settings in refused.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_config(ATLAS, [f"{name}={value}" for name, value in settings.items()])
+
+
+def test_a_step_claims_the_smallest_pool_that_oversample_asks_for() -> None:
+    """1.1 * 10 is 11.000000000000002 in floating point, and the pool is 11."""
+    for questions, oversample, pool in ((16, 1.0, 16), (10, 1.1, 11), (16, 1.5, 24), (2, 1.01, 3)):
+        trainer = TrainerConfig(questions=questions, oversample=oversample)
+        assert trainer.pool == pool

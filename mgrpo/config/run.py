@@ -6,6 +6,7 @@ the key. Fields of a role that only another role can use (an outcome weight on t
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -15,6 +16,7 @@ from mgrpo.config.engine import EngineConfig, HfEngineConfig
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.config.settings import MAX_SECONDS, Settings
+from mgrpo.config.store import LinkConfig, StoreConfig
 from mgrpo.config.task import TaskConfig
 from mgrpo.types import MAIN
 
@@ -177,7 +179,14 @@ class TrainerConfig(Settings):
     micro_batch: int = Field(16384, ge=1)
     """Tokens, padding included, of one forward and backward pass."""
     max_lag: int = Field(0, ge=0)
-    """Steps that a sampled token may be older than the weights it trains; 0 is synchronous and reproducible."""
+    """Steps that a sampled token may be older than the weights it trains; 0 is synchronous and reproducible, from 1 on
+    rollouts stream: they run while the trainers train, and new weights reach them on the way."""
+    claim_window: int = Field(1, ge=1)
+    """With an older group still being sampled, a trainer may take claim_window - 1 younger complete groups past it; 1:
+    groups are trained on in strict order. It costs ceil((claim_window - 1) / questions) of max_lag."""
+    oversample: float = Field(1.0, ge=1, le=16)
+    """A step claims ceil(questions * oversample) groups and trains on `questions` of them, those with unequal rewards
+    first. The rest are not trained on; 1: none is set aside."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """Denominator of the ratio: what the sampler reported, or a forward pass of the trainer before the step."""
     checkpoint_every: int = Field(20, ge=1)
@@ -198,6 +207,25 @@ class TrainerConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _window_fits_the_lag(self) -> TrainerConfig:
+        if self.window_lag > self.max_lag:
+            raise ValueError(
+                f"claim_window={self.claim_window} with questions={self.questions} makes tokens {self.window_lag} "
+                f"steps older, max_lag={self.max_lag} allows {self.max_lag}"
+            )
+        return self
+
+    @property
+    def pool(self) -> int:
+        """Groups that one step claims; it trains on `questions` of them."""
+        return math.ceil(round(self.questions * self.oversample, 6))
+
+    @property
+    def window_lag(self) -> int:
+        """Steps of max_lag that the claim window may use up."""
+        return -(-(self.claim_window - 1) // self.questions)
+
 
 class RolloutConfig(Settings):
     """The rollout workers."""
@@ -208,6 +236,12 @@ class RolloutConfig(Settings):
     """Conversations of one agent that are decoded together."""
     threads: int = Field(1, ge=1)
     """CPU threads of one worker process; more than 1 pays only for models of many millions of parameters."""
+    concurrency: int | None = Field(None, ge=1)
+    """Rollouts in flight in each worker, with trainer.max_lag of 1 or more. Unset: as many as slots and max_lag
+    admit."""
+    deadline: float | None = Field(None, gt=0, le=MAX_SECONDS)
+    """Seconds that one rollout may take; one that takes longer counts as failed, for the reason "deadline". Must be
+    less than store.group_timeout. Unset: no bound of its own."""
 
 
 class EvalConfig(Settings):
@@ -254,35 +288,6 @@ class MetricsConfig(Settings):
     _tuples = field_validator("sinks", mode="before")(lambda v: tuple(v) if isinstance(v, list) else v)
 
 
-class StoreConfig(Settings):
-    """The shared store."""
-
-    url: str | None = None
-    """Where the store listens, e.g. "tcp://10.0.0.1:5600". Unset: a local socket of the run."""
-    timeout: float = Field(60.0, gt=0, le=MAX_SECONDS)
-    """Seconds that any call may take before it fails with a named error."""
-    idle_timeout: float = Field(1800.0, gt=0, le=MAX_SECONDS)
-    """Seconds that a trainer or worker waits for its next work. A trainer does not count the time in which workers have
-    groups in hand: that is bounded by group_timeout."""
-    group_timeout: float = Field(1800.0, gt=0, le=MAX_SECONDS)
-    """Seconds without a finished rollout after which the store closes a group: it is trained on with the rollouts it
-    has (at least half of them and two), or dropped, and its worker goes on with the next one. Must exceed the longest
-    rollout."""
-    lease: float = Field(60.0, gt=0, le=MAX_SECONDS)
-    """Seconds after which groups that a trainer has claimed are handed out again unless it renews its claim, which it
-    does three times in that time."""
-
-
-class LinkConfig(Settings):
-    """Protection of the links between servers. Links within one machine need none."""
-
-    keys: str | None = None
-    """Folder of the keys on each server: server.secret and allowed/ where something listens, and main.key, sub.key,
-    worker.key, launcher.key for what runs there (`mgrpo keys add NAME --role ROLE`). Unset: plain links."""
-    insecure: bool = False
-    """Allow plain links beyond this machine. Anyone who reaches the ports can then read and write the run."""
-
-
 class RunConfig(Settings):
     """A whole run."""
 
@@ -326,6 +331,7 @@ class RunConfig(Settings):
             if agent.shares is not None:
                 self._check_sharing(role, agent)
         self._check_servers()
+        self._check_rollouts()
         if all(self.agents[self.policy_of(r)].frozen for r in self.agents):
             raise ValueError("every agent is frozen; nothing would be trained")
         for role in self.training_roles:
@@ -342,6 +348,19 @@ class RunConfig(Settings):
         ):
             raise ValueError(f"agents.{remote[0]}.url is missing: other agents of this run have an address")
         return self
+
+    def _check_rollouts(self) -> None:
+        if self.rollout.concurrency is not None and not self.trainer.max_lag:
+            raise ValueError(
+                f"rollout.concurrency={self.rollout.concurrency} has no effect with trainer.max_lag=0: a worker runs "
+                "its share of a step at once"
+            )
+        deadline, limit = self.rollout.deadline, self.store.group_timeout
+        if deadline is not None and deadline >= limit:
+            raise ValueError(
+                f"rollout.deadline={deadline:g} must be less than store.group_timeout={limit:g}, which would close "
+                "the group first"
+            )
 
     def _check_servers(self) -> None:
         """A server holds one policy's whole weights, or adapters of any number of policies."""
