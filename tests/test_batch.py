@@ -105,7 +105,9 @@ def test_token_advantages_lie_on_their_tokens() -> None:
 def test_the_weights_an_algorithm_sees_are_those_the_batcher_trains_with() -> None:
     """The alignment is drawn once for the statistics and once for the rows: the same draw, whatever the step."""
     for step in range(8):
-        _, batch = build("agents.left.d_max=2", "agents.left.loss.kl_coef=0.1", step=step)
+        _, batch = build(
+            "agents.left.d_max=2", "agents.left.loss.kl_coef=0.1", "trainer.max_lag=7", step=step
+        )
         kept = {
             int(batch.members[t].trajectory.tokens[0]): (float(w), float(a))
             for plan in batch.plans

@@ -52,9 +52,10 @@ class RoleStream:
         self.builder = BatchBuilder(config, role, self.trajectory_log, config.ranks(role))
         self.recorder = StepRecorder(config.record, folder / "record", role, self._say)
 
-    def claim(self, step: int, check: Callable[[], None]) -> list[ClaimedGroup]:
-        """The groups of this step; waits for them in slices, so that `check` notices the end of the run. Time in which
-        workers have groups in hand does not count: the store closes those of which nothing arrives."""
+    def claim(self, step: int, is_wanted: Callable[[], bool]) -> list[ClaimedGroup]:
+        """The groups of this step; waits for them in slices. is_wanted: whether the trainer itself waits for them,
+        asked after each slice; it raises to stop waiting. Time in which it does not, or in which workers have groups in
+        hand, does not count: the store closes those of which nothing arrives."""
         limit = self._config.store.idle_timeout
         busy = time.monotonic()
         while True:
@@ -66,8 +67,7 @@ class RoleStream:
                         f"trainer {self.role} at step {step}: no {self._config.trainer.questions} finished groups in "
                         f"the store's claim queue, and no worker had any in hand for {limit:g} s (store.idle_timeout)"
                     ) from None
-            check()
-            if self.store.world().open:
+            if not is_wanted() or self.store.world().open:
                 busy = time.monotonic()
 
     def check(self) -> None:
