@@ -39,7 +39,9 @@ def load(url: str, number: int, seconds: float, key: str) -> None:
     keys = ClientKeys.load(key) if key else None
     took: list[float] = []
     with WorkerClient(url, name=f"load{number}-{os.getpid()}", key=keys) as worker:
-        group = worker.open_group(query=f"{number}-{os.getpid()}", k=8, d_max={}, timeout=30)
+        group = worker.open_group(
+            query=f"{number}-{os.getpid()}", k=8, d_max={}, index=os.getpid(), timeout=30
+        )
         print("ready", flush=True)
         sys.stdin.readline()
         end = time.monotonic() + seconds
@@ -112,7 +114,7 @@ def store(folder: Path, keys: Path | None = None) -> Iterator[str]:
         return ClientKeys.load(keys / f"{name}.key") if keys else None
 
     with LauncherClient(url, "launcher", key=key("launcher")) as launcher:
-        launcher.create(RunParams("bench", "bench", ["main", "sub"], ["main"], 8, 4096))
+        launcher.create(RunParams("bench", "bench", ["main", "sub"], ["main"], 8, 4096, max_lag=4096))
     with TrainerClient(url, "trainer:main", key=key("trainer")) as trainer:
         trainer.resume(-1)
         trainer.status(version=0, step=-1, checkpoint_step=-1)

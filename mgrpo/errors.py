@@ -113,3 +113,8 @@ class RetryAfterError(MgrpoError):
     def __init__(self, message: str, seconds: float = 0.1) -> None:
         super().__init__(message)
         self.seconds = seconds
+
+
+class GroupHeldError(RetryAfterError):
+    """Another rollout worker that is alive has this group in hand; the message names it. Other groups may be open to
+    us."""

@@ -57,7 +57,7 @@ def publish(url: str, role: str, version: int = 0, checkpoint_step: int = -1) ->
     return trainer
 
 
-def fill(worker: WorkerClient, query: str, index: int | None = None, subs: int = 1) -> None:
+def fill(worker: WorkerClient, query: str, index: int, subs: int = 1) -> None:
     """Open a group and finish every rollout; rollout k has k * subs invocations of "sub"."""
     group = worker.open_group(query=query, k=2, d_max={"sub": 4}, index=index, policy={"main": 0, "sub": 0})
     for rollout in range(2):

@@ -28,6 +28,13 @@ def store(tmp_path: Path) -> Iterator[StoreServer]:
         yield server
 
 
+@pytest.fixture
+def lagging(tmp_path: Path) -> Iterator[StoreServer]:
+    """A store whose groups may be trained one step later than those they were sampled with."""
+    with StoreServer("tcp://127.0.0.1:0", tmp_path / "store.db", run_params(max_lag=1)) as server:
+        yield server
+
+
 def connect(store: StoreServer, role: str, **options: object):  # type: ignore[no-untyped-def]
     return mgrpo.connect(store.url, role=role, run=DIGEST, **options)
 
@@ -137,9 +144,10 @@ def test_admission_follows_the_slowest_trainer_by_index(store: StoreServer) -> N
         assert worker.open_group(query="q2", k=2, d_max={}, index=2, timeout=60).index == 2
 
 
-def test_resume_fences_the_zombie_and_returns_what_the_checkpoint_lacks(store: StoreServer) -> None:
+def test_resume_fences_the_zombie_and_returns_what_the_checkpoint_lacks(lagging: StoreServer) -> None:
     """Steps beyond the checkpoint are trained again by the successor, each group once in the surviving
     history."""
+    store = lagging
     with publish(store.url, "main") as zombie, publish(store.url, "sub"), connect(store, "worker") as worker:
         for i in range(2):
             fill(worker, f"q{i}", index=i)
@@ -192,7 +200,7 @@ def test_peers_of_another_run_or_role_are_refused_by_name(store: StoreServer) ->
     """Nothing is stored for a peer with another digest, nor for a role that may not make the call."""
     with mgrpo.connect(store.url, role="worker", run="other", name="stranger") as stranger:
         with pytest.raises(PeerError, match=r"'stranger'.*'other'.*'digest-1'"):
-            stranger.open_group(query="a", k=2, d_max={})
+            stranger.open_group(query="a", k=2, d_max={}, index=0)
     with connect(store, "worker") as worker, connect(store, "launcher") as launcher:
         with pytest.raises(PeerError, match="FORBIDDEN"):
             worker._link.call("requeue", ("main", 0, []))

@@ -39,7 +39,7 @@ def from_outside(path: Path, times: int) -> str:
 
 def test_three_nacks_quarantine_a_group_until_it_is_requeued(tmp_path: Path) -> None:
     """The reason shows in inspect while the server runs; admission gives its place to another group."""
-    with StoreServer("tcp://127.0.0.1:0", tmp_path / "s.db", run_params()) as store:
+    with StoreServer("tcp://127.0.0.1:0", tmp_path / "s.db", run_params(max_lag=1)) as store:
         main, sub = publish(store.url, "main"), publish(store.url, "sub")
         with mgrpo.connect(store.url, role="worker", run=DIGEST) as worker:
             fill(worker, "bad", index=0)

@@ -41,7 +41,7 @@ class Driver:
         self.core.tick(self.now)
         self.core.commit()
 
-    def open(self, query: str, index: int | None = None, k: int = 2) -> None:
+    def open(self, query: str, index: int, k: int = 2) -> None:
         self.call("open_group", rec.OpenGroup(query, k, {}, index))
 
     def end(self, query: str, rollout: int, version: int = 0) -> None:
@@ -69,8 +69,8 @@ def driver(tmp_path: Path) -> Iterator[Driver]:
 
 def test_after_its_time_a_group_is_trained_with_half_its_rollouts_or_dropped(driver: Driver) -> None:
     """K = 5: three real rollouts are enough, two are not; failed ones do not count as real."""
-    for query, real in (("three", 3), ("two", 2)):
-        driver.open(query, k=5)
+    for index, (query, real) in enumerate([("three", 3), ("two", 2)]):
+        driver.open(query, index, k=5)
         for rollout in range(real):
             driver.end(query, rollout)
     driver.call("rollout_fail", rec.RolloutFail("two", 4, 0, "judge down"))
@@ -86,7 +86,7 @@ def test_after_its_time_a_group_is_trained_with_half_its_rollouts_or_dropped(dri
 
 def test_a_lease_lasts_as_long_as_it_is_renewed(driver: Driver) -> None:
     """60 s without a renewal and the group is ready again; the old lease can neither renew nor apply."""
-    driver.open("a", k=5)
+    driver.open("a", 0, k=5)
     for rollout in range(5):
         driver.end("a", rollout)
     assert driver.claim(1) == ["a"]
@@ -104,8 +104,8 @@ def test_a_lease_lasts_as_long_as_it_is_renewed(driver: Driver) -> None:
 
 def test_leases_and_open_groups_get_their_full_time_after_a_restart(driver: Driver) -> None:
     """The store's clock does not run while it is down."""
-    driver.open("a", k=5)
-    driver.open("b", k=5)
+    driver.open("a", 0, k=5)
+    driver.open("b", 1, k=5)
     for rollout in range(5):
         driver.end("a", rollout)
     driver.claim(1)
@@ -138,30 +138,9 @@ def test_groups_too_old_at_the_claim_are_passed_over_and_replaced(tmp_path: Path
     driver.database.close()
 
 
-def test_unnumbered_groups_are_admitted_by_count(tmp_path: Path) -> None:
-    """min(max_concurrent - running, (max_lag + version + 1) * batch - (accepted + running)) at a time."""
-    driver = Driver(tmp_path, batch=2, max_lag=1, max_concurrent=3)
-    for query in "abc":
-        driver.open(query)
-    with pytest.raises(Refusal, match="3 groups are open, the bound is 3"):
-        driver.open("d")
-    for rollout in range(2):
-        driver.end("a", rollout)
-    driver.open("d")
-    for query in "bcd":
-        for rollout in range(2):
-            driver.end(query, rollout)
-    with pytest.raises(Refusal, match="4 groups are ahead"):
-        driver.open("e")
-    driver.publish("main", 1)
-    driver.publish("sub", 1)
-    driver.open("e")
-    driver.database.close()
-
-
 def test_bad_records_are_refused_by_name_and_change_nothing(driver: Driver) -> None:
     """NaN, unknown roles, numbers out of range, d_k that does not fit, missing invocations."""
-    driver.open("a", k=5)
+    driver.open("a", 0, k=5)
     before = list(driver.database._db.execute("SELECT * FROM invocations"))
     nan = float("nan")
     bad: list[tuple[str, Any, str]] = [
@@ -175,9 +154,9 @@ def test_bad_records_are_refused_by_name_and_change_nothing(driver: Driver) -> N
         ("rollout_final", rec.RolloutFinal("a", 0, 0, 1.0, 1.0, {}, {}, 0, 0), "d_k names"),
         ("rollout_final", rec.RolloutFinal("a", 0, 0, 1.0, 1.0, {"sub": 1}, {}, 0, 0), "0 have arrived"),
         ("rollout_final", rec.RolloutFinal("b", 0, 0, 1.0, 1.0, {"sub": 0}, {}, 0, 0), "unknown group"),
-        ("open_group", rec.OpenGroup("c", 4, {}), "of 4 rollouts, this run has 5"),
-        ("open_group", rec.OpenGroup("c", 5, {"judge": 1}), "judge"),
-        ("open_group", rec.OpenGroup("c", 5, {}, meta={"x": nan}), "nan"),
+        ("open_group", rec.OpenGroup("c", 4, {}, 1), "of 4 rollouts, this run has 5"),
+        ("open_group", rec.OpenGroup("c", 5, {"judge": 1}, 1), "judge"),
+        ("open_group", rec.OpenGroup("c", 5, {}, 1, meta={"x": nan}), "nan"),
     ]
     for method, body, message in bad:
         with pytest.raises((BadMessage, Refusal), match=message):
@@ -188,7 +167,7 @@ def test_bad_records_are_refused_by_name_and_change_nothing(driver: Driver) -> N
 
 def test_settled_groups_leave_memory_and_come_back_for_a_rollback(tmp_path: Path) -> None:
     """Memory is bounded by what is in flight; an older checkpoint still finds everything after it."""
-    driver = Driver(tmp_path, training_roles=["main"], batch=100)
+    driver = Driver(tmp_path, training_roles=["main"], batch=100, max_lag=20)
     for number in range(20):
         driver.open(f"q{number}", number)
         for rollout in range(2):
@@ -293,7 +272,7 @@ def test_a_dropped_group_moves_those_behind_it_one_place_up(tmp_path: Path) -> N
 def test_a_group_of_forty_minutes_is_trained_when_its_rollouts_keep_ending(tmp_path: Path) -> None:
     """A rollout every ten minutes, group_timeout 30 minutes: the group's age does not matter."""
     driver = Driver(tmp_path, k=4, group_timeout_s=1800.0)
-    driver.open("a", k=4)
+    driver.open("a", 0, k=4)
     for rollout in range(4):
         driver.wait(600.0)
         driver.end("a", rollout)
@@ -327,7 +306,7 @@ def test_a_rollout_of_forty_minutes_closes_its_group_and_the_run_goes_on(tmp_pat
 def test_the_times_of_a_run_may_change_when_it_is_resumed(tmp_path: Path) -> None:
     """lease_s and group_timeout_s of the later start hold, for what is open already too; another K is refused."""
     driver = Driver(tmp_path, group_timeout_s=10.0)
-    driver.open("a")
+    driver.open("a", 0)
     driver.core.create(run_params(group_timeout_s=100.0, lease_s=30.0), driver.now)
     driver.wait(99.0)
     assert driver.stats()["open"] == 1 and driver.core.ledger is not None

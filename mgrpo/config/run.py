@@ -181,7 +181,7 @@ class TrainerConfig(Settings):
     max_lag: int = Field(0, ge=0)
     """Steps that a sampled token may be older than the weights it trains; 0 is synchronous and reproducible, from 1 on
     rollouts stream: they run while the trainers train, and new weights reach them on the way."""
-    claim_window: int = Field(1, ge=1)
+    claim_window: int = Field(1, ge=1, le=4096)
     """With an older group still being sampled, a trainer may take claim_window - 1 younger complete groups past it; 1:
     groups are trained on in strict order. It costs ceil((claim_window - 1) / questions) of max_lag."""
     oversample: float = Field(1.0, ge=1, le=16)

@@ -64,9 +64,12 @@ def run_params(config: RunConfig) -> RunParams:
         k=config.trainer.group_size,
         batch=config.trainer.questions,
         max_lag=config.trainer.max_lag,
+        pool=config.trainer.pool,
         lease_s=config.store.lease,
         group_timeout_s=config.store.group_timeout,
         in_order=True,
+        claim_window=config.trainer.claim_window,
+        heartbeat_timeout_s=config.store.heartbeat_timeout,
     )
 
 

@@ -99,7 +99,7 @@ class Core:
 
 
 def _but_for_times(params: rec.RunParams) -> rec.RunParams:
-    return replace(params, lease_s=0.0, group_timeout_s=0.0)
+    return replace(params, lease_s=0.0, group_timeout_s=0.0, heartbeat_timeout_s=0.0)
 
 
 def check_params(params: rec.RunParams) -> None:
@@ -109,6 +109,15 @@ def check_params(params: rec.RunParams) -> None:
         raise ConfigError(f"training roles {params.training_roles} of roles {params.roles}")
     if not params.digest:
         raise ConfigError("a run needs the digest of its configuration")
-    for name in ("lease_s", "group_timeout_s"):
+    if params.pool and params.pool < params.batch:
+        raise ConfigError(f"pool = {params.pool}, expected 0 or at least the {params.batch} groups of a step")
+    if params.claim_window > 1 and not params.in_order:
+        raise ConfigError(f"claim_window = {params.claim_window} has no effect without in_order")
+    if params.admitted_lag() < 0:
+        raise ConfigError(
+            f"claim_window = {params.claim_window} with steps of {params.batch} groups needs max_lag "
+            f"{params.max_lag - params.admitted_lag()}, got {params.max_lag}"
+        )
+    for name in ("lease_s", "group_timeout_s", "heartbeat_timeout_s"):
         if not 0.0 < getattr(params, name) < 1e7:
             raise ConfigError(f"{name} = {getattr(params, name)}, expected seconds above 0")

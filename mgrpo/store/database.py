@@ -18,7 +18,18 @@ from typing import Any, Protocol
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.files import sync_folder
 from mgrpo.store.records import Control, RunParams
-from mgrpo.store.state import APPLIED, COMMITTED, KEEP_REPORTS, LEASED, OPEN, READY, SKIPPED, Row, State
+from mgrpo.store.state import (
+    APPLIED,
+    COMMITTED,
+    KEEP_REPORTS,
+    LEASED,
+    LOST,
+    OPEN,
+    READY,
+    SURPLUS,
+    Row,
+    State,
+)
 from mgrpo.transport import codec
 
 APPLICATION_ID = 0x6D677270  # "mgrp"
@@ -236,17 +247,21 @@ class Database:
             state.sealed += group_state == "sealed"
             if group_state == "dropped":
                 state.drop(index)
-        for mark in SKIPPED:
+        for mark in LOST:
             for role, index in db.execute(
                 "SELECT role, idx FROM deliveries WHERE state = ?", (mark,)
             ).fetchall():
                 if role in state.roles:
-                    state.roles[role].skipped.append(index)
+                    state.roles[role].lost(mark).append(index)
         for held in state.roles.values():
             held.skipped.sort()
+            held.surplus.sort()
         row = db.execute("SELECT value FROM meta WHERE key = 'control'").fetchone()
         if row is not None:
             state.control = codec.decode(row[0], Control)
+        row = db.execute("SELECT value FROM meta WHERE key = 'workers'").fetchone()
+        if row is not None:
+            state.workers = dict.fromkeys(codec.decode(row[0], list[str]), now)
         for report in db.execute("SELECT seq, source, n, kind, body FROM reports ORDER BY seq").fetchall():
             state.load_report(report)
         alive = db.execute(
@@ -254,7 +269,12 @@ class Database:
             "UNION SELECT query FROM deliveries WHERE state IN (?, ?, ?)",
             (OPEN, READY, LEASED, APPLIED),
         ).fetchall()
-        for (query,) in alive:
+        for held in state.roles.values():  # what a rollback to the last checkpoint would bring back
+            alive += db.execute(
+                "SELECT query FROM deliveries WHERE role = ? AND state = ? AND step > ?",
+                (held.name, SURPLUS, held.checkpoint_step),
+            ).fetchall()
+        for query in dict.fromkeys(query for (query,) in alive):
             self.load_group(state, query, now)
         return state
 
@@ -274,9 +294,9 @@ class Database:
         return True
 
     def beyond(self, role: str, step: int) -> list[str]:
-        """Groups of `role` that were committed at a later step."""
-        sql = "SELECT query FROM deliveries WHERE role = ? AND state = ? AND step > ?"
-        return [query for (query,) in self._db.execute(sql, (role, COMMITTED, step)).fetchall()]
+        """Groups of `role` that were committed at a later step, or set aside."""
+        sql = "SELECT query FROM deliveries WHERE role = ? AND state IN (?, ?) AND step > ?"
+        return [query for (query,) in self._db.execute(sql, (role, COMMITTED, SURPLUS, step)).fetchall()]
 
     def trained(self, role: str) -> list[Row]:
         """(role, step, query, index, state) of everything in the role's surviving optimizer history, in order."""

@@ -4,13 +4,17 @@
       ^  ^             |  |               |                    |
       |  +--nack, expiry  +-resume--+     +--resume, when the checkpoint is older--> ready
       +-----------------------------+
-    three nacks or expiries: quarantined; too old at a claim: stale (never trained on, admission counts them)
+    an apply may set some groups of its step aside: surplus, ready again after a resume from an older checkpoint
+    three nacks or expiries: quarantined; too old at a claim: stale (never trained on; admission gives the places of
+    all of these to other groups)
 
 `epoch` fences: resume() hands out the next one, and whoever comes with an older one is refused. What a
 crashed trainer held is released by its successor's resume and does not count as a failure of the group.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_left
 
 from mgrpo.store.records import (
     Claim,
@@ -32,8 +36,8 @@ from mgrpo.store.state import (
     LEASED,
     QUARANTINED,
     READY,
-    SKIPPED,
     STALE,
+    SURPLUS,
     Delivery,
     Group,
     Role,
@@ -65,7 +69,7 @@ class Deliveries:
         requeued = 0
         for delivery in self._of(role):
             if delivery.state == LEASED or (
-                delivery.state in (APPLIED, COMMITTED) and delivery.step > request.checkpoint_step
+                delivery.state in (APPLIED, COMMITTED, SURPLUS) and delivery.step > request.checkpoint_step
             ):
                 self.state.move(delivery, READY, epoch=0, step=-1)
                 role.cursor = min(role.cursor, delivery.index)
@@ -76,6 +80,7 @@ class Deliveries:
         role.resumed_from = role.step = role.checkpoint_step = request.checkpoint_step
         role.claim_seq, role.claimed = 0, []
         self.state.save_role(role)
+        self._settle_surplus(role)
         return Resumed(role.epoch, requeued, role.step)
 
     def status(self, request: Status) -> RoleStatus:
@@ -117,9 +122,9 @@ class Deliveries:
     # -- claim ----------------------------------------------------------------------------------------------
 
     def claim(self, request: Claim, now: float) -> list[ClaimedGroup] | None:
-        """The n oldest ready groups, leased; None while there are fewer, or, in a run with in_order, while an older
-        group is still to come. The same claim again (same epoch and seq) gets the same groups; with another n the asker
-        cannot have had them, and gets new ones."""
+        """The n oldest ready groups, leased; None while there are fewer, or, in a run with in_order, while they would
+        pass more than claim_window - 1 groups by one that is still to come. The same claim again (same epoch and seq)
+        gets the same groups; with another n the asker cannot have had them, and gets new ones."""
         role = self._holder(request.role, request.epoch)
         if request.seq == role.claim_seq:
             if len(role.claimed) == request.n:
@@ -133,11 +138,12 @@ class Deliveries:
             chosen = [self.state.groups[query] for _, query in role.ready[: request.n]]
             if self.state.params.in_order and self._waits_for_older(role, chosen):
                 return None
-            stale = [group for group in chosen if self._is_stale(group, role)]
+            version = self._version_at_training(role)
+            stale = [group for group in chosen if self._is_stale(group, role, version)]
             if not stale:
                 break
             for group in stale:
-                self.state.move(group.deliveries[role.name], STALE, reason=f"stale at version {role.version}")
+                self.state.move(group.deliveries[role.name], STALE, reason=f"stale at version {version}")
         else:
             return None
         for group in chosen:
@@ -147,13 +153,19 @@ class Deliveries:
         return [self._claimed(group, role.name) for group in chosen]
 
     def _waits_for_older(self, role: Role, chosen: list[Group]) -> bool:
-        """A group before the last of `chosen` has not been sealed yet. Taking a younger one instead would let the
-        role's version run ahead of tokens that are still being sampled: too old when they come."""
-        mine = {group.index for group in chosen}
-        return any(
-            index not in mine and not self._is_over(role, index, LEASED, APPLIED)
-            for index in range(role.cursor, chosen[-1].index)
+        """Whether taking `chosen` would let more than claim_window - 1 groups in all pass the oldest one that is not
+        sealed yet. Each one lets the role's version run ahead of tokens that are still being sampled, and admission has
+        counted with so many. The oldest one is the one that is passed most."""
+        first = self.state.first_missing()
+        passing = sum(group.index > first for group in chosen)
+        return (
+            passing > 0 and self.state.taken_beyond(role, first) + passing >= self.state.params.claim_window
         )
+
+    def _version_at_training(self, role: Role) -> int:
+        """The version that a claim made now is trained at: that of the next step, later by the claims in hand."""
+        in_hand = {self.state.groups[query].deliveries[role.name].lease for query in role.leased}
+        return max(role.version or 0, role.step + 1) + len(in_hand)
 
     def _claim_again(self, role: Role, request: Claim, now: float) -> list[ClaimedGroup]:
         groups = [self.state.groups.get(query) for query in role.claimed]
@@ -177,13 +189,11 @@ class Deliveries:
             delivery, LEASED, epoch=role.epoch, lease=seq, deadline=now + self.state.params.lease_s
         )
 
-    def _is_stale(self, group: Group, role: Role) -> bool:
-        if role.version is None:
-            return False
+    def _is_stale(self, group: Group, role: Role, version: int) -> bool:
         oldest = min(
             (i.version_min for i in invocations_of(group, role.name) if i.version_min >= 0), default=None
         )
-        return oldest is not None and role.version - oldest > self.state.params.max_lag
+        return oldest is not None and version - oldest > self.state.params.max_lag
 
     def _claimed(self, group: Group, role: str) -> ClaimedGroup:
         opened = group.opened
@@ -215,28 +225,38 @@ class Deliveries:
         return gone
 
     def apply(self, request: Groups) -> None:
-        """The optimizer step `step` has used these groups."""
+        """The optimizer step `step` has used these groups and sets those of `surplus` aside, which were claimed for it
+        too."""
         role = self._holder(request.role, request.epoch)
-        queries = {query for query, _ in request.groups}
-        deliveries = [(self._delivery(query, role), lease) for query, lease in request.groups]
-        if len(queries) != len(request.groups):
+        moves = [
+            (self._delivery(query, role), lease, state)
+            for named, state in ((request.groups, APPLIED), (request.surplus, SURPLUS))
+            for query, lease in named
+        ]
+        used, surplus = {query for query, _ in request.groups}, {query for query, _ in request.surplus}
+        if len(used | surplus) != len(moves):
             raise BadMessage(f"apply of step {request.step} names a group twice")
+        if surplus and len(used) < self.state.params.batch:
+            raise BadMessage(
+                f"apply of step {request.step} uses {len(used)} groups and sets {len(surplus)} aside, a step of this "
+                f"run uses {self.state.params.batch}"
+            )
         if request.step <= role.step:
-            before = {
-                d.query for d in self._of(role) if d.state in (APPLIED, COMMITTED) and d.step == request.step
-            }
-            if before == queries:
+            before = [d for d in self._of(role) if d.step == request.step]
+            if {d.query for d in before if d.state in (APPLIED, COMMITTED)} == used and (
+                {d.query for d in before if d.state == SURPLUS} == surplus
+            ):
                 return
             raise Refusal(
                 "CONFLICT", f"step {request.step} of role {role.name!r} was applied with other groups"
             )
-        for delivery, lease in deliveries:
+        for delivery, lease, _ in moves:
             if not self._holds(role, delivery, lease):
                 raise Refusal(
                     "FENCED", f"group {delivery.query!r} is {delivery.state}, not leased to {role.name!r}"
                 )
-        for delivery, _ in deliveries:
-            self.state.move(delivery, APPLIED, step=request.step)
+        for delivery, _, state in moves:
+            self.state.move(delivery, state, step=request.step)
         role.step = request.step
         self.state.save_role(role)
 
@@ -254,12 +274,20 @@ class Deliveries:
                 self.state.move(delivery, COMMITTED)
         role.checkpoint_step = max(role.checkpoint_step, request.step)
         self.state.save_role(role)
+        self._settle_surplus(role)
         while self._is_over(role, role.cursor):
             role.cursor += 1
         return role.cursor
 
-    def _is_over(self, role: Role, index: int, *also: str) -> bool:
-        """The group is committed, lost or dropped, or its delivery is in one of the states `also`."""
+    def _settle_surplus(self, role: Role) -> None:
+        """Groups that were set aside up to the role's checkpoint may leave memory."""
+        for index in role.surplus[bisect_left(role.surplus, role.cursor) :]:
+            group = self.state.groups.get(self.state.indices[index])
+            if group is not None:
+                self.state.settle(group)
+
+    def _is_over(self, role: Role, index: int) -> bool:
+        """The group is committed or lost for the role, whatever checkpoint from here on it goes back to."""
         query = self.state.indices.get(index)
         if query is None:
             return False
@@ -267,7 +295,7 @@ class Deliveries:
         if group is None or group.state == DROPPED:
             return True
         delivery = group.deliveries.get(role.name)
-        return delivery is not None and delivery.state in (COMMITTED, *SKIPPED, *also)
+        return delivery is not None and self.state.is_final(delivery)
 
     def nack(self, request: Groups) -> None:
         """Give groups back unused, with a reason."""

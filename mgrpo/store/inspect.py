@@ -39,12 +39,16 @@ class Inspection:
     roles: dict[str, RoleBody] = field(default_factory=dict)
     stuck: list[tuple[str, int, str]] = field(default_factory=list)  # leased while later groups are trained
     quarantined: list[tuple[str, int, str, str]] = field(default_factory=list)  # role, index, query, reason
+    workers: list[str] = field(default_factory=list)  # alive when the store last looked
 
     def lines(self) -> Iterator[str]:
         """For people."""
         run = self.run
         yield f"run {run.run!r}, digest {run.digest}"
-        yield f"{run.batch} groups of {run.k} rollouts a step, max_lag {run.max_lag}"
+        pool = f", chosen from {run.pool}" if run.claim_size() > run.batch else ""
+        window = f", claim_window {run.claim_window}" if run.claim_window > 1 else ""
+        yield f"{run.batch} groups of {run.k} rollouts a step{pool}, max_lag {run.max_lag}{window}"
+        yield f"workers: {', '.join(self.workers) or 'none'}"
         yield "groups: " + (", ".join(f"{n} {state}" for state, n in sorted(self.groups.items())) or "none")
         for index, query in self.oldest_open:
             yield f"  open     {index:>6} {query}"
@@ -114,6 +118,8 @@ def _read(db: sqlite3.Connection, path: Path) -> Inspection:
     if row is None:
         raise ConfigError(f"store {path} holds no run yet")
     found = Inspection(codec.decode(row[0], RunParams))
+    row = db.execute("SELECT value FROM meta WHERE key = 'workers'").fetchone()
+    found.workers = [] if row is None else codec.decode(row[0], list[str])
     found.groups = dict(db.execute("SELECT state, count(*) FROM groups GROUP BY state"))
     listing = "SELECT idx, query FROM groups WHERE state = ? ORDER BY idx LIMIT ?"
     found.oldest_open = db.execute(listing, ("open", LIST)).fetchall()

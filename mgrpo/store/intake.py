@@ -15,7 +15,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from mgrpo.store.records import InvocationDone, Opened, OpenGroup, OpenGroupInfo, RolloutFail, RolloutFinal
-from mgrpo.store.state import DROPPED, OPEN, SEALED, Delivery, Group, State
+from mgrpo.store.state import DROPPED, OPEN, SEALED, Delivery, Group, Role, State
 from mgrpo.transport.codec import BadMessage, Refusal, check_finite, check_names
 from mgrpo.types import MAIN, version_label
 
@@ -32,23 +32,31 @@ class Intake:
     # -- opening --------------------------------------------------------------------------------------------
 
     def open_group(self, request: OpenGroup, worker: str, session: str, now: float) -> Opened:
-        """Open a group, or open it again. Refuses with RETRY_AFTER while the trainers are too far behind."""
+        """Open a group, or open it again: a worker its own, any worker one of a dead worker. Refuses with RETRY_AFTER
+        while the trainers are too far behind, with HELD while another worker that is alive has the group."""
         state = self.state
         self._check_open(request)
         content = replace(request, policy={}, wait_s=0.0)
         group = state.groups.get(request.query)
         if group is None:
-            index = self._admit(request)
-            group = Group(replace(content, index=index), index, now, worker=worker, session=session)
+            self._admit(request)
+            index = request.index
+            group = Group(content, index, now, worker=worker, session=session)
             state.groups[request.query] = state.open[request.query] = group
             state.indices[index] = request.query
             state.next_index = max(state.next_index, index + 1)
         else:
-            index = group.index if request.index is None else request.index
-            if replace(content, index=index) != group.opened:
+            if content != group.opened:
                 raise Refusal("CONFLICT", f"group {request.query!r} is already open with other content")
             if group.state != OPEN or (group.worker, group.session) == (worker, session):
                 return self._opened(group)
+            if group.worker != worker and state.is_alive(group.worker, now):
+                raise Refusal(
+                    "HELD",
+                    f"group {request.query!r} is in the hands of worker {group.worker!r}, which gave its last sign of "
+                    f"life {now - state.workers[group.worker]:.1f} s ago; {worker!r} may take it over after "
+                    f"{state.params.heartbeat_timeout_s:g} s (store.heartbeat_timeout)",
+                )
             group.attempt += 1
             group.progress_at = now
             group.worker, group.session = worker, session
@@ -74,46 +82,48 @@ class Intake:
         check_names(v for v in request.meta.values() if isinstance(v, str))
         check_finite("meta", (v for v in request.meta.values() if isinstance(v, float)))
 
-    def _admit(self, request: OpenGroup) -> int:
-        """The index of a new group, or a refusal. A numbered group is admitted by its number alone, so admission does
-        not depend on who asks first."""
+    def _admit(self, request: OpenGroup) -> None:
+        """Refuses a new group that is too early. It is admitted by its number alone, so admission does not depend on
+        who asks first."""
         state, params = self.state, self.state.params
         if len(state.open) >= MAX_OPEN:
             raise Refusal("RETRY_AFTER", f"{MAX_OPEN} groups are open")
-        if request.index is not None and request.index in state.indices:
+        if request.index in state.indices:
             holder = state.indices[request.index]
             raise Refusal(
                 "CONFLICT", f"index {request.index} belongs to group {holder!r}, not {request.query!r}"
             )
-        running = len(state.open)
-        if request.index is None and params.max_concurrent and running >= params.max_concurrent:
-            raise Refusal("RETRY_AFTER", f"{running} groups are open, the bound is {params.max_concurrent}")
         for role in state.roles.values():
             if role.version is None:
                 raise Refusal("RETRY_AFTER", f"role {role.name!r} has not published a version yet")
-            room = (params.max_lag + role.version + 1) * params.batch
-            if request.index is None:
-                taken = state.sealed - (len(role.skipped) - state.dropped) + running
-            else:
-                taken = role.place(request.index)
-            if taken >= room:
+            done = role.step + 1
+            claims = (
+                role.version - done + params.admitted_lag() + 1
+            )  # those whose groups may be in the making
+            room = done * params.batch + claims * params.claim_size()
+            if (taken := role.place(request.index)) >= room:
                 raise Refusal(
                     "RETRY_AFTER",
                     f"role {role.name!r} is at version {role.version}: {taken} groups are ahead of this one, "
                     f"max_lag {params.max_lag} admits {room}",
                 )
-        return state.next_index if request.index is None else request.index
 
     def _opened(self, group: Group) -> Opened:
         opened = group.opened
-        params = self.state.params
         min_versions = {
-            role.name: max(0, role.place(group.index) // params.batch - params.max_lag)
+            role.name: max(0, self._step_of(role, group.index) - self.state.params.admitted_lag())
             for role in self.state.roles.values()
         }
         return Opened(
             opened.query, group.index, group.attempt, group.state, opened.k, group.finished(), min_versions
         )
+
+    def _step_of(self, role: Role, index: int) -> int:
+        """The step that the role trains on the group in, as far as the groups before it are known and if no younger one
+        is claimed before it. Its steps so far have used `batch` places each and moved what they set aside out of the
+        count; each one to come takes claim_size() places."""
+        params, done = self.state.params, role.step + 1
+        return done + (role.place(index) - done * params.batch) // params.claim_size()
 
     def open_groups(self, worker: str, first: int, last: int) -> list[OpenGroupInfo]:
         """Groups that are not sealed yet, in order of their index; of one worker, or of all for ""."""

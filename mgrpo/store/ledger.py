@@ -27,6 +27,7 @@ HEARD = 4096  # report numbers remembered per sender
 
 METHODS: dict[str, tuple[type[Any] | None, str]] = {  # method -> (request record, who may call it)
     "open_group": (rec.OpenGroup, WORKER),
+    "heartbeat": (None, WORKER),
     "open_groups": (rec.OpenGroups, ANY),
     "invocation_done": (rec.InvocationDone, WORKER),
     "rollout_final": (rec.RolloutFinal, WORKER),
@@ -57,6 +58,7 @@ class Ledger:
         self.deliveries = Deliveries(state)
         self._calls: dict[str, Callable[[Any, Sender, float], Any]] = {
             "open_group": lambda r, s, now: self.intake.open_group(r, s.name, s.session, now),
+            "heartbeat": lambda r, s, now: None,  # as every request of a worker, it counts as a sign of life
             "open_groups": lambda r, s, now: self.intake.open_groups(r.worker, r.first, r.last),
             "invocation_done": lambda r, s, now: self.intake.invocation_done(r, now),
             "rollout_final": lambda r, s, now: self.intake.rollout_final(r, now),
@@ -72,7 +74,7 @@ class Ledger:
             "params": lambda r, s, now: state.params,
             "report": lambda r, s, now: self.report(r, s),
             "reports": lambda r, s, now: self.reports(r),
-            "wait": lambda r, s, now: self.world(r),
+            "wait": lambda r, s, now: self.world(r, now),
             "set_control": lambda r, s, now: self.set_control(r),
             "requeue": lambda r, s, now: [self.deliveries.requeue(r.role, query) for query, _ in r.groups],
         }
@@ -80,13 +82,16 @@ class Ledger:
     def handle(self, method: str, request: Any, sender: Sender, now: float) -> Any:
         """The answer to one request; None from claim and [] from reports mean "not yet"."""
         answer = self._calls[method](request, sender, now)
+        if sender.role == WORKER:
+            self.state.heard_from(sender.name, now)
         self.state.counters[method] += 1
         return answer
 
     def tick(self, now: float) -> None:
-        """Time has passed: expire leases and groups."""
+        """Time has passed: expire leases, groups and workers."""
         self.deliveries.expire(now)
         self.intake.expire(now)
+        self.state.forget_silent_workers(now)
 
     # -- reports, run state, waiting ------------------------------------------------------------------------
 
@@ -122,7 +127,7 @@ class Ledger:
         self.state.control = control
         self.state.save_meta("control", control)
 
-    def world(self, request: rec.WaitFor) -> rec.World:
+    def world(self, request: rec.WaitFor, now: float) -> rec.World:
         state = self.state
         satisfied = True
         for name, version in request.versions.items():
@@ -134,10 +139,13 @@ class Ledger:
         satisfied = satisfied and (request.not_state == "" or state.control.state != request.not_state)
         satisfied = satisfied and state.last_report > request.after
         roles = [role.status() for role in state.roles.values()]
-        return rec.World(satisfied, state.control, roles, state.sealed, state.last_report, len(state.open))
+        workers = sorted(worker for worker in state.workers if state.is_alive(worker, now))
+        return rec.World(
+            satisfied, state.control, roles, state.sealed, state.last_report, len(state.open), workers
+        )
 
     def stats(self) -> dict[str, Any]:
-        """Counts for people and for metrics."""
+        """Counts for people and for metrics; `workers`: the names of those alive at the last tick."""
         state = self.state
         return {
             "open": len(state.open),
@@ -145,6 +153,7 @@ class Ledger:
             "dropped": state.dropped,
             "in_memory": len(state.groups),
             "reports": state.last_report,
+            "workers": sorted(state.workers),
             "control": state.control.state,
             "handled": dict(state.counters),
             "roles": {
@@ -157,6 +166,7 @@ class Ledger:
                     "leased": len(role.leased),
                     "applied": len(role.applied),
                     "skipped": len(role.skipped),
+                    "surplus": len(role.surplus),
                 }
                 for role in state.roles.values()
             },
@@ -168,7 +178,7 @@ def queries_of(method: str, request: Any) -> list[str]:
     if method in ("open_group", "invocation_done", "rollout_final", "rollout_fail"):
         return [request.query]
     if method in ("apply", "nack", "renew", "requeue"):
-        return [query for query, _ in request.groups]
+        return [query for query, _ in (*request.groups, *request.surplus)]
     return []
 
 

@@ -28,10 +28,13 @@ class _Collector:
             "mgrpo_store_role", "Version, step and epoch of a role", labels=["role", "what"]
         )
         for role, values in stats.get("roles", {}).items():
-            for name in ("ready", "leased", "applied", "skipped"):
+            for name in ("ready", "leased", "applied", "skipped", "surplus"):
                 deliveries.add_metric([role, name], values[name])
             for name in ("epoch", "version", "step", "checkpoint_step"):
                 numbers.add_metric([role, name], -1 if values[name] is None else values[name])
+        yield GaugeMetricFamily(
+            "mgrpo_store_workers", "Rollout workers that are alive", value=len(stats.get("workers", ()))
+        )
         yield deliveries
         yield numbers
         for name, what, label in (

@@ -20,9 +20,12 @@ Counts = dict[Name, Small]
 class RunParams(Record):
     """What a run is, fixed when its store is created. `digest` is that of the run's configuration: a peer with another
     digest is refused. batch: groups of one optimizer step. max_lag: how many versions old a group may be when it is
-    trained. in_order: groups are numbered from 0 without gaps and are claimed in that order, whichever is ready first.
+    trained. pool: groups that one claim takes, of which the step uses `batch` and sets the rest aside; 0: batch.
+    in_order: groups are numbered from 0 without gaps and are claimed in that order, whichever is ready first, but for
+    claim_window: with an older group still to come, so many younger ones less one may be claimed before it.
     Times in seconds, and the only thing that may change when a run is resumed: lease_s, after which a claim that is not
-    renewed is taken back; group_timeout_s, after which a group is closed if nothing of it has arrived meanwhile."""
+    renewed is taken back; group_timeout_s, after which a group is closed if nothing of it has arrived meanwhile;
+    heartbeat_timeout_s, after which a silent worker counts as dead, and others may take its open groups over."""
 
     run: Name
     digest: Name
@@ -31,18 +34,29 @@ class RunParams(Record):
     k: Rollouts
     batch: Rollouts
     max_lag: Small = 0
-    max_concurrent: Count = 0  # groups in the making at once; 0: bounded by max_lag and batch alone
+    pool: Count = 0
     lease_s: float = 60.0
     group_timeout_s: float = 1800.0
     max_failures: Small = 3
     in_order: bool = False
+    claim_window: Rollouts = 1
+    heartbeat_timeout_s: float = 30.0
+
+    def claim_size(self) -> int:
+        """Groups of one claim, used or set aside."""
+        return self.pool or self.batch
+
+    def admitted_lag(self) -> int:
+        """What the claim window leaves of max_lag: a group that waits while younger ones are claimed is trained up to
+        ceil((claim_window - 1) / batch) steps later."""
+        return self.max_lag - -(-(self.claim_window - 1) // self.batch)
 
 
 class OpenGroup(Record):
     query: Name
     k: Rollouts
     d_max: Counts
-    index: Count | None = None
+    index: Count
     meta: dict[Name, str | int | float | bool | None] = msgspec.field(default_factory=dict)
     seed: Count = 0
     policy: dict[Name, Signed] = msgspec.field(default_factory=dict)
@@ -50,7 +64,7 @@ class OpenGroup(Record):
 
 
 class Opened(Record):
-    """index: the group's ticket number. attempt: which opening this is. finished: rollouts that need no replay.
+    """index: the group's number. attempt: which opening this is. finished: rollouts that need no replay.
     min_versions: of each training role, the oldest version whose tokens are not too old when the group's turn comes, as
     far as the groups before it are known."""
 
@@ -168,14 +182,15 @@ class ClaimedGroup(Record):
 
 
 class Groups(Record):
-    """Names claimed groups, each with its lease, to renew, apply or nack. step is that of apply; reason that of
-    nack."""
+    """Names claimed groups, each with its lease, to renew, apply or nack. step is that of apply, and surplus what it
+    sets aside: groups that were claimed for the step and not used; reason is that of nack."""
 
     role: Name
     epoch: Count
     groups: list[tuple[Name, Count]]
     step: Signed = -1
     reason: Name = ""
+    surplus: list[tuple[Name, Count]] = msgspec.field(default_factory=list)
 
 
 class Commit(Record):
@@ -235,7 +250,8 @@ class WaitFor(Record):
 
 class World(Record):
     """What a wait answers: the state of everything one can wait for, and whether the condition holds. open: groups
-    that workers have in hand."""
+    that workers have in hand. workers: names of the rollout workers that gave a sign of life within
+    heartbeat_timeout_s, sorted."""
 
     satisfied: bool
     control: Control
@@ -243,6 +259,7 @@ class World(Record):
     sealed: int
     reports: int
     open: int = 0
+    workers: list[str] = msgspec.field(default_factory=list)
 
 
 class OpenGroups(Record):

@@ -193,7 +193,7 @@ class StoreServer:
         try:
             answer = self._core.handle(method, body, request.sender, now)
         except Refusal as refusal:
-            if refusal.code == "RETRY_AFTER" and now < deadline:
+            if refusal.code in ("RETRY_AFTER", "HELD") and now < deadline:
                 return None
             raise
         except sqlite3.Error as error:

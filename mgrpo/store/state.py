@@ -1,13 +1,13 @@
 """The store's state: groups, deliveries, roles, reports. Plain data, rows for the database, no rules.
 
 Everything that must survive a crash becomes a row in `State.dirty` when it changes; the database writes the
-rows of many requests in one commit. Deadlines are not rows: after a restart every lease and every open group
-gets its full time.
+rows of many requests in one commit. Deadlines are not rows: after a restart every lease, every open group and every
+worker that was alive gets its full time.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,6 +34,10 @@ OPEN, SEALED, DROPPED = "open", "sealed", "dropped"
 READY, LEASED, APPLIED, COMMITTED = "ready", "leased", "applied", "committed"
 QUARANTINED, STALE = "quarantined", "stale"
 SKIPPED = (QUARANTINED, STALE)  # this role will never train on it
+SURPLUS = (
+    "surplus"  # claimed for a step and not used: like skipped, but a rollback behind that step undoes it
+)
+LOST = (*SKIPPED, SURPLUS)  # admission gives its place to another group
 KEEP_REPORTS = 20_000
 
 
@@ -115,17 +119,11 @@ class Group:
         """Rollouts that ended with a reward."""
         return sum(isinstance(rollout, RolloutFinal) for rollout in self.rollouts.values())
 
-    def is_settled(self) -> bool:
-        """Nothing can happen to it any more, short of a rollback or a requeue."""
-        if self.state == SEALED:
-            return all(d.state in (COMMITTED, *SKIPPED) for d in self.deliveries.values())
-        return self.state == DROPPED
-
 
 @dataclass(slots=True)
 class Role:
-    """A training role. `ready` holds (index, query) in order, `lost` the indices it will never train on, in
-    order."""
+    """A training role. `ready` holds (index, query) in order; `skipped` the indices that it will never train on, and
+    `surplus` those that its steps have set aside, both in order."""
 
     name: str
     epoch: int = 0
@@ -141,6 +139,7 @@ class Role:
     leased: set[str] = field(default_factory=set)
     applied: set[str] = field(default_factory=set)
     skipped: list[int] = field(default_factory=list)
+    surplus: list[int] = field(default_factory=list)
     cursor: int = 0  # every group below this index is committed or lost for this role
 
     def row(self) -> Row:
@@ -158,7 +157,11 @@ class Role:
 
     def place(self, index: int) -> int:
         """How many groups the role trains on before the one with this index."""
-        return index - bisect_left(self.skipped, index)
+        return index - bisect_left(self.skipped, index) - bisect_left(self.surplus, index)
+
+    def lost(self, state: str) -> list[int]:
+        """The list that holds deliveries in this state, one of LOST."""
+        return self.surplus if state == SURPLUS else self.skipped
 
 
 class State:
@@ -181,6 +184,8 @@ class State:
         self.heard: dict[str, set[int]] = {}
         self.counters: Counter[str] = Counter()
         self.settled: set[str] = set()
+        self.workers: dict[str, float] = {}  # workers that are alive -> when each gave its last sign of life
+        self._arrived = 0  # every group below this index is sealed or dropped
         self.dirty: dict[tuple[object, ...], Row] = {}
 
     # -- rows -----------------------------------------------------------------------------------------------
@@ -235,16 +240,15 @@ class State:
             role.leased.discard(delivery.query)
         elif delivery.state == APPLIED:
             role.applied.discard(delivery.query)
-        elif delivery.state in SKIPPED:
-            del role.skipped[bisect_left(role.skipped, delivery.index)]
+        elif delivery.state in LOST:
+            lost = role.lost(delivery.state)
+            del lost[bisect_left(lost, delivery.index)]
         delivery.state = state
         for name, value in changes.items():
             setattr(delivery, name, value)
         self.index_delivery(delivery)
         self.dirty["deliveries", delivery.role, delivery.query] = delivery.row()
-        group = self.groups[delivery.query]
-        if group.is_settled():
-            self.settled.add(delivery.query)
+        self.settle(self.groups[delivery.query])
 
     def drop(self, index: int) -> None:
         """No role will ever train on this index."""
@@ -260,16 +264,71 @@ class State:
             role.leased.add(delivery.query)
         elif delivery.state == APPLIED:
             role.applied.add(delivery.query)
-        elif delivery.state in SKIPPED:
-            insort(role.skipped, delivery.index)
+        elif delivery.state in LOST:
+            insort(role.lost(delivery.state), delivery.index)
+
+    # -- groups that have left the making, and memory ---------------------------------------------------------
+
+    def first_missing(self) -> int:
+        """The oldest index whose group is neither sealed nor dropped; it may not be open yet."""
+        while (query := self.indices.get(self._arrived)) is not None:
+            group = self.groups.get(query)
+            if group is not None and group.state == OPEN:
+                break
+            self._arrived += 1
+        return self._arrived
+
+    def taken_beyond(self, role: Role, index: int) -> int:
+        """How many groups beyond `index`, the first missing one, the role has claimed and not given back. Those before
+        it have all arrived, so whatever else arrived lies beyond it."""
+        arrived = self.sealed + self.dropped - index
+        ready = len(role.ready) - bisect_left(role.ready, (index, ""))
+        return arrived - ready - (len(role.skipped) - bisect_right(role.skipped, index))
+
+    def is_settled(self, group: Group) -> bool:
+        """Nothing can happen to it any more, short of a rollback or a requeue."""
+        if group.state == SEALED:
+            return all(self.is_final(delivery) for delivery in group.deliveries.values())
+        return group.state == DROPPED
+
+    def is_final(self, delivery: Delivery) -> bool:
+        """Its role is through with it, and a checkpoint holds that."""
+        if delivery.state == SURPLUS:
+            return delivery.step <= self.roles[delivery.role].checkpoint_step
+        return delivery.state in (COMMITTED, *SKIPPED)
+
+    def settle(self, group: Group) -> None:
+        """Mark a group that may leave memory."""
+        if self.is_settled(group):
+            self.settled.add(group.opened.query)
 
     def retire(self) -> None:
         """Let settled groups leave memory (their rows are written by now)."""
         for query in self.settled:
             group = self.groups.get(query)
-            if group is not None and group.is_settled():
+            if group is not None and self.is_settled(group):
                 del self.groups[query]
         self.settled.clear()
+
+    # -- workers ----------------------------------------------------------------------------------------------
+
+    def heard_from(self, worker: str, now: float) -> None:
+        """A worker has given a sign of life. Only names are rows, so that a restarted store knows whom to wait for."""
+        known = worker in self.workers
+        self.workers[worker] = now
+        if not known:
+            self.save_meta("workers", sorted(self.workers))
+
+    def is_alive(self, worker: str, now: float) -> bool:
+        at = self.workers.get(worker)
+        return at is not None and now - at < self.params.heartbeat_timeout_s
+
+    def forget_silent_workers(self, now: float) -> None:
+        silent = [worker for worker in self.workers if not self.is_alive(worker, now)]
+        for worker in silent:
+            del self.workers[worker]
+        if silent:
+            self.save_meta("workers", sorted(self.workers))
 
     # -- from rows ------------------------------------------------------------------------------------------
 
@@ -304,13 +363,12 @@ class State:
             delivery.deadline = now + self.params.lease_s
             if delivery.role in self.roles:
                 group.deliveries[delivery.role] = delivery
-                if delivery.state not in SKIPPED:  # those are indexed at start, in memory or not
+                if delivery.state not in LOST:  # those are indexed at start, in memory or not
                     self.index_delivery(delivery)
         self.groups[query] = group
         if state == OPEN:
             self.open[query] = group
-        if group.is_settled():
-            self.settled.add(query)
+        self.settle(group)
         return group
 
     def load_report(self, row: Row) -> None:

@@ -92,11 +92,16 @@ class TrainerClient(StoreClient):
                     f"store at {self._link.url}: {queue}{self._at()}: fewer are sealed after {limit:g} s"
                 )
 
-    def apply(self, step: int, groups: Sequence[rec.ClaimedGroup]) -> None:
-        """The optimizer step `step` has used these groups. Call it before the step's checkpoint is written."""
+    def apply(
+        self, step: int, groups: Sequence[rec.ClaimedGroup], surplus: Sequence[rec.ClaimedGroup] = ()
+    ) -> None:
+        """The optimizer step `step` has used these groups and sets those of `surplus` aside, which were claimed for it
+        too; one request accounts for both. Call it before the step's checkpoint is written."""
         self.step = step
-        self._call("apply", self._named(groups, step=step), None)
-        self._drop(groups)
+        request = self._named(groups, step=step)
+        request.surplus = [(group.query, group.lease) for group in surplus]
+        self._call("apply", request, None)
+        self._drop([*groups, *surplus])
 
     def commit(self, step: int) -> int:
         """A durable checkpoint holds every step up to `step`. Returns the cursor: trajectories of groups with a lower

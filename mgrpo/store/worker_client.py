@@ -8,6 +8,7 @@ worker.rollout_final(group, 0, reward=1.0, correct=1.0, d_k={"sub": 1})
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -15,20 +16,22 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgrpo.errors import GroupClosedError, RetryAfterError
+from mgrpo.errors import FencedError, GroupClosedError, MgrpoError, RetryAfterError
 from mgrpo.store import records as rec
 from mgrpo.store.client import SLICE_S, StoreClient
 from mgrpo.trajectory_log.format import LogRef
 from mgrpo.transport.client import Answer
 from mgrpo.transport.codec import Record
 
+log = logging.getLogger("mgrpo.store")
+
 
 @dataclass(slots=True)
 class WorkerGroup:
     """An open group in a worker's hands. `finished`: rollouts that already ended and need no replay. `min_versions`: of
     each training role, the oldest version to sample it with. `closed`: the store takes no more of its records, because
-    it is complete, its time was up, or too few of its rollouts had a reward; it becomes true as soon as a record is
-    refused for that reason."""
+    it is complete, its time was up, too few of its rollouts had a reward, or another worker has opened it since; it
+    becomes true as soon as a record is refused for that reason."""
 
     query: str
     index: int
@@ -43,19 +46,30 @@ class WorkerGroup:
 
 class WorkerClient(StoreClient):
     """Opens groups and fills them. Records are pipelined: the methods return futures that raise the typed errors, and
-    flush raises the first of them."""
+    flush raises the first of them. From the first open_group on a background thread tells the store that this worker is
+    alive, however long its rollouts take."""
 
     def __init__(self, url: str, role: str = "worker", **options: Any) -> None:
         self._failed: list[BaseException] = []
+        self._stop = threading.Event()
+        self._heart: threading.Thread | None = None
         super().__init__(url, role, **options)
 
+    def close(self) -> None:
+        self._stop.set()
+        super().close()
+        if self._heart is not None:
+            self._heart.join(5.0)
+
     def open_group(
-        self, *, query: str, k: int, d_max: Mapping[str, int], index: int | None = None,
+        self, *, query: str, k: int, d_max: Mapping[str, int], index: int,
         meta: Mapping[str, str | int | float | bool | None] | None = None, seed: int = 0,
         policy: Mapping[str, int] | None = None, timeout: float | None = None,
     ) -> WorkerGroup:  # fmt: skip
-        """Open a group, or open it again after a crash (a new attempt). Waits while the store refuses new groups and
-        raises RetryAfterError after `timeout` (0: at once)."""
+        """Open group number `index`, or open it again (a new attempt): after a crash of this worker, or of the one that
+        had it. Waits while the store refuses it and raises RetryAfterError after `timeout` (0: at once): GroupHeldError
+        where another worker has the group and is alive, otherwise because the trainers are too far behind."""
+        self._be_alive()
         limit = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
         while True:
@@ -162,10 +176,26 @@ class WorkerClient(StoreClient):
     def _watch(self, group: WorkerGroup, future: Future[Answer]) -> Future[Answer]:
         def remember(done: Future[Answer]) -> None:
             error = done.exception()
-            if isinstance(error, GroupClosedError):
+            if isinstance(error, (GroupClosedError, FencedError)):
                 group.closed = True
             if error is not None:
                 self._failed.append(error)
 
         future.add_done_callback(remember)
         return future
+
+    def _be_alive(self) -> None:
+        if self._heart is None:
+            period = (self._params or self.params()).heartbeat_timeout_s / 4
+            self._heart = threading.Thread(
+                target=self._beat, args=(period,), name=f"mgrpo-heartbeat {self.name}", daemon=True
+            )
+            self._heart.start()
+
+    def _beat(self, period: float) -> None:
+        while not self._stop.wait(period):
+            try:
+                self._call("heartbeat", None, None, timeout=self.timeout, queue="heartbeat")
+            except MgrpoError as error:
+                if not self._stop.is_set():
+                    log.warning("no heartbeat of worker %s: %s", self.name, error)

@@ -34,6 +34,7 @@ from mgrpo.errors import (
     DeadlineError,
     FencedError,
     GroupClosedError,
+    GroupHeldError,
     MgrpoError,
     PeerError,
     RetryAfterError,
@@ -55,6 +56,7 @@ _ERRORS: dict[str, type[MgrpoError]] = {
     "CLOSED": GroupClosedError,
     "CONFLICT": ConflictError,
     "FENCED": FencedError,
+    "HELD": GroupHeldError,
     "RETRY_AFTER": RetryAfterError,
 }
 
