@@ -27,14 +27,16 @@ class Store:
         self.state, self.epoch = state, 1
         self.events: list[str] = []
         self.reported: list[dict[str, float]] = []
+        self.applied: list[tuple[list[str], list[str]]] = []
         self.hold = threading.Event()  # reports wait for it
         self.hold.set()
 
     def world(self) -> World:
         return World(True, Control(self.state), [], 0, 0)
 
-    def apply(self, step: int, groups: list[object]) -> None:
+    def apply(self, step: int, groups: list[str], surplus: list[str]) -> None:
         self.events.append(f"apply {step}")
+        self.applied.append((groups, surplus))
 
     def status(self, version: int, step: int, checkpoint_step: int) -> None:
         self.events.append(f"publish {version}")
@@ -72,7 +74,9 @@ class Stream:
         return []
 
     def assemble(self, step: int) -> SimpleNamespace:
-        return SimpleNamespace(step=step, groups=[], minibatches=[], metrics={"reward/mean": 0.5})
+        return SimpleNamespace(
+            step=step, groups=["a"], surplus=["b"], minibatches=[], metrics={"reward/mean": 0.5}
+        )
 
     def check(self) -> None:
         pass
@@ -144,6 +148,7 @@ def test_the_next_step_is_claimed_while_this_one_trains() -> None:
     with Loop(stream, during) as loop:
         loop._train()
     assert [step for step, event in stream.claimed.items() if event.is_set()] == [0, 1, 2]
+    assert stream.store.applied == [(["a"], ["b"])] * 3
 
 
 def test_weights_are_published_before_the_step_is_written() -> None:

@@ -8,7 +8,7 @@ trajectory log (memory to memory, token data never passes through Python objects
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from mgrpo.alignment import align
 from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
 from mgrpo.losses.registry import find_loss
-from mgrpo.pipeline.batch_metrics import Member, batch_metrics, sample_metrics
+from mgrpo.pipeline.batch_metrics import Member, batch_metrics, pool_metrics, sample_metrics
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trajectory_log.format import LogRef
@@ -38,7 +38,8 @@ class Trajectories(Protocol):
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """What one step trains on. A plan's traj_id is the number of its member; one plan and minibatch belong together.
-    mean, std: weighted statistics of the kept rewards of each group; 0 where there are none."""
+    mean, std: weighted statistics of the kept rewards of each group; 0 where there are none. surplus: groups that were
+    claimed with these and are not trained on."""
 
     step: int
     groups: Sequence[ClaimedGroup]
@@ -48,6 +49,7 @@ class StepBatch:
     plans: Sequence[Plan]
     minibatches: Sequence[MiniBatch]
     metrics: dict[str, float]
+    surplus: Sequence[ClaimedGroup] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ class BatchBuilder:
         )
 
     def build(self, step: int, groups: Sequence[ClaimedGroup]) -> StepBatch:
-        """The minibatches of `step`, groups in order of their index, and what there is to say about them."""
+        """The minibatches of `step`, groups in order of their index, and what there is to say about them. With
+        trainer.oversample the groups may be a step's whole pool, or those that were chosen from it."""
         return self.assemble(self.read(step, groups))
 
     def read(self, step: int, groups: Sequence[ClaimedGroup]) -> ReadGroups:
@@ -106,7 +109,11 @@ class BatchBuilder:
         return ReadGroups(step, groups, scored, members)
 
     def assemble(self, read: ReadGroups) -> StepBatch:
-        """The minibatches of what was read."""
+        """The minibatches of what was read: of the informative groups first where there are more than a step needs."""
+        pool, informative = read, None
+        if len(read.groups) > self._config.trainer.questions:
+            informative = self._informative(read)
+            read = self._chosen(read, informative)
         step, groups, members = read.step, read.groups, read.members
         size = len(groups) // self._config.trainer.minibatches
         numbers = iter(range(len(members)))
@@ -121,11 +128,39 @@ class BatchBuilder:
         for group in groups:
             self._batcher.drop(group.query)
         metrics = {
-            **sample_metrics(self._role, self._agent.reward, groups, members),
+            **sample_metrics(self._role, self._agent.reward, pool.groups, pool.members),
             **batch_metrics(step, plans, members),
         }
+        if informative is not None:
+            of_trained = sample_metrics(self._role, self._agent.reward, groups, members)
+            metrics |= pool_metrics(informative, len(groups), of_trained)
         mean, std = group_statistics(read.scored)
-        return StepBatch(step, groups, mean, std, members, plans, minibatches, metrics)
+        used = {group.query for group in groups}
+        surplus = [group for group in pool.groups if group.query not in used]
+        return StepBatch(step, groups, mean, std, members, plans, minibatches, metrics, surplus)
+
+    def _informative(self, pool: ReadGroups) -> list[bool]:
+        """Of each group whether it teaches anything: some kept trajectory has an advantage other than 0, which is what
+        the algorithm gives the pool."""
+        return [
+            any(
+                member.weight > 0 and bool(np.any(np.where(member.loss_mask != 0, advantage, 0.0)))
+                for member, advantage in zip(group.members, advantages, strict=True)
+            )
+            for group, advantages in zip(pool.scored, self._advantages(pool.scored), strict=True)
+        ]
+
+    def _chosen(self, pool: ReadGroups, informative: Sequence[bool]) -> ReadGroups:
+        """A step's groups of a pool: the first informative ones, then the first of the others, in order of their index.
+        Pure, so that a step that is taken again after a rollback chooses the same."""
+        count = len(pool.groups)
+        chosen = sorted(
+            sorted(range(count), key=lambda n: not informative[n])[: self._config.trainer.questions]
+        )
+        number = {old: new for new, old in enumerate(chosen)}
+        members = [replace(m, group=number[m.group]) for m in pool.members if m.group in number]
+        groups, scored = [pool.groups[n] for n in chosen], [pool.scored[n] for n in chosen]
+        return ReadGroups(pool.step, groups, scored, members)
 
     def _score(
         self, step: int, groups: Sequence[ClaimedGroup], number: int, members: list[Member]

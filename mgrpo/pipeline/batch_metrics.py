@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,19 @@ def batch_metrics(step: int, plans: Sequence[Plan], members: Sequence[Member]) -
         "align/drop_ratio": 1.0 - kept.size / max(1, len(members)),
         "tokens": float(sum(m.invocation.n_tokens for m in members)),
         **staleness_metrics(step, members),
+    }
+
+
+def pool_metrics(
+    informative: Sequence[bool], trained: int, of_trained: Mapping[str, float]
+) -> dict[str, float]:
+    """Of a step's choice among more groups than it needs. informative: of each group it has seen; of_trained: the
+    sample_metrics of the `trained` groups that it took, whose rewards are no fair sample any more."""
+    out = {f"trained/{name}": value for name, value in of_trained.items() if name.startswith("reward/")}
+    return out | {
+        "oversample/seen": float(len(informative)),
+        "oversample/informative": float(sum(informative)),
+        "oversample/surplus": float(len(informative) - trained),
     }
 
 

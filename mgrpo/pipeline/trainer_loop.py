@@ -186,7 +186,7 @@ class TrainerLoop:
             learned = self._trainer.train(merge_streams(prepared.batches), recompute, lr)
             trained = time.monotonic()
             for stream, batch in zip(self._streams, prepared.batches, strict=True):
-                stream.store.apply(step=step, groups=batch.groups)
+                stream.store.apply(step=step, groups=batch.groups, surplus=batch.surplus)
             self._step = step = step + 1
             applied = time.monotonic()
             self._publish(step)
