@@ -151,6 +151,20 @@ def test_the_next_step_is_claimed_while_this_one_trains() -> None:
     assert stream.store.applied == [(["a"], ["b"])] * 3
 
 
+def test_a_run_that_ends_with_the_last_step_ends_the_training_well() -> None:
+    """The worker may have evaluated the last weights before the trainer looks again: the final policy is still to be
+    written."""
+    store = Store()
+
+    def status(version: int, step: int, checkpoint_step: int) -> None:
+        store.state = "finished" if version == 3 else "running"
+
+    store.status = status  # type: ignore[method-assign]
+    with Loop(Stream(store)) as loop:
+        loop._train()
+    assert loop._step == 3
+
+
 def test_weights_are_published_before_the_step_is_written() -> None:
     """The record and reports of a step do not hold up its weights, nor the next step's training."""
     store = Store()
