@@ -54,43 +54,37 @@ class Report:
 def variants() -> list[Variant]:
     """Every kernel at the shipped block sizes, in the specialisations training uses and the widest ones."""
     out: list[Variant] = []
-    loss = {"BLOCK": device.BLOCK, "BLOCK_N": device.GROUP_BLOCK, "NEED_GRAD": True, "ESTIMATOR": 0}
+    loss = {"VEC": device.VEC, "BLOCK_N": device.GROUP_BLOCK, "NEED_GRAD": True, "ESTIMATOR": 0}
     plain = {"LOSS": 0, "KL": 0, "ENTROPY": False, "CORRECTION": 0, "GROUPS": False, "WEIGHTED": False}
     full = {"KL": 3, "ENTROPY": True, "CORRECTION": 2, "GROUPS": True, "WEIGHTED": True}
     for dtype in ("bf16", "fp32"):
         cases = {
             "plain": plain | {"HAS_OLD": True},
             "groups": plain | {"GROUPS": True, "WEIGHTED": True, "HAS_OLD": True},
-            "groups without votes": plain | {"GROUPS": True, "HAS_OLD": False},
+            "groups without weights": plain | {"GROUPS": True, "HAS_OLD": False},
             "groups, forward only": plain | {"GROUPS": True, "HAS_OLD": True, "NEED_GRAD": False},
             "everything": full | {"LOSS": 0, "HAS_OLD": True},
             "everything, batch": full | {"LOSS": 0, "HAS_OLD": True, "ESTIMATOR": 3},
             "sapo": full | {"LOSS": 2, "HAS_OLD": False},
             "cispo": full | {"LOSS": 1, "HAS_OLD": True},
         }
-        for case, constants in cases.items():
-            out.append(
-                _variant(f"grpo_loss {dtype} {case}", grpo_loss.grpo_loss_kernel, dtype, loss | constants)
-            )
-        odd = _variant(
-            f"grpo_loss {dtype} odd vocabulary",
-            grpo_loss.grpo_loss_kernel,
-            dtype,
-            loss | full | {"LOSS": 0, "HAS_OLD": True},
-        )
-        out.append(replace(odd, aligned=False))
+        # what ptxas, left alone, spills for
         thin = {"LOSS": 2, "KL": 2, "GROUPS": True, "HAS_OLD": False, "NEED_GRAD": False, "ESTIMATOR": 3}
-        tight = _variant(
-            f"grpo_loss {dtype} sapo, batch, forward",
-            grpo_loss.grpo_loss_kernel,
-            dtype,
-            loss | plain | thin,
-        )
-        out.append(replace(tight, aligned=False))  # what ptxas, left alone, spills for
-        rows = {"BLOCK": device.BLOCK}
-        out.append(_variant(f"gradient {dtype}", logprob.gradient_kernel, dtype, rows))
-        partials = logprob.partials_kernel
-        out.append(_variant(f"partials {dtype}", partials, dtype, rows | {"HAS_ACTIVE": True}))
+        kernel = grpo_loss.grpo_loss_kernel
+        for case, constants in cases.items():
+            out.append(_row_variant(f"grpo_loss {dtype} {case}", kernel, dtype, loss | constants))
+        for case, constants in (
+            ("odd vocabulary", full | {"LOSS": 0, "HAS_OLD": True}),
+            ("sapo, batch, forward", plain | thin),
+        ):
+            out.append(
+                _row_variant(f"grpo_loss {dtype} {case}", kernel, dtype, loss | constants, aligned=False)
+            )
+        out.append(_row_variant(f"gradient {dtype}", logprob.gradient_kernel, dtype, {}))
+        rows = {"VEC": device.VEC, "HAS_ACTIVE": True}
+        out.append(_row_variant(f"partials {dtype}", logprob.partials_kernel, dtype, rows))
+        block = {"BLOCK": device.SCALE_BLOCK}
+        out.append(_variant(f"scale {dtype}", logprob.scale_kernel, dtype, block, warps=8))
     group = {"ESTIMATOR": 0, "WEIGHTED": True, "BLOCK": device.GROUP_BLOCK}
     kernel = group_advantage.group_advantage_kernel
     out.append(_variant("group_advantage", kernel, "fp32", group, warps=2))
@@ -110,9 +104,16 @@ _SCALARS = {
 }  # fmt: skip
 
 
-def _variant(
-    name: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = device.WARPS
+def _row_variant(
+    name: str, kernel: Any, dtype: str, constants: dict[str, Any], aligned: bool = True
 ) -> Variant:
+    """A kernel of whole rows, launched as the ops launch it."""
+    launch = device.row_launch(aligned)
+    variant = _variant(name, kernel, dtype, constants | {"BLOCK": launch.block}, launch.warps)
+    return replace(variant, registers=launch.registers, aligned=aligned)
+
+
+def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int) -> Variant:
     types: dict[str, str] = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -121,17 +122,14 @@ def _variant(
             types[argument] = "i32"
         elif argument in _SCALARS:
             types[argument] = "fp32"
-        elif argument in ("logits", "grad"):
+        elif argument in ("logits", "grad", "x"):
             types[argument] = f"*{dtype}"
         elif argument == "out" and name == "batch_deviation":
             types[argument] = "*fp64"
         else:
             pointers = {"*i64": _INT64, "*i32": _INT32, "*u8": _BYTES, "*fp64": _FLOAT64}
             types[argument] = next((t for t, names in pointers.items() if argument in names), "*fp32")
-    bound = None
-    if kernel is grpo_loss.grpo_loss_kernel:
-        bound = device.loss_registers(constants["GROUPS"], constants["ESTIMATOR"])
-    return Variant(name, kernel, types, constants, warps, bound)
+    return Variant(name, kernel, types, constants, warps)
 
 
 def build(variant: Variant, arch: int, max_registers: int | None = None) -> Report:

@@ -38,7 +38,7 @@ def main() -> int:
     ids = torch.repeat_interleave(torch.arange(sizes.numel()), sizes)[:n].int()
     rewards = torch.rand(ids.numel(), generator=g).round(decimals=2)
     order = torch.randperm(ids.numel(), generator=g)
-    votes = torch.rand(ids.numel(), generator=g).to(args.device)
+    weights = torch.rand(ids.numel(), generator=g).to(args.device)
     clock = "thread" if args.device == "cpu" else "wall"
     wait = torch.cuda.synchronize if args.device == "cuda" else (lambda: None)
     for name, r, i in (("contiguous", rewards, ids), ("scattered", rewards[order], ids[order])):
@@ -46,7 +46,7 @@ def main() -> int:
         times = interleave(
             {
                 "ours": lambda r=r, i=i: (group_advantage(r, i), wait()),
-                "ours, weighted": lambda r=r, i=i: (group_advantage(r, i, votes), wait()),
+                "ours, weighted": lambda r=r, i=i: (group_advantage(r, i, weights), wait()),
                 "index_add": lambda r=r, i=i: (by_index_add(r, i), wait()),
             },
             rounds=7 if args.quick else 21,

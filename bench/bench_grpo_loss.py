@@ -43,8 +43,8 @@ def main() -> int:
         rows //= 8
     dtype = torch.float32 if cpu else torch.bfloat16
     report = Report("bench_grpo_loss")
-    g = torch.Generator().manual_seed(0)
-    source = (torch.randn(rows, vocabulary, generator=g) * 3).to(dtype).to(args.device)
+    g = torch.Generator(args.device).manual_seed(0)
+    source = torch.randn(rows, vocabulary, generator=g, device=args.device, dtype=dtype) * 3
     batch = make_batch(rows, vocabulary, args.device)
     work, copy = source.clone(), torch.empty_like(source)
     wait = (lambda: None) if cpu else torch.cuda.synchronize

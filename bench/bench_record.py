@@ -7,7 +7,7 @@ batches.
 
     python -m bench.bench_record [--start RUN] [--quick] [--json PATH]
 
---start takes the policies that another atlas run began its RL with, instead of warm-starting them first (two minutes).
+--start takes the policies that another atlas run began its RL with, instead of SFT first (two minutes).
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SHORT = 3  # steps
 def cpu_of(out: Path, start: Path, steps: int, record: bool) -> float:
     """CPU seconds of a run of so many steps from the policies in `start`, all its processes together."""
     sets = [f"trainer.steps={steps}", f"record.enabled={str(record).lower()}"]
-    sets += ["eval.gate=0", "eval.every=1000", "eval.heldout=1", "eval.validation=1"]
+    sets += ["eval.start_validation=0", "eval.every=1000", "eval.heldout=1", "eval.validation=1"]
     for role in ROLES:
         policy = RunFolder(start).agent(role) / "start"
         sets += [
             f"agents.{role}.model={json.dumps(str(policy.resolve()))}",
-            f"agents.{role}.warm_start.steps=0",
+            f"agents.{role}.sft.steps=0",
         ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     train(ATLAS, out, *sets, timeout=1800)
@@ -172,9 +172,7 @@ def bound(report: Report, folder: Path) -> None:
 
 def main() -> int:
     p = parser("What recording costs")
-    p.add_argument(
-        "--start", metavar="RUN", type=Path, help="an atlas run to take the warm-started policies from"
-    )
+    p.add_argument("--start", metavar="RUN", type=Path, help="an atlas run to take the start policies from")
     args = p.parse_args()
     report = Report("bench_record")
     folder = Path(tempfile.mkdtemp(prefix="mgrpo-bench-"))
@@ -186,7 +184,7 @@ def main() -> int:
                 ATLAS,
                 start,
                 "trainer.steps=1",
-                "eval.gate=0",
+                "eval.start_validation=0",
                 "eval.heldout=1",
                 "eval.validation=1",
                 timeout=1800,

@@ -17,7 +17,7 @@ Mode parse_mode(std::string_view name) {
 
 Vote parse_vote(std::string_view name) {
   if (name == "per_rollout") return Vote::per_rollout;
-  MGRPO_CHECK(name == "per_invocation", "vote '", name, "' is not one of per_rollout, per_invocation");
+  MGRPO_CHECK(name == "per_invocation", "sequence_weight '", name, "' is not one of per_rollout, per_invocation");
   return Vote::per_invocation;
 }
 

@@ -5,7 +5,7 @@
 
     python docs/make_results.py runs/atlas-1 runs/atlas-2    # the runs only
 
-Every run that is named stands in the table, also one that failed its gate; so does every run of a comparison.
+Every run that is named stands in the table, also one whose start was not valid; so does every run of a comparison.
 """
 
 from __future__ import annotations
@@ -52,20 +52,23 @@ def table(runs: list[tuple[Path, dict[str, Any]]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for _, s in runs:
-        warm, final = s["heldout"]["warm"] or {}, s["heldout"]["final"] or {}
+        before, final = s["heldout"]["start"] or {}, s["heldout"]["final"] or {}
         counts = s["d_k"].get("sub", {})
         total = sum(counts.values()) or 1
         histogram = " / ".join(f"{counts.get(str(d), 0) / total:.2f}" for d in range(5))
         cells = [
-            f"{warm.get(m, float('nan')):.3f} -> {final.get(m, float('nan')):.3f}"
+            f"{before.get(m, float('nan')):.3f} -> {final.get(m, float('nan')):.3f}"
             for m in ("sampled", "greedy")
         ]
         lines.append(
             f"| {s['seed']} | {'yes' if s['valid'] else 'no'} | {s['steps']} | {cells[0]} | {cells[1]} | {histogram} "
             f"| {s['seconds']:.0f} |"
         )
-    lines += ["", "Gate figures (value, then the allowed range):", ""]
-    lines += [f"- seed {s['seed']}: {s['gate']['text'] if s['gate'] else 'not reached'}" for _, s in runs]
+    lines += ["", "Start validation (value, then the allowed range):", ""]
+    lines += [
+        f"- seed {s['seed']}: {s['start_validation']['text'] if s['start_validation'] else 'not reached'}"
+        for _, s in runs
+    ]
     return "\n".join(lines)
 
 
@@ -79,7 +82,7 @@ def picture(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
             points = series(records, f"eval/validation/{mode}")
             label = f"{mode}, validation" if number == 0 else None
             axes[0].plot(*zip(*points, strict=True), color=colours[mode], alpha=0.8, label=label)
-            ends = [(0, "warm"), (summary["steps"], "final")]
+            ends = [(0, "start"), (summary["steps"], "final")]
             dots = [(x, summary["heldout"][when][mode]) for x, when in ends if summary["heldout"][when]]
             label = f"{mode}, held out" if number == 0 else None
             axes[0].plot(*zip(*dots, strict=True), "o", color=colours[mode], label=label)

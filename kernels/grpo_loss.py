@@ -106,6 +106,7 @@ def grpo_loss_kernel(
     HAS_OLD: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -146,7 +147,7 @@ def grpo_loss_kernel(
     wanted = tl.load(target_ids + row)
     row_ptr = logits + row * stride
     if active:
-        m, s, b = row_statistics(row_ptr, vocabulary, k, BLOCK)
+        m, s, b = row_statistics(row_ptr, vocabulary, k, BLOCK, VEC)
         here = (wanted >= 0) & (wanted < vocabulary)
         z = tl.load(row_ptr + wanted, mask=here, other=float("nan")).to(tl.float32)
         log_sum = tl.log(s)
@@ -195,6 +196,7 @@ def grpo_loss_kernel(
                 h,
                 c * inverse_temperature,
                 e * inverse_temperature,
+                ENTROPY,
                 BLOCK,
             )
         else:

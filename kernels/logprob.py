@@ -12,22 +12,26 @@ FLOOR = tl.constexpr(-126.0)  # 2^t below the normal range counts as 0
 
 
 @triton.jit
-def row_statistics(row_ptr, vocabulary, k, BLOCK: tl.constexpr):
-    """(max z, S, B) of one row, float32 scalars. Each lane keeps its own running maximum until the end."""
-    lane = tl.arange(0, BLOCK)
-    m = tl.full((BLOCK,), -float("inf"), tl.float32)
-    s = tl.zeros((BLOCK,), tl.float32)
-    b = tl.zeros((BLOCK,), tl.float32)
+def row_statistics(row_ptr, vocabulary, k, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """(max z, S, B) of one row, float32 scalars. Each lane takes VEC neighbours at a time, which share one rescaling of
+    its running sums, and keeps a maximum of its own until the end. The row stays in the L2 cache for the next sweep."""
+    LANES: tl.constexpr = BLOCK // VEC
+    at_lane = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    m = tl.full((LANES,), -float("inf"), tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    b = tl.zeros((LANES,), tl.float32)
     for at in range(0, vocabulary, BLOCK):
-        z = tl.load(row_ptr + at + lane, mask=at + lane < vocabulary, other=-float("inf")).to(tl.float32)
-        top = tl.maximum(m, z)
+        inside = at + at_lane < vocabulary
+        z = tl.load(row_ptr + at + at_lane, mask=inside, other=-float("inf"), eviction_policy="evict_last")
+        z = z.to(tl.float32)
+        top = tl.maximum(m, tl.max(z, axis=1))
         held = tl.where(top == -float("inf"), 0.0, top)
         down = tl.where(m == -float("inf"), 0.0, (m - held) * k)
-        t = (z - held) * k
+        t = (z - held[:, None]) * k
         e = tl.exp2(t)
         scale = tl.exp2(down)
-        b = scale * (b + down * s) + e * tl.where(t < FLOOR, FLOOR, t)
-        s = scale * s + e
+        b = scale * (b + down * s) + tl.sum(e * tl.where(t < FLOOR, FLOOR, t), axis=1)
+        s = scale * s + tl.sum(e, axis=1)
         m = top
     maximum = tl.max(m, axis=0)
     down = tl.where(m == -float("inf"), 0.0, (m - maximum) * k)
@@ -37,24 +41,42 @@ def row_statistics(row_ptr, vocabulary, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def write_gradient(
-    row_ptr, out_ptr, vocabulary, target, k, maximum, total, logp, entropy, c, e, BLOCK: tl.constexpr
+    row_ptr,
+    out_ptr,
+    vocabulary,
+    target,
+    k,
+    maximum,
+    total,
+    logp,
+    entropy,
+    c,
+    e,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """c ([v = target] - p) - e p (ln p + entropy) into out (which may be the row); c and e hold 1 /
-    temperature."""
+    """c ([v = target] - p) - e p (ln p + entropy) into out (which may be the row); c and e hold 1 / temperature, and e
+    is 0 without ENTROPY."""
     lane = tl.arange(0, BLOCK)
     inverse_sum = 1.0 / total
-    log_sum = tl.log(total)
     # 1 - p without cancellation where p is near 1.
     series = -logp * (1.0 + logp * (0.5 + logp * (1.0 / 6.0 + logp * (1.0 / 24.0 + logp / 120.0))))
     p_target = tl.exp(logp)
-    own = c * tl.where(logp > -0.125, series, 1.0 - p_target) - e * p_target * (logp + entropy)
+    own = c * tl.where(logp > -0.125, series, 1.0 - p_target)
+    log_sum = tl.log(total)
+    if ENTROPY:
+        own -= e * p_target * (logp + entropy)
     for at in range(0, vocabulary, BLOCK):
         inside = at + lane < vocabulary
-        z = tl.load(row_ptr + at + lane, mask=inside, other=-float("inf")).to(tl.float32)
-        t = (z - maximum) * k
+        z = tl.load(row_ptr + at + lane, mask=inside, other=-float("inf"), eviction_policy="evict_first")
+        t = (z.to(tl.float32) - maximum) * k
         p = tl.exp2(t) * inverse_sum
-        g = -p * (c + e * (tl.where(t < FLOOR, FLOOR, t) * LN2 - log_sum + entropy))
-        tl.store(out_ptr + at + lane, tl.where(at + lane == target, own, g), mask=inside)
+        if ENTROPY:
+            g = -p * (c + e * (tl.where(t < FLOOR, FLOOR, t) * LN2 - log_sum + entropy))
+        else:
+            g = -p * c
+        g = tl.where(at + lane == target, own, g)
+        tl.store(out_ptr + at + lane, g, mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -63,6 +85,18 @@ def write_zeros(out_ptr, vocabulary, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     for at in range(0, vocabulary, BLOCK):
         tl.store(out_ptr + at + lane, tl.zeros((BLOCK,), tl.float32), mask=at + lane < vocabulary)
+
+
+@triton.jit
+def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+    """x *= factor[0] over n contiguous entries; a factor of 1 costs one load and no sweep."""
+    f = tl.load(factor).to(tl.float32)
+    if f != 1.0:
+        lane = tl.arange(0, BLOCK)
+        for at in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+            inside = at + lane < n
+            value = tl.load(x + at + lane, mask=inside).to(tl.float32)
+            tl.store(x + at + lane, value * f, mask=inside)
 
 
 @triton.jit
@@ -79,6 +113,7 @@ def partials_kernel(
     k,
     HAS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     """Statistics of each row: max z, sum exp(u), sum exp(u) u, target's z; (0, 1, 0, 0) for rows that are not
     active."""
@@ -88,7 +123,7 @@ def partials_kernel(
         row_active = tl.load(active + row) != 0
     if row_active:
         row_ptr = logits + row * stride
-        m, s, b = row_statistics(row_ptr, vocabulary, k, BLOCK)
+        m, s, b = row_statistics(row_ptr, vocabulary, k, BLOCK, VEC)
         wanted = tl.load(target_ids + row)
         here = (wanted >= 0) & (wanted < vocabulary)
         z = tl.load(row_ptr + wanted, mask=here, other=-float("inf")).to(tl.float32)
@@ -147,6 +182,7 @@ def gradient_kernel(
             tl.load(entropy + row),
             cc * inverse_temperature,
             ee * inverse_temperature,
+            True,
             BLOCK,
         )
     else:

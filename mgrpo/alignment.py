@@ -7,9 +7,9 @@ of copies. The weight w(k,i) of one kept invocation, all its copies together, be
     weights    m / D_max                the paper's draw, every distinct trajectory computed once (default)
     duplicate  m / D_max                the same draw, copies materialised (1 / D_max each)
     expected   1 / min(d_k, D_max)      the expectation of the draw over its duplicates
-    none       1 / d_k, or 1 with vote="per_invocation"
+    none       1 / d_k, or 1 with sequence_weight="per_invocation"
 
-Under vote="per_rollout" the weights of one rollout sum to 1, so K' = number of rollouts with d_k > 0 is the
+Under sequence_weight="per_rollout" the weights of one rollout sum to 1, so K' = number of rollouts with d_k > 0 is the
 denominator of the loss and of the group statistics.
 
 Ours where the paper is silent: the draw is a pure function of (seed, step, query, rollout, role) through
@@ -29,7 +29,7 @@ from mgrpo._C import multiplicities
 from mgrpo.types import Int32
 
 Mode = Literal["weights", "duplicate", "expected", "none"]
-Vote = Literal["per_rollout", "per_invocation"]
+SequenceWeight = Literal["per_rollout", "per_invocation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def align(
     query: str | int,
     role: str = "sub",
     mode: Mode = "weights",
-    vote: Vote = "per_rollout",
+    sequence_weight: SequenceWeight = "per_rollout",
 ) -> Alignment:
     """Align one group: counts[k] = d_k of its K rollouts. The same arguments give the same answer on any machine.
 
@@ -71,10 +71,10 @@ def align(
         raise ValueError(f"d_max={d_max} is below 1")
     if any(d < 0 for d in counts):
         raise ValueError(f"counts {list(counts)} has a negative d_k")
-    if vote not in ("per_rollout", "per_invocation"):
-        raise ValueError(f"vote {vote!r} is not one of per_rollout, per_invocation")
-    if vote == "per_invocation" and mode != "none":
-        raise ValueError(f"vote='per_invocation' belongs to mode='none', not {mode!r}")
+    if sequence_weight not in ("per_rollout", "per_invocation"):
+        raise ValueError(f"sequence_weight {sequence_weight!r} is not one of per_rollout, per_invocation")
+    if sequence_weight == "per_invocation" and mode != "none":
+        raise ValueError(f"sequence_weight='per_invocation' belongs to mode='none', not {mode!r}")
     word = 2**64
     copies = multiplicities(list(counts), seed % word, step % word, query_name(query), role, d_max, mode)
     kept = [(k, i, m) for k, row in enumerate(copies) for i, m in enumerate(row) if m]
@@ -84,15 +84,15 @@ def align(
     for row, (k, _, m) in enumerate(kept):
         slots[k, used[k] : used[k] + m] = row
         used[k] += m
-    weight = [_weight(m, counts[k], d_max, mode, vote) for k, _, m in kept]
+    weight = [_weight(m, counts[k], d_max, mode, sequence_weight) for k, _, m in kept]
     rollout, invocation, multiplicity = np.array(kept, np.int32).reshape(-1, 3).T.copy()
     n_rollouts = sum(d > 0 for d in counts)
     return Alignment(rollout, invocation, multiplicity, np.array(weight, np.float64), slots, n_rollouts)
 
 
-def _weight(m: int, d: int, d_max: int, mode: Mode, vote: Vote) -> float:
+def _weight(m: int, d: int, d_max: int, mode: Mode, sequence_weight: SequenceWeight) -> float:
     if mode in ("weights", "duplicate"):
         return m / d_max
     if mode == "expected":
         return 1 / min(d, d_max)
-    return 1 / d if vote == "per_rollout" else 1.0
+    return 1 / d if sequence_weight == "per_rollout" else 1.0

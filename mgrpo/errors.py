@@ -16,8 +16,8 @@ class ChatError(ConfigError, ValueError):
     config; raised in a rollout it fails that rollout, which is counted and never scored 0."""
 
 
-class GateError(MgrpoError):
-    """The warm-started policies are not a valid start for the comparison the run makes."""
+class StartValidationError(MgrpoError):
+    """The policies that RL starts from are not a valid start for the comparison the run makes."""
 
 
 class DeadlineError(MgrpoError, TimeoutError):
@@ -56,8 +56,8 @@ class RolloutError(MgrpoError, ValueError):
 
 
 class ContextOverflowError(RolloutError):
-    """A trajectory has no room left for what is to be appended or sampled. The message names role, length and
-    max_length."""
+    """A trajectory has too few tokens remaining for what is to be appended or sampled. The message names role,
+    length and max_length."""
 
 
 class NumericsError(MgrpoError):

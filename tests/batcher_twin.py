@@ -76,12 +76,12 @@ def multiplicities(stream: Stream, d: int, d_max: int, mode: str) -> list[int]:
     return [d_max // d + (i in extra) for i in range(d)]
 
 
-def weight_of(m: int, d: int, d_max: int, mode: str, vote: str) -> float:
+def weight_of(m: int, d: int, d_max: int, mode: str, sequence_weight: str) -> float:
     if mode in ("weights", "duplicate"):
         return m / d_max
     if mode == "expected":
         return 1 / min(d, d_max)
-    return 1 / d if vote == "per_rollout" else 1.0
+    return 1 / d if sequence_weight == "per_rollout" else 1.0
 
 
 @dataclass
@@ -194,7 +194,9 @@ class TwinPlan:
             if m:
                 self.slots[g, k, used : used + m] = len(self.rows)
                 used += m
-                self.rows.append(Row(g, r, k, i, m, weight_of(m, d, d_max, o["mode"], o["vote"]), item))
+                self.rows.append(
+                    Row(g, r, k, i, m, weight_of(m, d, d_max, o["mode"], o["sequence_weight"]), item)
+                )
 
     def weight(self, item: int) -> np.float32:
         row = self.rows[self.items[item]]

@@ -20,7 +20,7 @@ ROLES = ("main", "left", "right")
 
 class RelayTask(Task):
     """options: {"fail_every": n} makes every n-th rollout of a query fail for good, {"lose_every": n} all rollouts of
-    every n-th query, {"outage": "batches" or "evaluations"} all of training or of the evaluations, {"gate": false}
+    every n-th query, {"outage": "batches" or "evaluations"} all of training or of the evaluations, {"valid": false}
     fails the start validation, {"bug": true} makes every rollout raise an error of the task's own code."""
 
     roles = ROLES
@@ -32,7 +32,7 @@ class RelayTask(Task):
         self._fail_every = int(str(options.get("fail_every", 0)))
         self._lose_every = int(str(options.get("lose_every", 0)))
         self._outage = options.get("outage")
-        self._gate, self._bug = bool(options.get("gate", True)), bool(options.get("bug", False))
+        self._valid, self._bug = bool(options.get("valid", True)), bool(options.get("bug", False))
 
     def question(self, index: int, seed: int) -> Question:
         return Question(f"w{1 + index % 7} w{1 + seed % 5}", answer="even", info={"index": index})
@@ -44,7 +44,7 @@ class RelayTask(Task):
         save_policy(tiny_policy("shift", seed * 10 + ROLES.index(role)), path)
 
     async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
-        return StartReport({"readiness": (float(self._gate), 0.5, 1.0)})
+        return StartReport({"readiness": (float(self._valid), 0.5, 1.0)})
 
     async def play(self, question: Question, episode: Episode) -> Rollout:
         if self._bug:

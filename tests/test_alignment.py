@@ -163,8 +163,8 @@ def test_align_refuses_bad_input() -> None:
         ([1], {"d_max": 0}, ValueError, "d_max=0"),
         ([-1], {}, ValueError, "negative"),
         ([1], {"mode": "best"}, ValueError, "'best'"),
-        ([1], {"vote": "all"}, ValueError, "'all'"),
-        ([1], {"vote": "per_invocation"}, ValueError, "per_invocation"),
+        ([1], {"sequence_weight": "all"}, ValueError, "'all'"),
+        ([1], {"sequence_weight": "per_invocation"}, ValueError, "per_invocation"),
         ([1], {"query": 1.5}, TypeError, "1.5"),
         ([1], {"query": True}, TypeError, "True"),
     ]:

@@ -315,21 +315,21 @@ def test_hops_weigh_questions() -> None:
     assert [sum(q.info["hops"] == h for q in mixed) for h in (1, 2, 3)] == [75, 25, 0]
 
 
-def test_the_gate_tells_a_start_from_none() -> None:
+def test_a_valid_start_is_told_from_none() -> None:
     """A team that is sometimes right passes; one that always is, or that never speaks the format, does not."""
 
-    def gate(main: Script, sub: Script) -> Any:
+    def validate(main: Script, sub: Script) -> Any:
         return asyncio.run(TASK.validate_start(team(main, sub), 8, 1))
 
     def half(chat: str) -> str:
         title = chat.rsplit("Search for the ", 1)[1].split(".<|im_end")[0]
         return gold_sub(chat) if len(title) % 2 else render("answer", value="x")
 
-    start = gate(gold_main, half)
+    start = validate(gold_main, half)
     assert start.valid and 0 < start.figures["joint_sampled"][0] < 0.95, str(start)
-    done = gate(gold_main, gold_sub)
+    done = validate(gold_main, gold_sub)
     assert not done.valid and all(value == 1.0 for value, _, _ in done.figures.values())
-    mute = gate(lambda chat: "?", gold_sub)
+    mute = validate(lambda chat: "?", gold_sub)
     assert not mute.valid and all(value == 0.0 for value, _, _ in mute.figures.values())
 
 

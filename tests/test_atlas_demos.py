@@ -1,4 +1,4 @@
-"""Warm-start demonstrations: exact skills, random strategies, no facts."""
+"""Demonstrations for SFT: exact skills, random strategies, no facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate: scripted teams whose figures are known."""
+"""Start validation: scripted teams whose figures are known."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_half_a_plan_scores_between() -> None:
     assert found["joint_sampled"] == found["joint_greedy"] == 0.25 and found["main_two_hops"] == 0.0
 
 
-def test_built_policies_play_and_fail_the_gate(tmp_path: Path) -> None:
+def test_built_policies_play_and_are_no_valid_start(tmp_path: Path) -> None:
     """Fresh policies load from their folders, speak the task's vocabulary, and are no valid start."""
     pytest.importorskip("transformers")
     from mgrpo.engines.hf.engine import HfEngine

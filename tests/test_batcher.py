@@ -128,7 +128,7 @@ def test_roles_have_their_own_depth() -> None:
 
 
 def test_a_failed_invocation_shrinks_its_rollout() -> None:
-    """An infrastructure failure is not a reward of 0: the others share the rollout's vote."""
+    """An infrastructure failure is not a reward of 0: the others share the rollout's weight."""
     b = make(mode="none")
     b.add("q", 0, 1, 1, *tokens_of(5, 1), 1.0, 0)
     b.fail("q", 0, 0)

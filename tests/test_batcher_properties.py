@@ -29,7 +29,9 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "capacity": draw(st.sampled_from([64, 96, 200])),
         "dp": draw(st.integers(1, 4)),
         "mode": mode,
-        "vote": draw(st.sampled_from(["per_rollout", "per_invocation"])) if mode == "none" else "per_rollout",
+        "sequence_weight": draw(st.sampled_from(["per_rollout", "per_invocation"]))
+        if mode == "none"
+        else "per_rollout",
         "empty": draw(st.sampled_from(["mask", "count"])),
         "overlong": draw(st.sampled_from(["truncate", "drop"])),
         "token_advantages": draw(st.booleans()),
@@ -164,7 +166,7 @@ def test_no_token_is_lost_or_doubled(
 
 @settings(max_examples=100, deadline=None)
 @given(SEEDS, st.sampled_from(["weights", "duplicate", "expected", "none"]), st.integers(1, 8))
-def test_every_rollout_has_one_vote(seed: int, mode: Any, d_max: int) -> None:
+def test_every_rollout_weighs_the_same(seed: int, mode: Any, d_max: int) -> None:
     """Weights of a rollout sum to 1, slots and multiplicities agree."""
     batcher = make(mode=mode, d_max={"sub": d_max})
     replay(workload(batcher, seed), batcher)

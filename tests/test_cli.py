@@ -86,7 +86,7 @@ def test_a_missing_model_is_named_before_anything_runs(tmp_path: Path) -> None:
     line = refused(
         mgrpo(
             "train", ATLAS, "--out", str(tmp_path / "run"),
-            "--set", "agents.main.model=/no/such/model", "--set", "agents.main.warm_start.steps=0",
+            "--set", "agents.main.model=/no/such/model", "--set", "agents.main.sft.steps=0",
         )
     )  # fmt: skip
     assert "/no/such/model" in line
@@ -144,7 +144,7 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(b"x")
     from mgrpo.config import dump_config, load_config
 
-    overrides = [f"agents.{role}.warm_start.steps=0" for role in ("main", "sub")]
+    overrides = [f"agents.{role}.sft.steps=0" for role in ("main", "sub")]
     dump_config(load_config(Path(ATLAS), overrides), run / "config.json")
     done = mgrpo("train", "--resume", str(run))
     assert "step-00000003/.metadata" in refused_last(done)

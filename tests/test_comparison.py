@@ -21,7 +21,7 @@ from mgrpo.cli.comparison.variants import Variant, chosen, scores, variants
 from mgrpo.config import load_config
 from mgrpo.config.algorithm import MGrpoAlgorithm
 from mgrpo.config.run import RewardConfig
-from mgrpo.environments.comparison import COTRAIN, MODES, WARM, Figures
+from mgrpo.environments.comparison import BEFORE_RL, COTRAIN, MODES, Figures
 from mgrpo.errors import ConfigError
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.processes import load_run_task
@@ -43,7 +43,7 @@ def test_every_variant_is_a_config_that_can_run() -> None:
     with pytest.raises(ConfigError, match="expected one of"):
         chosen(config, ["lr 1"])
     names = [s.name for s in scores(config, every, load_run_task(config).controls)]
-    assert names[0] == WARM and len(set(names)) == len(names)
+    assert names[0] == BEFORE_RL and len(set(names)) == len(names)
     assert names[-2:] == ["random search results", "permuted facts"]
 
 
@@ -62,7 +62,7 @@ class FakeRuns:
             "for role in ('main', 'sub'):\n"
             "    (root / 'agents' / role / 'start').mkdir(parents=True, exist_ok=True)\n"
             "    (root / 'agents' / role / 'start' / 'config.json').write_text('{}')\n"
-            "(root / 'summary.json').write_text(json.dumps({'outcome': sys.argv[2], 'reason': 'the gate'}))\n"
+            "(root / 'summary.json').write_text(json.dumps({'outcome': sys.argv[2], 'reason': 'the start'}))\n"
         )
         job.folder.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen([sys.executable, "-c", script, str(job.folder), outcome])
@@ -82,7 +82,7 @@ def test_runs_wait_for_their_seed_and_are_not_repeated(
     failed = jobs.run_all(ATLAS, config, planned, [], 2, lines.append)
     assert set(fake.started) == {(1, COTRAIN), (2, COTRAIN), (1, "frozen sub"), (1, "lr 0")}
     assert fake.started.index((1, COTRAIN)) < fake.started.index((1, "lr 0"))
-    assert failed["seed 2, co-training"] == "the gate"
+    assert failed["seed 2, co-training"] == "the start"
     assert failed["seed 2, lr 0"] == "its seed's co-training run failed"
     again = FakeRuns(set())
     monkeypatch.setattr(jobs, "_start", again)
@@ -90,7 +90,7 @@ def test_runs_wait_for_their_seed_and_are_not_repeated(
     assert set(again.started) == {(2, COTRAIN), (2, "frozen sub"), (2, "lr 0")}
 
 
-def test_variants_begin_with_the_warm_starts_of_their_seed(tmp_path: Path) -> None:
+def test_variants_begin_with_the_start_policies_of_their_seed(tmp_path: Path) -> None:
     """Their configs name the co-training run's start policies and train none of their own."""
     config = load_config(ATLAS)
     _, job = jobs.plan(
@@ -102,7 +102,7 @@ def test_variants_begin_with_the_warm_starts_of_their_seed(tmp_path: Path) -> No
         assert made.agents[role].model == str(
             tmp_path / "runs" / "seed-3" / COTRAIN / "agents" / role / "start"
         )
-        assert made.agents[role].warm_start.steps == 0
+        assert made.agents[role].sft.steps == 0
 
 
 def result(n: int, rate: float, rng: np.random.Generator, easy: np.ndarray | None = None) -> dict[str, Any]:
@@ -143,11 +143,11 @@ def test_a_row_says_mean_spread_and_difference() -> None:
 def test_claims_follow_the_numbers() -> None:
     """Good numbers hold every claim that was measured; each bad one breaks its own; what is missing is not measured."""
     rng = np.random.default_rng(1)
-    rates = {COTRAIN: 0.97, WARM: 0.15, "frozen sub": 0.2, "frozen main": 0.2, "shuffled rewards": 0.15,
+    rates = {COTRAIN: 0.97, BEFORE_RL: 0.15, "frozen sub": 0.2, "frozen main": 0.2, "shuffled rewards": 0.15,
              "random search results": 0.0, "permuted facts": 0.95, "only sub trained (cross pair)": 0.3}  # fmt: skip
     results = {s: {name: result(400, rate, rng) for name, rate in rates.items()} for s in (1, 2, 3)}
     for r in results.values():
-        r["lr 0"] = r[WARM]
+        r["lr 0"] = r[BEFORE_RL]
         r["permuted facts"] |= {f"real_{m}": [0.0] * 400 for m in MODES}
         r[COTRAIN]["d_k"] = {"sub": {"1": 100, "2": 205, "3": 95}}
     table = {name: verdict.row(results, name) for name in results[1]}
@@ -257,7 +257,7 @@ def results_page() -> Any:
 def test_the_results_page_says_what_the_numbers_say(rate: float, words: str) -> None:
     """Claims that do not hold are named with their bound, and the shared policy is judged by its interval."""
     page, rng = results_page(), np.random.default_rng(2)
-    rates = {COTRAIN: 0.97, WARM: 0.15, "shared": rate, "frozen sub": 0.8}
+    rates = {COTRAIN: 0.97, BEFORE_RL: 0.15, "shared": rate, "frozen sub": 0.8}
     results = {s: {name: result(400, r, rng) for name, r in rates.items()} for s in (1, 2, 3)}
     del results[2]["shared"]
     table = [verdict.row(results, name) for name in rates]

@@ -50,7 +50,7 @@ def test_overrides_are_toml_values() -> None:
         ("trainer.steps=1.5", "trainer.steps: Input should be a valid integer"),
         ("trainer.minibatches=3", "questions=16 is not a multiple of minibatches=3"),
         ("agents.sub.alignment.mode=best", "agents.sub.alignment.mode"),
-        ("agents.sub.alignment.vote=per_invocation", 'needs mode "none"'),
+        ("agents.sub.alignment.sequence_weight=per_invocation", 'needs mode "none"'),
         ("agents.sub.reward.correct=1", "agents.sub.reward.correct has no meaning for role 'sub'"),
         ("agents.main.reward.outcome=1", "whose part of the rollout's outcome is called 'correct'"),
         ("agents.main.reward.citation=0.2", None),
@@ -71,7 +71,10 @@ def test_overrides_are_toml_values() -> None:
         ("agents.sub.reward={'a b' = 1}", "'a b' is no name of a score"),
         ("agents.sub.reward={format = 0}", "agents.sub.reward has no part with a weight above 0"),
         ("agents.main.d_max=2", "agents.main.d_max must be 1"),
-        ("agents.main.model=/x", "agents.main has both model and warm_start.steps"),
+        ("agents.sub.alignment.vote=per_invocation", "vote is unknown: it is called sequence_weight"),
+        ("agents.sub.warm_start.steps=1", "warm_start is unknown: it is called sft"),
+        ("eval.gate=5", "gate is unknown: it is called start_validation"),
+        ("agents.main.model=/x", "agents.main has both model and sft.steps"),
         ("agents.main.max_length=99999", "exceeds trainer.micro_batch"),
         ("agents.main.optimizer.betas=[0.9, 1.0]", "betas must lie in [0, 1)"),
         (
@@ -191,17 +194,17 @@ def test_the_reference_is_current() -> None:
     [
         (["agents.sub.shares=nobody"], "expected a role with a policy of its own"),
         (["agents.sub.shares=sub"], "expected a role with a policy of its own"),
-        (["agents.sub.shares=main"], "agents.sub.warm_start has no effect"),
+        (["agents.sub.shares=main"], "agents.sub.sft has no effect"),
         (
-            ["agents.sub.shares=main", "agents.sub.warm_start={}", "agents.sub.frozen=true"],
+            ["agents.sub.shares=main", "agents.sub.sft={}", "agents.sub.frozen=true"],
             "frozen has no effect",
         ),
         (
-            ["agents.sub.shares=main", "agents.sub.warm_start={}", "agents.sub.optimizer.lr=0.1"],
+            ["agents.sub.shares=main", "agents.sub.sft={}", "agents.sub.optimizer.lr=0.1"],
             "optimizer differs",
         ),
         (
-            ["agents.sub.shares=main", "agents.sub.warm_start={}", "agents.main.frozen=true"],
+            ["agents.sub.shares=main", "agents.sub.sft={}", "agents.main.frozen=true"],
             "nothing would be trained",
         ),
     ],

@@ -45,15 +45,15 @@ async def _turn_too_long(episode: Episode) -> None:
         (_turn_too_long, "a turn of 63 tokens do not fit behind 2 tokens of role 'sub', max_length is 64"),
     ],
 )
-def test_no_room_left_is_named_and_counted(script: Script, words: str) -> None:
+def test_no_tokens_remaining_is_named_and_counted(script: Script, words: str) -> None:
     """A trajectory that outgrows max_length: role, length, bound and the setting; a failure of its own kind."""
     result = played(script)
-    assert result.rollout is None and result.kind == "room"
+    assert result.rollout is None and result.kind == "length"
     role = words.split("'")[1]
     assert words in result.failure and f"agents.{role}.max_length" in result.failure
 
 
-def test_a_trajectory_may_fill_its_room_exactly() -> None:
+def test_a_trajectory_may_fill_its_length_exactly() -> None:
     """max_length tokens fit, and what is refused leaves the conversation as it was."""
 
     async def run() -> Conversation:
@@ -62,7 +62,7 @@ def test_a_trajectory_may_fill_its_room_exactly() -> None:
         with pytest.raises(ContextOverflowError):
             conversation.append("efghi")
         await conversation.sample(4, stop=".")
-        assert conversation.room == 0
+        assert conversation.remaining == 0
         conversation.append("")
         return conversation
 

@@ -30,12 +30,12 @@ def test_the_formula_group_by_group(estimator: str, impl: str) -> None:
     """Plain loops over groups in float64 give the same numbers, with and without weights."""
     rewards, ids, weights = draw(0, 300, 40)
     for w in (None, weights):
-        vote = torch.ones(300) if w is None else w
+        weight = torch.ones(300) if w is None else w
         expected = torch.zeros(300, dtype=torch.float64)
-        r, v = rewards.double(), vote.double()
+        r, v = rewards.double(), weight.double()
         whole = (v * (r - (v * r).sum() / v.sum()).square()).sum() / v.sum()
         for g in ids.unique():
-            rows = ((ids == g) & (vote > 0)).nonzero().squeeze(1)
+            rows = ((ids == g) & (weight > 0)).nonzero().squeeze(1)
             if rows.numel() < 2:
                 continue
             mean = (v[rows] * r[rows]).sum() / v[rows].sum()
@@ -77,7 +77,7 @@ def test_permuting_rows_permutes_the_result_bit_for_bit(data: st.DataObject) -> 
 @pytest.mark.parametrize("impl", BACKENDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_groups_without_a_signal_are_exactly_zero(estimator: str, impl: str) -> None:
-    """A group of one, a group of equal rewards (0.1 has no exact mean), a group with one vote; none disturbs
+    """A group of one, a group of equal rewards (0.1 has no exact mean), a group with one weight above 0; none disturbs
     others."""
     rewards = torch.tensor([0.3, *[0.1] * 7, 1.0, 0.0, 5.0, 9.0])
     ids = torch.tensor([5, *[1] * 7, 2, 2, 8, 8], dtype=torch.int32)

@@ -12,11 +12,11 @@ ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
 SHORT = (
     "seed=1",
     "trainer.steps=80",
-    "agents.main.warm_start.steps=500",
-    "agents.sub.warm_start.steps=700",
+    "agents.main.sft.steps=500",
+    "agents.sub.sft.steps=700",
     "eval.every=20",
     "eval.heldout=200",
-    "eval.gate=100",
+    "eval.start_validation=100",
 )
 
 
@@ -27,11 +27,11 @@ def test_two_agents_learn_together(tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(ATLAS, out, *SHORT, timeout=1750)
     data = summary(out)
-    assert data["valid"], data["gate"]
-    warm, final = data["heldout"]["warm"], data["heldout"]["final"]
-    assert warm["sampled"] < 0.25 and warm["greedy"] < 0.40
-    assert final["sampled"] >= warm["sampled"] + 0.3
-    assert final["greedy"] >= warm["greedy"] + 0.3
+    assert data["valid"], data["start_validation"]
+    before, final = data["heldout"]["start"], data["heldout"]["final"]
+    assert before["sampled"] < 0.25 and before["greedy"] < 0.40
+    assert final["sampled"] >= before["sampled"] + 0.3
+    assert final["greedy"] >= before["greedy"] + 0.3
     rows = records(out)
     for role in ("main", "sub"):
         differences = [r[name] for r in rows if (name := f"{role}/policy/logprob_diff_max") in r]

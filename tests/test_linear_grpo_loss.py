@@ -54,13 +54,13 @@ def test_the_chunk_does_not_matter() -> None:
 
 
 def test_the_default_chunk_suits_device_and_vocabulary() -> None:
-    """On the CPU up to 32 MiB of logits, within 128 and 2048 rows; elsewhere 2048; a given chunk is taken as it is."""
+    """On the CPU up to 32 MiB of logits, within 128 and 2048 rows; elsewhere 4096; a given chunk is taken as it is."""
 
     def rows(vocabulary: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
         return head.chunk_rows(None, torch.empty(vocabulary, 1, dtype=dtype, device=device))
 
     assert [rows(v) for v in (100, 12288, 49152, 151936)] == [2048, 672, 160, 128]
-    assert rows(49152, torch.bfloat16) == 320 and rows(49152, device="meta") == 2048
+    assert rows(49152, torch.bfloat16) == 320 and rows(49152, device="meta") == 4096
     assert head.chunk_rows(7, torch.empty(49152, 1)) == 7
 
 

@@ -253,7 +253,7 @@ def test_token_advantages_against_the_float64_reference() -> None:
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "sapo"])
 def test_the_reference_gives_each_token_its_own_advantage(loss_type: str) -> None:
-    """The same as a batch in which every token is a trajectory with that advantage and its share of the vote."""
+    """The same as a batch in which every token is a trajectory with that advantage and its share of the weight."""
     data = {k: v for k, v in grid_batch(69, torch.float64).items() if k != "advantages"}
     advantages = torch.randn(19, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     config = settings(loss_type)

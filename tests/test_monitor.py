@@ -88,11 +88,12 @@ def test_a_resumed_summary_knows_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int, ends: Outcome | None
 ) -> None:
     """Three lives over 150 steps and far more than one page of reports, with and without the reports that the store
-    deletes after a while: every evaluation, the gate and the held-out scores from before RL are in the summary."""
+    deletes after a while: every evaluation, the start validation and the held-out scores from before RL are in
+    the summary."""
     store = Store()
     store.report("eval", evaluation("heldout", 0, 0.25))
     store.report("eval", evaluation("validation", 0, 0.125))
-    store.report("gate", {"valid": True, "figures": {}, "text": "fine"})
+    store.report("start_validation", {"valid": True, "figures": {}, "text": "fine"})
     filled(store, 1, 60)
     life(tmp_path, store, monkeypatch, ends)
     filled(store, 61, 120)
@@ -103,7 +104,7 @@ def test_a_resumed_summary_knows_the_whole_run(
     life(tmp_path, store, monkeypatch, Outcome.FINISHED)
     found = summary(tmp_path)
     assert found["valid"] and found["steps"] == 150 and found["retokenization_mismatch"] == 3
-    assert found["heldout"]["warm"] == {"greedy": 0.25, "sampled": 0.125}
+    assert found["heldout"]["start"] == {"greedy": 0.25, "sampled": 0.125}
     assert found["heldout"]["final"] == {"greedy": 0.75, "sampled": 0.375}
     expected = {0: 0.125} | {step: step / 1000 for step in range(25, 151, 25)}
     assert {int(step): a["greedy"] for step, a in found["validation"].items()} == expected
@@ -130,9 +131,9 @@ def test_reports_that_were_never_read_are_said(tmp_path: Path, monkeypatch: pyte
         ("step", {"role": "main", "step": 3, "metrics": {"main/reward/mean": "high"}}),
         ("step", {"role": ["main"], "step": 3, "metrics": {}}),
         ("eval", {"split": "validation", "step": 3, "n": 8, "greedy": 0.5}),
-        ("warm", {"role": "main", "step": 3, "loss": 0.1}),
+        ("sft", {"role": "main", "step": 3, "loss": 0.1}),
         ("rollouts", {"step": 3, "metrics": [1, 2]}),
-        ("gate", {"text": "no verdict"}),
+        ("start_validation", {"text": "no verdict"}),
         ("phase", {"text": "a word", "step": "none"}),
     ],
 )

@@ -1,4 +1,5 @@
-"""With one agent, every rollout one vote, the loss is plain GRPO: the formulas of TRL 1.16's trainer, written out."""
+"""With one agent and rollouts that weigh the same, the loss is plain GRPO: the formulas of TRL 1.16's trainer,
+written out."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_a_run_goes_on_when_nothing_can_be_recorded(tmp_path: Path) -> None:
     sets = [
         "trainer.steps=3",
         "trainer.checkpoint_every=1",
-        "eval.gate=0",
+        "eval.start_validation=0",
         "eval.heldout=1",
         "eval.validation=1",
     ]

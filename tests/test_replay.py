@@ -210,7 +210,7 @@ def test_a_resumed_run_is_replayed_with_what_each_step_used(
     run, roles = tmp_path / "run", ("main", "left", "right")
     sets = [f"agents.{role}.optimizer.decay=1.0" for role in roles]
     sets += ["agents.right.shares=main", "agents.right.loss.type=grpo"]
-    sets += ["trainer.checkpoint_every=2", "eval.gate=0", "eval.heldout=1", "eval.validation=1"]
+    sets += ["trainer.checkpoint_every=2", "eval.start_validation=0", "eval.heldout=1", "eval.validation=1"]
     train(RELAY, run, "trainer.steps=4", *sets)
     before = {step: recorded.body() for step, recorded in Recording([run]).steps.items()}
     newest = run / "agents" / "left" / "checkpoints" / "step-00000004" / "__0_0.distcp"

@@ -81,12 +81,12 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 
 async def _script(episode: Episode) -> Rollout:
     """Rollout 0 of every question is well; what the other does follows from the question's number."""
-    trouble = ["", "room", "task", "infrastructure", "score", "all"][int(episode.query.split("/")[-1])]
+    trouble = ["", "length", "task", "infrastructure", "score", "all"][int(episode.query.split("/")[-1])]
     main = episode.open("main")
     main.append("hi")
     await main.sample(2, stop=".")
     if episode.rollout or trouble == "all":
-        if trouble == "room":
+        if trouble == "length":
             main.append("w" * 100)
         if trouble in ("task", "all"):
             raise KeyError(trouble)
@@ -101,8 +101,8 @@ def test_failures_are_counted_by_kind_and_the_rest_arrives(worker: Worker) -> No
     worker.open(*["open"] * 4)
     metrics = worker.play()
     assert metrics["rollout/failed"] == 3
-    by = {name: metrics[f"rollout/failed_by_{name}"] for name in ("room", "task", "infrastructure")}
-    assert by == {"room": 1, "task": 1, "infrastructure": 1}
+    by = {name: metrics[f"rollout/failed_by_{name}"] for name in ("length", "task", "infrastructure")}
+    assert by == {"length": 1, "task": 1, "infrastructure": 1}
     ends = [(method, query) for method, query, _ in worker.store.records if method != "invocation_done"]
     assert sorted(q for m, q in ends if m == "rollout_fail") == ["0/1", "0/2", "0/3"]
     assert sorted(q for m, q in ends if m == "rollout_final") == ["0/0", "0/0", "0/1", "0/2", "0/3"]

@@ -48,7 +48,7 @@ def test_a_run_leaves_results_and_nothing_else(undisturbed: Path) -> None:
     assert (
         data["finished"] and data["valid"] and data["steps"] == STEPS and data["retokenization_mismatch"] == 0
     )
-    for when in ("warm", "final"):
+    for when in ("start", "final"):
         assert set(data["heldout"][when]) == {"greedy", "sampled"}
     assert set(data["d_k"]) == {"left", "right"}
     assert set(final_weights(undisturbed)) == set(ROLES)
@@ -157,9 +157,11 @@ def test_a_killed_launcher_takes_its_children_along(tmp_path: Path) -> None:
 
 
 def test_an_invalid_start_ends_the_run_and_says_why(tmp_path: Path) -> None:
-    """The gate does not pass: no RL step, a reason with the figure and its bound, nothing left behind."""
+    """The start validation does not pass: no RL step, a reason with the figure and its bound, nothing left behind."""
     out = tmp_path / "run"
-    with started(command("train", str(RELAY), "--out", str(out), "--set=task.options.gate=false")) as process:
+    with started(
+        command("train", str(RELAY), "--out", str(out), "--set=task.options.valid=false")
+    ) as process:
         output, _ = process.communicate(timeout=800)
     assert process.returncode == 1
     assert "not a valid start" in output and "readiness 0.000 (outside 0.5..1)" in output

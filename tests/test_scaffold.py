@@ -21,7 +21,7 @@ SHORT = (
     "trainer.steps=3",
     "eval.validation=8",
     "eval.heldout=8",
-    *(f"agents.{role}.warm_start.steps=20" for role in ("main", "helper")),
+    *(f"agents.{role}.sft.steps=20" for role in ("main", "helper")),
 )
 ENTRY = "[mgrpo.tasks]\nbig_digits = big_digits.task:BigDigitsTask\n"
 

@@ -1,4 +1,4 @@
-"""The warm start: its learning rate is the config's, else the task's, and atlas' falls with the width."""
+"""SFT: its learning rate is the config's, else the task's, and atlas' falls with the width."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from mgrpo.config import load_config
-from mgrpo.config.run import WarmStartConfig
+from mgrpo.config.run import SftConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import load_policy
 from mgrpo.pipeline import trainer_loop
 from mgrpo.tasks.atlas.task import AtlasTask
-from mgrpo.trainers.torch.sft import warm_start
+from mgrpo.trainers.torch.sft import sft
 
 ATLAS = Path(__file__).parent.parent / "examples" / "atlas" / "atlas.toml"
 
@@ -26,10 +26,8 @@ def test_a_step_is_as_long_as_the_learning_rate(tmp_path: Path) -> None:
     for lr in (1e-2, 1e-3):
         policy = load_policy(tmp_path / "p")
         before = [p.detach().clone() for p in policy.parameters()]
-        config = WarmStartConfig(steps=1, warmup_steps=0, decay=0.0)
-        warm_start(
-            policy, lambda step: task.demo_batch("main", step, 8, 1), config, lr, lambda step, loss: None
-        )
+        config = SftConfig(steps=1, warmup_steps=0, decay=0.0)
+        sft(policy, lambda step: task.demo_batch("main", step, 8, 1), config, lr, lambda step, loss: None)
         moved = max(
             float((p.detach() - b).abs().max()) for p, b in zip(policy.parameters(), before, strict=True)
         )
@@ -41,7 +39,7 @@ def test_a_step_is_as_long_as_the_learning_rate(tmp_path: Path) -> None:
     [
         ([], 4e-3),
         (["task.options.width=128"], 2e-3),
-        (["agents.sub.warm_start.lr=5e-4", "task.options.width=128"], 5e-4),
+        (["agents.sub.sft.lr=5e-4", "task.options.width=128"], 5e-4),
     ],
 )
 def test_the_rate_is_the_tasks_where_the_config_leaves_it_open(overrides: list[str], expected: float) -> None:
@@ -51,16 +49,16 @@ def test_the_rate_is_the_tasks_where_the_config_leaves_it_open(overrides: list[s
     def record(*arguments: Any) -> None:
         rates.append(arguments[4])
 
-    trainer = object.__new__(trainer_loop.TrainerLoop)  # without its sockets: the warm start needs none
+    trainer = object.__new__(trainer_loop.TrainerLoop)  # without its sockets: SFT needs none
     config = load_config(ATLAS, overrides)
     trainer._config, trainer._agent, trainer._role, trainer._streams = config, config.agents["sub"], "sub", []
     trainer._task = AtlasTask(config.task.options)
-    trainer._trainer = SimpleNamespace(warm_start=record)  # type: ignore[assignment]
-    trainer._warm_start(Path(), Path())
+    trainer._trainer = SimpleNamespace(sft=record)  # type: ignore[assignment]
+    trainer._sft(Path(), Path())
     assert rates == [pytest.approx(expected)]
 
 
 def test_a_rate_is_positive() -> None:
     """Unset is the task's; 0 would train nothing."""
-    with pytest.raises(ConfigError, match=r"agents\.sub\.warm_start\.lr"):
-        load_config(ATLAS, ["agents.sub.warm_start.lr=0"])
+    with pytest.raises(ConfigError, match=r"agents\.sub\.sft\.lr"):
+        load_config(ATLAS, ["agents.sub.sft.lr=0"])

@@ -355,7 +355,7 @@ minibatches = 1
 every = 10
 validation = 1
 heldout = 1
-gate = 1
+start_validation = 1
 [record]
 checkpoints_mb = 0
 """

@@ -177,12 +177,12 @@ def test_another_interrupt_ends_all_patience(
     monkeypatch.setattr(supervisor, "QUIET_SECONDS", 0.05)
     interrupts = Interrupts()
 
-    def say(line: str) -> None:
+    def on_event(line: str) -> None:
         said.append(line)
         if line.startswith("waiting for"):
             interrupts.arrived(signal.SIGINT, None)
 
-    with Shells(tmp_path / "logs", say, interrupts) as children:
+    with Shells(tmp_path / "logs", on_event, interrupts) as children:
         script = f"sleep 1000 & echo $! > {tmp_path}/inner; {DEAF}"
         children.start("trainer-main", [script], stop_seconds=600.0, saves="write its checkpoint")
         children.start("store", [DEAF], stop_seconds=600.0)

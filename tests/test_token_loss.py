@@ -66,7 +66,7 @@ def test_token_loss_is_the_formula_written_token_by_token(loss_type: str) -> Non
     config = settings(loss_type, kl_coef=0.05, kl_estimator="k3", entropy_coef=0.02)
     loss, metrics = linear_grpo_loss(config=config, impl="reference", **data)
     logits = data["hidden"] @ data["weight"].t()
-    expected = tokens = votes = 0.0
+    expected = tokens = weights = 0.0
     for j in range(4):
         rows = range(int(data["cu_seqlens"][j]), int(data["cu_seqlens"][j + 1]))
         rows = [t for t in rows if data["loss_mask"][t]]
@@ -74,7 +74,7 @@ def test_token_loss_is_the_formula_written_token_by_token(loss_type: str) -> Non
         picked = {t: float(logp[t][data["target_ids"][t]]) for t in rows}
         w, a = float(data["seq_weight"][j]), float(data["advantages"][j])
         tokens += w * len(rows)
-        votes += w
+        weights += w
         for t in rows:
             log_ratio = picked[t] - float(data["old_logprobs"][t])
             if loss_type == "gspo":
@@ -91,7 +91,9 @@ def test_token_loss_is_the_formula_written_token_by_token(loss_type: str) -> Non
             term += 0.05 * (float(torch.tensor(d, dtype=torch.float64).exp()) - d - 1)
             term -= 0.02 * float(-(logp[t].exp() * logp[t]).sum())
             expected += w * term / (len(rows) if loss_type in ("grpo", "sapo", "gspo") else 1)
-    scale = {"grpo": votes, "sapo": votes, "gspo": votes, "dr_grpo": votes * 16}.get(loss_type, tokens)
+    scale = {"grpo": weights, "sapo": weights, "gspo": weights, "dr_grpo": weights * 16}.get(
+        loss_type, tokens
+    )
     assert abs(float(loss) - expected / scale) < 1e-12
     assert set(metrics) == set(METRICS)
 

@@ -44,7 +44,7 @@ workers = 2
 every = 10
 validation = 1
 heldout = 1
-gate = 1
+start_validation = 1
 """
 
 

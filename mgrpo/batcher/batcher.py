@@ -15,8 +15,8 @@ into the caller's buffers, never through Python objects. torch tensors share mem
 outputs) or `torch.from_numpy`.
 
 `seg_weight` is w(k,i) of mgrpo.alignment, *before* any token normalisation: a loss multiplies it with the token mask
-and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which under per_rollout votes is K',
-the number of rollouts with d_k > 0.
+and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which is K' with
+sequence_weight="per_rollout", the number of rollouts with d_k > 0.
 
 Advantages are the caller's (mgrpo/algorithms), one a trajectory or one a token. Those that depend on the weights of the
 alignment take them from mgrpo.align, which draws the same as plan().
@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgrpo import _C
-from mgrpo.alignment import Mode, Vote, query_name
+from mgrpo.alignment import Mode, SequenceWeight, query_name
 from mgrpo.batcher.plan import Buffers, Plan
 from mgrpo.types import MAIN, Float32, Int32, UInt8
 
@@ -48,7 +48,7 @@ class Batcher:
 
     k: rollouts a query. d_max: invocations a rollout after alignment; an int for the single role `role`, or a
     mapping role -> d_max for a trainer that serves several roles. capacity: tokens a micro-batch. dp:
-    data-parallel ranks. mode, vote: see mgrpo.alignment. token_advantages: trajectories come with an advantage of
+    data-parallel ranks. mode, sequence_weight: see mgrpo.alignment. token_advantages: trajectories have an advantage of
     each token. empty: a rollout with d_k = 0 is masked and leaves the denominator ("mask"), is
     masked but counted in it ("count"), or is refused ("error"). overlong: a trajectory above capacity is
     refused ("error"), cut at its end ("truncate") or leaves its group like a failed one ("drop"). cost: (a,
@@ -67,7 +67,7 @@ class Batcher:
         *,
         role: str = MAIN,
         mode: Mode = "weights",
-        vote: Vote = "per_rollout",
+        sequence_weight: SequenceWeight = "per_rollout",
         empty: Empty = "mask",
         overlong: Overlong = "error",
         token_advantages: bool = False,
@@ -91,7 +91,7 @@ class Batcher:
             "capacity": capacity,
             "dp": dp,
             "mode": mode,
-            "vote": vote,
+            "vote": sequence_weight,  # its name in csrc
             "empty": empty,
             "overlong": overlong,
             "token_advantages": token_advantages,

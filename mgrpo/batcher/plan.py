@@ -130,7 +130,7 @@ class Plan:
     @property
     def denominator(self) -> float:
         """What a sequence-mean loss divides by, over all ranks: K'; K x groups with empty="count"; the number of
-        invocations with vote="per_invocation"."""
+        invocations with sequence_weight="per_invocation"."""
         if self._options["vote"] == "per_invocation":
             return float(self.rows.weight.sum())
         if self._options["empty"] == "count":

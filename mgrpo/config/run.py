@@ -7,7 +7,7 @@ the key. Fields of a role that only another role can use (an outcome weight on t
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -51,7 +51,7 @@ class OptimizerConfig(Settings):
         return self
 
 
-class WarmStartConfig(Settings):
+class SftConfig(Settings):
     """Supervised steps on the task's demonstrations before RL; skipped when steps is 0."""
 
     steps: int = Field(0, ge=0)
@@ -107,20 +107,24 @@ class RewardConfig(Settings):
 class AlignmentConfig(Settings):
     """How a varying number of invocations becomes a fixed batch; see docs/algorithm.md."""
 
+    renamed: ClassVar = {"vote": "sequence_weight"}
+
     mode: Literal["weights", "duplicate", "expected", "none"] = "weights"
     """The paper's draw computed once with multiplicities, the same with copies, its expectation, or no alignment."""
-    vote: Literal["per_rollout", "per_invocation"] = "per_rollout"
-    """per_invocation is possible with mode "none" only."""
+    sequence_weight: Literal["per_rollout", "per_invocation"] = "per_rollout"
+    """per_rollout: a rollout's invocations weigh 1 together; per_invocation: each weighs 1, with mode "none" only."""
 
     @model_validator(mode="after")
-    def _vote_fits(self) -> AlignmentConfig:
-        if self.vote == "per_invocation" and self.mode != "none":
-            raise ValueError(f'vote "per_invocation" needs mode "none", got mode "{self.mode}"')
+    def _sequence_weight_fits(self) -> AlignmentConfig:
+        if self.sequence_weight == "per_invocation" and self.mode != "none":
+            raise ValueError(f'sequence_weight "per_invocation" needs mode "none", got mode "{self.mode}"')
         return self
 
 
 class AgentConfig(Settings):
     """One agent: its policy, its trainer and the trainer's address."""
+
+    renamed: ClassVar = {"warm_start": "sft"}
 
     model: str | None = None
     """Folder of a Hugging Face causal LM with its tokenizer; unset: the task builds a fresh policy."""
@@ -142,7 +146,7 @@ class AgentConfig(Settings):
     loss: GrpoLossConfig = GrpoLossConfig()
     """loss.temperature is the sampling temperature too: there is one distribution."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    warm_start: WarmStartConfig = WarmStartConfig()
+    sft: SftConfig = SftConfig()
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = HfEngineConfig()
     """What samples its tokens: a table whose keys depend on its type."""
@@ -247,14 +251,16 @@ class RolloutConfig(Settings):
 class EvalConfig(Settings):
     """Accuracy on questions that are never trained on."""
 
+    renamed: ClassVar = {"gate": "start_validation"}
+
     every: int = Field(25, ge=1)
     """Steps between evaluations on the validation split."""
     validation: int = Field(120, ge=1)
     """Questions of one evaluation on the validation split."""
     heldout: int = Field(400, ge=1)
     """Questions of the held-out evaluations: at the start and at the end."""
-    gate: int = Field(200, ge=0)
-    """Questions of the gate before RL; 0 skips the gate, and the run counts as not valid."""
+    start_validation: int = Field(200, ge=0)
+    """Questions that validate the policies before RL; 0 skips the validation, and the run counts as not valid."""
 
 
 class RecordConfig(Settings):
@@ -317,10 +323,8 @@ class RunConfig(Settings):
                 )
             if role == MAIN and agent.d_max != 1:
                 raise ValueError(f"agents.main.d_max must be 1 (one trajectory a rollout), got {agent.d_max}")
-            if agent.model is not None and agent.warm_start.steps:
-                raise ValueError(
-                    f"agents.{role} has both model and warm_start.steps; set warm_start.steps = 0"
-                )
+            if agent.model is not None and agent.sft.steps:
+                raise ValueError(f"agents.{role} has both model and sft.steps; set sft.steps = 0")
             if agent.engine.adapter_only and not agent.policy.lora.rank:
                 raise ValueError(f'agents.{role}.engine.sync "lora" needs agents.{role}.policy.lora.rank')
             if agent.max_length > self.trainer.micro_batch:
@@ -384,7 +388,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"agents.{role}.shares={agent.shares!r}: expected a role with a policy of its own"
             )
-        for name in ("model", "frozen", "warm_start", "policy", "engine"):
+        for name in ("model", "frozen", "sft", "policy", "engine"):
             if getattr(agent, name) != AgentConfig.model_fields[name].default:
                 raise ValueError(
                     f"agents.{role}.{name} has no effect: the policy is that of {agent.shares!r}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 MAX_SECONDS = 1e7  # of any deadline: four months; the waits of the system overflow further up
 
@@ -19,6 +19,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
+    renamed: ClassVar[Mapping[str, str]] = {}  # what a key was called -> what it is called
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_old_names(cls, tree: object) -> object:
+        for old, new in cls.renamed.items():
+            if isinstance(tree, dict) and old in tree:
+                raise ValueError(f"{old} is unknown: it is called {new}")
+        return tree
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 COTRAIN = "co-training"
-WARM = "before RL"
+BEFORE_RL = "before RL"
 MODES = ("sampled", "greedy")
 Outcomes = npt.NDArray[np.float64]  # (seeds, questions)
 
@@ -62,7 +62,7 @@ class Figures:
 
     def gain(self, name: str, mode: str) -> float | None:
         """This score minus that before RL."""
-        after, before = self.mean(name, mode), self.mean(WARM, mode)
+        after, before = self.mean(name, mode), self.mean(BEFORE_RL, mode)
         return None if after is None or before is None else after - before
 
     def real(self, name: str, mode: str) -> float | None:

@@ -76,7 +76,7 @@ class Conversation:
         return len(self._ids)
 
     @property
-    def room(self) -> int:
+    def remaining(self) -> int:
         """Tokens left before max_length."""
         return self.agent.max_length - len(self._ids)
 
@@ -88,7 +88,7 @@ class Conversation:
         raise ValueError(f"nothing was sampled yet in {self._session}")
 
     def encode(self, text: str) -> list[int]:
-        """The ids that append(text) would append, to see whether the conversation has room for them. Raises as
+        """The ids that append(text) would append, to see whether the conversation has so many remaining. Raises as
         mgrpo.model.tokens.encode_piece."""
         encode = encode_piece if self._ids else encode_start
         return encode(self.agent.tokenizer, text)
@@ -99,14 +99,14 @@ class Conversation:
         self.append_ids(self.encode(text))
 
     def append_ids(self, ids: Sequence[int]) -> None:
-        """append() of token ids. Raises ContextOverflowError where there is no room for all of them, ValueError for
+        """append() of token ids. Raises ContextOverflowError where fewer remain, ValueError for
         what is no token id."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
             raise ValueError(
                 f"token ids {min(ids)}..{max(ids)} appended to {self._session} are outside 0..2**31 - 1"
             )
-        if len(ids) > self.room:
+        if len(ids) > self.remaining:
             raise self._overflow(f"{len(ids)} more tokens of context")
         self._ids.extend(ids)
         self._mask.extend([0] * len(ids))
@@ -129,10 +129,10 @@ class Conversation:
 
     async def sample_ids(self, params: SamplingParams) -> list[int]:
         """As sample(), in token ids. The noise is a function of (seed, rollout, role, invocation, turn). Raises
-        ContextOverflowError where there is no room for max_tokens, AttemptOverError once the episode has ended."""
+        ContextOverflowError where fewer than max_tokens remain, AttemptOverError once the episode has ended."""
         if self._over:
             raise AttemptOverError(f"{self._session} is not continued: its attempt has ended")
-        if params.max_tokens > self.room:
+        if params.max_tokens > self.remaining:
             raise self._overflow(f"a turn of {params.max_tokens} tokens")
         self.mismatches += self._ids[: len(self._seen)] != self._seen
         out = await self.agent.engine.generate(
@@ -151,7 +151,7 @@ class Conversation:
         role, limit = self.agent.role, self.agent.max_length
         return ContextOverflowError(
             f"{self._session}: {what} do not fit behind {len(self)} tokens of role {role!r}, max_length is {limit}; "
-            f"set agents.{role}.max_length higher, or let the task cut what it appends to Conversation.room"
+            f"set agents.{role}.max_length higher, or let the task cut what it appends to Conversation.remaining"
         )
 
     def close(self, **scores: float) -> None:
@@ -248,7 +248,7 @@ class Chat:
     def opening(
         self, messages: Sequence[Message], tools: Sequence[object] | None = None, *, calls: bool = False
     ) -> list[int]:
-        """The ids that begin() would append, to see whether the conversation has room for them. What follows is
+        """The ids that begin() would append, to see whether the conversation has so many remaining. What follows is
         written as a continuation of these messages, and with these tools."""
         self._opening = self.form.open(messages, tools, calls=calls)
         return self._opening.ids
@@ -266,7 +266,7 @@ class Chat:
     def observation(
         self, role: str, content: str, calls: Sequence[Mapping[str, object]] | None = None
     ) -> list[int]:
-        """The ids that observe() would append, to see whether the conversation has room for them."""
+        """The ids that observe() would append, to see whether the conversation has so many remaining."""
         return self.observations([{"role": role, "content": content}], calls)
 
     def observations(

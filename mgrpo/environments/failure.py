@@ -2,7 +2,7 @@
 
     infrastructure   an engine, tool or judge did not answer (InfrastructureError, ConnectionError, TimeoutError): the
                      rollout is tried again
-    room             a trajectory outgrew its agent's max_length (ContextOverflowError)
+    length           a trajectory outgrew its agent's max_length (ContextOverflowError)
     task             anything else that the task's code, a tool or a judge raised, and a rollout that cannot be used
 
 What would fail every rollout alike is the program's: ConfigError, MemoryError and our own failed assertions end the
@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from mgrpo.environments.task import Task
 from mgrpo.errors import ChatError, ConfigError, ContextOverflowError, InfrastructureError, MgrpoError
 
-Kind = Literal["infrastructure", "room", "task"]
+Kind = Literal["infrastructure", "length", "task"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LONGEST = 2000  # characters of a failure's text
 NAME_BYTES = 256  # of a string in the store
@@ -45,7 +45,7 @@ def failure_of(error: BaseException, task: Task) -> Failure:
         if isinstance(leaf, InfrastructureError | ConnectionError | TimeoutError):
             return Failure("infrastructure", _text(leaf, task))
     first = leaves[0]
-    return Failure("room" if isinstance(first, ContextOverflowError) else "task", _text(first, task))
+    return Failure("length" if isinstance(first, ContextOverflowError) else "task", _text(first, task))
 
 
 def encodable(text: str) -> str:

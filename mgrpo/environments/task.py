@@ -100,15 +100,15 @@ class Task(ABC):
         )
 
     def demo_batch(self, role: str, step: int, size: int, seed: int) -> Sequence[tuple[Int32, UInt8]]:
-        """Demonstrations for the warm start: (tokens i32[L], loss_mask u8[L]) of `size` sequences."""
+        """Demonstrations for SFT: (tokens i32[L], loss_mask u8[L]) of `size` sequences."""
         raise NotImplementedError(f"{type(self).__name__} has no demonstrations")
 
-    def warm_start_lr(self, role: str) -> float:
-        """Highest learning rate of the warm start of a built-in policy, where the config leaves it open."""
+    def sft_lr(self, role: str) -> float:
+        """Highest learning rate of the SFT of a built-in policy, where the config leaves it open."""
         return 1e-3
 
     async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
-        """Validate the policies that RL starts from on n questions (eval.gate); the default accepts any."""
+        """Validate the policies that RL starts from on n questions (eval.start_validation); the default accepts any."""
         return StartReport({})
 
     def claims(self, figures: Figures) -> Sequence[Claim]:

@@ -16,6 +16,7 @@ No GPU has run varlen or flash of this file yet; the loop on the CPU is what the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -227,19 +228,15 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     longest = kwargs["max_length_q"]
+    grouped: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:  # torch 2.11
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     q, k, v = _flat(query, key, value)
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        borders,
-        borders,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    limits = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=limits, **grouped)
     assert isinstance(out, Tensor)
     return out[None], None
 

@@ -80,3 +80,13 @@ def rows(backend: str) -> Rows:
     from mgrpo.ops import device
 
     return device
+
+
+def scale_in_place(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a number on x's device, which is not looked at on a GPU."""
+    if x.device.type == "cuda" and x.dtype in _TRITON_DTYPES and x.is_contiguous():
+        from mgrpo.ops import device
+
+        device.scale_(x, factor)
+    elif x.device.type != "cpu" or float(factor) != 1.0:  # looking is free on the CPU
+        x.mul_(factor.to(x.dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,9 +18,11 @@ from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops.encoding import code, term_code
 from mgrpo.ops.token_loss import Tokens
 
-BLOCK = 2048
-"""Logits a program holds at a time; with WARPS it keeps the statistics of a row in registers without a spill."""
-WARPS = 8
+BLOCK = 8192
+"""Logits a program holds at a time."""
+VEC = 8
+"""Neighbouring logits that a thread takes at a time: 16 bytes of bfloat16."""
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024
 GROUP_BLOCK = 32
 """Rewards a program reduces at a time; with 64 the loss spills on sm_100."""
 
@@ -79,6 +82,7 @@ def loss_rows(
     config = loss.config
     low, high = config.correction_bounds
     out = logits if grad is None else grad
+    launch = _launch(v, logits.stride(0), out.stride(0))
     with _on(logits):
         if t:
             loss_kernels.grpo_loss_kernel[(t,)](
@@ -126,23 +130,38 @@ def loss_rows(
                 ESTIMATOR=code("estimator", config.estimator),
                 HAS_OLD=tokens.old_logprobs is not None,
                 NEED_GRAD=grad is not None,
-                BLOCK=BLOCK,
+                BLOCK=launch.block,
+                VEC=VEC,
                 BLOCK_N=GROUP_BLOCK,
-                num_warps=WARPS,
-                maxnreg=loss_registers(groups is not None, code("estimator", config.estimator)),
+                num_warps=launch.warps,
+                maxnreg=launch.registers,
             )
     if groups:
         tokens = tokens.with_advantages(advantages)
     return logp, entropy, has_grad.bool(), tokens
 
 
-def loss_registers(groups: bool, estimator: int) -> int | None:
-    """Bound on the registers of a thread, by the kernel's constants; None leaves it to ptxas.
+class Launch(NamedTuple):
+    """How a kernel of whole rows is launched: BLOCK, warps, and the registers a thread may take."""
 
-    Left alone it squeezes some kernels that reduce batch and group into 48 registers, for a fifth block a
-    multiprocessor, and spills; given 64 it does not.
+    block: int
+    warps: int
+    registers: int
+
+
+def row_launch(aligned: bool) -> Launch:
+    """aligned: vocabulary and row strides are multiples of 16, so that a thread loads 16 bytes at a time.
+
+    A multiprocessor works on one row, with all its threads: the few rows in flight then stay in the L2 cache from the
+    sweep for their statistics to that for their gradient. With 8 warps, and four times the rows, the second sweep comes
+    from memory (docs/kernels.md). Rows that are not aligned take more registers than 32 warps have. Left to choose the
+    registers, ptxas squeezes some kernels for a second row on the multiprocessor, and spills.
     """
-    return 64 if groups and estimator == code("estimator", "batch") else None
+    return Launch(BLOCK, 32, 64) if aligned else Launch(max(BLOCK // 2, VEC), 16, 128)
+
+
+def _launch(*sizes: int) -> Launch:
+    return row_launch(all(size % 16 == 0 for size in sizes))
 
 
 def row_partials(
@@ -153,6 +172,7 @@ def row_partials(
     maximum = torch.empty(t, dtype=torch.float32, device=logits.device)
     out = (maximum, torch.empty_like(maximum), torch.empty_like(maximum), torch.empty_like(maximum))
     active_rows = target_ids if active is None else active.to(torch.uint8)
+    launch = _launch(v, logits.stride(0))
     with _on(logits):
         if t:
             row_kernels.partials_kernel[(t,)](
@@ -164,8 +184,10 @@ def row_partials(
                 v,
                 math.log2(math.e) / temperature,
                 HAS_ACTIVE=active is not None,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                BLOCK=launch.block,
+                VEC=VEC,
+                num_warps=launch.warps,
+                maxnreg=launch.registers,
             )
     return out
 
@@ -179,6 +201,7 @@ def row_gradients(
 ) -> None:
     """As native.row_gradients."""
     t, v = logits.shape
+    launch = _launch(v, logits.stride(0), grad.stride(0))
     with _on(logits):
         if t:
             row_kernels.gradient_kernel[(t,)](
@@ -191,9 +214,20 @@ def row_gradients(
                 v,
                 math.log2(math.e) / temperature,
                 1.0 / temperature,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                BLOCK=launch.block,
+                num_warps=launch.warps,
+                maxnreg=launch.registers,
             )
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor (one number on x's device) in place, without a sweep over x where the factor is 1: the host does not
+    know, and backward almost always has 1."""
+    n = x.numel()
+    with _on(x):
+        if n:
+            grid = (min(triton.cdiv(n, SCALE_BLOCK), SCALE_PROGRAMS),)
+            row_kernels.scale_kernel[grid](x, factor, n, BLOCK=SCALE_BLOCK, num_warps=8)
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:

@@ -6,7 +6,7 @@ gradient.
                                    dh = z W            (2)
                                    dW += z^T h         (3), accumulated in float32
 
-Dead rows (masked, voteless, or of advantage 0 with no other term) never reach (1); rows whose gradient turned
+Dead rows (masked, of weight 0, or of advantage 0 with no other term) never reach (1); rows whose gradient turned
 out to be 0, because the clip holds them or their logits are not finite, leave before (2) and (3) where the
 count is known without a device synchronisation (on the CPU). Where a row's coefficient depends on other rows,
 `logprob` runs (1) for every active row and `logprob_backward` all three for the rows that move.
@@ -25,10 +25,14 @@ from mgrpo.ops.backend import rows
 from mgrpo.ops.token_loss import Tokens, token_loss
 
 _COMPACT_BELOW = 7 / 8  # moving the rows of a chunk together pays when at least this part of it falls away
-CHUNK = 2048
-"""Rows of logits at one time on a GPU, and at most on a CPU."""
+CHUNK = 4096
+"""Rows of logits at one time on a GPU: every chunk reads and writes d weight in float32, which takes 7 % longer with
+half as many rows (docs/kernels.md)."""
 _CPU_CHUNK_BYTES = 32 << 20  # of logits at one time on a CPU,
-_CPU_CHUNK_FLOOR = 128  # but at least these rows: products of fewer are markedly slower
+_CPU_CHUNK_FLOOR, _CPU_CHUNK_CEILING = (
+    128,
+    2048,
+)  # but within these rows: products of fewer are markedly slower
 _COLUMNS = 8192  # of dW converted to float32 at a time where a half-precision product cannot accumulate in it
 
 
@@ -41,7 +45,7 @@ def chunk_rows(chunk: int | None, weight: Tensor) -> int:
     if weight.device.type != "cpu":
         return CHUNK
     fit = _CPU_CHUNK_BYTES // max(weight.shape[0] * weight.element_size(), 1)
-    return min(max(fit // 32 * 32, _CPU_CHUNK_FLOOR), CHUNK)
+    return min(max(fit // 32 * 32, _CPU_CHUNK_FLOOR), _CPU_CHUNK_CEILING)
 
 
 class Needs(NamedTuple):
@@ -234,12 +238,16 @@ class _Products:
                 self.weight.addmm_(z.t(), h)
             self.untouched = False
             return
-        if self.untouched:
-            self.weight.zero_()
-            self.untouched = False
         if z.device.type == "cuda":
-            torch.addmm(self.weight, z.t(), h, out_dtype=torch.float32, out=self.weight)
+            if self.untouched:
+                torch.mm(z.t(), h, out_dtype=torch.float32, out=self.weight)
+            else:
+                torch.addmm(self.weight, z.t(), h, out_dtype=torch.float32, out=self.weight)
+            self.untouched = False
         else:
+            if self.untouched:
+                self.weight.zero_()
+                self.untouched = False
             h = h.float()
             for v in range(0, z.shape[1], _COLUMNS):
                 self.weight[v : v + _COLUMNS].addmm_(z[:, v : v + _COLUMNS].float().t(), h)

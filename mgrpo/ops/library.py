@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mgrpo.ops import head
-from mgrpo.ops.backend import rows
+from mgrpo.ops.backend import rows, scale_in_place
 from mgrpo.ops.encoding import decode
 from mgrpo.ops.token_loss import METRICS, VECTORS, Groups, Tokens, token_loss
 
@@ -229,7 +229,9 @@ def scale_grad(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
             grads.append(g.detach())
         else:
             ctx.spent = True
-            grads.append(g.detach().mul_(upstream.to(g.dtype)))
+            scaled = g.detach()
+            scale_in_place(scaled, upstream)
+            grads.append(scaled)
     return (*grads, *ctx.tail)
 
 
@@ -252,6 +254,8 @@ class InPlace(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError("grpo_loss(inplace=True): backward a second time; the gradient is gone")
-        if upstream.device.type != "cpu" or torch.compiler.is_compiling() or float(upstream) != 1.0:
+        if torch.compiler.is_compiling():
             grad.mul_(upstream.to(grad.dtype))
+        else:
+            scale_in_place(grad, upstream)
         return grad, None, None, None

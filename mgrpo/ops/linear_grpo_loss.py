@@ -34,7 +34,7 @@ def linear_grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_loss` of logits = hidden weight^T, differentiable in hidden (T, H) and weight (V, H).
 
-    chunk: rows of logits that exist at one time; None: 2048 on a GPU, on the CPU as many as take 32 MiB (128 at
+    chunk: rows of logits that exist at one time; None: 4096 on a GPU, on the CPU as many as take 32 MiB (128 at
     least, 2048 at most). tp_group: the ranks that hold the vocabulary in equal
     shards, in rank order; `weight` is then this rank's shard and everything else is the same on every rank.
     Every other argument, the result and the errors are grpo_loss's.

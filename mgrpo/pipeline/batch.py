@@ -89,7 +89,7 @@ class BatchBuilder:
             dp=self._ranks,
             role=role,
             mode=self._agent.alignment.mode,
-            vote=self._agent.alignment.vote,
+            sequence_weight=self._agent.alignment.sequence_weight,
             token_advantages=self._algorithm.per_token,
             seed=config.seed,
             arena_bytes=ARENA_BYTES,
@@ -188,7 +188,7 @@ class BatchBuilder:
         alignment = self._agent.alignment
         aligned = align(
             counts, d_max=self._agent.d_max, seed=self._config.seed, step=step, query=group.query, role=self._role,
-            mode=alignment.mode, vote=alignment.vote,
+            mode=alignment.mode, sequence_weight=alignment.sequence_weight,
         )  # fmt: skip
         places = zip(aligned.rollout.tolist(), aligned.invocation.tolist(), strict=True)
         weights = dict(zip(places, aligned.weight.tolist(), strict=True))

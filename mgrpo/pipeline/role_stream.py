@@ -50,7 +50,7 @@ class RoleStream:
             timeout=config.store.timeout,
         )
         self.builder = BatchBuilder(config, role, self.trajectory_log, config.ranks(role))
-        self.recorder = StepRecorder(config.record, folder / "record", role, self._say)
+        self.recorder = StepRecorder(config.record, folder / "record", role, self._log)
 
     def claim(self, step: int, is_wanted: Callable[[], bool]) -> list[ClaimedGroup]:
         """The groups of this step; waits for them in slices. is_wanted: whether the trainer itself waits for them,
@@ -74,7 +74,7 @@ class RoleStream:
         """Raises MgrpoError when this role's address is not served any more."""
         self._server.check()
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         self.store.report("phase", {"text": line})
 
     def close(self) -> None:

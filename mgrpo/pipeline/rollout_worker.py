@@ -141,18 +141,21 @@ class RolloutWorker:
 
     def _validate_start(self) -> bool:
         """Validate the policies RL starts from; False ends the run. A run that skips this goes on, and is not valid."""
-        n = self._config.eval.gate
+        n = self._config.eval.start_validation
         self._team.sync({})
         self._evaluate("heldout", 0)
         self._evaluate("validation", 0)
         if not n:
             self._store.report(
-                "gate", {"valid": False, "figures": {}, "text": "skipped (eval.gate = 0): not valid"}
+                "start_validation",
+                {"valid": False, "figures": {}, "text": "skipped (eval.start_validation = 0): not valid"},
             )
             return True
         report = self._loop.run(self._task.validate_start(self._team.agents, n, self._config.seed))
         figures = {name: list(values) for name, values in report.figures.items()}
-        self._store.report("gate", {"valid": report.valid, "figures": figures, "text": str(report)})
+        self._store.report(
+            "start_validation", {"valid": report.valid, "figures": figures, "text": str(report)}
+        )
         if not report.valid:
             self._store.set_control("stopping", f"not a valid start, RL was not begun: {report}")
         return report.valid

@@ -44,7 +44,7 @@ class Team:
     def connect(
         self, log: Callable[[str], None], tokenizer: Callable[[str, Mapping[str, bytes]], None]
     ) -> None:
-        """Build each role's engine from the policy files of its trainer, which may still be warming up. log: takes a
+        """Build each role's engine from the policy files of its trainer, which may still be in SFT. log: takes a
         line for people; tokenizer: takes each role's policy files."""
         for role in self._config.roles:
             client = self._clients[role]
@@ -56,7 +56,7 @@ class Team:
             self.agents[role] = Agent(role, engine, words, agent.loss.temperature, agent.max_length)
 
     def _policy_files(self, client: Client) -> dict[str, bytes]:
-        """The policy's files without weights. Its trainer may be warming up, for any time, or be between two lives, for
+        """The policy's files without weights. Its trainer may be in SFT, for any time, or be between two lives, for
         idle_timeout seconds."""
         answered = time.monotonic()
         while True:

@@ -1,6 +1,6 @@
 """One agent's trainer, stage after stage:
 
-    start policy -> (warm start) -> serve weights -> [ claim -> read trajectory log -> credit -> advantage -> align
+    start policy -> (SFT) -> serve weights -> [ claim -> read trajectory log -> credit -> advantage -> align
       -> rows -> loss -> optimizer step -> apply -> publish weights -> status -> record -> (checkpoint -> commit) ]
       -> final policy
 
@@ -147,17 +147,17 @@ class TrainerLoop:
         self._serve_until_over()
 
     def _start_policy(self) -> Path:
-        """The policy RL starts from: the given model, or the task's own after its warm start (kept in start/)."""
+        """The policy RL starts from: the given model, or the task's own after its SFT (kept in start/)."""
         if self._agent.model is not None:
             return Path(self._agent.model)
         start = self._folder / "start"
         if not start.exists():
             self._task.build_policy(self._role, self._config.seed, str(self._folder / "fresh"))
-            self._warm_start(self._folder / "fresh", start)
+            self._sft(self._folder / "fresh", start)
         return start
 
-    def _warm_start(self, fresh: Path, start: Path) -> None:
-        config, seed = self._agent.warm_start, self._config.seed
+    def _sft(self, fresh: Path, start: Path) -> None:
+        config, seed = self._agent.sft, self._config.seed
 
         def demos(step: int) -> Demos:
             return [
@@ -167,11 +167,11 @@ class TrainerLoop:
             ]
 
         def progress(step: int, loss: float) -> None:
-            self._report("warm", {"role": self._role, "step": step, "steps": config.steps, "loss": loss})
+            self._report("sft", {"role": self._role, "step": step, "steps": config.steps, "loss": loss})
             self._check_stop()
 
-        lr = self._task.warm_start_lr(self._role) if config.lr is None else config.lr
-        self._trainer.warm_start(fresh, start, demos, config, lr, progress)
+        lr = self._task.sft_lr(self._role) if config.lr is None else config.lr
+        self._trainer.sft(fresh, start, demos, config, lr, progress)
 
     def _train(self) -> None:
         trainer = self._config.trainer

@@ -18,7 +18,7 @@ from pathlib import Path
 from mgrpo.config import RunConfig, check_same_run, dump_config, load_config
 from mgrpo.engines.base import PATIENCE_SECONDS
 from mgrpo.engines.registry import find_engine
-from mgrpo.errors import ConfigError, GateError, MgrpoError
+from mgrpo.errors import ConfigError, MgrpoError, StartValidationError
 from mgrpo.model.folder import check_chat_folder, check_folder
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
 from mgrpo.run.interrupts import Interrupts
@@ -158,7 +158,7 @@ class _Launch:
         self._accepted = accepted
 
     def run(self) -> None:
-        """Raises GateError, MgrpoError or KeyboardInterrupt when the run does not finish."""
+        """Raises StartValidationError, MgrpoError or KeyboardInterrupt when the run does not finish."""
         folder, outcome = self._folder, Outcome.INTERRUPTED
         with (
             Interrupts() as interrupts,
@@ -183,7 +183,7 @@ class _Launch:
                 monitor.close(outcome)
                 shutil.rmtree(folder.weights, ignore_errors=True)
         if outcome is Outcome.INVALID:
-            raise GateError(monitor.reason)
+            raise StartValidationError(monitor.reason)
         if outcome is Outcome.FAILED:
             raise MgrpoError(monitor.reason)
         if outcome is Outcome.INTERRUPTED:

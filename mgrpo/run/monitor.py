@@ -37,7 +37,7 @@ class Outcome(enum.Enum):
 
     RUNNING = "running"
     FINISHED = "finished"
-    INVALID = "invalid"  # the gate did not pass
+    INVALID = "invalid"  # the start validation did not pass
     FAILED = "failed"
     INTERRUPTED = "interrupted"
 
@@ -118,7 +118,7 @@ class Monitor:
         self.reason = control.reason
         if control.state == "finished":
             return Outcome.FINISHED
-        return Outcome.INVALID if self._summary.gate_failed else Outcome.FAILED
+        return Outcome.INVALID if self._summary.start_failed else Outcome.FAILED
 
     def _complain(self, error: Exception, since: float) -> None:
         """The store is silent: say so now and then, not of every restart."""
@@ -144,9 +144,9 @@ class Monitor:
             self._warn(f"{self._folder.root / 'summary.json'}: not written: {error.strerror}")
         heldout = summary["heldout"]
         if heldout["final"] is not None:
-            final, warm = heldout["final"], heldout["warm"] or {}
+            final, start = heldout["final"], heldout["start"] or {}
             for mode in ("sampled", "greedy"):
-                was = f", was {warm[mode]:.3f} before RL" if mode in warm else ""
+                was = f", was {start[mode]:.3f} before RL" if mode in start else ""
                 self._display.line(f"held-out accuracy, {mode}: {final[mode]:.3f}{was}", "bold")
         try:
             picture = draw_curves(self._folder.root, f"{self._folder.root}  (seed {self._config.seed})")
@@ -168,20 +168,20 @@ class Monitor:
             role = payload["role"]
             left = self._display.advance(f"RL {role}", step, trainer.steps)
             self._display.line(step_line(role, step, trainer.steps, payload["metrics"], left))
-        elif kind == "warm":
+        elif kind == "sft":
             role = payload["role"]
-            left = self._display.advance(f"warm start {role}", step, payload["steps"])
+            left = self._display.advance(f"SFT {role}", step, payload["steps"])
             if step % 100 == 0 or step == payload["steps"]:
                 self._display.line(
-                    f"warm start {role:<6} {step:>4}/{payload['steps']}  loss {payload['loss']:.3f}"
+                    f"SFT {role:<6} {step:>4}/{payload['steps']}  loss {payload['loss']:.3f}"
                     + (f"  ({left})" if left else "")
                 )
         elif kind == "eval":
             text = f"{payload['split']} accuracy at step {step}: "
             text += ", ".join(f"{m} {payload[m]:.3f}" for m in ("sampled", "greedy") if m in payload)
             self._display.line(f"{text}  ({payload['n']} questions)", "bold")
-        elif kind == "gate":
-            self._display.line(f"gate: {payload['text']}", "green" if payload["valid"] else "red")
+        elif kind == "start_validation":
+            self._display.line(f"start validation: {payload['text']}", "green" if payload["valid"] else "red")
         elif kind != "rollouts":
             style = "yellow" if kind == MALFORMED else "dim"
             self._display.line(str(payload.get("text", f"{source}: {kind}")), style)
@@ -209,7 +209,7 @@ class Progress:
             kind == "rollouts"
         ):  # of groups that are played once; a batch in which everything failed is no progress
             return float(payload["metrics"].get("rollout/perf/tok_per_s", 0.0)) > 0
-        if kind not in ("warm", "step", "eval", "gate"):
+        if kind not in ("sft", "step", "eval", "start_validation"):
             return False
         key = (part_of(source), kind, str(payload.get("role", "")), str(payload.get("split", "")))
         step = int(payload.get("step", 0))
@@ -224,24 +224,24 @@ class _Summary:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._heldout: dict[str, dict[str, float] | None] = {"warm": None, "final": None}
+        self._heldout: dict[str, dict[str, float] | None] = {"start": None, "final": None}
         self._validation: dict[int, dict[str, float]] = {}
-        self._gate: dict[str, Any] | None = None
+        self._validated: dict[str, Any] | None = None
         self._d_k: dict[str, Any] = {}
         self._steps = dict.fromkeys(config.training_roles, 0)
         self._trained = False
         self._mismatch = 0
 
     @property
-    def gate_failed(self) -> bool:
-        return self._gate is not None and not self._gate["valid"]
+    def start_failed(self) -> bool:
+        return self._validated is not None and not self._validated["valid"]
 
     def restore(self, root: Path) -> None:
         """Begin with what the run's folder holds: summary.json of the last part that ended by itself, and what was
         written to metrics.jsonl since."""
         before = read_summary(root)
-        gate, d_k = before.get("gate"), before.get("d_k")
-        self._gate = gate if isinstance(gate, dict) and "valid" in gate else None
+        validated, d_k = before.get("start_validation"), before.get("d_k")
+        self._validated = validated if isinstance(validated, dict) and "valid" in validated else None
         self._d_k = d_k if isinstance(d_k, dict) else {}
         self._trained = before.get("trained") is True
         for record in read_metrics(root):
@@ -253,8 +253,8 @@ class _Summary:
         first, _, rest = name.partition("/")
         if value is None:
             return
-        if name == "gate/valid":
-            self._gate = self._gate or {"valid": bool(value)}
+        if name == "start_validation/valid":
+            self._validated = self._validated or {"valid": bool(value)}
         elif name == "rollout/retokenization_mismatch":
             self._mismatch = max(self._mismatch, int(value))
         elif first == "eval":
@@ -267,15 +267,15 @@ class _Summary:
     def _accuracy(self, split: str, step: int) -> dict[str, float]:
         """Where the accuracies of one evaluation are kept, by mode."""
         if split == "heldout":
-            when = "warm" if step == 0 else "final"
+            when = "start" if step == 0 else "final"
             known = self._heldout[when] = self._heldout[when] or {}
             return known
         return self._validation.setdefault(step, {})
 
     def take(self, kind: str, payload: Mapping[str, Any]) -> None:
-        self._trained = self._trained or kind in ("warm", "step")
-        if kind == "gate":
-            self._gate = dict(payload)
+        self._trained = self._trained or kind in ("sft", "step")
+        if kind == "start_validation":
+            self._validated = dict(payload)
         elif kind == "step":
             self._steps[payload["role"]] = payload["step"]
         elif kind == "rollouts":
@@ -292,8 +292,8 @@ class _Summary:
         return {
             "heldout": self._heldout,
             "validation": {str(step): self._validation[step] for step in sorted(self._validation)},
-            "valid": self._gate is not None and bool(self._gate["valid"]),
-            "gate": self._gate,
+            "valid": self._validated is not None and bool(self._validated["valid"]),
+            "start_validation": self._validated,
             "finished": finished,
             "trained": self._trained,
             "d_k": self._d_k,

@@ -27,7 +27,7 @@ class _Step(msgspec.Struct):
     metrics: dict[str, float]
 
 
-class _Warm(msgspec.Struct):
+class _Sft(msgspec.Struct):
     role: str
     step: int
     steps: int
@@ -48,12 +48,18 @@ class _Eval(msgspec.Struct):
     d_k: dict[str, dict[str, int]]
 
 
-class _Gate(msgspec.Struct):
+class _StartValidation(msgspec.Struct):
     valid: bool
     text: str
 
 
-_FORMS = {"step": _Step, "warm": _Warm, "rollouts": _Rollouts, "eval": _Eval, "gate": _Gate}
+_FORMS = {
+    "step": _Step,
+    "sft": _Sft,
+    "rollouts": _Rollouts,
+    "eval": _Eval,
+    "start_validation": _StartValidation,
+}
 
 
 def every_report(client: StoreClient, after: int) -> Iterator[Reported]:
@@ -78,10 +84,10 @@ def values_of(kind: str, payload: Mapping[str, Any]) -> tuple[int, dict[str, flo
     step = int(payload.get("step", 0))
     if kind in ("step", "rollouts"):
         return step, dict(payload["metrics"])
-    if kind == "warm":  # the warm start ends where RL begins, at step 0
-        return step - payload["steps"], {f"{payload['role']}/warm_start/loss": payload["loss"]}
+    if kind == "sft":  # it ends where RL begins, at step 0
+        return step - payload["steps"], {f"{payload['role']}/sft/loss": payload["loss"]}
     if kind == "eval":
         return step, {f"eval/{payload['split']}/{m}": payload[m] for m in ("sampled", "greedy")}
-    if kind == "gate":
-        return step, {"gate/valid": float(payload["valid"])}
+    if kind == "start_validation":
+        return step, {"start_validation/valid": float(payload["valid"])}
     return step, {}

@@ -74,13 +74,13 @@ class Supervisor:
     def __init__(
         self,
         logs: Path,
-        say: Callable[[str], object] = lambda line: None,
+        on_event: Callable[[str], object] = lambda line: None,
         interrupts: Interrupts | None = None,
         inherit: Sequence[int] = (),
     ) -> None:
-        """say: where lines for the user go. interrupts: one more than there are when `stop` is first called ends all
+        """on_event takes lines for the user. interrupts: one more than there are when `stop` is first called ends all
         patience. inherit: descriptors that the children keep open."""
-        self._logs, self._say, self._inherit = logs, say, tuple(inherit)
+        self._logs, self._on_event, self._inherit = logs, on_event, tuple(inherit)
         self._interrupts = interrupts or Interrupts()
         self._patient_until: int | None = None  # count of interrupts
         self._children: dict[str, _Child] = {}
@@ -201,19 +201,19 @@ class Supervisor:
                 explained = True
                 for name, child in left.items():
                     saves = f" to {child.saves}" if child.saves else " to stop"
-                    self._say(
+                    self._on_event(
                         f"waiting for {name}{saves} (up to {child.stop_seconds:g} s; Ctrl-C again ends it now)"
                     )
             time.sleep(0.02)
 
     def _kill(self, name: str, child: _Child, what: str) -> None:
-        self._say(f"{name} {what} (log: {child.log})")
+        self._on_event(f"{name} {what} (log: {child.log})")
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
         try:
             child.process.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
-            self._say(
+            self._on_event(
                 f"{name} (pid {child.process.pid}) cannot be killed: it waits for the system, a disk perhaps"
             )
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mgrpo.config import RunConfig
-from mgrpo.config.run import WarmStartConfig
+from mgrpo.config.run import SftConfig
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.types import Int32, UInt8
 
@@ -56,12 +56,12 @@ class PolicyTrainer(ABC):
     ) -> None: ...
 
     @abstractmethod
-    def warm_start(
+    def sft(
         self,
         fresh: Path,
         start: Path,
         demos: Callable[[int], Demos],
-        config: WarmStartConfig,
+        config: SftConfig,
         lr: float,
         progress: Callable[[int, float], None],
     ) -> None:

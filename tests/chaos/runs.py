@@ -16,11 +16,11 @@ from tests.runs import ROOT, command, final_weights, leftovers, processes_of, st
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
 ROLES = ("main", "sub")
 QUESTIONS = 4
-# The real task with less of everything, warmed up so far that rewards differ and there is something to learn.
+# The real task with less of everything, with SFT that is so long that rewards differ and there is something to learn.
 SMALL = (
-    *(f"agents.{role}.warm_start.{what}" for role in ROLES for what in ("steps=300", "batch_size=32")),
+    *(f"agents.{role}.sft.{what}" for role in ROLES for what in ("steps=300", "batch_size=32")),
     f"trainer.questions={QUESTIONS}", "trainer.group_size=4", "trainer.checkpoint_every=2",
-    "eval.every=1000", "eval.validation=4", "eval.heldout=4", "eval.gate=0",
+    "eval.every=1000", "eval.validation=4", "eval.heldout=4", "eval.start_validation=0",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from mgrpo.errors import DeadlineError, GateError, MgrpoError
+from mgrpo.errors import DeadlineError, MgrpoError, StartValidationError
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.interrupts import Interrupts
 from mgrpo.run.monitor import Monitor, Outcome
@@ -40,6 +40,6 @@ def follow(root: Path) -> None:
     if outcome is Outcome.INTERRUPTED:
         raise KeyboardInterrupt
     if outcome is Outcome.INVALID:
-        raise GateError(monitor.reason)
+        raise StartValidationError(monitor.reason)
     if outcome is Outcome.FAILED:
         raise MgrpoError(monitor.reason)

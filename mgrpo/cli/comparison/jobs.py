@@ -1,5 +1,5 @@
 """The runs of a comparison: as many at once as the machine takes, each a `mgrpo train` of its own, each resumed where
-it stopped. The variants of a seed wait for its co-training run to finish the warm starts, and begin with those."""
+it stopped. The variants of a seed wait for its co-training run to finish SFT, and begin with those."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ LAUNCHER_SECONDS = 60.0  # for a launcher to end, beside what its trainers may t
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the comparison. warm: folder of the run whose warm starts it begins with; None: it makes its own."""
+    """One run of the comparison. start: folder of the run whose start policies it begins with; None:
+    it makes its own."""
 
     seed: int
     variant: Variant
     folder: Path
-    warm: Path | None
+    start: Path | None
 
     @property
     def name(self) -> str:
@@ -47,8 +48,8 @@ def plan(out: Path, seeds: Sequence[int], chosen: Sequence[Variant]) -> list[Job
         )
         for variant in chosen for seed in seeds
     ]  # fmt: skip
-    # Runs with a warm start of their own take longest, and others wait for co-training's.
-    return sorted(every, key=lambda job: (job.variant.name != COTRAIN, job.warm is not None))
+    # Runs with SFT of their own take longest, and others wait for co-training's.
+    return sorted(every, key=lambda job: (job.variant.name != COTRAIN, job.start is not None))
 
 
 def run_folder(out: Path, seed: int, variant: str) -> Path:
@@ -61,26 +62,26 @@ def is_finished(folder: Path) -> bool:
 
 def run_all(
     config_path: Path, config: RunConfig, jobs: Sequence[Job], overrides: Sequence[str], at_once: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, str]:  # fmt: skip
-    """Run what is not finished; returns the reason of each job that failed, by its name. A start that fails the gate
+    """Run what is not finished; returns the reason of each job that failed, by its name. A start that is not valid
     is such a reason, and so is waiting for one. Leaves no process behind."""
     waiting = [job for job in jobs if not is_finished(job.folder)]
     running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
     failed: dict[str, str] = {}
     if len(waiting) < len(jobs):
-        say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
+        log(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
     try:
         while waiting or running:
             for job in list(waiting):
-                blocked = job.warm is not None and not _has_warm_starts(config, job.warm)
+                blocked = job.start is not None and not _has_start_policies(config, job.start)
                 if blocked and _failed(job, failed):
                     failed[job.name] = "its seed's co-training run failed"
                     waiting.remove(job)
                 elif not blocked and len(running) < at_once:
                     waiting.remove(job)
                     running[job.name] = (job, _start(config_path, config, job, overrides), time.monotonic())
-                    say(f"{job.name}: started in {job.folder}")
+                    log(f"{job.name}: started in {job.folder}")
             for name, (job, process, began) in list(running.items()):
                 code = process.poll()
                 if code is None:
@@ -88,10 +89,10 @@ def run_all(
                 del running[name]
                 took = f"{time.monotonic() - began:.0f} s"
                 if is_finished(job.folder):
-                    say(f"{name}: finished, {took}; {len(waiting) + len(running)} runs to go")
+                    log(f"{name}: finished, {took}; {len(waiting) + len(running)} runs to go")
                 else:
                     failed[name] = _summary(job.folder).get("reason") or last_words(_log(job))
-                    say(f"{name}: failed after {took}: {failed[name]}")
+                    log(f"{name}: failed after {took}: {failed[name]}")
             time.sleep(0.2)
     finally:
         _stop([process for _, process, _ in running.values()], config.trainer.stop_timeout + LAUNCHER_SECONDS)
@@ -102,7 +103,7 @@ def _failed(job: Job, failed: dict[str, str]) -> bool:
     return f"seed {job.seed}, {COTRAIN}" in failed
 
 
-def _has_warm_starts(config: RunConfig, run: Path) -> bool:
+def _has_start_policies(config: RunConfig, run: Path) -> bool:
     """Checkpoints and policies are renamed into place, so what exists is whole."""
     folder = RunFolder(run)
     return all((folder.agent(r) / "start" / "config.json").exists() for r in config.policy_roles) and (
@@ -113,12 +114,12 @@ def _has_warm_starts(config: RunConfig, run: Path) -> bool:
 def settings(config: RunConfig, job: Job, overrides: Sequence[str]) -> list[str]:
     """The overrides that make a job's config of the comparison's."""
     sets = [*overrides, f"seed={job.seed}", *job.variant.overrides]
-    if job.warm is None:
+    if job.start is None:
         return sets
     for role in config.policy_roles:
-        start = (RunFolder(job.warm).agent(role) / "start").resolve()
-        sets += [f"agents.{role}.model={json.dumps(str(start))}", f"agents.{role}.warm_start.steps=0"]
-    return [*sets, "eval.gate=0", "eval.heldout=1"]  # the seed's co-training run has passed the gate
+        start = (RunFolder(job.start).agent(role) / "start").resolve()
+        sets += [f"agents.{role}.model={json.dumps(str(start))}", f"agents.{role}.sft.steps=0"]
+    return [*sets, "eval.start_validation=0", "eval.heldout=1"]  # the seed's co-training run was validated
 
 
 def check(config_path: Path, config: RunConfig, jobs: Sequence[Job], overrides: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ def score_file(out: Path, seed: int, score: Score) -> Path:
     return out / "scores" / f"seed-{seed}" / f"{score.name.replace(' ', '-')}.json"
 
 
-def score(out: Path, seed: int, wanted: Score, n: int, say: Callable[[str], None]) -> dict[str, Any] | None:
+def score(out: Path, seed: int, wanted: Score, n: int, log: Callable[[str], None]) -> dict[str, Any] | None:
     """The score as recorded, or computed now; None when a policy it needs does not exist."""
     path = score_file(out, seed, wanted)
     known = _read(path)
@@ -51,7 +51,7 @@ def score(out: Path, seed: int, wanted: Score, n: int, say: Callable[[str], None
     remove_partials(path.parent)
     write_atomic(path, json.dumps(result))
     means = ", ".join(f"{mode} {sum(result[mode]) / n:.3f}" for mode in ("sampled", "greedy"))
-    say(f"seed {seed}, {wanted.name}: held-out {means}")
+    log(f"seed {seed}, {wanted.name}: held-out {means}")
     return result
 
 

@@ -1,6 +1,6 @@
 """What is compared: each variant is one config with a few overrides, each score one pair of policies on one task.
 
-All variants of a seed but the shared policy start from the same warm-started policies, those of its co-training run.
+All variants of a seed but the shared policy start from the same policies, those of its co-training run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from mgrpo.cli.comparison.shuffled import ShuffledRewards
 from mgrpo.config import RunConfig
-from mgrpo.environments.comparison import COTRAIN, WARM
+from mgrpo.environments.comparison import BEFORE_RL, COTRAIN
 from mgrpo.errors import ConfigError
 from mgrpo.types import MAIN
 
@@ -58,11 +58,11 @@ def _shuffled(config: RunConfig) -> str:
 
 
 def _shared(config: RunConfig) -> tuple[str, ...]:
-    """Every sub-agent acts with the main agent's policy, whose warm start takes as long as the longest of theirs."""
-    steps = max(config.agents[r].warm_start.steps for r in config.roles)
+    """Every sub-agent acts with the main agent's policy, whose SFT takes as long as the longest of theirs."""
+    steps = max(config.agents[r].sft.steps for r in config.roles)
     return (
-        f"agents.{MAIN}.warm_start.steps={steps}",
-        *(f"agents.{r}.warm_start={{}}" for r in config.sub_roles),
+        f"agents.{MAIN}.sft.steps={steps}",
+        *(f"agents.{r}.sft={{}}" for r in config.sub_roles),
         *(f'agents.{r}.shares="{MAIN}"' for r in config.sub_roles),
     )
 
@@ -86,7 +86,7 @@ def scores(
 ) -> list[Score]:
     """Every held-out score of one seed: the start, each trained variant, and co-training's policies put to the test.
     controls: of the task, see Task.controls."""
-    out = [Score(WARM, dict.fromkeys(config.roles, (COTRAIN, "start")))]
+    out = [Score(BEFORE_RL, dict.fromkeys(config.roles, (COTRAIN, "start")))]
     out += [Score(v.name, dict.fromkeys(config.roles, (v.name, "final"))) for v in trained]
     final = dict.fromkeys(config.roles, (COTRAIN, "final"))
     for role in config.roles:

@@ -195,11 +195,11 @@ class AtlasChatTask(Task):
         found = self._forms.get(key)
         if found is None or found.tokenizer is not agent.tokenizer:
             found = ChatFormat(agent.tokenizer, **self.options.template)
-            self._check_room(agent, found)
+            self._check_length(agent, found)
             self._forms[key] = found
         return found
 
-    def _check_room(self, agent: Agent, form: ChatFormat) -> None:
+    def _check_length(self, agent: Agent, form: ChatFormat) -> None:
         prompt = len(form.begin(main_messages("") if agent.role == MAIN else sub_messages("", "")))
         if (least := prompt + NAMES + self.options.turn_tokens) > agent.max_length:
             raise ConfigError(
@@ -212,7 +212,7 @@ class AtlasChatTask(Task):
         questions = self.questions("validation", n, seed)
 
         async def one(i: int, question: Question) -> Rollout:
-            return await self.play(question, Episode(f"gate/{i}", 0, agents, mix(seed, i)))
+            return await self.play(question, Episode(f"start/{i}", 0, agents, mix(seed, i)))
 
         rollouts = await asyncio.gather(*(one(i, q) for i, q in enumerate(questions)))
         figures = {
@@ -224,7 +224,7 @@ class AtlasChatTask(Task):
 
 
 class _Talk:
-    """One agent's side of its chat: turns within the conversation's room."""
+    """One agent's side of its chat: turns within the conversation's remaining length."""
 
     def __init__(self, task: AtlasChatTask, conversation: Conversation, messages: Sequence[Message]) -> None:
         self.turns = _Turns()
@@ -239,7 +239,7 @@ class _Talk:
 
     async def turn(self) -> ToolCall | None:
         """What the agent does next; None when it cannot be understood or its trajectory has no room."""
-        if len(self._next) + self._limit > self._conversation.room:
+        if len(self._next) + self._limit > self._conversation.remaining:
             return None
         self._conversation.append_ids(self._next)
         move = parse(self._role, await self._chat.reply(self._limit))

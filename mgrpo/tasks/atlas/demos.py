@@ -1,4 +1,4 @@
-"""Demonstrations for the warm start: the skills are exact, the strategies are random.
+"""Demonstrations for SFT: the skills are exact, the strategies are random.
 
 Every sequence relabels all entity tokens by its own random permutation, so no fact can be memorised: a value can only
 be copied from the context, and a held-out name is a token like any other. Only training countries occur in tasks.
@@ -77,7 +77,7 @@ class Demonstrations:
         self._corpus = self._document_table(library)
 
     def batch(self, role: str, step: int, size: int, seed: int) -> list[Demo]:
-        """`size` demonstrations of `role` for warm-start step `step`, shortest first: a pure function of the
+        """`size` demonstrations of `role` for SFT step `step`, shortest first: a pure function of the
         arguments. A trainer that cuts the batch in this order pads little."""
         draw: dict[str, Callable[[np.random.Generator, int], _Sheet]] = {"main": self._main, "sub": self._sub}
         if role not in draw:
@@ -101,13 +101,13 @@ class Demonstrations:
         field, value = self._read(rng, relation, np.where(twice, second, first))
 
         sheet = _Sheet(n)
-        sheet.say(self._word(TASK), relation, self._word(OF), entity, self._word(GO))
+        sheet.observe(self._word(TASK), relation, self._word(OF), entity, self._word(GO))
         sheet.act(self._word(SEARCH), entity, self._word(STOP))
-        sheet.say(self._word(RESULT), *found.T)
+        sheet.observe(self._word(RESULT), *found.T)
         sheet.act(self._word(OPEN), first, self._word(STOP))
-        sheet.say(self._word(DOCUMENT), *self._corpus.words[first].T)
+        sheet.observe(self._word(DOCUMENT), *self._corpus.words[first].T)
         sheet.act(self._word(OPEN), second, self._word(STOP), where=twice)
-        sheet.say(self._word(DOCUMENT), *self._corpus.words[second].T, where=twice)
+        sheet.observe(self._word(DOCUMENT), *self._corpus.words[second].T, where=twice)
         sheet.act(self._word(ANSWER), field, value, self._word(STOP))
         return sheet
 
@@ -144,7 +144,7 @@ class Demonstrations:
         plan, calls, at_random = self._plans(rng, bank.plans[pick], hops)
 
         sheet = _Sheet(n)
-        sheet.say(self._word(QUESTION), *bank.words[pick].T, self._word(GO))
+        sheet.observe(self._word(QUESTION), *bank.words[pick].T, self._word(GO))
         # Entities the agent can name: the start, then the results.
         seen = np.full((n, MAX_CALLS + 1), _ABSENT, np.int32)
         seen[:, 0] = bank.entities[pick]
@@ -156,7 +156,7 @@ class Demonstrations:
             entity = np.where(at_random, _pick(rng, seen, known), last)
             result_i = self._simulate(rng, plan[:, i], entity)
             sheet.act(self._word(CALL), plan[:, i], entity, self._word(STOP), where=calling)
-            sheet.say(self._word(RESULT), result_i, where=calling)
+            sheet.observe(self._word(RESULT), result_i, where=calling)
             result = np.where(calling, result_i, result)
             named = calling & (result_i != self._none)
             last = np.where(named, result_i, last)
@@ -302,7 +302,7 @@ class _Sheet:
         self._sampled: list[bool] = []
         self._matrix: Ids | None = None
 
-    def say(self, *words: Ids | int, where: Flags | None = None) -> None:
+    def observe(self, *words: Ids | int, where: Flags | None = None) -> None:
         """Context: not trained on."""
         self._write(words, False, where)
 

@@ -138,7 +138,7 @@ async def play(question: Question, episode: Episode, library: Library) -> tuple[
 async def _turn(conversation: Conversation, observation: str, turn_tokens: int) -> str | None:
     """Show the agent something and let it speak; None when its trajectory has no room for both."""
     ids = conversation.agent.tokenizer.encode(observation, add_special_tokens=False)
-    if len(ids) + turn_tokens > conversation.room:
+    if len(ids) + turn_tokens > conversation.remaining:
         return None
     conversation.append_ids(ids)
     return await conversation.sample(turn_tokens, STOP)

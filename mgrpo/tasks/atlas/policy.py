@@ -1,8 +1,8 @@
 """A fresh policy for the task: a token-shift decoder and a tokenizer with one token per word.
 
-The learning rate of the warm start falls with the width. One update of Adam changes each weight by about the
+The learning rate of SFT falls with the width. One update of Adam changes each weight by about the
 learning rate, and so a product with `width` inputs by width times as much. With 4e-3 at width 96 the attention
-logits of the warm start run away: every head puts all its weight on one place, a softmax has no gradient there,
+logits in SFT run away: every head puts all its weight on one place, a softmax has no gradient there,
 and RL can no longer find a rule such as "open what was asked for", only answers by name.
 """
 
@@ -22,7 +22,7 @@ MODEL = {
 BASE_WIDTH, BASE_LR = 64, 4e-3
 
 
-def warm_start_lr(width: int) -> float:
+def sft_lr(width: int) -> float:
     """4e-3 at width 64, in proportion to 1 / width."""
     return BASE_LR * BASE_WIDTH / width
 

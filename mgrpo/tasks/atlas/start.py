@@ -1,4 +1,4 @@
-"""Are the warm-started policies a valid start? The skills must be there, the strategy must not.
+"""Are the policies after SFT a valid start? The skills must be there, the strategy must not.
 
 main_copy      the main agent alone, greedy: its turns are well formed and every name in them is copied from
                what it saw
@@ -74,7 +74,7 @@ class _Validation:
             return self.library.value(call)
 
         async def one(i: int, question: Question) -> MainTrace:
-            main = self._conversation("main", f"gate/main/{temperature}/{i}", i, temperature)
+            main = self._conversation("main", f"start/main/{temperature}/{i}", i, temperature)
             trace = await play_main(main, question, oracle, self.library.turn_tokens)
             main.close()
             return trace
@@ -83,7 +83,7 @@ class _Validation:
 
     async def _subs(self, calls: Sequence[Call]) -> list[Finding]:
         async def one(i: int, call: Call) -> Finding:
-            return await play_sub(self._conversation("sub", f"gate/sub/{i}", i, 0.0), call, self.library)
+            return await play_sub(self._conversation("sub", f"start/sub/{i}", i, 0.0), call, self.library)
 
         return await asyncio.gather(*(one(i, c) for i, c in enumerate(calls)))
 
@@ -91,7 +91,7 @@ class _Validation:
         agents = {role: replace(a, temperature=temperature) for role, a in self.agents.items()}
 
         async def one(i: int, question: Question) -> bool:
-            episode = Episode(f"gate/team/{temperature}/{i}", 0, agents, mix(self.seed, i))
+            episode = Episode(f"start/team/{temperature}/{i}", 0, agents, mix(self.seed, i))
             trace, _ = await play(question, episode, self.library)
             return trace.answer == question.answer
 

@@ -19,7 +19,7 @@ from mgrpo.tasks.atlas.demos import Demonstrations
 from mgrpo.tasks.atlas.documents import build_documents
 from mgrpo.tasks.atlas.facts import FactsMode, World
 from mgrpo.tasks.atlas.play import SCORES, Library, play
-from mgrpo.tasks.atlas.policy import build_policy, warm_start_lr
+from mgrpo.tasks.atlas.policy import build_policy, sft_lr
 from mgrpo.tasks.atlas.protocol import TURN_WORDS
 from mgrpo.tasks.atlas.questions import QuestionBank
 from mgrpo.tasks.atlas.search import Index, SearchMode
@@ -100,9 +100,9 @@ class AtlasTask(Task):
             self._demos = Demonstrations(self.library, self.bank.chains("train"))
         return self._demos.batch(role, step, size, seed)
 
-    def warm_start_lr(self, role: str) -> float:
+    def sft_lr(self, role: str) -> float:
         """4e-3 at width 64, and less the wider: see policy.py."""
-        return warm_start_lr(self.options.width)
+        return sft_lr(self.options.width)
 
     async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
         return await validate_start(self.library, self.bank, agents, n, seed)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 
 class Shape(Protocol):
-    """What OptimizerConfig and WarmStartConfig say of how it rises and falls."""
+    """What OptimizerConfig and SftConfig say of how it rises and falls."""
 
     @property
     def warmup_steps(self) -> int: ...

@@ -1,4 +1,4 @@
-"""The warm start: a few hundred supervised steps on the task's demonstrations, before RL.
+"""SFT, the cold start of RL: a few hundred supervised steps on the task's demonstrations, before RL.
 
 Loss: mean cross-entropy of the action tokens of a batch (loss_mask 1). AdamW; its rate is that of schedule.py. RL
 selects among strategies that have some probability; this is where they come from.
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mgrpo.config.run import WarmStartConfig
+from mgrpo.config.run import SftConfig
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.base import Demos
 from mgrpo.trainers.torch.schedule import share_of_lr
 
 
-def warm_start(
+def sft(
     policy: Policy,
     demos: Callable[[int], Demos],
-    config: WarmStartConfig,
+    config: SftConfig,
     lr: float,
     progress: Callable[[int, float], None],
 ) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from mgrpo.config import RunConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
-from mgrpo.config.run import WarmStartConfig
+from mgrpo.config.run import SftConfig
 from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import (
     Policy,
@@ -39,7 +39,7 @@ from mgrpo.trainers.torch.checkpoint import (
 )
 from mgrpo.trainers.torch.learner import Learner, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
-from mgrpo.trainers.torch.sft import warm_start
+from mgrpo.trainers.torch.sft import sft
 
 
 class TorchTrainer(PolicyTrainer):
@@ -72,19 +72,19 @@ class TorchTrainer(PolicyTrainer):
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
 
-    def warm_start(
+    def sft(
         self,
         fresh: Path,
         start: Path,
         demos: Callable[[int], Demos],
-        config: WarmStartConfig,
+        config: SftConfig,
         lr: float,
         progress: Callable[[int, float], None],
     ) -> None:
         everything = self._agent.policy.model_copy(update={"lora": LoraConfig(), "last_layers": 0})
         policy = load_policy(fresh, everything)
         if config.steps:
-            warm_start(policy, demos, config, lr, progress)
+            sft(policy, demos, config, lr, progress)
         save_policy(policy, start)
 
     def load(self, start: Path) -> Checkpoint | None:

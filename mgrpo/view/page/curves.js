@@ -66,8 +66,8 @@ function curvesView(run) {
   const found = charts(run);
   const summary = run.summary, held = summary && summary.heldout;
   const words = [];
-  if (held && held.final) words.push(`held-out accuracy: sampled ${num(held.final.sampled)}, greedy ${num(held.final.greedy)}` + (held.warm ? ` (before RL ${num(held.warm.sampled)}, ${num(held.warm.greedy)})` : ""));
-  if (summary && !summary.valid) words.push("the run's start did not pass the gate, or it was skipped");
+  if (held && held.final) words.push(`held-out accuracy: sampled ${num(held.final.sampled)}, greedy ${num(held.final.greedy)}` + (held.start ? ` (before RL ${num(held.start.sampled)}, ${num(held.start.greedy)})` : ""));
+  if (summary && !summary.valid) words.push("the run's start did not pass its validation, or that was skipped");
   words.push(...run.notes.map((note) => `not all was recorded: ${clean(note)}`));
   return el("section", {}, words.map((w) => el("p", {}, w)), found.length ? el("div", { class: "charts" }, found) : el("p", { class: "quiet" }, "No step has been reported yet."));
 }
