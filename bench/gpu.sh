@@ -35,7 +35,7 @@ within 120 build cmake --build "$out/build" -j >"$out/build.log" 2>&1 || { cat "
 cp "$out"/build/_C*.so mgrpo/
 
 echo "== gpu tests"
-within 180 tests "$PYTHON" -m pytest -q -m gpu -n 8 -o filterwarnings=default tests/test_triton.py tests/test_gpu.py
+within 180 tests "$PYTHON" -m pytest -q -m gpu -n auto -o filterwarnings=default tests/test_triton.py tests/test_gpu.py
 
 echo "== benches"
 for op in group_advantage grpo_loss linear_grpo_loss; do

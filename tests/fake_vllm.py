@@ -2,7 +2,9 @@
 
 Token i of an answer is a function of (bytes of the weights, prompt, seed, i), so an answer by the wrong weights is a
 wrong answer. It keeps vLLM's rules and breaks loudly where a client breaks them: weights change only while it is
-paused, a label only then, and a prefix cache that survives an update is an error of whoever forgot it.
+paused, a label only then, and keys of older weights that a request could find are an error of whoever left them there:
+a prefix cache that survives an update may be shared by nobody who asks for the new weights. A pause clears the cache,
+running requests included, unless it is asked not to.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ class FakeVllm(FakeServer):
     def _forget(self) -> None:
         super()._forget()
         self.adapters: dict[str, bytes] = {}
+        self.salts: set[str | None] = set()  # of the keys in the cache
+        self.stale: set[str | None] = set()  # those of older weights among them
+        self.pauses: list[str] = []  # their queries
         self.updating = False
 
     async def _generate(self, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
@@ -34,6 +39,7 @@ class FakeVllm(FakeServer):
         if params["temperature"] > 2.0:
             return 400, {"error": {"message": "temperature must be at most 2"}}
         self.bodies.append(body)
+        salt = body.get("cache_salt")
         ids: list[int] = []
         spans: list[dict[str, Any]] = []
         reason = "length"
@@ -46,7 +52,10 @@ class FakeVllm(FakeServer):
             if reader.at_eof():  # as vLLM: a client that has gone ends its own request
                 self.aborted += 1
                 raise ConnectionResetError
-            assert self.clean, "an answer from a prefix cache of older weights"
+            if len(prompt) > 1:  # one token has no prefix to find
+                assert self.clean or salt is not None, "an answer from a prefix cache of older weights"
+                assert ids or salt not in self.stale, "a new request that finds keys of older weights"
+                self.salts.add(salt)
             ids.append(token(adapter or self.weights, prompt, params["seed"], len(ids)))
             if not spans or spans[-1]["version"] != self.label:
                 spans.append({"version": self.label, "start": len(ids) - 1})
@@ -66,6 +75,11 @@ class FakeVllm(FakeServer):
         choice = {"index": 0, "finish_reason": self.finish or reason, "token_ids": ids}
         return 200, {"choices": [choice | {"logprobs": {"content": content}, "weight_versions": spans}]}
 
+    def _change(self) -> None:
+        """What the cache holds from now on is of older weights."""
+        self.clean = False
+        self.stale |= self.salts
+
     # -- control routes ------------------------------------------------------------------------------------------
 
     def on_health(self, body: dict[str, Any], query: str) -> Any:
@@ -82,18 +96,24 @@ class FakeVllm(FakeServer):
         return {"is_paused": not self.running.is_set()}
 
     def on_pause(self, body: dict[str, Any], query: str) -> Any:
-        assert query == "mode=keep", f"/pause?{query} would end the requests of other clients"
+        assert query.startswith("mode=keep"), f"/pause?{query} would end the requests of other clients"
+        self.pauses.append(query)
         self.running.clear()
+        if query != "mode=keep&clear_cache=false":
+            self.salts.clear()
         return {"status": "paused"}
 
     def on_collective_rpc(self, body: dict[str, Any], query: str) -> Any:
         assert not self.running.is_set() and body["method"] == "reload_weights"
         self.weights = (Path(body["kwargs"]["weights_path"]) / "model.safetensors").read_bytes()
-        self.clean = False
+        self._change()
         return {"results": [None]}
 
     def on_reset_prefix_cache(self, body: dict[str, Any], query: str) -> Any:
         self.clean = query == "reset_running_requests=true"
+        if self.clean:
+            self.salts.clear()
+            self.stale.clear()
         return {"success": True}
 
     def on_update_weight_version(self, body: dict[str, Any], query: str) -> Any:
@@ -125,7 +145,8 @@ class FakeVllm(FakeServer):
 
     def on_start_weight_update(self, body: dict[str, Any], query: str) -> Any:
         assert not self.running.is_set()
-        self.updating, self.clean = True, False
+        self.updating = True
+        self._change()
         return {"message": "started"}
 
     def on_update_weights(self, body: dict[str, Any], query: str) -> Any:

@@ -101,7 +101,8 @@ def played(
     script: Callable[[Episode], Awaitable[object]],
     engine: Engine | None = None,
     accept: Callable[[Rollout], object] | None = None,
+    deadline: float | None = None,
 ) -> RolloutResult:
     """What comes of one rollout of `script`."""
     agents = team(engine or SlowEngine())
-    return asyncio.run(asyncio.wait_for(play(GivenTask(script), REQUEST, agents, 1, accept), 60))
+    return asyncio.run(asyncio.wait_for(play(GivenTask(script), REQUEST, agents, 1, accept, deadline), 60))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,3 +135,30 @@ def leftovers(out: Path) -> list[str]:
     left += [str(sockets)] if sockets.exists() else []
     left += [str(p) for p in out.rglob("*lock*") if p.is_file()]
     return left
+
+
+def trained_ages(out: Path) -> Counter[int]:
+    """How many trajectories were trained at which age: the step less the version of their oldest token."""
+    from mgrpo.store.records import InvocationDone, RolloutFinal
+    from mgrpo.transport import codec
+
+    ages: Counter[int] = Counter()
+    with contextlib.closing(sqlite3.connect(out / "store.db")) as database:
+        steps = {
+            (role, query): step
+            for role, query, step in database.execute(
+                "SELECT role, query, step FROM deliveries WHERE state IN ('applied', 'committed')"
+            )
+        }
+        attempts = {
+            (query, rollout): codec.decode(body, RolloutFinal).attempt
+            for query, rollout, kind, body in database.execute(
+                "SELECT query, rollout, kind, body FROM rollouts WHERE kind = 'final'"
+            )
+        }
+        for (body,) in database.execute("SELECT body FROM invocations"):
+            record = codec.decode(body, InvocationDone)
+            step = steps.get((record.role, record.query))
+            if step is not None and attempts.get((record.query, record.rollout)) == record.attempt:
+                ages[step - record.version_min] += 1
+    return ages

@@ -3,7 +3,8 @@ delays.
 
 Peers are generators: they yield a request and get its answer. A request is sent again until it is answered,
 as the link's client does; copies may arrive late, twice, or after newer ones. Store and peers crash at random
-moments and come back. Everything is a function of the seed.
+moments and come back, or a worker dies for good and the other takes its groups over. Everything is a function of the
+seed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ class World:
         self.database = Database(self.folder / "s.db", synchronous="OFF")
         self.core = Core(self.database, 0.0, make_ledger)
         self.in_order = seed % 2 == 1
-        params = run_params(max_lag=1000, lease_s=30.0, group_timeout_s=1e6, in_order=self.in_order)
+        self.pool = 1 + seed // 2 % 2  # a step uses one group of a claim and sets the others aside
+        self.window = 1 + self.in_order * (seed // 4 % 3)
+        params = run_params(
+            batch=1, pool=self.pool, max_lag=1000, lease_s=30.0, group_timeout_s=1e6, in_order=self.in_order,
+            claim_window=self.window, heartbeat_timeout_s=8.0,
+        )  # fmt: skip
         self.core.create(params, 0.0)
         self.lives: dict[str, Life] = {}
         self.lost = self.random.choice([0.0, 0.1, 0.3])
@@ -61,9 +67,9 @@ class World:
         self.delay = self.random.choice([0.01, 0.3, 3.0])
         self.crashes = self.random.choice([0, 2, 5])
         self.finished: set[str] = set()
-        # each role's optimizer history, rolled back with it
-        self.weights: dict[str, list[tuple[int, str]]] = {}
-        self.disk: dict[str, tuple[int, list[tuple[int, str]]]] = {role: (-1, []) for role in ROLES}
+        # each role's history, rolled back with its optimizer: step, what it used, what it set aside
+        self.weights: dict[str, list[tuple[int, str, tuple[str, ...]]]] = {}
+        self.disk: dict[str, list[tuple[int, str, tuple[str, ...]]]] = {role: [] for role in ROLES}
 
     def at(self, after: float, what: Callable[[], None]) -> None:
         self._count += 1
@@ -76,6 +82,8 @@ class World:
                 self.start(name)
             for _ in range(self.crashes):
                 self.at(self.random.uniform(0, 30), self.crash_someone)
+            if self.crashes == 5:
+                self.at(self.random.uniform(0, 10), self.worker_dies)
             while len(self.finished) < 4:
                 # type: ignore[union-attr]
                 assert self._events and self.now < 5000, f"stuck at {self.now}: {self.core.ledger.stats()}"
@@ -90,10 +98,14 @@ class World:
         everything = sorted(f"q{i}" for i in range(GROUPS))
         for role in ROLES:
             told = [(line.step, line.query) for line in self.core.trained(role)]
-            assert told == self.weights[role], f"{role}: ledger {told}, weights {self.weights[role]}"
-            assert sorted(query for _, query in told) == everything, f"{role}: {told}"
-            if self.in_order:
-                assert [query for _, query in told] == everything, f"{role}: not in order: {told}"
+            weights = self.weights[role]
+            assert told == [(step, used) for step, used, _ in weights], (
+                f"{role}: ledger {told}, weights {weights}"
+            )
+            order = [query for _, used, aside in weights for query in (used, *aside)]
+            assert sorted(order) == everything, f"{role}: {order}"
+            if self.in_order and self.window == 1:
+                assert order == everything, f"{role}: not in order: {order}"
 
     def crash_someone(self) -> None:
         name = self.random.choice(["store", "w0", "w1", *ROLES])
@@ -102,6 +114,13 @@ class World:
             self.core.reload(self.now)
         elif name not in self.finished:
             self.start(name)
+
+    def worker_dies(self) -> None:
+        """For good: what it has in hand is the other's."""
+        name = self.random.choice(["w0", "w1"])
+        if name not in self.finished:
+            self.lives[name] = Life(self.worker(name), Sender(DIGEST, "worker", name, "dead"))
+            self.finished.add(name)
 
     # -- the network ----------------------------------------------------------------------------------------
 
@@ -152,7 +171,7 @@ class World:
 
     def answered(self, name: str, life: Life, number: int, answer: Any) -> None:
         if self.lives[name] is life and life.number == number:
-            if isinstance(answer, Refusal) and answer.code == "RETRY_AFTER":
+            if isinstance(answer, Refusal) and answer.code in ("RETRY_AFTER", "HELD"):
                 life.number += 1  # ask the same again, as a new request
                 self.at(0.5, lambda: self.send(name, life, life.number))
             else:
@@ -161,15 +180,16 @@ class World:
     # -- the peers ------------------------------------------------------------------------------------------
 
     def worker(self, name: str) -> Actor:
-        """Fills every second group; after a crash it opens them again and goes on where the store knows it to
-        be."""
-        for number in range(int(name[1]), GROUPS, 2):
+        """Fills every second group, then what the other has left; after a crash it opens them again and goes on where
+        the store knows it to be."""
+        mine = list(range(int(name[1]), GROUPS, 2))
+        for number in [*mine, *(i for i in range(GROUPS) if i not in mine)]:
             while True:
                 try:
                     yield from self.fill(f"q{number}", number)
                     break
                 except Refusal:
-                    continue  # a predecessor's late opening took the group over: open it again
+                    continue  # another opening, also a predecessor's late one, took the group over: open it again
 
     def fill(self, query: str, number: int) -> Actor:
         opened = yield "open_group", rec.OpenGroup(query, 2, {"sub": 4}, number)
@@ -184,9 +204,10 @@ class World:
             yield "rollout_final", final
 
     def trainer(self, role: str) -> Actor:
-        """Claims one group at a time, steps, applies, checkpoints every second step; starts from its disk."""
-        step, history = self.disk[role]
+        """Claims one pool at a time, steps, applies, checkpoints every second step; starts from its disk."""
+        history = self.disk[role]
         weights = self.weights[role] = list(history)
+        step = history[-1][0] if history else -1
         nonce = f"{role}{self._count}"
         while True:
             known = yield "role", rec.RoleName(role)
@@ -197,15 +218,16 @@ class World:
                 continue  # a predecessor's late resume came in between
         epoch, seq = resumed.epoch, 0
         yield "status", rec.Status(role, epoch, 0, step, step)
-        while len(weights) < GROUPS:
+        while len(weights) * self.pool < GROUPS:
             seq += 1
-            (group,) = yield "claim", rec.Claim(role, epoch, seq, 1, 0.0)
+            groups = yield "claim", rec.Claim(role, epoch, seq, self.pool, 0.0)
+            used, *aside = [(group.query, group.lease) for group in groups]
             try:
-                yield "apply", rec.Groups(role, epoch, [(group.query, group.lease)], step + 1)
+                yield "apply", rec.Groups(role, epoch, [used], step + 1, surplus=aside)
             except Refusal:
-                continue  # the lease ran out on the way; the group will come again
+                continue  # the lease ran out on the way; the groups will come again
             step += 1
-            weights.append((step, group.query))
-            if step % 2 or len(weights) == GROUPS:
-                self.disk[role] = (step, list(weights))
+            weights.append((step, used[0], tuple(query for query, _ in aside)))
+            if step % 2 or len(weights) * self.pool == GROUPS:
+                self.disk[role] = list(weights)
                 yield "commit", rec.Commit(role, epoch, step)

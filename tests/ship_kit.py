@@ -82,7 +82,7 @@ class FakeStore:
         return SimpleNamespace(control=SimpleNamespace(state=self.state), roles=roles)
 
     def stats(self) -> dict[str, Any]:
-        return {"roles": {"main": {"skipped": 0}}}
+        return {"roles": {"main": {"skipped": 0, "step": -1}}}
 
     def shorten_deadlines(self, seconds: float) -> None:
         pass

@@ -244,6 +244,37 @@ def test_the_stores_times_are_configuration_and_no_part_of_what_a_run_computes()
                 load_config(ATLAS, [f"store.{name}={wrong}"])
 
 
+@pytest.mark.parametrize(
+    ("engine", "lag", "message"),
+    [
+        ('{on_update="recompute"}', 1, None),
+        ('{on_update="keep"}', 0, None),  # the default
+        ('{on_update="recompute"}', 0, "main.engine.on_update has no effect with trainer.max_lag=0"),
+        ('{type="vllm", on_update="keep"}', 1, None),
+        ('{type="vllm", on_update="keep"}', 0, "main.engine.on_update has no effect with trainer.max_lag=0"),
+        (
+            '{type="vllm", sync="lora", on_update="keep"}',
+            1,
+            'on_update=.keep. has no effect with sync "lora"',
+        ),
+        (
+            '{type="sglang", urls=["http://a:1"], on_update="keep"}',
+            1,
+            "SGLang labels a whole answer with one",
+        ),
+        ('{on_update="drop"}', 1, "agents.main.engine.on_update: Input should be 'keep' or 'recompute'"),
+    ],
+)
+def test_what_an_update_does_to_running_requests(engine: str, lag: int, message: str | None) -> None:
+    """Each type of engine takes what it can do, and no setting that could not act."""
+    overrides = [f"agents.main.engine={engine}", f"trainer.max_lag={lag}"]
+    if message is None:
+        assert load_config(ATLAS, overrides).trainer.max_lag == lag
+        return
+    with pytest.raises(ConfigError, match=message):
+        load_config(ATLAS, overrides)
+
+
 def test_advantages_of_tokens_need_ratios_of_tokens() -> None:
     """A per-token algorithm beside a loss whose ratio is the trajectory's is refused before anything starts."""
     relay = ROOT / "tests" / "relay.toml"

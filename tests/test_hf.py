@@ -203,6 +203,20 @@ def test_sessions_beyond_the_slots_are_evicted_and_come_back():
     assert served(policy, use, slots=3) == served(policy, use, slots=16)
 
 
+def test_requests_without_a_slot_are_waiting():
+    """Of five requests for two slots three wait; none does once all are answered."""
+
+    async def use(engine: HfEngine) -> None:
+        jobs = [asyncio.create_task(engine.generate([i], SamplingParams(4), seed=i)) for i in range(5)]
+        seen = set()
+        while not all(job.done() for job in jobs):
+            await asyncio.sleep(0)
+            seen.add(engine.waiting())
+        assert engine.waiting() == 0 and seen == {0, 1, 3, 5}
+
+    served(tiny_policy(), use, slots=2)
+
+
 def test_stop_tokens_end_a_generation_and_are_kept():
     """Generation ends right after the first stop token, with reason "stop"."""
     policy = tiny_policy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,62 +12,18 @@ import pytest
 
 from mgrpo.addresses import Addresses
 from mgrpo.config import load_config
-from mgrpo.environments.episode import Agent, Episode
+from mgrpo.environments.episode import Episode
 from mgrpo.environments.task import Question
 from mgrpo.errors import GroupClosedError, InfrastructureError, RetryAfterError
 from mgrpo.pipeline import rollout_worker as worker_module
-from mgrpo.pipeline.rollout_worker import MAX_FAILED_BATCHES, RolloutWorker, run_worker
-from mgrpo.pipeline.shipper import Shipper
+from mgrpo.pipeline.rollout_worker import run_worker
+from mgrpo.pipeline.worker_context import MAX_FAILED_BATCHES
 from mgrpo.pipeline.worker_loop import Shutdown
 from mgrpo.types import Rollout
-from tests.play_kit import GivenTask, Letters, SlowEngine
+from tests.play_kit import GivenTask
 from tests.runs import RELAY, started
-from tests.ship_kit import FakeLog, FakeStore, group
-
-ROLES = ("main", "left", "right")
-
-
-class FakeTeam:
-    """Agents whose weights are always those of version 0."""
-
-    def __init__(self) -> None:
-        self.agents = {role: Agent(role, SlowEngine(), Letters(), 1.0, 64) for role in ROLES}
-
-    def connect(self, *_: object) -> None:
-        pass
-
-    def sync(self, at_least: Mapping[str, int]) -> int:
-        return 0
-
-    async def close(self) -> None:
-        pass
-
-
-class Worker:
-    """A RolloutWorker between a store and trajectory logs in memory."""
-
-    def __init__(self, folder: Path, task: GivenTask) -> None:
-        config = load_config(RELAY, ["eval.every=1000", "trainer.group_size=2"])
-        agents = {role: f"ipc://{folder}/{role}" for role in ROLES}
-        self.worker: Any = RolloutWorker(config, 0, task, Addresses(f"ipc://{folder}/store", agents), folder)
-        self.worker._store.close()
-        self.worker._shipper.close()
-        self.store = self.worker._store = FakeStore()
-        logs = {role: FakeLog(role) for role in ROLES}
-        self.worker._shipper = Shipper(self.store, logs, self.worker._main_reward, 60.0)  # type: ignore[arg-type]
-        self.worker._team = FakeTeam()
-
-    def open(self, *states: str) -> None:
-        """What the store says of the next groups; "" once it admits no more."""
-        self.store.opened = {i: group(f"0/{i}", i, state=state) for i, state in enumerate(states)}
-        self.store.opened[len(states)] = RetryAfterError("too far ahead")
-
-    def play(self) -> dict[str, float]:
-        """Play the next batch; its metrics."""
-        self.worker._cursor = 0
-        self.worker._play(self.worker._open_batch())
-        metrics: dict[str, float] = self.store.reports[-1]["metrics"]
-        return metrics
+from tests.ship_kit import FakeStore, group
+from tests.worker_kit import ROLES, FakeTeam, Worker
 
 
 @pytest.fixture
@@ -76,7 +32,7 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
     try:
         yield made
     finally:
-        made.worker.__exit__(None, None, None)
+        made.close()
 
 
 async def _script(episode: Episode) -> Rollout:
@@ -129,7 +85,7 @@ def test_the_numbers_of_a_task_are_reported_as_means(worker: Worker) -> None:
         main.close(format=1.0)
         return episode.finish(1.0)
 
-    worker.worker._task = GivenTask(script)
+    worker.context.task = GivenTask(script)
     worker.open("open", "open")
     metrics = worker.play()
     assert (metrics["main/task/words"], metrics["rollout/task/late"]) == (1.5, 7.0)
@@ -146,14 +102,14 @@ def test_a_score_that_the_reward_needs_is_missed_by_name(worker: Worker) -> None
 def test_closed_groups_are_left_out(worker: Worker) -> None:
     """What the store has dropped incomplete is not played again; its place in the order is passed."""
     worker.open("open", "dropped", "open", "sealed")
-    batch = worker.worker._open_batch()
+    batch = worker.batches._open_batch()
     assert [g.index for g, _ in batch] == [0, 2]
-    worker.worker._skipped = 0
-    assert worker.play()["rollout/closed_groups"] == 2 and worker.worker._cursor == 4
+    worker.batches._skipped = 0
+    assert worker.play()["rollout/closed_groups"] == 2 and worker.batches._cursor == 4
     worker.store.opened = {4: GroupClosedError("lost to every role"), 5: RetryAfterError("too far ahead")}
-    assert worker.worker._open_batch() == [] and worker.worker._cursor == 5
+    assert worker.batches._open_batch() == [] and worker.batches._cursor == 5
     worker.store.opened = {5: group("1/0", 5), 6: RetryAfterError("too far ahead")}
-    worker.worker._play(worker.worker._open_batch())
+    worker.batches._play(worker.batches._open_batch())
     assert worker.store.reports[-1]["metrics"]["rollout/closed_groups"] == 1
 
 
@@ -193,7 +149,7 @@ def test_a_question_in_any_language_is_opened(worker: Worker) -> None:
     for text in ("\u5929" * 200, "a\ud800"):
         worker.store.metas.clear()
         worker.open("open")
-        worker.worker._task.question = lambda index, seed, text=text: Question(text, "a")
+        worker.context.task.question = lambda index, seed, text=text: Question(text, "a")
         worker.play()
         assert 0 < len(str(worker.store.metas[0]["question"]).encode()) <= 256
 
@@ -207,7 +163,7 @@ def test_a_question_that_the_task_cannot_give_fails_its_rollouts(worker: Worker,
             return Question("q", "a")
         return {}["row"] if gives == "raises" else Question(7, "a") if gives == "numbers" else None  # type: ignore
 
-    worker.worker._task.question = question
+    worker.context.task.question = question
     worker.store.opened = {0: group("1/1", 0), 1: group("1/0", 1), 2: RetryAfterError("too far ahead")}
     assert worker.play()["rollout/failed"] == 2
     words = {"raises": "KeyError: 'row' (", "nothing": "type NoneType", "numbers": "the text of question(0)"}[
@@ -220,7 +176,7 @@ def test_a_question_that_the_task_cannot_give_fails_its_rollouts(worker: Worker,
 def test_a_stopped_worker_plays_nothing_more(worker: Worker) -> None:
     """Neither a batch nor an evaluation is begun."""
     worker.open("open")
-    worker.worker._loop.stop()
+    worker.context.loop.stop()
     with pytest.raises(Shutdown):
         worker.play()
     assert not worker.store.records

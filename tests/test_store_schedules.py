@@ -7,6 +7,7 @@ import pytest
 from mgrpo.transport.codec import Refusal
 from tests.schedules import World
 from tests.test_ledger import AckIsTrained, LostZero, ResumeKeepsApplied
+from tests.test_streaming_ledger import KeepsForTheDead, SurplusIsGone
 
 
 def test_every_group_is_trained_exactly_once_whatever_the_network_does() -> None:
@@ -15,7 +16,9 @@ def test_every_group_is_trained_exactly_once_whatever_the_network_does() -> None
         World(seed).run()
 
 
-@pytest.mark.parametrize("mutant", [AckIsTrained, LostZero, ResumeKeepsApplied])
+@pytest.mark.parametrize(
+    "mutant", [AckIsTrained, LostZero, ResumeKeepsApplied, KeepsForTheDead, SurplusIsGone]
+)
 def test_the_schedules_notice_a_seeded_fault(mutant: type) -> None:
     """Some schedule among the first 100 must fail with each of these faults."""
     with pytest.raises((AssertionError, Refusal)):

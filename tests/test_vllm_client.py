@@ -233,8 +233,11 @@ def test_without_any_server_the_error_names_all(tmp_path: Path) -> None:
         await engine.load(weights(0), 0)
         for server in bench.servers:
             await server.stop()
+        asked = asyncio.create_task(engine.generate(PROMPT, SAMPLED, seed=0))
+        await until(lambda: engine.waiting() == 1, "the request's wait for a server")
         with pytest.raises(InfrastructureError, match=r"no server ready within 0.3 s: .*/s0.*/s1"):
-            await engine.generate(PROMPT, SAMPLED, seed=0)
+            await asked
+        assert engine.waiting() == 0
         with pytest.raises(
             InfrastructureError, match=r"no server took weights e1.v1 within 0.3 s: .*/s0.*/s1"
         ):

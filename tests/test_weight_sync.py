@@ -14,7 +14,7 @@ import torch
 from mgrpo.config.policy import LoraConfig
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.vllm.nccl import NcclSync
-from mgrpo.engines.vllm.weight_sync import LoraSync
+from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
 from mgrpo.engines.weight_folder import KEEP
 from mgrpo.errors import ConfigError
 from mgrpo.weights import Weights
@@ -81,6 +81,34 @@ def test_a_rollout_across_an_update_keeps_the_version_of_each_token(tmp_path: Pa
         assert out.versions.tolist() == [1] * 5 + [2] * 3
         assert out.token_ids.tolist() == expected(weights(1), 9, 5) + expected(weights(2), 9)[5:]
         await until(lambda: bench.pool.servers[0].label == Label(1, 2), "the other's version")
+
+    on_servers(1, test, tmp_path)
+
+
+def test_a_request_that_keeps_its_keys_shares_them_with_nobody_of_the_next_version(tmp_path: Path) -> None:
+    """on_update keep: the pause clears nothing, no cache is reset, and whoever asks under the new weights, before or
+    after its own next look, finds no key of the older ones (the server of these tests refuses that)."""
+
+    async def test(bench: Bench[FakeVllm]) -> None:
+        (server,) = bench.servers
+        ours, theirs = (bench.engine(VllmFolderSync(tmp_path / "weights", 30.0, "keep")) for _ in range(2))
+        for engine in (ours, theirs):
+            await engine.load(weights(1), 1)
+        server.hold.clear()
+        server.hold_at = 5
+        task = asyncio.create_task(ours.generate(PROMPT, SAMPLED, seed=9))
+        await until(lambda: server.standing, "the fifth token")
+        await theirs.load(weights(2), 2)
+        server.hold.set()
+        out = await task
+        assert out.versions.tolist() == [1] * 5 + [2] * 3
+        assert server.pauses[1:] == ["mode=keep&clear_cache=false"] and not server.clean
+        assert "/reset_prefix_cache" not in server.calls[server.calls.index("/pause") :]
+        new = await theirs.generate(PROMPT, SAMPLED, seed=9)
+        assert new.token_ids.tolist() == expected(weights(2), 9)
+        await until(lambda: ours._pool.servers[0].label == Label(1, 2), "the other's version")
+        assert (await ours.generate(PROMPT, SAMPLED, seed=9)).token_ids.tolist() == expected(weights(2), 9)
+        assert [body["cache_salt"] for body in server.bodies[-3:]] == ["e1.v1", "e1.v2", "e1.v2"]
 
     on_servers(1, test, tmp_path)
 

@@ -140,6 +140,36 @@ def test_a_request_across_an_update_has_tokens_of_both(
 ) -> None:
     """The update interrupts a long generation: old versions first, new ones after, and each token has the log-prob that
     its version gives to the whole history before it, keys and values included."""
+    out, split = across_an_update(live, policy, changed, start)
+    was_old, new_is_new, was_new, new_is_old = gaps(out, split, prompts(policy)[3], policy, changed)
+    assert was_old < CLOSE and new_is_new < CLOSE and was_new > 5e-2 and new_is_old > 5e-2
+
+
+def test_a_request_that_keeps_its_keys_across_an_update(
+    live: Served, policy: Policy, changed: Policy, start: bytes
+) -> None:
+    """on_update keep: the same, but the tokens after the update come from new weights on old keys and are of neither
+    version. What is asked afterwards finds none of those keys."""
+    prompt = prompts(policy)[3]
+    live.load(start)
+    live.sync.on_update = "keep"
+    try:
+        out, split = across_an_update(live, policy, changed, start)
+        again = live.one_by_one([prompt, [*prompt, *out.token_ids[:200].tolist()]], GREEDY)
+    finally:
+        live.sync.on_update, live.server.cache_salt = "recompute", None
+        live.load(start)
+    was_old, new_is_new, was_new, new_is_old = gaps(out, split, prompt, policy, changed)
+    assert was_old < CLOSE and was_new > 5e-2
+    assert new_is_new > 10 * CLOSE and new_is_old > 10 * CLOSE
+    for asked, fresh in zip([prompt, [*prompt, *out.token_ids[:200].tolist()]], again, strict=True):
+        mine, _ = logprobs(changed, asked, fresh, 1.0)
+        assert (torch.from_numpy(fresh.logprobs) - mine).abs().mean() < CLOSE
+
+
+def across_an_update(live: Served, policy: Policy, changed: Policy, start: bytes) -> tuple[Generation, int]:
+    """280 tokens during which the server goes from `start` to the weights of `changed`, and how many are of the
+    first."""
     prompt = prompts(policy)[3]
     data = state_bytes(changed.model)
 
@@ -153,18 +183,24 @@ def test_a_request_across_an_update_has_tokens_of_both(
         was = live.load(start)
         live.do(live.place(data))  # written beside a busy server it takes longer than the request
         out = live.do(interrupted(seconds))
-        now = live.version
         split = int((out.versions == was).sum())
         if 0 < split < 280:
             break
-    assert 0 < split < 280 and out.versions.tolist() == [was] * split + [now] * (280 - split)
+    assert 0 < split < 280 and out.versions.tolist() == [was] * split + [live.version] * (280 - split)
+    return out, split
+
+
+def gaps(
+    out: Generation, split: int, prompt: list[int], policy: Policy, changed: Policy
+) -> tuple[float, float, float, float]:
+    """Mean |difference| in nats: of the first `split` tokens to the old weights, of the others to the new ones, of the
+    first to the new, of the others to the old."""
     theirs = torch.from_numpy(out.logprobs)
     old, new = ((theirs - logprobs(p, prompt, out, 1.0)[0]).abs() for p in (policy, changed))
-    gaps = old[:split].mean(), new[:split].mean(), old[split:].mean(), new[split:].mean()
-    print(
-        f"{split} old tokens, {280 - split} new; |difference| to old, new weights: {[f'{g:.1e}' for g in gaps]}"
-    )
-    assert gaps[0] < CLOSE and gaps[3] < CLOSE and gaps[1] > 5e-2 and gaps[2] > 5e-2
+    found = tuple(float(x.mean()) for x in (old[:split], new[split:], new[:split], old[split:]))
+    n = len(out.token_ids) - split
+    print(f"{split} old tokens, {n} new; |difference|: {[f'{x:.1e}' for x in found]}")
+    return found  # type: ignore[return-value]
 
 
 def test_logprobs_in_bfloat16(policy: Policy, start: bytes, tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from mgrpo.config.policy import Device, Precision
 from mgrpo.config.settings import MAX_SECONDS, Options, Settings
 
+OnUpdate = Literal["keep", "recompute"]
+"""What becomes of the keys and values of a request during which new weights arrive."""
+
 
 class EngineSettings(Settings):
     """What every type of engine is asked."""
@@ -45,6 +48,13 @@ class EngineSettings(Settings):
         return "cpu"
 
     @property
+    def unused_without_lag(self) -> str | None:
+        """The setting, if any, that acts on rollouts during which weights change."""
+        field = type(self).model_fields.get("on_update")
+        changed = field is not None and getattr(self, "on_update") != field.default  # noqa: B009 - not of every type
+        return "on_update" if changed else None
+
+    @property
     def adapter_only(self) -> bool:
         """The trainer publishes its LoRA adapter alone, so servers may hold those of several policies."""
         return False
@@ -58,6 +68,10 @@ class HfEngineConfig(EngineSettings):
     """Where it computes."""
     dtype: Precision = "float32"
     """What it computes in."""
+    on_update: OnUpdate = "recompute"
+    """A request during which new weights arrive goes on with its keys and values (keep: free, but what it samples from
+    then on comes from a mixture of both weights), or is fed again first (recompute: each token's log-prob is exactly
+    that of its version). It acts where rollouts run across updates: trainer.max_lag >= 1."""
 
     @property
     def started_device(self) -> Device:
@@ -99,6 +113,11 @@ class VllmEngineConfig(ServerEngineConfig):
     """Where servers that the launcher starts compute."""
     dtype: Precision = "float32"
     """What they compute in."""
+    on_update: OnUpdate = "recompute"
+    """What the server does with requests that run while new weights arrive. recompute: their keys and values are
+    dropped and computed again, so each token's log-prob is exactly that of its version. keep: they go on with theirs,
+    which costs nothing; what they sample from then on comes from a mixture of both weights. With sync "lora" there is
+    nothing to choose: a request is answered to its end by the adapter it began with."""
     python: str = ".venv-vllm/bin/python"
     """The interpreter of the environment that has vLLM, for servers that the launcher starts."""
     arguments: tuple[str, ...] = ()
@@ -112,6 +131,11 @@ class VllmEngineConfig(ServerEngineConfig):
     def _settings_act(self) -> VllmEngineConfig:
         if self.urls and self.replicas != 1:
             raise ValueError(f"replicas={self.replicas} has no effect beside urls")
+        if self.sync == "lora" and self.on_update != "recompute":
+            raise ValueError(
+                f'on_update={self.on_update!r} has no effect with sync "lora": a request is answered to its end by the '
+                "adapter it began with"
+            )
         if self.sync == "nccl" and self.device == "cpu":
             raise ValueError('sync "nccl" needs device "cuda"')
         return self
@@ -140,6 +164,18 @@ class SglangEngineConfig(ServerEngineConfig):
     type: Literal["sglang"] = "sglang"
     urls: tuple[str, ...] = Field(min_length=1)
     """Their addresses, e.g. ["http://10.0.0.3:30000"]."""
+    on_update: OnUpdate = "recompute"
+    """recompute only: an update breaks off what is running, and its client asks for the rest with the tokens so far as
+    part of the prompt, which the new weights read afresh. SGLang labels a whole answer with one version, so it cannot
+    keep requests across an update without mislabelling their older tokens."""
+
+    @model_validator(mode="after")
+    def _updates_can_be_labelled(self) -> SglangEngineConfig:
+        if self.on_update != "recompute":
+            raise ValueError(
+                f'on_update={self.on_update!r}: SGLang labels a whole answer with one version; expected "recompute"'
+            )
+        return self
 
 
 class CustomEngineConfig(EngineSettings):

@@ -327,6 +327,11 @@ class RunConfig(Settings):
                 raise ValueError(f"agents.{role} has both model and sft.steps; set sft.steps = 0")
             if agent.engine.adapter_only and not agent.policy.lora.rank:
                 raise ValueError(f'agents.{role}.engine.sync "lora" needs agents.{role}.policy.lora.rank')
+            if (unused := agent.engine.unused_without_lag) and not self.trainer.max_lag:
+                raise ValueError(
+                    f"agents.{role}.engine.{unused} has no effect with trainer.max_lag=0: no rollout is under way "
+                    "while weights change"
+                )
             if agent.max_length > self.trainer.micro_batch:
                 raise ValueError(
                     f"agents.{role}.max_length={agent.max_length} exceeds "

@@ -58,6 +58,11 @@ class Engine(ABC):
     async def load(self, path_or_state: object, version: int) -> None:
         """Swap the weights (between decode steps, never inside one) and label them `version`."""
 
+    def waiting(self) -> int:
+        """Requests that wait for something to sample them and are not being sampled yet; 0 for an engine that does not
+        know."""
+        return 0
+
     def release(self, session: str) -> None:  # noqa: B027 - optional: engines without a cache have nothing to free
         """The session will not be continued; its cache may go."""
 

@@ -70,6 +70,7 @@ class EnginePool(Generic[C]):
         self.wanted: Label | None = None
         self._sync, self._timeout, self._max_length = sync, timeout, max_length
         self._on_event, self._watch_seconds = on_event or (lambda line: None), watch
+        self.waiting = 0  # requests that no server has yet
         self._affinity: dict[str, PooledServer[C]] = {}  # session -> its server
         self._changed = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -91,7 +92,11 @@ class EnginePool(Generic[C]):
         """
         deadline = time.monotonic() + self._timeout
         while True:
-            server = await self._acquire(session, deadline)
+            self.waiting += 1
+            try:
+                server = await self._acquire(session, deadline)
+            finally:
+                self.waiting -= 1
             wanted = self.wanted
             assert wanted is not None and server.info is not None and server.label is not None
             label = max(wanted, server.label)

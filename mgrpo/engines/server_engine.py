@@ -104,6 +104,11 @@ class ServerEngine(Engine, Generic[C]):
         label = await self._sync.prepare(weights)
         self._version = (await self._pool.update(label, self._patience)).version
 
+    def waiting(self) -> int:
+        """Requests that wait for a ready server. What a server has queued itself counts as running: it does not
+        tell."""
+        return self._pool.waiting
+
     def release(self, session: str) -> None:
         self._pool.forget(session)
 

@@ -23,8 +23,10 @@ History is append-only: the ids that were sampled are the ids that are trained o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -32,6 +34,7 @@ import numpy as np
 from mgrpo._C import philox4x32_10
 from mgrpo.engines.base import Engine, SamplingParams
 from mgrpo.environments.attempt import AttemptOverError
+from mgrpo.environments.tools import ToolCalls, outside_tools
 from mgrpo.errors import ContextOverflowError, RolloutError
 from mgrpo.model.chat import ChatFormat, Message, Opening
 from mgrpo.model.tokens import Tokenizer, decode_piece, encode_piece, encode_start
@@ -135,6 +138,7 @@ class Conversation:
         if params.max_tokens > self.remaining:
             raise self._overflow(f"a turn of {params.max_tokens} tokens")
         self.mismatches += self._ids[: len(self._seen)] != self._seen
+        outside_tools(f"{self._session} samples")
         out = await self.agent.engine.generate(
             self._ids, params, seed=mix(self._seed, self._turn), session=self._session
         )
@@ -281,10 +285,18 @@ class Episode:
     """The conversations of one attempt at a rollout: one of the main agent, any number of each sub-agent role."""
 
     def __init__(
-        self, query: str, rollout: int, agents: Mapping[str, Agent], seed: int, attempt: int = 0
+        self,
+        query: str,
+        rollout: int,
+        agents: Mapping[str, Agent],
+        seed: int,
+        attempt: int = 0,
+        tools: ToolCalls | None = None,
     ) -> None:
+        """tools: the calls of the rollout's earlier attempts, with which those of this one are counted."""
         self.query, self.rollout, self.agents, self.attempt = query, rollout, agents, attempt
         self._seed = mix(seed, rollout)
+        self._tools = tools or ToolCalls()
         self._open: dict[str, list[Conversation]] = {role: [] for role in agents}
         self._opened_at: dict[str, list[int]] = {role: [] for role in agents if role != MAIN}
         self._over = False
@@ -296,12 +308,41 @@ class Episode:
         `rollout/task/<name>`."""
         self.metrics[name] = finite_metric(name, value, f"{self.query}/{self.rollout}")
 
+    async def tool(
+        self,
+        name: str,
+        call: Callable[..., Any],
+        *args: object,
+        timeout: float | None = None,
+        attempts: int = 3,
+        backoff: float = 0.5,
+    ) -> Any:
+        """What call(*args) returns: a coroutine function's result, or that of an ordinary one in a thread of its own.
+
+        Tried again, up to `attempts` times in all, where the tool could not be reached (mgrpo/environments/tools.py);
+        a call that may not be repeated gets attempts=1. timeout: seconds of one attempt; a thread cannot be ended, its
+        late result is thrown away. backoff: seconds before the second attempt; doubles each time, +-50 % by the
+        rollout's seed. Measured as `rollout/tool/<name>/{seconds,calls,retries,failures}`. No agent may sample in it.
+
+        Raises InfrastructureError naming the tool where the last attempt failed, AttemptOverError once the episode has
+        ended, ValueError for a name that is no identifier or bounds that are none, and what else `call` raises.
+        """
+        if self._over:
+            raise AttemptOverError(f"{self.query}/{self.rollout} calls no tool: its attempt has ended")
+
+        def noise(salt: int) -> float:
+            return mix(self._seed, 1 << 40 | salt) / 2.0**64  # none of a conversation's
+
+        run = self._tools.run
+        return await run(name, partial(call, *args), timeout, attempts, backoff, noise)
+
     def open(self, role: str) -> Conversation:
         """Start the next conversation of `role`. Raises AttemptOverError once the episode has ended."""
         if self._over:
             raise AttemptOverError(
                 f"{self.query}/{self.rollout} opens no conversation: its attempt has ended"
             )
+        outside_tools(f"{self.query}/{self.rollout} opens a conversation")
         if role not in self._open:
             raise ValueError(f"unknown role {role!r}; this run has {sorted(self._open)}")
         mine = self._open[role]
@@ -327,6 +368,10 @@ class Episode:
         """Free what the engines hold for this rollout, once no call of it is under way any more. Idempotent."""
         for conversation in self._conversations():
             conversation.release()
+
+    def calls(self) -> int:
+        """Conversations of sub-agents that were opened."""
+        return sum(len(places) for places in self._opened_at.values())
 
     def mismatches(self) -> int:
         """Turns with a retokenization mismatch: their text does not encode back to the ids that were sampled (must stay
@@ -365,6 +410,7 @@ class Episode:
     def _task_metrics(self) -> dict[str, list[float]]:
         """Full name -> the values of all conversations, or of the rollout itself."""
         found = {f"rollout/task/{name}": [value] for name, value in self.metrics.items()}
+        found |= self._tools.metrics()
         for conversation in self._conversations():
             for name, value in conversation.metrics.items():
                 found.setdefault(f"{conversation.agent.role}/task/{name}", []).append(value)

@@ -3,6 +3,7 @@
     infrastructure   an engine, tool or judge did not answer (InfrastructureError, ConnectionError, TimeoutError): the
                      rollout is tried again
     length           a trajectory outgrew its agent's max_length (ContextOverflowError)
+    deadline         it took longer than rollout.deadline
     task             anything else that the task's code, a tool or a judge raised, and a rollout that cannot be used
 
 What would fail every rollout alike is the program's: ConfigError, MemoryError and our own failed assertions end the
@@ -19,7 +20,7 @@ from typing import Literal, get_args
 from mgrpo.environments.task import Task
 from mgrpo.errors import ChatError, ConfigError, ContextOverflowError, InfrastructureError, MgrpoError
 
-Kind = Literal["infrastructure", "length", "task"]
+Kind = Literal["infrastructure", "length", "deadline", "task"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LONGEST = 2000  # characters of a failure's text
 NAME_BYTES = 256  # of a string in the store

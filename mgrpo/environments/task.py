@@ -86,8 +86,9 @@ class Task(ABC):
         Returns what episode.finish() returned.
 
         Every trajectory of a role has the same scores; an invalid one (`format` 0) that the gate pays nothing need not
-        be judged. Raises InfrastructureError where an engine, tool or judge does not answer, never scores 0: the
-        rollout is played again. Any other exception fails this rollout, which is counted and never scored 0. asyncio
+        be judged. Tools and judges over a network are called through episode.tool(), which tries a lost call again.
+        Raises InfrastructureError where an engine, tool or judge does not answer, never scores 0: the rollout is played
+        again. Any other exception fails this rollout, which is counted and never scored 0. asyncio
         tasks that it starts end with it: what still runs when it returns or raises is cancelled and awaited.
         """
 

@@ -11,7 +11,7 @@ Packed attention is an attention function of transformers' AttentionInterface. W
 under the names transformers has for that (cu_seq_lens_q, max_length_q). Called without them (generation, single rows)
 it is plain causal attention.
 
-No GPU has run varlen or flash of this file yet; the loop on the CPU is what the tests compare with.
+varlen has run on an H100 (tests/test_gpu.py: six architectures, bfloat16, forward and backward); flash on no GPU yet.
 """
 
 from __future__ import annotations

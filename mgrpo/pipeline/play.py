@@ -2,12 +2,14 @@
 
 A failure of an engine, tool or judge (InfrastructureError) is tried again with another attempt number. If it stays, or
 if anything else is raised (see failure.py), the rollout is a failed one: it leaves its group, is counted and is never
-scored. What play() starts ends with its attempt: asyncio tasks that still run are cancelled and awaited.
+scored. So is one that takes longer than its deadline, all attempts together. What play() starts ends with its attempt:
+asyncio tasks that still run are cancelled and awaited.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +17,7 @@ from mgrpo.environments.attempt import Attempt
 from mgrpo.environments.episode import Agent, Episode, mix
 from mgrpo.environments.failure import Failure, Kind, failure_of
 from mgrpo.environments.task import Question, Task
+from mgrpo.environments.tools import ToolCalls
 from mgrpo.errors import InfrastructureError
 from mgrpo.types import Rollout, Trajectory
 
@@ -47,6 +50,15 @@ class RolloutResult:
     failure: str = ""
     kind: Kind | None = None  # of the failure
     mismatches: int = 0  # turns with a retokenization mismatch
+    calls: int = 0  # sub-agents that the last attempt called
+    seconds: float = 0.0  # from its start to its end, all attempts together
+    tools: Mapping[str, list[float]] = field(
+        default_factory=dict
+    )  # metrics of its tool calls, all attempts together
+
+    def metrics(self) -> Mapping[str, list[float]]:
+        """Full name -> values: the task's own and those of its tools; of a failed rollout, its tools'."""
+        return self.tools if self.rollout is None else self.rollout.metrics
 
     def trajectories(self) -> list[Trajectory]:
         """Those of the rollout; none where there is none."""
@@ -75,31 +87,78 @@ async def play(
     agents: Mapping[str, Agent],
     seed: int,
     accept: Callable[[Rollout], object] | None = None,
+    deadline: float | None = None,
 ) -> RolloutResult:
     """Play one rollout, with up to ATTEMPTS attempts. The seed names the noise: same seed and weights, same rollout.
-    accept: raises for a rollout that cannot be used, which is then a failed one."""
+    accept: raises for a rollout that cannot be used, which is then a failed one. deadline: seconds that all attempts
+    together may take."""
     if isinstance(request.question, Unasked):
         return RolloutResult(request, 0, None, request.question.failure.text, request.question.failure.kind)
-    failure: Failure | None = None
-    for attempt in range(ATTEMPTS):
-        episode = Episode(request.query, request.rollout, agents, mix(seed, attempt), attempt)
-        try:
-            rollout = await _attempt(task, request.question, episode)
-            if accept is not None:
-                accept(rollout)
-        except asyncio.CancelledError:
-            if (running := asyncio.current_task()) is None or running.cancelling():
-                raise
-            text = f"play() of {request.query}/{request.rollout} was cancelled by something it awaited"
-            failure = Failure("task", text)
-        except (Exception, SystemExit) as error:  # a tool that exits ends its rollout, not the worker
-            failure = failure_of(error, task)
-        else:
-            return RolloutResult(request, attempt, rollout, mismatches=episode.mismatches())
-        if failure.kind != "infrastructure":
-            break
-    assert failure is not None
-    return RolloutResult(request, attempt, None, failure.text, failure.kind)
+    began = time.monotonic()
+    attempts = _Attempts(task, request, agents, seed, accept)
+    try:
+        async with asyncio.timeout(deadline) as limit:
+            result = await attempts.play(limit.expired)
+    except TimeoutError:  # of ours: those of the task's code are failures
+        result = None
+    if result is None:
+        assert deadline is not None
+        text = (
+            f"{request.query}/{request.rollout} had not ended after {deadline:g} s (rollout.deadline), "
+            f"in attempt {attempts.number} with {attempts.calls()} calls of sub-agents"
+        )
+        result = RolloutResult(request, attempts.number, None, text, "deadline")
+    seconds, tools = time.monotonic() - began, attempts.tools.metrics()
+    return replace(result, calls=attempts.calls(), seconds=seconds, tools=tools)
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """The attempts at one rollout; arguments as of play()."""
+
+    task: Task
+    request: RolloutRequest
+    agents: Mapping[str, Agent]
+    seed: int
+    accept: Callable[[Rollout], object] | None
+    number: int = 0
+    episode: Episode | None = None  # of the last
+    tools: ToolCalls = field(default_factory=ToolCalls)
+
+    def calls(self) -> int:
+        return 0 if self.episode is None else self.episode.calls()
+
+    async def play(self, is_late: Callable[[], bool]) -> RolloutResult | None:
+        """What came of them; None when time ran out, for code that made an error of its own of its cancellation."""
+        request, failure = self.request, None
+        for self.number in range(ATTEMPTS):
+            self.episode = episode = Episode(
+                request.query,
+                request.rollout,
+                self.agents,
+                mix(self.seed, self.number),
+                self.number,
+                self.tools,
+            )
+            try:
+                rollout = await _attempt(self.task, request.question, episode)
+                if self.accept is not None:
+                    self.accept(rollout)
+            except asyncio.CancelledError:
+                if (running := asyncio.current_task()) is None or running.cancelling():
+                    raise
+                text = f"play() of {request.query}/{request.rollout} was cancelled by something it awaited"
+                failure = Failure("task", text)
+            except (Exception, SystemExit) as error:  # a tool that exits ends its rollout, not the worker
+                failure = failure_of(error, self.task)
+            else:
+                return RolloutResult(request, self.number, rollout, mismatches=episode.mismatches())
+            if is_late():
+                return None
+            if failure.kind != "infrastructure":
+                break
+        assert failure is not None
+        return RolloutResult(request, self.number, None, failure.text, failure.kind)
 
 
 async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:
@@ -123,12 +182,13 @@ async def play_all(
     seed: Callable[[RolloutRequest], int],
     done: Callable[[RolloutResult], Awaitable[None]],
     accept: Callable[[Rollout], object] | None = None,
+    deadline: float | None = None,
 ) -> None:
-    """Play all rollouts concurrently; `done` is awaited for each as it ends. accept: as in play. The first error that
-    is the program's cancels the rest."""
+    """Play all rollouts concurrently; `done` is awaited for each as it ends. accept, deadline: as in play. The first
+    error that is the program's cancels the rest."""
 
     async def one(request: RolloutRequest) -> None:
-        await done(await play(task, request, agents, seed(request), accept))
+        await done(await play(task, request, agents, seed(request), accept, deadline))
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -162,10 +222,11 @@ async def evaluate(
     seed: int,
     seen: Callable[[int, RolloutResult], None] | None = None,
     accept: Callable[[Rollout], object] | None = None,
+    deadline: float | None = None,
 ) -> Accuracy:
     """One rollout of each question. Failed rollouts are counted beside the mean, not in it. `seen` is called with each
-    rollout as it ends and the number of its question. accept: as in play. Raises InfrastructureError where none
-    succeeded."""
+    rollout as it ends and the number of its question. accept, deadline: as in play. Raises InfrastructureError where
+    none succeeded."""
     if greedy:
         agents = {role: replace(agent, temperature=0.0) for role, agent in agents.items()}
     accuracy = Accuracy()
@@ -187,7 +248,11 @@ async def evaluate(
         RolloutRequest(f"eval/{'greedy' if greedy else 'sampled'}/{i}", q, 0) for i, q in enumerate(questions)
     ]
     numbers = {request.query: i for i, request in enumerate(requests)}
-    await play_all(task, requests, agents, lambda request: mix(seed, numbers[request.query]), count, accept)
+
+    def seed_of(request: RolloutRequest) -> int:
+        return mix(seed, numbers[request.query])
+
+    await play_all(task, requests, agents, seed_of, count, accept, deadline)
     if accuracy.failed and not accuracy.n:
         raise InfrastructureError(all_failed(accuracy.failed, "an evaluation", accuracy.failure))
     return accuracy

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mgrpo.environments.failure import shortened
-from mgrpo.errors import DeadlineError, GroupClosedError, PeerError
+from mgrpo.errors import DeadlineError, FencedError, GroupClosedError, PeerError
 from mgrpo.pipeline.play import RolloutResult
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
 from mgrpo.trajectory_log.client import TrajectoryLogClient
@@ -45,8 +45,9 @@ class _Work:
 class Shipper:
     """ship() hands over, drain() waits until everything handed over is durable and raises what went wrong.
 
-    A group that the store has dropped meanwhile takes no records: they are left out quietly, and closed_groups() counts
-    it. Leave with stop(), then close() once the clients are closed: nothing is waited for any more.
+    A group that the store has dropped meanwhile, or given to another worker, takes no records: they are left out
+    quietly, its `closed` is set, and closed_groups() counts it. Leave with stop(), then close() once the clients are
+    closed: nothing is waited for any more.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Shipper:
         self._open = 0  # handed over, not durable yet
         self._stopping = False
         self._closed: set[str] = set()  # queries of groups that take nothing more
+        self._counted = 0  # of them, by closed_groups()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="mgrpo-shipper", daemon=True)
         self._thread.start()
@@ -91,9 +93,13 @@ class Shipper:
     def closed_groups(self) -> int:
         """Groups that were found closed since the last call."""
         with self._changed:
-            n = len(self._closed)
-            self._closed.clear()
+            n, self._counted = len(self._closed) - self._counted, len(self._closed)
             return n
+
+    def check(self) -> None:
+        """Raises what has gone wrong so far. Never waits."""
+        with self._changed:
+            self._check()
 
     def stop(self) -> None:
         """Wait for nothing more: what is not durable yet stays so, and will be played again by the next worker."""
@@ -158,10 +164,11 @@ class Shipper:
         for work, answer in answers:
             try:
                 self._result(answer, "the store")
-            except GroupClosedError as closed:
+            except (GroupClosedError, FencedError) as closed:
                 self._close_group(work.group, closed)
 
-    def _close_group(self, group: WorkerGroup, closed: GroupClosedError) -> None:
+    def _close_group(self, group: WorkerGroup, closed: GroupClosedError | FencedError) -> None:
+        group.closed = True
         with self._changed:
             if group.query not in self._closed:
                 self._closed.add(group.query)

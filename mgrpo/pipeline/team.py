@@ -72,17 +72,31 @@ class Team:
     def sync(self, at_least: Mapping[str, int]) -> int:
         """Bring every engine to its trainer's newest weights, those of a role in `at_least` to this version or a later
         one; returns the oldest version of the training roles."""
-        versions = []
-        for role, source in self._sources.items():
-            weights = self._fetch(source, at_least.get(role, 0))
+        for role in self._sources:
+            weights = self.fetch(role, at_least.get(role, 0))
             if weights is not None:
-                self._loop.run(source.engine.load(weights, weights.version))
-                source.label = weights.label
-            if role in self._config.training_roles:
-                versions.append(source.engine.version)
-        return min(versions)
+                self._loop.run(self.load(role, weights))
+        return min(self.versions().values())
 
-    def _fetch(self, source: _Source, at_least: int) -> Weights | None:
+    def versions(self) -> dict[str, int]:
+        """Of each training role, what its engine holds."""
+        return {role: self._sources[role].engine.version for role in self._config.training_roles}
+
+    def waiting(self) -> int:
+        """Requests that wait in the engines."""
+        return sum(source.engine.waiting() for source in self._sources.values())
+
+    async def load(self, role: str, weights: Weights) -> None:
+        """Swap a role's weights. Rollouts may be running: an engine does it between two decode steps."""
+        source = self._sources[role]
+        await source.engine.load(weights, weights.version)
+        source.label = weights.label
+
+    def fetch(self, role: str, at_least: int) -> Weights | None:
+        """A role's newest weights, of this version or a later one, once its trainer has them; None when they are those
+        that its engine holds. Blocks; one call of a role at a time. Raises Shutdown when the run ends meanwhile,
+        DeadlineError naming the trainer when none have come for idle_timeout seconds."""
+        source = self._sources[role]
         since, received = time.monotonic(), source.pull.received
         while True:
             try:

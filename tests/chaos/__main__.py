@@ -120,6 +120,14 @@ def run(folder: Path) -> Result:
     return bool(good) and not figures["left_behind"], figures
 
 
+def streaming(folder: Path) -> Result:
+    """The same with streaming rollouts of two workers: each group once and none too old, though not the same bits."""
+    overrides = ("trainer.max_lag=2", "rollout.workers=2")
+    figures = kill_run(folder, steps=120, seconds=120, every=5.0, seed=2, overrides=overrides)
+    good = figures["kills"] == 24 and figures["learned"] and figures["each_group_once"]
+    return bool(good and int(str(figures["oldest"])) <= 2 and not figures["left_behind"]), figures
+
+
 def network(folder: Path) -> Result:
     """A run across two network namespaces with 1 % loss and 50 ms delay each way, beside one on this machine."""
     train(RELAY, folder / "quiet")
@@ -132,7 +140,7 @@ def network(folder: Path) -> Result:
 
 
 ALL: dict[str, Callable[[Path], Result]] = {
-    f.__name__: f for f in (ledger, schedules, powercut, store, trainer, proxy, fuzz, run, network)
+    f.__name__: f for f in (ledger, schedules, powercut, store, trainer, proxy, fuzz, run, streaming, network)
 }
 
 

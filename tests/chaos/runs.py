@@ -8,10 +8,21 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from mgrpo.store.database import Database
-from tests.runs import ROOT, command, final_weights, leftovers, processes_of, steps_of, summary, wait_for
+from tests.runs import (
+    ROOT,
+    command,
+    final_weights,
+    leftovers,
+    processes_of,
+    steps_of,
+    summary,
+    trained_ages,
+    wait_for,
+)
 
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
 ROLES = ("main", "sub")
@@ -27,9 +38,9 @@ SMALL = (
 class Launched:
     """A run's launcher that can be killed and told to go on."""
 
-    def __init__(self, out: Path, steps: int) -> None:
+    def __init__(self, out: Path, steps: int, overrides: Sequence[str] = ()) -> None:
         self.out = out
-        sets = [f"--set={o}" for o in (*SMALL, f"trainer.steps={steps}")]
+        sets = [f"--set={o}" for o in (*SMALL, f"trainer.steps={steps}", *overrides)]
         self._first = command("train", str(ATLAS), "--out", str(out), *sets)
         self.process = self._start(self._first)
 
@@ -63,12 +74,14 @@ class Launched:
         assert status == 0, (self.out.parent / f"{self.out.name}.txt").read_text()[-2000:]
 
 
-def kill_run(folder: Path, steps: int, seconds: float, every: float, seed: int) -> dict[str, object]:
+def kill_run(
+    folder: Path, steps: int, seconds: float, every: float, seed: int, overrides: Sequence[str] = ()
+) -> dict[str, object]:
     """Train undisturbed, then train with a kill -9 of a random process every few seconds, from step 1 on; compare."""
-    quiet = Launched(folder / "quiet", steps)
+    quiet = Launched(folder / "quiet", steps, overrides)
     quiet.finish(900)
     rng = random.Random(seed)
-    run = Launched(folder / "killed", steps)
+    run = Launched(folder / "killed", steps, overrides)
     kills: Counter[str] = Counter()
     try:
         wait_for(lambda: steps_of(run.out) >= 1, "step 1", 600)
@@ -92,6 +105,7 @@ def kill_run(folder: Path, steps: int, seconds: float, every: float, seed: int) 
         "learned": all(
             start(quiet.out, role) != weights for role, weights in final_weights(quiet.out).items()
         ),
+        "oldest": max(trained_ages(run.out)),  # steps that a trained token was old
         "left_behind": leftovers(run.out),
     }
 

@@ -19,8 +19,8 @@ from mgrpo.cli.evaluate import load_agents, policy_path
 from mgrpo.config import RunConfig
 from mgrpo.environments.task import Task
 from mgrpo.files import remove_partials, write_atomic
+from mgrpo.pipeline.evaluations import EVAL_SEED
 from mgrpo.pipeline.play import RolloutResult, evaluate
-from mgrpo.pipeline.rollout_worker import EVAL_SEED
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.processes import load_run_task
 

@@ -42,4 +42,5 @@ class HfBackend(EngineBackend):
                 model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa")
             )
         length = config.agents[role].max_length
-        return HfEngine(policy, slots=config.rollout.slots, max_length=length), policy.tokenizer
+        made = HfEngine(policy, slots=config.rollout.slots, max_length=length, on_update=engine.on_update)
+        return made, policy.tokenizer

@@ -10,10 +10,12 @@ last turn, or the one token it sampled before. Requests of similar width share a
   greedy. Logits are those of the tokenizer's tokens: spare rows of the head are never sampled.
 - A session keeps its slot between turns; only new tokens are fed. The least recently used idle session makes
   room when slots run out, and is fed afresh when it comes back.
-- `load` swaps weights between steps. Requests in flight go on with the new weights on the keys and values of
-  the old ones (each token keeps the version that sampled it); every idle session is fed afresh on its next
-  turn, so that a turn which began under some weights and was not interrupted has exactly the log-probs these
-  weights give.
+- `load` swaps weights between steps. Each token keeps the version that sampled it, and its log-prob. A request in
+  flight goes on in one of two ways. on_update "keep": on the keys and values of the old weights, which costs nothing;
+  what it samples from then on comes from a mixture, and its log-probs are those of no version. "recompute": its prompt
+  and what it sampled are fed again first, so every token has exactly the log-prob that its version gives. The noise is
+  the same in both. Every idle session is fed afresh on its next turn, so that a turn which no update interrupted has
+  exact log-probs either way.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mgrpo.config.engine import OnUpdate
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.engines.hf.forward import check_served, feed
 from mgrpo.engines.hf.kv_cache import SlotCache
@@ -59,7 +62,7 @@ class _Slot:
     session: str | None = None
     request: _Request | None = None
     tokens: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
-    feed: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))  # of the prompt, not yet in the cache
+    feed: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))  # known tokens, not yet in the cache
     epoch: int = -1  # count of loads when these keys and values were computed
     used: int = 0
 
@@ -75,10 +78,12 @@ class HfEngine(Engine):
         slots: int = 128,
         max_length: int | None = None,
         prefill_chunk: int = 256,
+        on_update: OnUpdate = "recompute",
     ) -> None:
         """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch. max_length:
         tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a row and forward.
-        Raises ConfigError for a model that this engine cannot serve (forward.py)."""
+        on_update: what load() does with requests in flight (see the module's docstring). Raises ConfigError
+        for a model that this engine cannot serve (forward.py)."""
         context = policy.context_length
         max_length = context if max_length is None else max_length
         if max_length is None:
@@ -92,6 +97,7 @@ class HfEngine(Engine):
         layers = len(policy.layers)
         check_served(policy, layers, max_length)
         self.policy, self.max_length, self.prefill_chunk = policy, max_length, prefill_chunk
+        self._on_update = on_update
         self._version = version
         self._slots = [_Slot() for _ in range(slots)]
         self._by_session: dict[str, int] = {}
@@ -142,6 +148,9 @@ class HfEngine(Engine):
             )
         self._version = version
         self._epoch += 1
+        if self._on_update == "recompute":
+            for index in np.flatnonzero(self._arrays.running).tolist():
+                self._feed_again(index)
 
     def release(self, session: str) -> None:
         """Forget the session's history. Unknown sessions are ignored; a running one goes when it is done."""
@@ -161,6 +170,10 @@ class HfEngine(Engine):
     def requests(self) -> int:
         """Requests that are running or waiting."""
         return len(self._waiting) + int(self._arrays.running.sum())
+
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
 
     def step(self) -> bool:
         """Feed and sample once; True when a request was answered."""
@@ -207,6 +220,14 @@ class HfEngine(Engine):
         if request.session is not None:
             self._by_session[request.session] = index
         self._arrays.start(index, request.params, request.seed, len(request.prompt), cached)
+
+    def _feed_again(self, index: int) -> None:
+        """Drop a running request's keys and values; the weights of now compute them before its next token."""
+        slot, arrays = self._slots[index], self._arrays
+        assert slot.request is not None
+        slot.feed = np.concatenate([slot.request.prompt, arrays.tokens[index, : arrays.count[index]]])
+        slot.epoch = self._epoch
+        arrays.length[index], arrays.feeding[index] = 0, len(slot.feed)
 
     def _advance(self) -> bool:
         arrays = self._arrays

@@ -37,8 +37,8 @@ class VllmBackend(ServerBackend):
         if engine.sync == "lora":
             return LoraSync(folder, engine.timeout, config.agents[owner].policy.lora)
         if engine.sync == "nccl":
-            return NcclSync(folder, engine.timeout)
-        return VllmFolderSync(folder, engine.timeout)
+            return NcclSync(folder, engine.timeout, on_update=engine.on_update)
+        return VllmFolderSync(folder, engine.timeout, engine.on_update)
 
     @classmethod
     def check(cls, config: RunConfig, role: str) -> None:

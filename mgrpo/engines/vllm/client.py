@@ -61,6 +61,9 @@ class VllmClient(ServerClient):
     versions_hint = "needs vLLM 0.32 or newer"
     length_setting = "max-model-len"
 
+    cache_salt: str | None = None
+    """Requests share cached keys and values with those of the same salt alone; see weight_sync.py."""
+
     async def generate(
         self,
         model: str,
@@ -76,6 +79,8 @@ class VllmClient(ServerClient):
             "sampling_params": sampling_body(params, seed, never),
             "stream": False,
         }
+        if self.cache_salt is not None:
+            body["cache_salt"] = self.cache_salt
         answer = await self._call("POST", "/inference/v1/generate", json=body)
         try:
             (choice,) = msgspec.json.decode(answer, type=_Generated).choices

@@ -23,9 +23,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mgrpo.config.engine import OnUpdate
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.vllm.weight_sync import is_paused, relabel_and_resume, server_label
+from mgrpo.engines.vllm.weight_sync import is_paused, pause, relabel_and_resume, server_label
 from mgrpo.engines.weight_sync import WeightSync
 from mgrpo.errors import ConfigError, InfrastructureError
 
@@ -49,12 +50,19 @@ class Sender(Protocol):
 class NcclSync(WeightSync[VllmClient]):
     """Whole weights from this process' GPU to the servers'. Raises ConfigError where there is no GPU."""
 
-    def __init__(self, folder: Path, timeout: float, sender: type[Sender] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        timeout: float,
+        sender: type[Sender] | None = None,
+        on_update: OnUpdate = "recompute",
+    ) -> None:
         """folder: through which workers lock a server. sender: the end on this side; the default is vLLM's."""
         super().__init__(folder, timeout)
         if sender is None and not torch.cuda.is_available():
             raise ConfigError('sync "nccl" needs a CUDA device in the process that sends; use "fs" on a CPU')
         self._sender = sender or VllmSender
+        self._on_update: OnUpdate = on_update
         self._ends: dict[str, Sender] = {}  # url -> its group
         self._label: Label | None = None
         self._state: dict[str, Tensor] = {}
@@ -64,7 +72,7 @@ class NcclSync(WeightSync[VllmClient]):
         self._label = label
 
     async def current_version(self, server: VllmClient) -> Label | None:
-        return self.own(await server_label(server))
+        return self.own(await server_label(server, self._on_update))
 
     async def paused(self, server: VllmClient) -> bool:
         return await is_paused(server)
@@ -79,7 +87,7 @@ class NcclSync(WeightSync[VllmClient]):
         ):  # new, or started again: the group of its predecessor is no use
             self._leave(server)
         try:
-            await server.post("/pause", mode="keep")
+            await pause(server, label, self._on_update)
             end = self._ends.get(server.url) or await self._meet(server)
             await server.post("/start_weight_update")
             info = {
@@ -95,7 +103,7 @@ class NcclSync(WeightSync[VllmClient]):
                 self.timeout,
             )
             await server.post("/finish_weight_update", {"weight_version": str(label)})
-            await relabel_and_resume(server, None)
+            await relabel_and_resume(server, None, self._on_update)
         except BaseException:
             self._leave(server)  # after a failure the two ends may not agree any more
             raise

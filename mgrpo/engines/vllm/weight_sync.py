@@ -9,9 +9,18 @@ fs goes in this order, which leaves no moment at which a token could come from m
     /pause?mode=keep -> reload_weights -> /reset_prefix_cache (running requests included) -> /update_weight_version
     -> /resume -> /weight_info equals the label
 
-A request that is under way stays: its tokens so far keep their label, its keys and values are computed again with the
-new weights, the tokens that follow carry the new label. An update that fails leaves the server paused, so that torn
-weights answer nobody, until a later one succeeds.
+A request that is under way stays: its tokens so far keep their label, the tokens that follow carry the new one. Its
+keys and values are computed again with the new weights (on_update "recompute"), or stay:
+
+    on_update "keep"   /pause?mode=keep&clear_cache=false -> reload_weights -> /update_weight_version -> /resume
+
+The prefix cache cannot be reset while a request holds blocks of it, so each request names the newest version that its
+client knows as `cache_salt`: what older weights computed is found by nobody who asks under the new name. (A client
+learns of another worker's update at its next look, seconds later; until then its requests may read older keys, and are
+mixed as those that ran across the update.) vLLM 0.32 clears the cache, running requests included, at the end of every
+pause but one with clear_cache=false.
+
+An update that fails leaves the server paused, so that torn weights answer nobody, until a later one succeeds.
 """
 
 from __future__ import annotations
@@ -19,6 +28,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from mgrpo.config.engine import OnUpdate
 from mgrpo.config.policy import LoraConfig
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.vllm.client import VllmClient
@@ -30,8 +40,12 @@ from mgrpo.errors import InfrastructureError
 class VllmFolderSync(FolderSync[VllmClient]):
     """Whole weights through a folder (see the module's docstring)."""
 
+    def __init__(self, folder: Path, timeout: float, on_update: OnUpdate = "recompute") -> None:
+        super().__init__(folder, timeout)
+        self.on_update: OnUpdate = on_update
+
     async def current_version(self, server: VllmClient) -> Label | None:
-        return self.own(await server_label(server))
+        return self.own(await server_label(server, self.on_update))
 
     async def paused(self, server: VllmClient) -> bool:
         return await is_paused(server)
@@ -39,9 +53,9 @@ class VllmFolderSync(FolderSync[VllmClient]):
     async def update(self, server: VllmClient, label: Label) -> None:
         weights = str(self.folder.path(label).resolve())
         call = {"method": "reload_weights", "kwargs": {"weights_path": weights}}
-        await server.post("/pause", mode="keep")
+        await pause(server, label, self.on_update)
         await server.post("/collective_rpc", call | {"timeout": self.timeout})
-        await relabel_and_resume(server, label)
+        await relabel_and_resume(server, label, self.on_update)
 
 
 class LoraSync(WeightSync[VllmClient]):
@@ -78,20 +92,37 @@ class LoraSync(WeightSync[VllmClient]):
         return [label for name in await server.models() if (label := self.own(parse_label(name)))]
 
 
-async def server_label(server: VllmClient) -> Label | None:
-    """The label of a server's weights; None when it has not been given any."""
-    return parse_label(str((await server.get("/weight_info"))["weight_version"]))
+async def server_label(server: VllmClient, on_update: OnUpdate = "recompute") -> Label | None:
+    """The label of a server's weights; None when it has not been given any. With "keep", also what its requests name
+    from now on as the version whose keys they may share."""
+    label = parse_label(str((await server.get("/weight_info"))["weight_version"]))
+    if on_update == "keep" and label is not None:
+        server.cache_salt = str(label)
+    return label
 
 
 async def is_paused(server: VllmClient) -> bool:
     return bool((await server.get("/is_paused"))["is_paused"])
 
 
-async def relabel_and_resume(server: VllmClient, label: Label | None) -> None:
+async def pause(server: VllmClient, label: Label, on_update: OnUpdate) -> None:
+    """The beginning of an update to `label`: requests stand still, and no token is sampled until
+    relabel_and_resume()."""
+    if on_update == "keep":
+        await server.post("/pause", mode="keep", clear_cache="false")
+        server.cache_salt = str(
+            label
+        )  # not earlier: what is sent before the pause is computed by the older weights
+    else:
+        await server.post("/pause", mode="keep")
+
+
+async def relabel_and_resume(server: VllmClient, label: Label | None, on_update: OnUpdate) -> None:
     """The end of an update of a paused server, up to the check; label None where the update itself has labelled it."""
-    reset = await server.post("/reset_prefix_cache", reset_running_requests="true")
-    if not (isinstance(reset, dict) and reset.get("success")):
-        raise InfrastructureError(f"{server.url}: its prefix cache was not reset: {reset}")
+    if on_update == "recompute":
+        reset = await server.post("/reset_prefix_cache", reset_running_requests="true")
+        if not (isinstance(reset, dict) and reset.get("success")):
+            raise InfrastructureError(f"{server.url}: its prefix cache was not reset: {reset}")
     if label is not None:
         await server.post("/update_weight_version", {"new_version": str(label)})
     await server.post("/resume")
