@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mgrpo.config import RunConfig, load_config
+from mgrpo.config import RunConfig, load_config, view_of
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.model.policy import Policy, state_of
 from mgrpo.run.torchrun import as_rank
@@ -117,7 +117,7 @@ def main(folder: Path) -> None:
         lives += [(f"resumed/{v}", v, f"two/{v}", False) for v in VARIANTS]
         lives += [(f"from one/{v}", v, f"one/{v}", False) for v in VARIANTS]
         for name, variant, place, save in lives:
-            trainer = TorchTrainer(config_of(variant, 2), "main", folder / place, ranks)
+            trainer = TorchTrainer(view_of(config_of(variant, 2), "main"), folder / place, ranks)
             if ranks.is_main:
                 found[name] = train(trainer, start_of(folder, variant), save=save)
                 trainer.close()

@@ -42,7 +42,7 @@ def test_every_variant_is_a_config_that_can_run() -> None:
     assert [v.name for v in chosen(config, ["lr 0"])] == [COTRAIN, "lr 0"]
     with pytest.raises(ConfigError, match="expected one of"):
         chosen(config, ["lr 1"])
-    names = [s.name for s in scores(config, every, load_run_task(config).controls)]
+    names = [s.name for s in scores(config.roles, every, load_run_task(config).controls)]
     assert names[0] == BEFORE_RL and len(set(names)) == len(names)
     assert names[-2:] == ["random search results", "permuted facts"]
 
@@ -96,7 +96,7 @@ def test_variants_begin_with_the_start_policies_of_their_seed(tmp_path: Path) ->
     _, job = jobs.plan(
         tmp_path, [3], [Variant(COTRAIN, ""), Variant("lr 0", "", ("agents.sub.optimizer.lr=0.0",))]
     )
-    made = load_config(ATLAS, jobs.settings(config, job, ["trainer.steps=5"]))
+    made = load_config(ATLAS, jobs.settings(config.policy_roles, job, ["trainer.steps=5"]))
     assert (made.seed, made.trainer.steps, made.agents["sub"].optimizer.lr) == (3, 5, 0.0)
     for role in config.roles:
         assert made.agents[role].model == str(

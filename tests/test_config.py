@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.config import config_digest, dump_config, load_config
+from mgrpo.config import config_digest, dump_config, load_config, view_of
 from mgrpo.config.run import TrainerConfig
 from mgrpo.errors import ConfigError
 from mgrpo.run.processes import check_plugins, run_params
@@ -215,6 +215,24 @@ def test_a_shared_policy_is_described_once(overrides: list[str], message: str) -
         load_config(ATLAS, overrides)
 
 
+def test_a_view_holds_ones_own_section_and_that_of_the_policy() -> None:
+    """A role that shares a policy: its own length and temperature, the owner's engine and model, the longest of both
+    for a server; the others see themselves."""
+    config = load_config(
+        ATLAS,
+        ["agents.sub.shares=main", "agents.sub.sft={}", "agents.sub.max_length=200", "agents.main.max_length=90",
+         "agents.main.policy.ranks=2", "agents.main.engine.dtype=bfloat16", "rollout.slots=7"],
+    )  # fmt: skip
+    sub, main = view_of(config, "sub"), view_of(config, "main")
+    assert (sub.role, sub.owner_role, sub.agent.max_length, sub.owner.max_length) == ("sub", "main", 200, 90)
+    assert sub.owner is config.agents["main"] and sub.owner.engine != sub.agent.engine
+    assert main.agent is main.owner is sub.owner and main.owner_role == "main"
+    assert (main.longest, sub.longest, main.ranks, sub.ranks, main.rollout.slots) == (200, 200, 2, 2, 7)
+    assert main.idle_timeout == config.store.idle_timeout
+    with pytest.raises(KeyError):
+        view_of(config, "nobody")
+
+
 def test_a_vllm_server_serves_one_policy_or_adapters() -> None:
     """Two roles that name one server: whole weights would overwrite each other's, adapters stand side by side."""
 
@@ -248,8 +266,8 @@ def test_the_stores_times_are_configuration_and_no_part_of_what_a_run_computes()
     ("engine", "lag", "message"),
     [
         ('{on_update="recompute"}', 1, None),
-        ('{on_update="keep"}', 0, None),  # the default
-        ('{on_update="recompute"}', 0, "main.engine.on_update has no effect with trainer.max_lag=0"),
+        ('{on_update="recompute"}', 0, None),  # the default
+        ('{on_update="keep"}', 0, "main.engine.on_update has no effect with trainer.max_lag=0"),
         ('{type="vllm", on_update="keep"}', 1, None),
         ('{type="vllm", on_update="keep"}', 0, "main.engine.on_update has no effect with trainer.max_lag=0"),
         (

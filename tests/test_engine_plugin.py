@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mgrpo import plugins
-from mgrpo.config.load import load_config
+from mgrpo.config import load_config, view_of
 from mgrpo.engines.registry import GROUP, find_engine
 from mgrpo.errors import ConfigError
 from tests.runs import RELAY, final_weights, leftovers, summary, train
@@ -53,16 +53,15 @@ class Logged(Engine):
 
 class Backend(EngineBackend):
     @classmethod
-    def open(cls, config, role, files, addresses, on_event):
-        policy = policy_from_files(files, role)
-        length = config.agents[role].max_length
-        engine = HfEngine(policy, slots=config.rollout.slots, max_length=length)
-        return Logged(engine, Path(config.agents[role].engine.options["log"])), policy.tokenizer
+    def open(cls, view, files, addresses, on_event):
+        policy = policy_from_files(files, view.role)
+        engine = HfEngine(policy, slots=view.rollout.slots, max_length=view.agent.max_length)
+        return Logged(engine, Path(view.owner.engine.options["log"])), policy.tokenizer
 
     @classmethod
-    def check(cls, config, role):
-        if "log" not in config.agents[role].engine.options:
-            raise ConfigError(f"agents.{role}.engine.options.log is missing")
+    def check(cls, view):
+        if "log" not in view.agent.engine.options:
+            raise ConfigError(f"agents.{view.role}.engine.options.log is missing")
 '''
 
 
@@ -94,7 +93,7 @@ def test_an_installed_engine_has_a_name(plugin: str, monkeypatch: pytest.MonkeyP
     point = EntryPoint("own", f"{plugin}:Backend", GROUP)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == GROUP else [])
     config = load_config(RELAY, ['agents.left.engine={type="own", options={log="x"}}'])
-    assert find_engine(config, "left").__name__ == "Backend"
+    assert find_engine(view_of(config, "left")).__name__ == "Backend"
     other = load_config(RELAY, ["agents.left.engine.type=owm"])
     with pytest.raises(ConfigError, match="'owm' is unknown, expected hf, own, sglang, vllm or"):
-        find_engine(other, "left")
+        find_engine(view_of(other, "left"))

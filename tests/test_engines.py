@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mgrpo.addresses import Addresses
-from mgrpo.config.load import load_config
+from mgrpo.config import load_config, view_of
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.engines.registry import find_engine, open_engine
@@ -96,7 +96,8 @@ def test_a_run_starts_servers_of_those_engines_only_that_have_a_command() -> Non
     with pytest.raises(
         ConfigError, match=r"agents\.left\.engine\.type='sglang': its servers are not started"
     ):
-        find_engine(config, "left").command(config, "left", "http://h:1")
+        view = view_of(config, "left")
+        find_engine(view).command(view, "http://h:1")
 
 
 def test_one_server_holds_one_policy() -> None:

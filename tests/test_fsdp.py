@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from mgrpo.config import view_of
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import save_policy
 from mgrpo.pipeline.batch import merge_streams
@@ -63,7 +64,7 @@ def alone(folder: Path) -> Found:
     """One process trains every variant and leaves a checkpoint of the middle."""
     found = {}
     for variant in VARIANTS:
-        trainer = TorchTrainer(config_of(variant, 1), "main", folder / "one" / variant, Ranks())
+        trainer = TorchTrainer(view_of(config_of(variant, 1), "main"), folder / "one" / variant, Ranks())
         found[variant] = train(trainer, start_of(folder, variant), save=True)
     return found
 
@@ -119,11 +120,11 @@ def test_a_checkpoint_fits_any_number_of_ranks(
     bound = 1e-5 if variant != "last" else 2e-3
     two = together[f"from one/{variant}"]
     one = train(
-        TorchTrainer(config_of(variant, 1), "main", folder / "two" / variant, Ranks()),
+        TorchTrainer(view_of(config_of(variant, 1), "main"), folder / "two" / variant, Ranks()),
         start_of(folder, variant),
     )
     again = train(
-        TorchTrainer(config_of(variant, 1), "main", folder / "one" / variant, Ranks()),
+        TorchTrainer(view_of(config_of(variant, 1), "main"), folder / "one" / variant, Ranks()),
         start_of(folder, variant),
     )
     assert one["from"] == two["from"] == again["from"] == MIDDLE

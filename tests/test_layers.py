@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORDER = [
     *("_C", "kernels"),
-    *("errors", "files", "types", "addresses", "plugins", "sinks", "metrics", "config"),
+    *("errors", "files", "types", "waiting", "addresses", "plugins", "sinks", "metrics", "config"),
     *("losses",),
     *("ops", "alignment", "credit", "algorithms"),
     *("batcher", "transport"),

@@ -122,7 +122,7 @@ def test_a_folder_that_others_may_have_made_is_refused(
     """Whoever got there first could take over the run's sockets: named, whether a launcher or a part comes."""
     folder = RunFolder(tmp_path / "run")
     prepare(folder.socket_folder)
-    for use in (folder.check_sockets, folder.make_room_for_sockets):
+    for use in (folder.check_sockets, folder.make_socket_folder):
         with pytest.raises(ConfigError, match=words) as error:
             use(config)
         assert str(folder.socket_folder) in str(error.value)

@@ -175,6 +175,10 @@ def test_the_page_in_a_browser(recorded: Path, tmp_path: Path, width: int, dark:
     with served(recorded) as (url, _), browser(tmp_path, width=width, dark=dark) as page:
         page.open(url)
         page.until("return document.querySelectorAll('figure svg').length >= 8")
+        drawn = page.run(
+            "return [...document.querySelectorAll('[data-timeline] [data-part]')].map(e => e.dataset.part)"
+        )
+        assert drawn.count("train") == 3 * 12 and drawn.count("busy") > 0
         assert no_overflow(page)
         page.click("[data-tab=steps]")
         page.until("return document.querySelectorAll('.group').length === 4")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.config.load import load_config
+from mgrpo.config import load_config, view_of
 from mgrpo.engines.vllm.backend import VllmBackend
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import save_policy
@@ -50,7 +50,7 @@ def test_what_a_server_is_started_with(tmp_path: Path) -> None:
         f'agents.left.engine={{type="vllm", sync="lora", python="{sys.executable}", arguments=["--x", "1"]}}',
         "agents.left.policy.lora.rank=12",
     ]
-    command = VllmBackend.command(load_config(RELAY, sets), "left", "unix:///s")
+    command = VllmBackend.command(view_of(load_config(RELAY, sets), "left"), "unix:///s")
     words = list(command.arguments)
     pairs = set(itertools.pairwise(words))
     assert {

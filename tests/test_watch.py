@@ -36,6 +36,9 @@ def test_top_shows_the_last_numbers_of_every_agent(recorded: Path) -> None:
         row = next(line.split() for line in shown.splitlines() if line.startswith(role))
         assert row[1] == "12/12" and row[2] == f"{last[f'{role}/reward/mean']:.3f}"
         assert row[3] == f"{last[f'{role}/reward/correct']:.2f}"
+    places = next(line for line in shown.splitlines() if line.startswith("rollouts "))
+    assert set("▁▂▃▄▅▆▇█") & set(places) and "places that hold a rollout" in shown
+    assert re.search(r"rollout places \d+% busy", shown)
     assert "heldout at step 12: sampled" in shown and "no answer from the store" in shown
 
 

@@ -7,6 +7,11 @@ group of one, and a group whose rewards are equal, get exactly 0; equal means ma
 the same parts added up in another order differ by a few ulp of float32. 3. Moments are taken of rewards divided by a
 power of two, the group's own: no square overflows or vanishes, and ordinary numbers keep their bits. 4. Sums run in the
 order of the rows, so a group's numbers do not depend on the groups beside it.
+
+The same formulas stand in mgrpo.ops.group_advantage, whose reference adds terms rounded to a grid, so that no order of
+the rows changes a bit on any backend. In float64 that is another last bit: of the rows of 30,000 random groups (one
+member, equal rewards and weights of 0 among them) a third has the same one, and all have the same float32. Recorded
+runs are replayed bit for bit in float64, so the two stay apart.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Batcher:
             "capacity": capacity,
             "dp": dp,
             "mode": mode,
-            "vote": sequence_weight,  # its name in csrc
+            "sequence_weight": sequence_weight,
             "empty": empty,
             "overlong": overlong,
             "token_advantages": token_advantages,
@@ -104,7 +104,7 @@ class Batcher:
             "pad_id": pad_id,
         }
         self._clock = clock
-        self._core = _C.Batcher(self.options)
+        self._core = _C.Batcher(self.options | {"vote": sequence_weight})  # its name in csrc
 
     def _role(self, role: str | None) -> str:
         if role is None:

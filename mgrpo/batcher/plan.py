@@ -131,7 +131,7 @@ class Plan:
     def denominator(self) -> float:
         """What a sequence-mean loss divides by, over all ranks: K'; K x groups with empty="count"; the number of
         invocations with sequence_weight="per_invocation"."""
-        if self._options["vote"] == "per_invocation":
+        if self._options["sequence_weight"] == "per_invocation":
             return float(self.rows.weight.sum())
         if self._options["empty"] == "count":
             return float(len(self.groups) * self._options["k"])

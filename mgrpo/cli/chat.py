@@ -61,7 +61,7 @@ def converse(run: Path, before: bool, sampled: bool, questions: Sequence[str]) -
         raise ConfigError(f"{run}: not trained to the end yet; --before asks the policies it starts from")
     torch.set_num_threads(config.rollout.threads)
     task = load_run_task(config)
-    agents = load_agents(config, paths, greedy=not sampled)
+    agents = load_agents(config.agents, config.rollout.slots, paths, greedy=not sampled)
     console = Console(highlight=False, soft_wrap=True)
     if not questions:
         example = task.questions("heldout", 1)[0]

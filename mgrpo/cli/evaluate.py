@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentConfig, RunConfig
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.environments.episode import Agent
-from mgrpo.environments.task import Split
+from mgrpo.environments.task import Split, Task
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import load_policy
 from mgrpo.pipeline.play import Accuracy, evaluate
@@ -36,7 +36,8 @@ def evaluate_run(run: Path, n: int, split: str, seed: int) -> None:
         if paths is None:
             table.add_row(name, "-", "-", "not trained yet")
             continue
-        sampled, greedy = asyncio.run(_accuracies(config, paths, split, n, seed))
+        agents = load_agents(config.agents, config.rollout.slots, paths)
+        sampled, greedy = asyncio.run(_accuracies(load_run_task(config), agents, split, n, seed))
         calls = {role: _mean_calls(histogram) for role, histogram in sampled.calls.items()}
         table.add_row(
             name,
@@ -68,23 +69,23 @@ def policy_path(config: RunConfig, folder: RunFolder, role: str, kept: str) -> P
     return path if path.exists() else None
 
 
-def load_agents(config: RunConfig, paths: Mapping[str, Path], *, greedy: bool = False) -> dict[str, Agent]:
-    """The agents of a run with the policies in the given folders, served in this process."""
+def load_agents(
+    configs: Mapping[str, AgentConfig], slots: int, paths: Mapping[str, Path], *, greedy: bool = False
+) -> dict[str, Agent]:
+    """The agents of a run with the policies in the given folders, served in this process. slots: of rollout."""
     agents = {}
     for role, path in paths.items():
-        policy, agent = load_policy(path), config.agents[role]
-        engine = HfEngine(policy, slots=config.rollout.slots, max_length=agent.max_length)
+        policy, agent = load_policy(path), configs[role]
+        engine = HfEngine(policy, slots=slots, max_length=agent.max_length)
         temperature = 0.0 if greedy else agent.loss.temperature
         agents[role] = Agent(role, engine, policy.tokenizer, temperature, agent.max_length)
     return agents
 
 
 async def _accuracies(
-    config: RunConfig, paths: dict[str, Path], split: str, n: int, seed: int
+    task: Task, agents: Mapping[str, Agent], split: str, n: int, seed: int
 ) -> tuple[Accuracy, Accuracy]:
-    task = load_run_task(config)
     questions = task.questions(cast(Split, split), n)
-    agents = load_agents(config, paths)
     sampled = await evaluate(task, questions, agents, greedy=False, seed=seed)
     greedy = await evaluate(task, questions, agents, greedy=True, seed=seed)
     for agent_ in agents.values():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mgrpo.addresses import Addresses
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.engines.base import Engine
 from mgrpo.errors import ConfigError
 from mgrpo.model.tokens import Tokenizer
@@ -33,26 +33,26 @@ class EngineBackend(ABC):
     @abstractmethod
     def open(
         cls,
-        config: RunConfig,
-        role: str,
+        view: AgentView,
         files: Mapping[str, bytes],
         addresses: Addresses,
         on_event: Callable[[str], None],
     ) -> tuple[Engine, Tokenizer]:
-        """The engine and tokenizer of `role`, in a rollout worker; its weights follow with Engine.load().
+        """The engine and tokenizer of the agent, in a rollout worker; its weights follow with Engine.load().
 
         files: model config and tokenizer of its policy, by path. on_event: takes a line for people, e.g. that a server
         is down. Raises ConfigError where the config or the policy does not fit.
         """
 
     @classmethod  # noqa: B027 - optional
-    def check(cls, config: RunConfig, role: str) -> None:
-        """Raise ConfigError, in one line, for what can be known to fail before anything runs. role: a policy's own."""
+    def check(cls, view: AgentView) -> None:
+        """Raise ConfigError, in one line, for what can be known to fail before anything runs. Asked of agents with
+        a policy of their own."""
 
     @classmethod
-    def command(cls, config: RunConfig, role: str, address: str) -> ServerCommand:
-        """A server of `role`'s policy that listens at unix:///path or http://host:port. Raises ConfigError where the
+    def command(cls, view: AgentView, address: str) -> ServerCommand:
+        """A server of the agent's policy that listens at unix:///path or http://host:port. Raises ConfigError where the
         config can have none."""
         raise ConfigError(
-            f"agents.{role}.engine.type={config.agents[role].engine.type!r}: its servers are not started by a run"
+            f"agents.{view.role}.engine.type={view.agent.engine.type!r}: its servers are not started by a run"
         )

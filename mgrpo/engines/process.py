@@ -14,10 +14,11 @@ import ctypes
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 from mgrpo.engines.backend import ServerCommand
+from mgrpo.errors import DeadlineError
+from mgrpo.waiting import wait_until
 
 STOP_SECONDS = 8.0  # of the 15 that the launcher gives a child
 
@@ -44,11 +45,10 @@ def run_server(command: ServerCommand, socket: Path) -> int:
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM to the front end, which stops the others in order; then SIGKILL to what is left of the group."""
-    deadline = time.monotonic() + STOP_SECONDS
     if _alive(process.pid):
         os.kill(process.pid, signal.SIGTERM)  # not terminate(), which would reap it
-        while _alive(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with contextlib.suppress(DeadlineError):
+            wait_until(lambda: not _alive(process.pid), STOP_SECONDS, lambda: f"process {process.pid}")
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(5)

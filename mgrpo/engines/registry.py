@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from mgrpo.addresses import Addresses
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView, RunConfig, view_of
 from mgrpo.engines.backend import EngineBackend
 from mgrpo.engines.base import Engine
 from mgrpo.model.tokens import Tokenizer
@@ -19,11 +19,10 @@ BUILT_IN = {
 GROUP = "mgrpo.engines"
 
 
-def find_engine(config: RunConfig, role: str) -> type[EngineBackend]:
+def find_engine(view: AgentView) -> type[EngineBackend]:
     """The class that agents.<role>.engine.type names; of a role that shares a policy, the owner's. Raises ConfigError
     for a name that is not known."""
-    owner = config.policy_of(role)
-    name, where = config.agents[owner].engine.type, f"agents.{owner}.engine.type"
+    name, where = view.owner.engine.type, f"agents.{view.owner_role}.engine.type"
     return find_class(where, name, BUILT_IN, GROUP, EngineBackend)  # type: ignore[type-abstract]
 
 
@@ -35,4 +34,5 @@ def open_engine(
     on_event: Callable[[str], None],
 ) -> tuple[Engine, Tokenizer]:
     """The engine and tokenizer of `role`; see EngineBackend.open()."""
-    return find_engine(config, role).open(config, role, files, addresses, on_event)
+    view = view_of(config, role)
+    return find_engine(view).open(view, files, addresses, on_event)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgrpo.addresses import Addresses
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.config.engine import ServerEngineConfig
 from mgrpo.engines.backend import EngineBackend
 from mgrpo.engines.base import Engine
@@ -27,14 +27,13 @@ class ServerBackend(EngineBackend):
 
     @classmethod
     @abstractmethod
-    def open_sync(cls, config: RunConfig, owner: str, folder: Path) -> WeightSync[Any]:
-        """The way of new weights that the config chose. owner: the role whose policy it is. folder: for them."""
+    def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
+        """The way of new weights that the config chose. folder: for them."""
 
     @classmethod
     def open(
         cls,
-        config: RunConfig,
-        role: str,
+        view: AgentView,
         files: Mapping[str, bytes],
         addresses: Addresses,
         on_event: Callable[[str], None],
@@ -45,14 +44,14 @@ class ServerBackend(EngineBackend):
         from mgrpo.model.policy_files import tokenizer_from_files
         from mgrpo.model.vocabulary import Vocabulary
 
-        owner, length = config.policy_of(role), config.agents[role].max_length
-        engine = config.agents[owner].engine
+        role, owner, length = view.role, view.owner_role, view.agent.max_length
+        engine = view.owner.engine
         assert isinstance(engine, ServerEngineConfig)
         tokenizer, vocab_size = tokenizer_from_files(files, role)
         if addresses.weights is None:
             raise ConfigError(f"agents.{owner}.engine: no folder for weights is known")
         root = Path(engine.folder) if engine.folder is not None else addresses.weights
-        sync = cls.open_sync(config, owner, root / owner)
+        sync = cls.open_sync(view, root / owner)
         pool = EnginePool(
             [cls.client(url, engine.timeout) for url in engine.urls or addresses.engines[owner]],
             sync,
@@ -65,17 +64,17 @@ class ServerBackend(EngineBackend):
         return made, tokenizer
 
     @classmethod
-    def check(cls, config: RunConfig, role: str) -> None:
+    def check(cls, view: AgentView) -> None:
         """The temperature, and the health of servers that run already."""
-        engine, temperature = config.agents[role].engine, config.agents[role].loss.temperature
+        engine, temperature = view.agent.engine, view.agent.loss.temperature
         coolest, hottest = cls.client.temperatures
         if not coolest <= temperature <= hottest:
             raise ConfigError(
-                f"agents.{role}.loss.temperature={temperature:g}: {cls.client.name} samples at "
+                f"agents.{view.role}.loss.temperature={temperature:g}: {cls.client.name} samples at "
                 f"{coolest:g}..{hottest:g}"
             )
         if engine.running_servers:
             assert isinstance(engine, ServerEngineConfig)
             check_healthy(
-                f"agents.{role}.engine.urls", [cls.client(url, engine.timeout) for url in engine.urls]
+                f"agents.{view.role}.engine.urls", [cls.client(url, engine.timeout) for url in engine.urls]
             )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
-import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import safetensors.torch
+from filelock import AsyncFileLock, Timeout
 
 from mgrpo.config.policy import LoraConfig
 from mgrpo.engines.labels import Label, parse_label
@@ -66,19 +64,18 @@ class WeightFolder:
         """Held by one worker at a time for the server at `url`. Raises DeadlineError after `seconds`."""
         self.root.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(url.encode()).hexdigest()[:12]
-        deadline = time.monotonic() + seconds
-        with (self.root / f"{name}.lock").open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise DeadlineError(
-                            f"{url}: another worker has been updating it for {seconds:g} s"
-                        ) from None
-                await asyncio.sleep(0.05)
+        # Never by the file's existence: a killed worker would leave it. Attempts do not block, so no thread for them.
+        lock = AsyncFileLock(
+            self.root / f"{name}.lock", timeout=seconds, fallback_to_soft=False, run_in_executor=False
+        )
+        try:
+            await lock.acquire()
+        except Timeout:
+            raise DeadlineError(f"{url}: another worker has been updating it for {seconds:g} s") from None
+        try:
             yield
+        finally:
+            await lock.release()
 
 
 def adapter_files(data: bytes, lora: LoraConfig) -> dict[str, bytes]:

@@ -117,7 +117,7 @@ class Streaming:
         while True:
             self._world = world = await self._in_thread(self._next_world, role, version + 1)
             self._worlds += 1
-            self._tell()
+            self._notify()
             status = next(status for status in world.roles if status.role == role)
             if status.version is None or status.label == label:
                 continue
@@ -133,7 +133,7 @@ class Streaming:
                 self._loading -= 1
             self._evaluate_if_due()
             self._start_rollouts()
-            self._tell()
+            self._notify()
 
     def _next_world(self, role: str, version: int) -> World:
         """The state of everything, as soon as this version is published, or after a moment: a trainer may have gone
@@ -158,7 +158,7 @@ class Streaming:
         await self._until(lambda: not self._loading)
         await self._evaluations.run("validation", version)
         self._evaluating = False
-        self._tell()
+        self._notify()
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Streaming:
         if self._groups.ended(group.index, rollout):
             del self._playing[group.index]
         self._start_rollouts()
-        self._tell()
+        self._notify()
 
     async def _play(self, playing: _Playing, rollout: int) -> RolloutResult:
         context, group = self._context, playing.group
@@ -342,7 +342,7 @@ class Streaming:
         assert self._world is not None
         return oldest_version(self._world)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         """Something has changed: whoever waits looks again."""
         self._news += 1
         self._news_event.set()

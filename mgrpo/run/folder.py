@@ -85,7 +85,7 @@ class RunFolder:
         if names := _local_sockets(config):
             check_sockets(self.socket_folder, names)
 
-    def make_room_for_sockets(self, config: RunConfig) -> None:
+    def make_socket_folder(self, config: RunConfig) -> None:
         """The folder of the local sockets, where the run has any. Raises ConfigError where it is not safe to use."""
         self.check_sockets(config)
         if _local_sockets(config):
@@ -94,7 +94,7 @@ class RunFolder:
     @contextmanager
     def sockets(self, config: RunConfig) -> Iterator[None]:
         """The folder of the local sockets, removed with everything in it at the end."""
-        self.make_room_for_sockets(config)
+        self.make_socket_folder(config)
         folder = self.socket_folder
         try:
             yield

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mgrpo.config import RunConfig, check_same_run, dump_config, load_config
+from mgrpo.config import RunConfig, check_same_run, dump_config, load_config, view_of
 from mgrpo.engines.base import PATIENCE_SECONDS
 from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError, MgrpoError, StartValidationError
@@ -76,15 +76,15 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
     check_plugins(config)
     task = load_run_task(config)
     for role in config.policy_roles:
-        agent, where = config.agents[role], f"agents.{role}"
+        view, where = view_of(config, role), f"agents.{role}"
+        agent = view.agent
         if agent.model is not None:
-            length = max(config.agents[r].max_length for r in config.roles_of(role))
-            check_folder(Path(agent.model), f"{where}.model", length, task.chat)
+            check_folder(Path(agent.model), f"{where}.model", view.longest, task.chat)
             if task.chat:
                 check_chat_folder(Path(agent.model), f"{where}.model", task.chat_use)
         _check_gpu(agent.policy.device, f"{where}.policy.device")
         _check_gpu(agent.engine.started_device, f"{where}.engine.device")
-        find_engine(config, role).check(config, role)
+        find_engine(view).check(view)
 
 
 def _check_gpu(device: str, name: str) -> None:

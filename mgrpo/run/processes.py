@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from mgrpo.algorithms import open_algorithm
-from mgrpo.config import RunConfig, config_digest, load_config
+from mgrpo.config import RunConfig, config_digest, load_config, view_of
 from mgrpo.credit import check_names
 from mgrpo.engines.process import run_server
 from mgrpo.engines.registry import find_engine
@@ -28,8 +28,9 @@ def check_plugins(config: RunConfig) -> None:
     another."""
     find_sinks(config.metrics.sinks)
     for role in config.policy_roles:
-        find_engine(config, role)
-        check_trainer(config, role)
+        view = view_of(config, role)
+        find_engine(view)
+        check_trainer(view)
     for role in config.training_roles:
         algorithm, loss = (
             open_algorithm(config, role),
@@ -80,7 +81,7 @@ def run_store_process(config_path: Path, out: Path, overrides: Sequence[str], pa
 
     config = _begin(config_path, overrides, parent, _leave_at_once)
     folder = RunFolder(out)
-    folder.make_room_for_sockets(config)
+    folder.make_socket_folder(config)
     out.mkdir(parents=True, exist_ok=True)
     addresses = folder.addresses(config)
     run_store(
@@ -105,7 +106,7 @@ def run_trainer_process(
             f"--agent {role}: it shares a policy; start the trainer of {config.policy_of(role)!r}"
         )
     folder = RunFolder(out)
-    folder.make_room_for_sockets(config)
+    folder.make_socket_folder(config)
     if config.ranks(role) == 1:
         _train(config, role, folder)
         return
@@ -125,7 +126,7 @@ def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
     from mgrpo.pipeline.trainer_loop import TrainerLoop
     from mgrpo.trainers.registry import open_trainer
 
-    with open_trainer(config, role, folder.agent(role)) as trainer:
+    with open_trainer(view_of(config, role), folder.agent(role)) as trainer:
         if not trainer.is_main:
             trainer.run_commands()
             return
@@ -156,12 +157,13 @@ def run_engine_process(
         raise ConfigError(f"--agent {role}: expected one with a policy: {', '.join(config.policy_roles)}")
     if not 0 <= replica < config.agents[role].engine.started_servers:
         raise ConfigError(f"--replica {replica}: the config starts no such server for {role!r}")
-    backend = find_engine(config, role)
-    backend.check(config, role)
+    view = view_of(config, role)
+    backend = find_engine(view)
+    backend.check(view)
     folder = RunFolder(out)
-    folder.make_room_for_sockets(config)
+    folder.make_socket_folder(config)
     socket = folder.engine_socket(role, replica)
-    code = run_server(backend.command(config, role, f"unix://{socket}"), socket)
+    code = run_server(backend.command(view, f"unix://{socket}"), socket)
     if code == 0:  # its engine has died, for instance: there was no signal
         raise MgrpoError(f"the server of {role!r} ended by itself; its last lines are above")
     if code < 0:  # end as it ended, so that who watches us sees a signal and no error

@@ -18,14 +18,14 @@ from pathlib import Path
 from mgrpo.errors import ConfigError
 from mgrpo.transport.address import IPC_PATH_LIMIT
 
-ROOM = 32  # bytes of a socket's own name, for which a place must have room
+NAME_BYTES = 32  # of a socket's own name, which must fit behind the folder
 
 
 def socket_folder(root: Path) -> Path:
     """The folder of the sockets of the run in `root`: the one that exists, or else where it is to be made."""
     digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     folders = [place / f"mgrpo-{os.getuid()}-{digest}" for place in _places()]
-    short = [folder for folder in folders if len(os.fsencode(folder)) + ROOM <= IPC_PATH_LIMIT]
+    short = [folder for folder in folders if len(os.fsencode(folder)) + NAME_BYTES <= IPC_PATH_LIMIT]
     return next((folder for folder in short if _made_by_us(folder)), (short or folders)[0])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.config.run import SftConfig
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.types import Int32, UInt8
@@ -45,8 +45,8 @@ class PolicyTrainer(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, config: RunConfig, role: str, folder: Path) -> Self:
-        """The trainer of `role` on this rank. folder: the agent's, the same on all ranks."""
+    def open(cls, view: AgentView, folder: Path) -> Self:
+        """The trainer of the agent's policy on this rank. folder: the agent's, the same on all ranks."""
 
     def __enter__(self) -> Self:
         return self

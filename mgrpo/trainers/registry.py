@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.plugins import find_class
 from mgrpo.trainers.base import PolicyTrainer
 
@@ -12,20 +12,19 @@ BUILT_IN = {"torch": "mgrpo.trainers.torch.trainer:TorchTrainer"}
 GROUP = "mgrpo.trainers"
 
 
-def find_trainer(config: RunConfig, role: str) -> type[PolicyTrainer]:
+def find_trainer(view: AgentView) -> type[PolicyTrainer]:
     """The class that agents.<role>.policy.trainer names. Raises ConfigError for a name that is not known."""
-    name = config.agents[role].policy.trainer
-    where = f"agents.{role}.policy.trainer"
+    name, where = view.agent.policy.trainer, f"agents.{view.role}.policy.trainer"
     return find_class(where, name, BUILT_IN, GROUP, PolicyTrainer)  # type: ignore[type-abstract]
 
 
-def check_trainer(config: RunConfig, role: str) -> None:
+def check_trainer(view: AgentView) -> None:
     """Raise ConfigError as find_trainer() does; what is built in is not imported, and torch with it."""
-    if config.agents[role].policy.trainer not in BUILT_IN:
-        find_trainer(config, role)
+    if view.agent.policy.trainer not in BUILT_IN:
+        find_trainer(view)
 
 
-def open_trainer(config: RunConfig, role: str, folder: Path) -> PolicyTrainer:
-    """The trainer of `role`'s policy, on this rank. folder: the agent's, the same on all ranks (on several servers: a
+def open_trainer(view: AgentView, folder: Path) -> PolicyTrainer:
+    """The trainer of the policy, on this rank. folder: the agent's, the same on all ranks (on several servers: a
     shared file system). Raises ConfigError as find_trainer()."""
-    return find_trainer(config, role).open(config, role, folder)
+    return find_trainer(view).open(view, folder)

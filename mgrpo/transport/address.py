@@ -108,6 +108,7 @@ class Binding:
         self.url = url if scheme == "inproc" else last_endpoint(server)
 
     def _take_lock(self) -> int:
+        # flock itself: filelock makes folders that are missing, and takes a file system's ENOENT for "held by another".
         try:
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:

@@ -45,6 +45,7 @@ from mgrpo.transport.codec import BadMessage, Buffer, Limits, Sender
 from mgrpo.transport.connection import Connection
 from mgrpo.transport.keys import ClientKeys
 from mgrpo.transport.server import HEARTBEAT_TIMEOUT_MS, pack_counted
+from mgrpo.waiting import wait_until
 
 T = TypeVar("T")
 
@@ -224,13 +225,13 @@ class Client:
     def flush(self, timeout: float | None = None) -> None:
         """Wait until nothing is in flight. Raises DeadlineError when no request has ended for `timeout` seconds."""
         limit = self.timeout if timeout is None else timeout
-        since, ended = time.monotonic(), self._ended
-        while self._fresh or self._pending or self._deferred:
-            if self._ended != ended:
-                since, ended = time.monotonic(), self._ended
-            if time.monotonic() - since > limit:
-                raise DeadlineError(self._late("flush", limit, f"{len(self._pending)} requests in flight"))
-            time.sleep(0.002)
+        wait_until(
+            lambda: not (self._fresh or self._pending or self._deferred),
+            limit,
+            lambda: self._late("flush", limit, f"{len(self._pending)} requests in flight"),
+            progress=lambda: self._ended,
+            pause=0.002,
+        )
 
     def shorten_deadlines(self, seconds: float) -> None:
         """From now on no answer is waited for longer than `seconds`. Takes no lock: a signal handler may call it."""

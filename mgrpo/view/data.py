@@ -23,6 +23,7 @@ from mgrpo.record.schema import StepBody, TrajectoryRecord
 from mgrpo.record.segments import Frame
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.summary import read_summary
+from mgrpo.view.timeline import timeline
 
 HIDDEN = ("seq",)
 COLUMNS = ("id", "text", "gold", "answer", "step", "split", "mode", "ok", "correct", "tokens")
@@ -51,6 +52,7 @@ class RunView:
                 "notes": self._recording.notes(),
                 "live": self._folder.live,
                 "series": self._series(),
+                "timeline": self._timeline(),
                 "steps": {
                     role: sorted(step for r, step in self._recording.steps if r == role)
                     for role in self.config.roles
@@ -112,6 +114,10 @@ class RunView:
                 if value is not None and name not in HIDDEN:
                     points.setdefault(name, {})[step] = [step, value, seconds]
         return {name: [found[s] for s in sorted(found)] for name, found in sorted(points.items())}
+
+    def _timeline(self) -> Json | None:
+        found = timeline(read_metrics(self.run), self.config.training_roles)
+        return found.as_json() if found else None
 
     def _lines(self, have: int) -> Json:
         """One line a rollout, as columns; questions once for each group."""

@@ -26,6 +26,7 @@ from mgrpo.run.reports import every_report, values_of
 from mgrpo.run.text import clean
 from mgrpo.store.client import StoreClient
 from mgrpo.transport.keys import client_keys
+from mgrpo.view.timeline import STEPS, as_text, timeline
 
 RECENT = 20  # steps that the time left is estimated from
 ASK_SECONDS = 2.0
@@ -40,6 +41,7 @@ class RunStatus:
         self.steps: dict[str, int] = dict.fromkeys(config.roles, 0)
         self.stats: dict[str, Any] | None = None  # None: the store does not answer
         self.state = ""
+        self.recent: list[Mapping[str, Any]] = []  # lines of metrics.jsonl, for the timeline
         self._durations: dict[str, list[float]] = {role: [] for role in config.roles}
 
     def take(self, step: int, values: Mapping[str, Any]) -> None:
@@ -53,6 +55,12 @@ class RunStatus:
                 self.steps[role] = step
             if rest == "time/step" and role in self._durations:
                 self._durations[role] = [*self._durations[role], float(value)][-RECENT:]
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, which says when it was."""
+        if any(name.endswith(("/time/step", "/perf/busy")) for name in record):
+            keep = STEPS * (len(self.config.roles) + self.config.rollout.workers)
+            self.recent = [*self.recent, dict(record)][-keep:]
 
     def value(self, name: str) -> float:
         """NaN while unknown."""
@@ -102,6 +110,7 @@ class Watcher:
             for number, record in enumerate(read_metrics(self._folder)):
                 if number >= self._lines:
                     self._lines = number + 1
+                    status.note(record)
                     status.take(int(record.pop("step")), record)
 
     def close(self) -> None:
@@ -119,7 +128,7 @@ def render(status: RunStatus) -> Group:
     config = status.config
     table = Table(box=None, pad_edge=False)
     for title in ("agent", "step", "reward", "correct", "expert", "d_k", "copies", "dropped", "zero-adv", "entropy",
-                  "clip", "lag", "ready", "taken"):  # fmt: skip
+                  "clip", "lag", "idle", "ready", "taken"):  # fmt: skip
         table.add_column(title, justify="left" if title == "agent" else "right")
     roles: Mapping[str, Any] = (status.stats or {}).get("roles", {})
     for role in config.roles:
@@ -136,10 +145,12 @@ def render(status: RunStatus) -> Group:
             role, f"{status.steps[role]}/{config.trainer.steps}", show("reward/mean"), show("reward/correct", ".2f"),
             show("reward/expert", ".2f"), show("d_k/mean", ".2f"), show("align/dup_ratio", ".0%"),
             show("align/drop_ratio", ".0%"), show("advantage/frac_zero", ".0%"), show("policy/entropy", ".2f"),
-            show("loss/clip_ratio_high", ".3f"), show("staleness/max", ".0f"), str(queue.get("ready", "-")),
-            str(queue.get("leased", "-")),
+            show("loss/clip_ratio_high", ".3f"), show("staleness/max", ".0f"), show("perf/idle", ".0%"),
+            str(queue.get("ready", "-")), str(queue.get("leased", "-")),
         )  # fmt: skip
-    return Group(table, Text(_evaluations(status)), Text(_foot(status)))
+    found = timeline(status.recent, config.training_roles)
+    bars = [Text(line) for line in as_text(found)] if found else []
+    return Group(table, Text(_evaluations(status)), *bars, Text(_foot(status)))
 
 
 def _evaluations(status: RunStatus) -> str:
@@ -156,6 +167,8 @@ def _evaluations(status: RunStatus) -> str:
 def _foot(status: RunStatus) -> str:
     speed, left = status.value("rollout/perf/tok_per_s"), status.left()
     parts = [] if math.isnan(speed) else [f"{speed:.0f} sampled tokens/s"]
+    if not math.isnan(busy := status.value("rollout/perf/busy")):
+        parts.append(f"rollout places {busy:.0%} busy")
     if status.stats is not None:
         parts.append(f"groups: {status.stats['open']} in the making, {status.stats['sealed']} sealed")
         if status.stats["dropped"]:

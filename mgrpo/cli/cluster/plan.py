@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mgrpo.config import RunConfig, load_config
+from mgrpo.config import RunConfig, load_config, view_of
 from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError
 from mgrpo.types import MAIN
@@ -79,7 +79,7 @@ def make_plan(path: Path, overrides: Sequence[str], site: Site) -> Plan:
     """Raises ConfigError for anything that could not run."""
     config = load_config(path, overrides)
     for role in config.policy_roles:
-        find_engine(config, role)
+        find_engine(view_of(config, role))
     _check_places(config, site)
     ports = _Ports(site.base_port)
     addresses = list(_addresses(config, site, ports))
@@ -225,7 +225,8 @@ def _trainer(config: RunConfig, site: Site, role: str) -> Part:
 
 def _inference_server(config: RunConfig, site: Site, role: str, replica: int) -> Part:
     port = _port(config.agents[role].engine.running_servers[replica])
-    start = find_engine(config, role).command(config, role, f"http://0.0.0.0:{port}")
+    view = view_of(config, role)
+    start = find_engine(view).command(view, f"http://0.0.0.0:{port}")
     return Part(
         _name(_servers(config, role), replica),
         (site.server_python or start.arguments[0], *start.arguments[1:]),

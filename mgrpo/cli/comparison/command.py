@@ -46,7 +46,7 @@ def compare(
     began = time.monotonic()
     with Display() as display:
         planned = jobs.plan(out, numbers, every)
-        jobs.check(config_path, config, planned, overrides)
+        jobs.check(config_path, config.policy_roles, planned, overrides)
         failed = jobs.run_all(
             config_path, config, planned, overrides, at_once or jobs.side_by_side(), display.line
         )
@@ -54,7 +54,7 @@ def compare(
         results: dict[int, dict[str, Any]] = {seed: {} for seed in numbers}
         for seed in numbers:
             trained = [v for v in every if jobs.is_finished(jobs.run_folder(out, seed, v.name))]
-            for wanted in scores(config, trained, task.controls):
+            for wanted in scores(config.roles, trained, task.controls):
                 found = score(out, seed, wanted, n, display.line)
                 if found is not None:
                     results[seed][wanted.name] = found

@@ -74,13 +74,17 @@ def run_all(
     try:
         while waiting or running:
             for job in list(waiting):
-                blocked = job.start is not None and not _has_start_policies(config, job.start)
+                blocked = job.start is not None and not _has_start_policies(config.policy_roles, job.start)
                 if blocked and _failed(job, failed):
                     failed[job.name] = "its seed's co-training run failed"
                     waiting.remove(job)
                 elif not blocked and len(running) < at_once:
                     waiting.remove(job)
-                    running[job.name] = (job, _start(config_path, config, job, overrides), time.monotonic())
+                    running[job.name] = (
+                        job,
+                        _start(config_path, config.policy_roles, job, overrides),
+                        time.monotonic(),
+                    )
                     log(f"{job.name}: started in {job.folder}")
             for name, (job, process, began) in list(running.items()):
                 code = process.poll()
@@ -103,40 +107,42 @@ def _failed(job: Job, failed: dict[str, str]) -> bool:
     return f"seed {job.seed}, {COTRAIN}" in failed
 
 
-def _has_start_policies(config: RunConfig, run: Path) -> bool:
+def _has_start_policies(policy_roles: Sequence[str], run: Path) -> bool:
     """Checkpoints and policies are renamed into place, so what exists is whole."""
     folder = RunFolder(run)
-    return all((folder.agent(r) / "start" / "config.json").exists() for r in config.policy_roles) and (
+    return all((folder.agent(r) / "start" / "config.json").exists() for r in policy_roles) and (
         any(r.get("main/reward/mean") is not None for r in read_metrics(run)) or is_finished(run)
     )
 
 
-def settings(config: RunConfig, job: Job, overrides: Sequence[str]) -> list[str]:
+def settings(policy_roles: Sequence[str], job: Job, overrides: Sequence[str]) -> list[str]:
     """The overrides that make a job's config of the comparison's."""
     sets = [*overrides, f"seed={job.seed}", *job.variant.overrides]
     if job.start is None:
         return sets
-    for role in config.policy_roles:
+    for role in policy_roles:
         start = (RunFolder(job.start).agent(role) / "start").resolve()
         sets += [f"agents.{role}.model={json.dumps(str(start))}", f"agents.{role}.sft.steps=0"]
     return [*sets, "eval.start_validation=0", "eval.heldout=1"]  # the seed's co-training run was validated
 
 
-def check(config_path: Path, config: RunConfig, jobs: Sequence[Job], overrides: Sequence[str]) -> None:
+def check(
+    config_path: Path, policy_roles: Sequence[str], jobs: Sequence[Job], overrides: Sequence[str]
+) -> None:
     """Raise ConfigError where a folder holds a run with other settings than this comparison's."""
     for job in jobs:
         if not RunFolder(job.folder).config.exists():
             continue
-        wanted = load_config(config_path, settings(config, job, overrides))
+        wanted = load_config(config_path, settings(policy_roles, job, overrides))
         known = recorded_run(job.folder)
         if (config_digest(wanted), wanted.trainer.steps) != (config_digest(known), known.trainer.steps):
             raise ConfigError(f"{job.folder} holds a run with other settings; choose another --out")
 
 
 def _start(
-    config_path: Path, config: RunConfig, job: Job, overrides: Sequence[str]
+    config_path: Path, policy_roles: Sequence[str], job: Job, overrides: Sequence[str]
 ) -> subprocess.Popen[bytes]:
-    sets = settings(config, job, overrides)
+    sets = settings(policy_roles, job, overrides)
     arguments = ["train", str(config_path), "--out", str(job.folder), *(f"--set={s}" for s in sets)]
     if RunFolder(job.folder).config.exists():
         arguments = ["train", "--resume", str(job.folder)]

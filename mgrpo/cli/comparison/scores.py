@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from mgrpo.cli.comparison.jobs import run_folder
 from mgrpo.cli.comparison.variants import Score
 from mgrpo.cli.evaluate import load_agents, policy_path
-from mgrpo.config import RunConfig
+from mgrpo.environments.episode import Agent
 from mgrpo.environments.task import Task
 from mgrpo.files import remove_partials, write_atomic
 from mgrpo.pipeline.evaluations import EVAL_SEED
@@ -46,7 +46,8 @@ def score(out: Path, seed: int, wanted: Score, n: int, log: Callable[[str], None
     torch.set_num_threads(config.rollout.threads)
     options = {**config.task.options, **wanted.options}
     config = config.model_copy(update={"task": config.task.model_copy(update={"options": options})})
-    result = asyncio.run(_play(config, load_run_task(config), paths, n))
+    agents = load_agents(config.agents, config.rollout.slots, paths)
+    result = asyncio.run(_play(load_run_task(config), agents, n))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path.parent)
     write_atomic(path, json.dumps(result))
@@ -64,9 +65,8 @@ def _read(path: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-async def _play(config: RunConfig, task: Task, paths: dict[str, Path], n: int) -> dict[str, Any]:
+async def _play(task: Task, agents: Mapping[str, Agent], n: int) -> dict[str, Any]:
     questions = task.questions("heldout", n)
-    agents = load_agents(config, paths)
     result: dict[str, Any] = {"n": n}
     for mode in ("sampled", "greedy"):
         outcomes, real = [0.0] * n, [0.0] * n

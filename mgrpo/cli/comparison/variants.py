@@ -5,11 +5,11 @@ All variants of a seed but the shared policy start from the same policies, those
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mgrpo.cli.comparison.shuffled import ShuffledRewards
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentConfig, RunConfig
 from mgrpo.environments.comparison import BEFORE_RL, COTRAIN
 from mgrpo.errors import ConfigError
 from mgrpo.types import MAIN
@@ -41,29 +41,27 @@ def variants(config: RunConfig) -> list[Variant]:
         Variant(COTRAIN, "every agent trains its own policy"),
         Variant("frozen sub", "only the main agent trains", tuple(f"agents.{r}.frozen=true" for r in subs)),
         Variant("frozen main", "only the sub-agents train", (f"agents.{MAIN}.frozen=true",)),
-        Variant("shared", "one policy for all roles, trained on all of it", _shared(config), own_start=True),
+        Variant("shared", "one policy for all roles, trained on all of it", _shared(config.agents), own_start=True),
         Variant("shuffled rewards", "control: rewards permuted at random within each group",
-                tuple(f"agents.{r}.algorithm={_shuffled(config)}" for r in config.roles)),
+                tuple(f"agents.{r}.algorithm={_shuffled(config.seed)}" for r in config.roles)),
         Variant("lr 0", "control: no update", tuple(f"agents.{r}.optimizer.lr=0.0" for r in config.roles)),
         Variant("expert off", "control: sub-agents are paid for form and outcome only",
                 tuple(f"agents.{r}.reward.expert=0.0" for r in subs)),
     ]  # fmt: skip
 
 
-def _shuffled(config: RunConfig) -> str:
+def _shuffled(seed: int) -> str:
     """Of mgrpo.cli.comparison.shuffled, as TOML."""
-    return (
-        f'{{ type = "{ShuffledRewards.__module__}:ShuffledRewards", options = {{ seed = {config.seed} }} }}'
-    )
+    return f'{{ type = "{ShuffledRewards.__module__}:ShuffledRewards", options = {{ seed = {seed} }} }}'
 
 
-def _shared(config: RunConfig) -> tuple[str, ...]:
+def _shared(agents: Mapping[str, AgentConfig]) -> tuple[str, ...]:
     """Every sub-agent acts with the main agent's policy, whose SFT takes as long as the longest of theirs."""
-    steps = max(config.agents[r].sft.steps for r in config.roles)
+    steps, subs = max(agent.sft.steps for agent in agents.values()), sorted(agents.keys() - {MAIN})
     return (
         f"agents.{MAIN}.sft.steps={steps}",
-        *(f"agents.{r}.sft={{}}" for r in config.sub_roles),
-        *(f'agents.{r}.shares="{MAIN}"' for r in config.sub_roles),
+        *(f"agents.{r}.sft={{}}" for r in subs),
+        *(f'agents.{r}.shares="{MAIN}"' for r in subs),
     )
 
 
@@ -82,14 +80,14 @@ def chosen(config: RunConfig, names: list[str]) -> list[Variant]:
 
 
 def scores(
-    config: RunConfig, trained: list[Variant], controls: Mapping[str, Mapping[str, object]]
+    roles: Sequence[str], trained: list[Variant], controls: Mapping[str, Mapping[str, object]]
 ) -> list[Score]:
     """Every held-out score of one seed: the start, each trained variant, and co-training's policies put to the test.
     controls: of the task, see Task.controls."""
-    out = [Score(BEFORE_RL, dict.fromkeys(config.roles, (COTRAIN, "start")))]
-    out += [Score(v.name, dict.fromkeys(config.roles, (v.name, "final"))) for v in trained]
-    final = dict.fromkeys(config.roles, (COTRAIN, "final"))
-    for role in config.roles:
-        others = {r: (COTRAIN, "final" if r == role else "start") for r in config.roles}
+    out = [Score(BEFORE_RL, dict.fromkeys(roles, (COTRAIN, "start")))]
+    out += [Score(v.name, dict.fromkeys(roles, (v.name, "final"))) for v in trained]
+    final = dict.fromkeys(roles, (COTRAIN, "final"))
+    for role in roles:
+        others = {r: (COTRAIN, "final" if r == role else "start") for r in roles}
         out.append(Score(f"only {role} trained (cross pair)", others))
     return [*out, *(Score(name, final, options) for name, options in controls.items())]

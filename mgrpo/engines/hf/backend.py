@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from mgrpo.addresses import Addresses
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.config.engine import HfEngineConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.engines.backend import EngineBackend
@@ -19,8 +19,7 @@ class HfBackend(EngineBackend):
     @classmethod
     def open(
         cls,
-        config: RunConfig,
-        role: str,
+        view: AgentView,
         files: Mapping[str, bytes],
         addresses: Addresses,
         on_event: Callable[[str], None],
@@ -32,7 +31,7 @@ class HfBackend(EngineBackend):
         from mgrpo.model.policy import Policy
         from mgrpo.model.policy_files import policy_from_files
 
-        engine = config.agents[config.policy_of(role)].engine
+        engine, role = view.owner.engine, view.role
         assert isinstance(engine, HfEngineConfig)
         policy = policy_from_files(files, role)
         if engine.device != "cpu" or engine.dtype != "float32":
@@ -41,6 +40,6 @@ class HfBackend(EngineBackend):
             policy = Policy(
                 model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa")
             )
-        length = config.agents[role].max_length
-        made = HfEngine(policy, slots=config.rollout.slots, max_length=length, on_update=engine.on_update)
+        slots, length = view.rollout.slots, view.agent.max_length
+        made = HfEngine(policy, slots=slots, max_length=length, on_update=engine.on_update)
         return made, policy.tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.config.engine import SglangEngineConfig
 from mgrpo.engines.server_backend import ServerBackend
 from mgrpo.engines.sglang.client import SglangClient
@@ -20,10 +20,10 @@ class SglangBackend(ServerBackend):
     client = SglangClient
 
     @classmethod
-    def open_sync(cls, config: RunConfig, owner: str, folder: Path) -> WeightSync[Any]:
+    def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
         """See ServerBackend."""
         from mgrpo.engines.sglang.weight_sync import SglangFolderSync
 
-        engine = config.agents[owner].engine
+        engine = view.owner.engine
         assert isinstance(engine, SglangEngineConfig)
         return SglangFolderSync(folder, engine.timeout)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.config.engine import VllmEngineConfig
 from mgrpo.engines.backend import ServerCommand
 from mgrpo.engines.server_backend import ServerBackend
@@ -28,26 +28,26 @@ class VllmBackend(ServerBackend):
     client = VllmClient
 
     @classmethod
-    def open_sync(cls, config: RunConfig, owner: str, folder: Path) -> WeightSync[Any]:
+    def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
         """See ServerBackend."""
         from mgrpo.engines.vllm.nccl import NcclSync
         from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
 
-        engine = _settings(config, owner)
+        engine = _settings(view)
         if engine.sync == "lora":
-            return LoraSync(folder, engine.timeout, config.agents[owner].policy.lora)
+            return LoraSync(folder, engine.timeout, view.owner.policy.lora)
         if engine.sync == "nccl":
             return NcclSync(folder, engine.timeout, on_update=engine.on_update)
         return VllmFolderSync(folder, engine.timeout, engine.on_update)
 
     @classmethod
-    def check(cls, config: RunConfig, role: str) -> None:
+    def check(cls, view: AgentView) -> None:
         """Also whether a server could be started here."""
-        super().check(config, role)
-        engine, where = _settings(config, role), f"agents.{role}.engine"
+        super().check(view)
+        engine, where = _settings(view), f"agents.{view.role}.engine"
         if not engine.started_servers:
             return
-        cls.command(config, role, "unix:///socket")
+        cls.command(view, "unix:///socket")
         if not Path(engine.python).exists():
             raise ConfigError(f"{where}.python: no interpreter {engine.python}; make vllm sets one up")
         if engine.device == "cuda" and engine.replicas > 1:
@@ -57,18 +57,17 @@ class VllmBackend(ServerBackend):
             )
 
     @classmethod
-    def command(cls, config: RunConfig, role: str, address: str) -> ServerCommand:
+    def command(cls, view: AgentView, address: str) -> ServerCommand:
         """See EngineBackend."""
-        agent, engine = config.agents[role], _settings(config, role)
+        role, agent, engine = view.role, view.agent, _settings(view)
         if agent.model is None:
             raise ConfigError(
                 f"agents.{role}.model is missing: a vllm server starts from a Hugging Face folder"
             )
-        length = max(config.agents[r].max_length for r in config.roles_of(role))
         arguments = [
             *(engine.python, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(agent.model), "--served-model-name", MODEL, *_listen(address)),
-            *("--dtype", engine.dtype, "--max-model-len", str(length)),
+            *("--dtype", engine.dtype, "--max-model-len", str(view.longest)),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--enable-scale-out", "--disable-log-stats", "--uvicorn-log-level", "warning"),
         ]
@@ -77,7 +76,7 @@ class VllmBackend(ServerBackend):
             # One process for engine and worker: adapters hang in vLLM's two-process form on the CPU.
             arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
             variables |= {
-                "OMP_NUM_THREADS": str(config.rollout.threads),
+                "OMP_NUM_THREADS": str(view.rollout.threads),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             }
@@ -103,8 +102,8 @@ def gpus_of(arguments: Sequence[str]) -> int:
     return product
 
 
-def _settings(config: RunConfig, role: str) -> VllmEngineConfig:
-    engine = config.agents[role].engine
+def _settings(view: AgentView) -> VllmEngineConfig:
+    engine = view.owner.engine
     assert isinstance(engine, VllmEngineConfig)
     return engine
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,10 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from mgrpo.errors import ConfigError, DeadlineError, PeerError
+from mgrpo.waiting import wait_until
 
 COLLECTIVE_SECONDS = 600.0  # the longest that one rank may let the others wait inside a step
+T = TypeVar("T")
 POLL_SECONDS = 0.02  # between two looks of a rank that waits for long
 _FORGET_AFTER = 64  # commands that stay in the store of the process group
 
@@ -50,7 +52,7 @@ class Ranks:
         self.rank, self.size, self._silence, self._last = 0, size, silence, last
         self.files: dist.ProcessGroup | None = None  # for checkpoints, which are written beside the steps
         self._commands_sent = 0  # or received
-        self._terminated = False  # no Event: a signal that comes twice would wait for its own lock
+        self._terminated = 0.0  # when; no Event: a signal that comes twice would wait for its own lock
         if size == 1:
             return
         found = os.environ.get("WORLD_SIZE", "1") if under_torchrun() else "1"
@@ -106,7 +108,7 @@ class Ranks:
         """No signal ends a rank that rank 0 may still need for its last checkpoint; it shortens the wait."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self._terminated = True
+            self._terminated = self._terminated or time.monotonic()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
@@ -121,29 +123,29 @@ class Ranks:
         return command, part
 
     def _wait_for(self, key: str) -> None:
-        beat, last_beat, pause = -1, time.monotonic(), 0.001
-        ended: float | None = None
-        while True:
-            try:  # asked again and again: a wait of the store's own complains on stderr whenever its time is up
-                if self._store.check([key]):
-                    return
-            except RuntimeError as error:
-                raise PeerError(f"rank {self.rank} of {self.size}: rank 0 is gone ({error})") from None
-            time.sleep(pause)
-            pause = min(2 * pause, POLL_SECONDS)
-            now = time.monotonic()
-            if (seen := self._store.add("beat", 0)) != beat:
-                beat, last_beat = seen, now
-            if self._terminated:
-                ended = ended or now
-                if now - ended > self._last:
-                    raise DeadlineError(
-                        f"rank {self.rank} of {self.size}: was to stop, no command of rank 0 within {self._last:g} s"
-                    )
-            if now - last_beat > self._silence:
-                raise DeadlineError(
-                    f"rank {self.rank} of {self.size}: no command and no heartbeat of rank 0 within {self._silence:g} s"
-                )
+        me, began = f"rank {self.rank} of {self.size}", time.monotonic()
+
+        def sent() -> bool:
+            # Asked again and again: a wait of the store's own complains on stderr whenever its time is up.
+            if self._from_rank_0(lambda: self._store.check([key])):
+                return True
+            if self._terminated and time.monotonic() - max(began, self._terminated) > self._last:
+                raise DeadlineError(f"{me}: was to stop, no command of rank 0 within {self._last:g} s")
+            return False
+
+        wait_until(
+            sent,
+            self._silence,
+            lambda: f"{me}: no command and no heartbeat of rank 0 within {self._silence:g} s",
+            progress=lambda: self._from_rank_0(lambda: self._store.add("beat", 0)),
+            pause=POLL_SECONDS,
+        )
+
+    def _from_rank_0(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except RuntimeError as error:
+            raise PeerError(f"rank {self.rank} of {self.size}: rank 0 is gone ({error})") from None
 
     # -- all -------------------------------------------------------------------------------------------------------
 

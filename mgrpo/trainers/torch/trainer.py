@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.config.run import SftConfig
 from mgrpo.losses.registry import find_loss
@@ -45,14 +45,14 @@ from mgrpo.trainers.torch.sft import sft
 class TorchTrainer(PolicyTrainer):
     """One rank's part of the policy; see PolicyTrainer."""
 
-    def __init__(self, config: RunConfig, role: str, folder: Path, ranks: Ranks) -> None:
+    def __init__(self, view: AgentView, folder: Path, ranks: Ranks) -> None:
         """folder: the agent's, the same on all ranks (on several servers: a shared file system)."""
-        torch.set_num_threads(config.trainer.threads)
-        torch.manual_seed(config.seed)
-        self._config, self._agent, self._ranks = config, config.agents[role], ranks
+        torch.set_num_threads(view.trainer.threads)
+        torch.manual_seed(view.seed)
+        self._agent, self._ranks = view.agent, ranks
         self._root = folder / "checkpoints"
         self._writer = CheckpointWriter(
-            self._root, config.trainer.keep_checkpoints, ranks.files, is_main=ranks.is_main
+            self._root, view.trainer.keep_checkpoints, ranks.files, is_main=ranks.is_main
         )
         self._learner: Learner | None = None
         self._whole: Policy | None = None
@@ -60,10 +60,9 @@ class TorchTrainer(PolicyTrainer):
         self.is_main = ranks.is_main
 
     @classmethod
-    def open(cls, config: RunConfig, role: str, folder: Path) -> TorchTrainer:
-        limits = (config.store.idle_timeout, config.trainer.stop_timeout)
-        ranks = Ranks(config.ranks(role), config.agents[role].policy.device, *limits)
-        return cls(config, role, folder, ranks)
+    def open(cls, view: AgentView, folder: Path) -> TorchTrainer:
+        limits = (view.idle_timeout, view.trainer.stop_timeout)
+        return cls(view, folder, Ranks(view.ranks, view.agent.policy.device, *limits))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -23,6 +23,8 @@ function charts(run) {
     ["dropped by the alignment", perRole("align/drop_ratio", subs)],
     ["sampled tokens per second", [{ label: "all agents", index: 0, points: run.series["rollout/perf/tok_per_s"] }]],
     ["seconds per step", perRole("time/step")],
+    ["share of the rollout places that were busy", [{ label: "all agents", index: 0, points: run.series["rollout/perf/busy"] }], [0, 1]],
+    ["share of a step that its trainer waited", perRole("perf/idle"), [0, 1]],
     ...own.map((name) => [`${name} (reported by the task)`, ofTask(name)]),
   ].map(([title, lines, range]) => chart(title, lines.filter((line) => line.points && line.points.length), range)).filter(Boolean);
 }
@@ -69,5 +71,5 @@ function curvesView(run) {
   if (held && held.final) words.push(`held-out accuracy: sampled ${num(held.final.sampled)}, greedy ${num(held.final.greedy)}` + (held.start ? ` (before RL ${num(held.start.sampled)}, ${num(held.start.greedy)})` : ""));
   if (summary && !summary.valid) words.push("the run's start did not pass its validation, or that was skipped");
   words.push(...run.notes.map((note) => `not all was recorded: ${clean(note)}`));
-  return el("section", {}, words.map((w) => el("p", {}, w)), found.length ? el("div", { class: "charts" }, found) : el("p", { class: "quiet" }, "No step has been reported yet."));
+  return el("section", {}, words.map((w) => el("p", {}, w)), timelineFigure(run), found.length ? el("div", { class: "charts" }, found) : el("p", { class: "quiet" }, "No step has been reported yet."));
 }
