@@ -14,7 +14,9 @@ from mgrpo.cli.replay import replay_run
 from mgrpo.config import RunConfig, load_config
 from mgrpo.pipeline.batch import BatchBuilder, StepBatch
 from mgrpo.pipeline.replay import EQUAL, UNKNOWN
+from mgrpo.pipeline.step_record import step_body
 from mgrpo.record.reader import Recording
+from mgrpo.record.schema import StepSettings
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import Trajectory
@@ -105,7 +107,9 @@ def test_token_advantages_lie_on_their_tokens() -> None:
 def test_the_weights_an_algorithm_sees_are_those_the_batcher_trains_with() -> None:
     """The alignment is drawn once for the statistics and once for the rows: the same draw, whatever the step."""
     for step in range(8):
-        _, batch = build("agents.left.d_max=2", "agents.left.loss.kl_coef=0.1", step=step)
+        _, batch = build(
+            "agents.left.d_max=2", "agents.left.loss.kl_coef=0.1", "trainer.max_lag=7", step=step
+        )
         kept = {
             int(batch.members[t].trajectory.tokens[0]): (float(w), float(a))
             for plan in batch.plans
@@ -129,6 +133,89 @@ def test_a_team_reward_is_what_the_store_delivers() -> None:
     assert [m.reward for m in batch.members] == [0.25 * m.invocation.rollout for m in batch.members]
     found = rows_of(batch)
     assert found[30]["advantage"] == found[31]["advantage"] > 0 > found[0]["advantage"]
+
+
+class Aged(Tokens):
+    """Every trajectory's sampled tokens are of these versions."""
+
+    def __init__(self, *versions: int) -> None:
+        self._versions = np.full(len(MASK), -1, np.int32)
+        self._versions[MASK != 0] = versions
+
+    def read(self, ref: LogRef) -> Trajectory:
+        trajectory = super().read(ref)
+        trajectory.versions = self._versions
+        return trajectory
+
+
+def test_a_token_older_than_the_bound_is_refused() -> None:
+    """Whatever admission and claims let through; after a rollback tokens of later versions are trained on."""
+    config = load_config(RELAY, ["trainer.questions=2", "trainer.max_lag=2"])
+    with pytest.raises(ValueError, match=r"0/0/0/left/0: .* version 3, 3 steps before step 6 .*max_lag is 2"):
+        BatchBuilder(config, "left", Aged(4, 3, 5), ranks=1).build(6, groups())
+    metrics = BatchBuilder(config, "left", Aged(4, 4, 8), ranks=1).build(6, groups()).metrics
+    found = {name: metrics[f"staleness/{name}"] for name in ("mean", "max", "age", "mixed")}
+    assert found == {"mean": pytest.approx(6 - 16 / 3), "max": 2, "age": 2, "mixed": 1}
+    metrics = BatchBuilder(config, "left", Aged(9, 9, 9), ranks=1).build(6, groups()).metrics
+    assert metrics["staleness/max"] == -3 and metrics["staleness/mixed"] == 0
+    metrics = BatchBuilder(config, "left", Aged(-1, -1, -1), ranks=1).build(6, groups()).metrics
+    assert metrics["staleness/mean"] == metrics["staleness/max"] == 0
+
+
+def pool_of(*kinds: bool, first: int = 0) -> list[ClaimedGroup]:
+    """Groups with calls in two rollouts of equal outcome; in those that are True one call is worth more."""
+    return [
+        claimed(f"0/{first + n}", first + n, {0: [0.5], 2: [1.0 if kind else 0.5], 3: []}, failed=1)
+        for n, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "chosen"),
+    [
+        ([False, True, False, True], [1, 3]),
+        ([True, True, True, True], [0, 1]),
+        ([False, False, True, False], [0, 2]),
+        ([False, False, False, False], [0, 1]),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["type='mgrpo'", "type='turn_credit',gamma=1"])
+def test_informative_groups_of_a_pool_come_first(
+    kinds: list[bool], chosen: list[int], algorithm: str
+) -> None:
+    """Then the others, each in order of their index; never fewer than a step needs. The order of a claim says nothing,
+    and the same groups alone make the same batch."""
+    config = load_config(
+        RELAY,
+        [
+            "trainer.questions=2",
+            "trainer.oversample=2",
+            f"agents.left.algorithm={{{algorithm}}}",
+            "agents.left.loss.kl_coef=0.1",
+        ],
+    )
+    pool = pool_of(*kinds)
+    batch = BatchBuilder(config, "left", Tokens(), ranks=1).build(0, pool[::-1])
+    assert [g.index for g in batch.groups] == chosen
+    assert [g.index for g in batch.surplus] == [n for n in range(4) if n not in chosen]
+    assert batch.metrics["oversample/seen"] == 4 and batch.metrics["oversample/surplus"] == 2
+    assert batch.metrics["oversample/informative"] == sum(kinds)
+    alone = BatchBuilder(config, "left", Tokens(), ranks=1).build(0, [pool[n] for n in chosen])
+    assert rows_of(alone) == rows_of(batch) and alone.surplus == []
+    body, again = (step_body(b, {}, StepSettings(0.1, 1, 1)) for b in (batch, alone))
+    assert (body.rows, body.minibatches, body.queries) == (again.rows, again.minibatches, again.queries)
+
+
+def test_rewards_are_of_all_groups_that_were_seen() -> None:
+    """reward/* is a fair sample, trained/reward/* what the step trains on; without a pool there is only the former."""
+    config = load_config(RELAY, ["trainer.questions=2", "trainer.oversample=2"])
+    builder = BatchBuilder(config, "left", Tokens(), ranks=1)
+    metrics = builder.build(0, pool_of(False, True, False, True)).metrics
+    assert metrics["reward/expert"] == pytest.approx(5 / 8)
+    assert metrics["trained/reward/expert"] == pytest.approx(3 / 4)
+    assert metrics["rollouts/failed"] == 4
+    usual = builder.build(0, pool_of(False, True)).metrics
+    assert not [name for name in usual if name.startswith(("trained/", "oversample/"))]
 
 
 OUTSIDE = """

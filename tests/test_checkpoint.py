@@ -204,6 +204,7 @@ def test_a_trainer_cuts_its_trajectory_log_for_the_oldest_checkpoint(tmp_path: P
     recorder = SimpleNamespace(keep=lambda c: kept.append(c.step))
     trainer = object.__new__(TrainerLoop)
     trainer._trainer = SimpleNamespace(note_cursors=note_cursors)  # type: ignore[assignment]
+    trainer._reporter = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
     trainer._streams = [
         SimpleNamespace(role="main", trajectory_log=trajectory_log, store=Committed(), recorder=recorder)
     ]  # type: ignore[list-item]

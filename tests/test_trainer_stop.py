@@ -35,6 +35,8 @@ class Bare(TrainerLoop):
             close=lambda: self.events.append("end"),
             note_cursors=lambda checkpoint, cursors: cursors,
         )
+        self._ahead = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
+        self._reporter = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
         self._weights = SimpleNamespace(describe=lambda files: None)  # type: ignore[assignment]
 
     def settle(self, wait: bool) -> object:

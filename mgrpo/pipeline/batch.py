@@ -8,7 +8,7 @@ trajectory log (memory to memory, token data never passes through Python objects
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,12 +19,12 @@ from mgrpo.algorithms.statistics import LARGEST_REWARD, group_statistics
 from mgrpo.alignment import align
 from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
-from mgrpo.credit import is_gated
 from mgrpo.losses.registry import find_loss
-from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
+from mgrpo.pipeline.batch_metrics import Member, batch_metrics, pool_metrics, sample_metrics
+from mgrpo.store.records import ClaimedGroup, ClaimedInvocation
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trajectory_log.format import LogRef
-from mgrpo.types import MAIN, Float32, Trajectory
+from mgrpo.types import Float32, Trajectory
 
 ARENA_BYTES = 1 << 30
 
@@ -36,20 +36,10 @@ class Trajectories(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """One trajectory of a step: where it comes from and what it is worth. group: index into StepBatch.groups."""
-
-    group: int
-    rollout: ClaimedRollout
-    invocation: ClaimedInvocation
-    trajectory: Trajectory
-    reward: float
-
-
-@dataclass(frozen=True, slots=True)
 class StepBatch:
     """What one step trains on. A plan's traj_id is the number of its member; one plan and minibatch belong together.
-    mean, std: weighted statistics of the kept rewards of each group; 0 where there are none."""
+    mean, std: weighted statistics of the kept rewards of each group; 0 where there are none. surplus: groups that were
+    claimed with these and are not trained on."""
 
     step: int
     groups: Sequence[ClaimedGroup]
@@ -59,6 +49,17 @@ class StepBatch:
     plans: Sequence[Plan]
     minibatches: Sequence[MiniBatch]
     metrics: dict[str, float]
+    surplus: Sequence[ClaimedGroup] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadGroups:
+    """Claimed groups of a step as the algorithm sees them (`scored`), and their trajectories, group after group."""
+
+    step: int
+    groups: Sequence[ClaimedGroup]
+    scored: Sequence[RolloutGroup]
+    members: Sequence[Member]
 
 
 def merge_streams(batches: Sequence[StepBatch]) -> list[MiniBatch]:
@@ -95,15 +96,30 @@ class BatchBuilder:
         )
 
     def build(self, step: int, groups: Sequence[ClaimedGroup]) -> StepBatch:
-        """The minibatches of `step`, groups in order of their index, and what there is to say about them."""
+        """The minibatches of `step`, groups in order of their index, and what there is to say about them. With
+        trainer.oversample the groups may be a step's whole pool, or those that were chosen from it."""
+        return self.assemble(self.read(step, groups))
+
+    def read(self, step: int, groups: Sequence[ClaimedGroup]) -> ReadGroups:
+        """The groups of `step` in order of their index, with tokens, rewards and weights. Raises ValueError naming a
+        trajectory that cannot be trained on, and CorruptionError."""
         groups = sorted(groups, key=lambda group: group.index)
         members: list[Member] = []
         scored = [self._score(step, groups, number, members) for number in range(len(groups))]
+        return ReadGroups(step, groups, scored, members)
+
+    def assemble(self, read: ReadGroups) -> StepBatch:
+        """The minibatches of what was read: of the informative groups first where there are more than a step needs."""
+        pool, informative = read, None
+        if len(read.groups) > self._config.trainer.questions:
+            informative = self._informative(read)
+            read = self._chosen(read, informative)
+        step, groups, members = read.step, read.groups, read.members
         size = len(groups) // self._config.trainer.minibatches
         numbers = iter(range(len(members)))
         plans = []
         for i in range(0, len(groups), size):
-            part = scored[i : i + size]
+            part = read.scored[i : i + size]
             for seen, advantages in zip(part, self._advantages(part), strict=True):
                 self._feed(seen, advantages, members, numbers)
             queries = [g.query for g in groups[i : i + size]]
@@ -111,9 +127,40 @@ class BatchBuilder:
         minibatches = [self._minibatch(plan) for plan in plans]
         for group in groups:
             self._batcher.drop(group.query)
-        metrics = self._describe(step, groups, plans, [m.reward for m in members])
-        mean, std = group_statistics(scored)
-        return StepBatch(step, groups, mean, std, members, plans, minibatches, metrics)
+        metrics = {
+            **sample_metrics(self._role, self._agent.reward, pool.groups, pool.members),
+            **batch_metrics(step, plans, members),
+        }
+        if informative is not None:
+            of_trained = sample_metrics(self._role, self._agent.reward, groups, members)
+            metrics |= pool_metrics(informative, len(groups), of_trained)
+        mean, std = group_statistics(read.scored)
+        used = {group.query for group in groups}
+        surplus = [group for group in pool.groups if group.query not in used]
+        return StepBatch(step, groups, mean, std, members, plans, minibatches, metrics, surplus)
+
+    def _informative(self, pool: ReadGroups) -> list[bool]:
+        """Of each group whether it teaches anything: some kept trajectory has an advantage other than 0, which is what
+        the algorithm gives the pool."""
+        return [
+            any(
+                member.weight > 0 and bool(np.any(np.where(member.loss_mask != 0, advantage, 0.0)))
+                for member, advantage in zip(group.members, advantages, strict=True)
+            )
+            for group, advantages in zip(pool.scored, self._advantages(pool.scored), strict=True)
+        ]
+
+    def _chosen(self, pool: ReadGroups, informative: Sequence[bool]) -> ReadGroups:
+        """A step's groups of a pool: the first informative ones, then the first of the others, in order of their index.
+        Pure, so that a step that is taken again after a rollback chooses the same."""
+        count = len(pool.groups)
+        chosen = sorted(
+            sorted(range(count), key=lambda n: not informative[n])[: self._config.trainer.questions]
+        )
+        number = {old: new for new, old in enumerate(chosen)}
+        members = [replace(m, group=number[m.group]) for m in pool.members if m.group in number]
+        groups, scored = [pool.groups[n] for n in chosen], [pool.scored[n] for n in chosen]
+        return ReadGroups(pool.step, groups, scored, members)
 
     def _score(
         self, step: int, groups: Sequence[ClaimedGroup], number: int, members: list[Member]
@@ -136,7 +183,7 @@ class BatchBuilder:
                     raise ValueError(
                         f"{self._name(group.query, invocation)}: reward {reward} is not within +-{LARGEST_REWARD:g}"
                     )
-                tokens = self._tokens(group.query, invocation)
+                tokens = self._tokens(step, group.query, invocation)
                 members.append(Member(number, claimed[invocation.rollout], invocation, tokens, reward))
         alignment = self._agent.alignment
         aligned = align(
@@ -159,10 +206,19 @@ class BatchBuilder:
         ]
         return RolloutGroup(group.query, group.k, list(rollouts.values()), seen)
 
-    def _tokens(self, query: str, invocation: ClaimedInvocation) -> Trajectory:
+    def _tokens(self, step: int, query: str, invocation: ClaimedInvocation) -> Trajectory:
         if invocation.ref is None:
             raise ValueError(f"{self._name(query, invocation)} has no tokens")
-        return self._trajectories.read(invocation.ref)
+        trajectory = self._trajectories.read(invocation.ref)
+        # Admission and claims keep to the bound; a token beyond it would be a fault of theirs. After a rollback a token
+        # may be of a version that this history has not reached yet.
+        oldest, bound = trajectory.version_span()[0], self._config.trainer.max_lag
+        if oldest >= 0 and step - oldest > bound:
+            raise ValueError(
+                f"{self._name(query, invocation)}: its oldest token is of version {oldest}, {step - oldest} steps "
+                f"before step {step} that trains it; trainer.max_lag is {bound}"
+            )
+        return trajectory
 
     def _name(self, query: str, invocation: ClaimedInvocation) -> str:
         return f"{query}/{invocation.rollout}/{self._role}/{invocation.invocation}"
@@ -234,36 +290,3 @@ class BatchBuilder:
 
     def _denominator(self, plan: Plan) -> float:
         return self._loss.denominator(plan.denominator, plan.weighted_tokens)
-
-    def _describe(
-        self, step: int, groups: Sequence[ClaimedGroup], plans: Sequence[Plan], rewards: Sequence[float]
-    ) -> dict[str, float]:
-        """Metrics of the step's data, before anything is learned from it."""
-        finished = [r for g in groups for r in g.rollouts if r.status == "ok"]
-        mine = [i for g in groups for i in g.invocations]
-        kept = np.concatenate([p.rows.has_gradient for p in plans])
-        copies = np.concatenate([p.rows.multiplicity for p in plans])
-        versions = [i.version_min for i in mine if i.version_min >= 0]
-        out = {
-            "reward/mean": _mean(rewards),
-            "reward/std": float(np.std(rewards)) if rewards else 0.0,
-            "reward/correct": _mean([r.correct for r in finished]),
-            "reward/gated": _mean([is_gated(self._agent.reward, i.scores) for i in mine]),
-            "rollouts/failed": float(sum(r.status != "ok" for g in groups for r in g.rollouts)),
-            "advantage/frac_zero": float((~kept).mean()) if kept.size else 1.0,
-            "align/dup_ratio": float((copies - 1).clip(0).sum() / max(1, copies.sum())),
-            "align/drop_ratio": 1.0 - kept.size / max(1, len(mine)),
-            "staleness/mean": step - _mean(versions) if versions else 0.0,
-            "staleness/max": float(step - min(versions)) if versions else 0.0,
-            "tokens": float(sum(i.n_tokens for i in mine)),
-        }
-        for name in sorted({name for i in mine for name in i.scores}):
-            out[f"reward/{name}"] = _mean([i.scores[name] for i in mine if name in i.scores])
-        if self._role != MAIN:
-            counts = [r.d_k.get(self._role, 0) for r in finished]
-            out |= {"d_k/mean": _mean(counts), "d_k/max": float(max(counts, default=0))}
-        return out
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else 0.0

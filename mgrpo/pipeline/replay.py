@@ -70,15 +70,17 @@ class Replayer:
             raise ConfigError(f"rollout {rollout_id!r} is of an evaluation: nothing was trained on it")
         stages: list[Stage] = []
         for role in self._config.training_roles:
-            step = self.step_of(role, rollout.head.query, rollout.head.step)
+            near = rollout.head.index // self._config.trainer.pool
+            step = self.step_of(role, rollout.head.query, near)
             if step is not None:
                 stages += self._role(role, step, rollout)
-            elif gap := self._gap(role, rollout.head.step):
+            elif gap := self._gap(role, near):
                 stages += [Stage(role, name, UNKNOWN, gap) for name in STAGES]
         return stages
 
     def step_of(self, role: str, query: str, near: int) -> int | None:
-        """The step in which a role trained on a group: `near`, or one close by in an asynchronous run."""
+        """The step in which a role trained on a group: `near`, or one close by in an asynchronous run. None where there
+        is none, as for a group that a step set aside."""
         steps = [step for r, step in self._recording.steps if r == role]
         for step in sorted(steps, key=lambda s: (abs(s - near), s)):
             if query in self._queries(role, step):
@@ -94,7 +96,7 @@ class Replayer:
             return []
 
     def _gap(self, role: str, step: int) -> str:
-        """Why a group that was played for `step` may have been trained on all the same; "" where it was not."""
+        """Why a group that was sampled for `step` may have been trained on all the same; "" where it was not."""
         record = self._recording.steps.get((role, step))
         if record is None:
             last = max((s for r, s in self._recording.steps if r == role), default=-1)
@@ -139,7 +141,7 @@ class Replayer:
 
     def _build(self, role: str, step: int, recorded: StepBody) -> tuple[StepBatch | None, bool]:
         """The step as the builder makes it from the recorded rollouts (None when some are missing), and whether all
-        tokens were there."""
+        tokens were there. The record names the groups that were chosen from a larger pool: nothing is chosen again."""
         tokens = _RecordedTokens()
         groups = []
         for query, index in zip(recorded.queries, recorded.indices, strict=True):

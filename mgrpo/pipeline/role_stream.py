@@ -52,22 +52,22 @@ class RoleStream:
         self.builder = BatchBuilder(config, role, self.trajectory_log, config.ranks(role))
         self.recorder = StepRecorder(config.record, folder / "record", role, self._log)
 
-    def claim(self, step: int, check: Callable[[], None]) -> list[ClaimedGroup]:
-        """The groups of this step; waits for them in slices, so that `check` notices the end of the run. Time in which
-        workers have groups in hand does not count: the store closes those of which nothing arrives."""
-        limit = self._config.store.idle_timeout
+    def claim(self, step: int, is_wanted: Callable[[], bool]) -> list[ClaimedGroup]:
+        """The groups of this step; waits for them in slices. is_wanted: whether the trainer itself waits for them,
+        asked after each slice; it raises to stop waiting. Time in which it does not, or in which workers have groups in
+        hand, does not count: the store closes those of which nothing arrives."""
+        limit, wanted = self._config.store.idle_timeout, self._config.trainer.pool
         busy = time.monotonic()
         while True:
             try:
-                return list(self.store.claim(n=self._config.trainer.questions, timeout=POLL_SECONDS))
+                return list(self.store.claim(n=wanted, timeout=POLL_SECONDS))
             except DeadlineError:
                 if time.monotonic() - busy > limit:
                     raise DeadlineError(
-                        f"trainer {self.role} at step {step}: no {self._config.trainer.questions} finished groups in "
+                        f"trainer {self.role} at step {step}: no {wanted} finished groups in "
                         f"the store's claim queue, and no worker had any in hand for {limit:g} s (store.idle_timeout)"
                     ) from None
-            check()
-            if self.store.world().open:
+            if not is_wanted() or self.store.world().open:
                 busy = time.monotonic()
 
     def check(self) -> None:

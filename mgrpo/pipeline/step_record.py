@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mgrpo.config.run import RecordConfig
-from mgrpo.pipeline.batch import Member, StepBatch
+from mgrpo.pipeline.batch import StepBatch
+from mgrpo.pipeline.batch_metrics import Member
 from mgrpo.record.schema import ROW, MiniBatchRecord, StepBody, StepHead, StepSettings
 from mgrpo.record.writer import RecordWriter, Report
 from mgrpo.trainers.base import Checkpoint

@@ -4,6 +4,9 @@
       -> rows -> loss -> optimizer step -> apply -> publish weights -> status -> record -> (checkpoint -> commit) ]
       -> final policy
 
+Beside a step's training the next one is claimed, read and built (step_ahead.py), and the one before is recorded and
+reported (step_reporter.py); everything else is this thread's, in this order.
+
 Everything it needs of other agents arrives through the store as rewards, counts and versions. A restarted trainer goes
 back to its last checkpoint; the store hands it the groups it had applied since then once more, in the same order, and
 the trajectory log still holds their tokens. Roles that share this agent's policy are trained here too: each comes
@@ -28,6 +31,8 @@ from mgrpo.errors import ConfigError, DeadlineError, PeerError
 from mgrpo.model.chat_check import check_chat
 from mgrpo.pipeline.batch import merge_streams
 from mgrpo.pipeline.role_stream import RoleStream
+from mgrpo.pipeline.step_ahead import PreparedStep, StepAhead
+from mgrpo.pipeline.step_reporter import StepReporter
 from mgrpo.record.schema import StepSettings
 from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
 from mgrpo.trainers.torch.schedule import learning_rate
@@ -67,6 +72,8 @@ class TrainerLoop:
             RoleStream(config, r, agents / r, addresses, self._weights) for r in config.roles_of(role)
         ]
         self._store = self._streams[0].store
+        self._ahead = StepAhead(self._streams, config.trainer.steps)
+        self._reporter = StepReporter(self._streams)
 
     def __enter__(self) -> TrainerLoop:
         return self
@@ -74,8 +81,11 @@ class TrainerLoop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ahead.stop()
+        self._reporter.close()
         for stream in self._streams:
             stream.close()
+        self._ahead.close()
 
     def run(self) -> None:
         """Train until the last step, serve the final weights until the run is over."""
@@ -123,11 +133,14 @@ class TrainerLoop:
                 self._train()
             except Shutdown:
                 # Wherever the loop was, mostly waiting for rollouts: the weights are those of a whole step.
+                self._ahead.stop()
                 if self._step > self._begun:
                     self._checkpoint()
                 self._finish_checkpoint(wait=True)
+                self._flush_reports()
                 raise
             self._finish_checkpoint(wait=True)
+            self._flush_reports()
             self._trainer.export(self._folder / "final")
             self._report("phase", {"text": f"{self._role}: final policy in {self._folder / 'final'}"})
         self._trainer.close()
@@ -162,42 +175,33 @@ class TrainerLoop:
 
     def _train(self) -> None:
         trainer = self._config.trainer
+        ended = time.monotonic()  # of the step before: a step's seconds are those since then
+        self._ahead.begin(self._step)
         while (step := self._step) < trainer.steps:
+            prepared = self._ahead.take(step, self._check_stop)
             began = time.monotonic()
-            claimed_groups = [stream.claim(step, self._check_stop) for stream in self._streams]
-            claimed = time.monotonic()
-            batches = [
-                stream.builder.build(step, groups)
-                for stream, groups in zip(self._streams, claimed_groups, strict=True)
-            ]
-            built = time.monotonic()
             lr = learning_rate(self._agent.optimizer, step, trainer.steps)
             settings = StepSettings(lr, trainer.threads, self._config.ranks(self._role))
-            learned = self._trainer.train(merge_streams(batches), trainer.old_logprobs == "recompute", lr)
-            for stream, groups in zip(self._streams, claimed_groups, strict=True):
-                stream.store.apply(step=step, groups=groups)
-            self._step = step = step + 1
+            recompute = trainer.old_logprobs == "recompute"
+            learned = self._trainer.train(merge_streams(prepared.batches), recompute, lr)
             trained = time.monotonic()
-            due = step % trainer.checkpoint_every == 0 or step == trainer.steps
+            for stream, batch in zip(self._streams, prepared.batches, strict=True):
+                stream.store.apply(step=step, groups=batch.groups, surplus=batch.surplus)
+            self._step = step = step + 1
+            applied = time.monotonic()
             self._publish(step)
-            for stream, batch in zip(self._streams, batches, strict=True):
-                stream.recorder.step(batch, batch.metrics | learned, settings)
-            if due:
+            published = time.monotonic()
+            if step % trainer.checkpoint_every == 0 or step == trainer.steps:
                 self._checkpoint()
             else:
                 self._finish_checkpoint(wait=False)
-            times = {
-                "time/wait_batch": claimed - began,
-                "time/build": built - claimed,
-                "time/train": trained - built,
-                "time/sync": time.monotonic() - trained,
-                "time/step": time.monotonic() - began,
-            }
-            for stream, batch in zip(self._streams, batches, strict=True):
-                metrics = batch.metrics | learned | times
-                named = {f"{stream.role}/{name}": float(value) for name, value in metrics.items()}
-                self._report("step", {"role": stream.role, "step": step, "metrics": named})
-            self._check_stop()
+            before, ended = ended, time.monotonic()
+            times = step_times(ended - before, prepared, trained - began, published - applied)
+            self._reporter.submit(prepared.batches, learned, settings, times)
+            if (
+                step < trainer.steps
+            ):  # after the last one the run may be over before the final policy is written
+                self._check_stop()
 
     def _checkpoint(self) -> None:
         """Begin to write a checkpoint of the last step; the steps go on meanwhile."""
@@ -214,6 +218,7 @@ class TrainerLoop:
     def _commit(self, checkpoint: Checkpoint) -> None:
         """Commit at the store: nothing up to here is handed out again, unless this trainer comes back with an older
         checkpoint. The trajectory log keeps what the oldest of those that are kept would need."""
+        self._flush_reports()  # a durable step's record is written before the step is committed
         try:
             cursors = {stream.role: stream.store.commit(step=checkpoint.step - 1) for stream in self._streams}
         except (DeadlineError, PeerError):
@@ -226,6 +231,13 @@ class TrainerLoop:
                 stream.trajectory_log.truncate(needed[stream.role])
         self._streams[0].recorder.keep(checkpoint)
         self._checkpointed = checkpoint.step
+
+    def _flush_reports(self) -> None:
+        try:
+            self._reporter.flush()
+        except (DeadlineError, PeerError):
+            if not self._stop_requested:  # else: the store has ended too, and nobody reads them
+                raise
 
     def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""
@@ -261,3 +273,20 @@ class TrainerLoop:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         for stream in self._streams:
             stream.store.shorten_deadlines(STOP_SECONDS)
+
+
+def step_times(step: float, prepared: PreparedStep, train: float, weights: float) -> dict[str, float]:
+    """Metrics of where the `step` seconds of a step went on the main thread, which add up to it, and what ran beside.
+    train: the optimizer step; weights: until their new version was announced."""
+    other = (
+        step - prepared.waited - train - weights
+    )  # apply, checkpoint, and waiting for the record of the step before
+    return {
+        "time/step": step,
+        "time/wait_batch": prepared.waited,
+        "time/train": train,
+        "time/weights": weights,
+        "time/other": other,
+        **{f"time/hidden_{name}": seconds for name, seconds in prepared.hidden.items()},
+        "perf/idle": prepared.waited / step,
+    }

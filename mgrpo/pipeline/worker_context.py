@@ -100,9 +100,8 @@ class WorkerContext:
         needed = []
         for role in self.store.stats()["roles"].values():
             done = int(role["step"]) + 1
-            needed.append(
-                int(role["skipped"]) + done * trainer.questions + (trainer.steps - done) * trainer.pool
-            )
+            passed = int(role["skipped"]) + int(role["surplus"]) + done * trainer.questions
+            needed.append(passed + (trainer.steps - done) * trainer.pool)
         return index >= max(needed)
 
     def deliver(self, group: WorkerGroup, result: RolloutResult) -> None:
