@@ -77,7 +77,7 @@ void validate(const BatcherOptions& o) {
     MGRPO_CHECK(o.d_max[r] >= 1, "d_max of role '", o.roles[r], "' is ", o.d_max[r], ", below 1");
   MGRPO_CHECK(o.capacity >= 1 && o.capacity <= (int64_t{1} << 30), "capacity=", o.capacity, " is outside [1, 2^30]");
   MGRPO_CHECK(o.dp >= 1, "dp=", o.dp, " is below 1");
-  MGRPO_CHECK(o.vote == Vote::per_rollout || o.mode == Mode::none,
+  MGRPO_CHECK(o.sequence_weight == SequenceWeight::per_rollout || o.mode == Mode::none,
               "sequence_weight='per_invocation' belongs to mode='none': aligned rollouts all weigh the same");
   MGRPO_CHECK(
       std::isfinite(o.cost_a) && std::isfinite(o.cost_b) && o.cost_a >= 0 && o.cost_b >= 0 && o.cost_a + o.cost_b > 0,

@@ -40,7 +40,7 @@ struct BatcherOptions {
   int64_t capacity = 0;
   int dp = 1;
   Mode mode = Mode::weights;
-  Vote vote = Vote::per_rollout;
+  SequenceWeight sequence_weight = SequenceWeight::per_rollout;
   Empty empty = Empty::mask;
   Overlong overlong = Overlong::error;
   bool token_advantages = false;  // an advantage of each token instead of one a trajectory

@@ -352,7 +352,7 @@ std::unique_ptr<mgrpo::Batcher> make_batcher(const py::dict& d) {
   o.capacity = py::cast<int64_t>(d["capacity"]);
   o.dp = py::cast<int>(d["dp"]);
   o.mode = mgrpo::parse_mode(py::cast<std::string>(d["mode"]));
-  o.vote = mgrpo::parse_vote(py::cast<std::string>(d["vote"]));
+  o.sequence_weight = mgrpo::parse_sequence_weight(py::cast<std::string>(d["sequence_weight"]));
   o.empty = mgrpo::parse_empty(py::cast<std::string>(d["empty"]));
   o.overlong = mgrpo::parse_overlong(py::cast<std::string>(d["overlong"]));
   o.token_advantages = py::cast<bool>(d["token_advantages"]);

@@ -15,10 +15,10 @@ Mode parse_mode(std::string_view name) {
   return Mode::none;
 }
 
-Vote parse_vote(std::string_view name) {
-  if (name == "per_rollout") return Vote::per_rollout;
+SequenceWeight parse_sequence_weight(std::string_view name) {
+  if (name == "per_rollout") return SequenceWeight::per_rollout;
   MGRPO_CHECK(name == "per_invocation", "sequence_weight '", name, "' is not one of per_rollout, per_invocation");
-  return Vote::per_invocation;
+  return SequenceWeight::per_invocation;
 }
 
 uint64_t fnv1a64(std::string_view bytes) {
@@ -78,7 +78,7 @@ void multiplicities(DrawStream stream, int d, int d_max, Mode mode, std::vector<
   }
 }
 
-double invocation_weight(int m, int d, int d_max, Mode mode, Vote vote) {
+double invocation_weight(int m, int d, int d_max, Mode mode, SequenceWeight sequence_weight) {
   switch (mode) {
     case Mode::weights:
     case Mode::duplicate:
@@ -88,7 +88,7 @@ double invocation_weight(int m, int d, int d_max, Mode mode, Vote vote) {
     case Mode::none:
       break;
   }
-  return vote == Vote::per_rollout ? 1.0 / d : 1.0;
+  return sequence_weight == SequenceWeight::per_rollout ? 1.0 / d : 1.0;
 }
 
 }  // namespace mgrpo

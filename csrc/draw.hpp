@@ -11,10 +11,10 @@
 namespace mgrpo {
 
 enum class Mode { weights, duplicate, expected, none };
-enum class Vote { per_rollout, per_invocation };
+enum class SequenceWeight { per_rollout, per_invocation };
 
 Mode parse_mode(std::string_view name);
-Vote parse_vote(std::string_view name);
+SequenceWeight parse_sequence_weight(std::string_view name);
 
 // 64-bit FNV-1a over the bytes: the draw depends on what a name says, not on who interned it first.
 uint64_t fnv1a64(std::string_view bytes);
@@ -46,6 +46,6 @@ class DrawStream {
 void multiplicities(DrawStream stream, int d, int d_max, Mode mode, std::vector<int32_t>& copies);
 
 // w(k,i) of one kept invocation with m copies, in a rollout of d invocations, before any token normalisation.
-double invocation_weight(int m, int d, int d_max, Mode mode, Vote vote);
+double invocation_weight(int m, int d, int d_max, Mode mode, SequenceWeight sequence_weight);
 
 }  // namespace mgrpo

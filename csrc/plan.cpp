@@ -41,7 +41,7 @@ void add_rollout(Plan& plan, const Batcher& batcher, std::span<const Entry> entr
                          .generation = batcher.arena().generation(entry.handle),
                          .advantage = entry.advantage,
                          .has_gradient = entry.has_gradient,
-                         .weight = invocation_weight(m, d, d_max, o.mode, o.vote),
+                         .weight = invocation_weight(m, d, d_max, o.mode, o.sequence_weight),
                          .id = entry.id});
   }
   ++plan.group_rollouts.back();

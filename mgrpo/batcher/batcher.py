@@ -104,7 +104,7 @@ class Batcher:
             "pad_id": pad_id,
         }
         self._clock = clock
-        self._core = _C.Batcher(self.options | {"vote": sequence_weight})  # its name in csrc
+        self._core = _C.Batcher(self.options)
 
     def _role(self, role: str | None) -> str:
         if role is None:

@@ -79,7 +79,7 @@ class WorkerContext:
         question = question_of(self.task, index, self.config.seed)
         try:
             group = self.store.open_group(
-                query=f"{index // self.config.trainer.questions}/{index}",
+                query=f"{index // self.config.trainer.pool}/{index}",
                 k=self.config.trainer.group_size,
                 d_max={role: self.config.agents[role].d_max for role in self.config.roles},
                 index=index,
@@ -107,7 +107,7 @@ class WorkerContext:
     def deliver(self, group: WorkerGroup, result: RolloutResult) -> None:
         """Record a result and hand it to the shipper."""
         self.recorder.train(
-            group.index // self.config.trainer.questions,
+            group.index // self.config.trainer.pool,
             group.index,
             group.query,
             result.request.rollout,
