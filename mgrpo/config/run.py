@@ -244,8 +244,8 @@ class RolloutConfig(Settings):
     """Rollouts in flight in each worker, with trainer.max_lag of 1 or more. Unset: as many as slots and max_lag
     admit."""
     deadline: float | None = Field(None, gt=0, le=MAX_SECONDS)
-    """Seconds that one rollout may take; one that takes longer counts as failed, for the reason "deadline". Must be
-    less than store.group_timeout. Unset: no bound of its own."""
+    """Seconds that one rollout may take; one that takes longer counts as failed, for the reason "deadline", in
+    an evaluation too. Must be less than store.group_timeout. Unset: no bound of its own."""
 
 
 class EvalConfig(Settings):
