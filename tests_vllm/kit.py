@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from mgrpo.config import load_config
+from mgrpo.config import load_config, view_of
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.engines.pool import EnginePool
@@ -86,7 +86,7 @@ class Served:
         self.loop = asyncio.new_event_loop()
         arguments = ["engine", str(path), "--agent", "main", "--replica", "0", "--out", str(self.run.root)]
         self.children.start("engine-main-0", arguments, healthy=START_SECONDS)
-        self.sync = sync = VllmBackend.open_sync(self.config, "main", self.run.weights / "main")
+        self.sync = sync = VllmBackend.open_sync(view_of(self.config, "main"), self.run.weights / "main")
         self.server = VllmClient(self.url, START_SECONDS)
         self.engine = ServerEngine(
             EnginePool(
