@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.waits import waits
 from mgrpo.addresses import Addresses
-from mgrpo.config import RunConfig
+from mgrpo.config import AgentView
 from mgrpo.engines.backend import EngineBackend
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.episode import Conversation, Episode
@@ -107,10 +107,9 @@ class FreeBackend(EngineBackend):
     @classmethod
     def open(
         cls,
-        config: RunConfig,
-        role: str,
+        view: AgentView,
         files: Mapping[str, bytes],
         addresses: Addresses,
         on_event: Callable[[str], None],
     ) -> tuple[Engine, Tokenizer]:
-        return FreeEngine(), policy_from_files(files, role).tokenizer
+        return FreeEngine(), policy_from_files(files, view.role).tokenizer

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
+from bench import bench_rollouts
 from bench.simulation import Setup, Simulation, StepCosts, busy_share, steady_part
 from bench.store_rules import AnyOrder, RealStore
 from bench.waits import least_seconds, one_wait, waits
@@ -91,3 +93,9 @@ def test_the_batchers_plan_tells_of_a_rank_that_waits() -> None:
     costs = StepCosts(2, 2)
     assert costs.lockstep(0, [[6400.0, 6400.0], [6400.0, 6400.0]]) == pytest.approx(1.0)
     assert costs.lockstep(1, [[32000.0, 640.0], [640.0]]) > 1.5
+
+
+def test_the_bench_of_whole_runs_runs(tmp_path: Path) -> None:
+    """Its task and its engine of no cost still fit the product, and no trained token is older than max_lag."""
+    measured = bench_rollouts.run(bench_rollouts.Case(2, 0.5, 1, 1, 5), tmp_path)
+    assert 0 < measured.busy <= 1 and measured.age_max <= 1 and measured.wall >= measured.ideal
