@@ -123,7 +123,7 @@ def run(folder: Path) -> Result:
 def streaming(folder: Path) -> Result:
     """The same with streaming rollouts of two workers: each group once and none too old, though not the same bits."""
     overrides = ("trainer.max_lag=2", "rollout.workers=2")
-    figures = kill_run(folder, steps=120, seconds=120, every=5.0, seed=2, overrides=overrides)
+    figures = kill_run(folder, steps=600, seconds=120, every=5.0, seed=2, overrides=overrides)
     good = figures["kills"] == 24 and figures["learned"] and figures["each_group_once"]
     return bool(good and int(str(figures["oldest"])) <= 2 and not figures["left_behind"]), figures
 
