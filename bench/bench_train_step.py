@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from bench.common import Report, interleave, parser, ratio
 from bench.rivals import PeakMemory, that_fit
 from mgrpo import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
+from mgrpo.model import attention
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner
@@ -49,9 +49,9 @@ def make_model(name: str, device: str) -> Any:
         )
 
 
-def make_policy(model: Any, device: str, attention: str) -> Policy:
+def make_policy(model: Any, device: str, kind: str) -> Policy:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(model.config.vocab_size)}, unk_token="w0"))
-    config = {"device": device, "attention": attention, "dtype": "float32" if device == "cpu" else "bfloat16"}
+    config = {"device": device, "attention": kind, "dtype": "float32" if device == "cpu" else "bfloat16"}
     return Policy(
         model, PreTrainedTokenizerFast(tokenizer_object=words), "bench", PolicyConfig.model_validate(config)
     )
@@ -108,21 +108,19 @@ def main() -> int:
     report = Report("bench_train_step")
     model = make_model(args.model, args.device)
     packed, padded = make_policy(model, args.device, "auto"), make_policy(model, args.device, "sdpa")
-    implementations = {name: use(model, policy) for name, policy in (("packed", packed), ("padded", padded))}
     rows = make_rows(args.tokens, model.config.vocab_size)
     micro = cut(rows, args.micro_batch)
     denominator = float(rows.loss_mask.sum())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True)
-    learners = {
-        name: Learner(p, optimizer, LOSS, 1.0) for name, p in (("packed", packed), ("padded", padded))
-    }
-    precision = lambda: nullcontext() if cpu else torch.autocast("cuda", torch.bfloat16)  # noqa: E731
     wait = (lambda: None) if cpu else torch.cuda.synchronize
 
-    def ours(name: str) -> Callable[[], object]:
+    def ours(policy: Policy) -> Callable[[], object]:
+        learner = Learner(policy, optimizer, LOSS, 1.0)
+
         def step() -> None:
-            model.set_attn_implementation(implementations[name])
-            learners[name].step(MiniBatch(micro, denominator))
+            model.set_attn_implementation("sdpa")  # the two policies share the model
+            attention.use(model, policy.attention)
+            learner.step(MiniBatch(micro, denominator))
             wait()
 
         return step
@@ -131,7 +129,7 @@ def main() -> int:
         model.set_attn_implementation("sdpa")
         optimizer.zero_grad(set_to_none=True)
         for part in micro:
-            with precision():
+            with torch.autocast(args.device, torch.bfloat16, enabled=not cpu):
                 loss = naive_loss(model, part, denominator, args.device)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
@@ -139,8 +137,8 @@ def main() -> int:
         wait()
 
     providers: dict[str, Callable[[], object]] = {
-        f"ours, {packed.attention}": ours("packed"),
-        "ours, padded rows": ours("padded"),
+        f"ours, {packed.attention}": ours(packed),
+        "ours, padded rows": ours(padded),
         "naive Hugging Face": naive,
     }
     if not cpu:
@@ -152,22 +150,17 @@ def main() -> int:
         note = f"{args.model}, {int(rows.lengths.sum())} tokens, {t.spread:.0%} spread"
         report.figure(name, t.median, "ms", note=note)
         report.figure(f"tokens/s: {name}", float(rows.lengths.sum()) / t.median * 1e3)
-    best = next(iter(times))
-    report.figure("TFLOP/s of the rows that train: ours", flops / times[best].median / 1e9)
+    mine = next(iter(times))
+    report.figure("TFLOP/s of the rows that train: ours", flops / times[mine].median / 1e9)
     if not cpu and (peak := peak_of(torch.cuda.get_device_name())):
-        report.figure("MFU: ours", flops / times[best].median / 1e9 / peak, note=f"of {peak:g} TFLOP/s")
+        report.figure("MFU: ours", flops / times[mine].median / 1e9 / peak, note=f"of {peak:g} TFLOP/s")
     if "naive Hugging Face" in times:
-        report.figure("naive / ours", ratio(times, "naive Hugging Face", best), "x")
+        report.figure("naive / ours", ratio(times, "naive Hugging Face", mine), "x")
     for name, provider in providers.items():
         with PeakMemory(args.device) as memory:
             provider()
         report.figure(f"peak memory above base: {name}", memory.bytes / 1e6, "MB")
     return report.finish(args)
-
-
-def use(model: Any, policy: Policy) -> str:
-    """What transformers calls the attention that `policy` was made with."""
-    return f"mgrpo_packed_{policy.attention}" if policy.attention in ("varlen", "flash") else "sdpa"
 
 
 def compare(
@@ -185,14 +178,16 @@ def compare(
     first: list[torch.Tensor] = []
     for name, provider in providers.items():
         provider()
-        seen = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        seen = [p.grad for p in model.parameters() if p.grad is not None]
         if not first:
-            first = seen
+            first = [g.cpu() for g in seen]  # a GPU has no room for two of them
             continue
-        off = sum(float((a - b).double().square().sum()) for a, b in zip(seen, first, strict=True)) ** 0.5
-        size = sum(float(g.double().square().sum()) for g in first) ** 0.5
+        off = sum(
+            float((a - b.to(a.device)).double().square().sum()) for a, b in zip(seen, first, strict=True)
+        )
+        size = sum(float(b.to(a.device).double().square().sum()) for a, b in zip(seen, first, strict=True))
         bound = {"at_most": 1e-5 if cpu else 0.02} if cpu or name.startswith("ours") else {}
-        report.figure(f"gradient, distance from ours: {name}", off / size, **bound)
+        report.figure(f"gradient, distance from ours: {name}", (off / size) ** 0.5, **bound)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 

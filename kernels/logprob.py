@@ -14,7 +14,7 @@ FLOOR = tl.constexpr(-126.0)  # 2^t below the normal range counts as 0
 @triton.jit
 def row_statistics(row_ptr, vocabulary, k, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """(max z, S, B) of one row, float32 scalars. Each lane takes VEC neighbours at a time, which share one rescaling of
-    its running sums, and keeps a maximum of its own until the end. The row stays in the L2 cache for the next sweep."""
+    its running sums, and keeps a maximum of its own until the end. The row is asked to stay in the L2 cache."""
     LANES: tl.constexpr = BLOCK // VEC
     at_lane = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     m = tl.full((LANES,), -float("inf"), tl.float32)

@@ -163,8 +163,8 @@ def test_the_loss_from_logits_never_waits_for_the_device() -> None:
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_head_waits_once_at_most() -> None:
-    """The number of rows that can move the gradient sizes its buffers: one look, and none for a chunk."""
+def test_the_head_does_not_wait_for_its_chunks() -> None:
+    """The number of rows that can move the gradient sizes its buffers: a look in each of two phases, none a chunk."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         for config in configs():

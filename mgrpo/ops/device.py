@@ -152,10 +152,10 @@ class Launch(NamedTuple):
 def row_launch(aligned: bool) -> Launch:
     """aligned: vocabulary and row strides are multiples of 16, so that a thread loads 16 bytes at a time.
 
-    A multiprocessor works on one row, with all its threads: the few rows in flight then stay in the L2 cache from the
-    sweep for their statistics to that for their gradient. With 8 warps, and four times the rows, the second sweep comes
-    from memory (docs/kernels.md). Rows that are not aligned take more registers than 32 warps have. Left to choose the
-    registers, ptxas squeezes some kernels for a second row on the multiprocessor, and spills.
+    A multiprocessor works on one row, with all its threads: of the few rows in flight more is still in the L2 cache
+    when the gradient sweep reads them again than with 8 warps and four times the rows (docs/kernels.md has the times).
+    Rows that are not aligned take more registers than 32 warps have. Left to choose the registers, ptxas squeezes some
+    kernels for a second row on the multiprocessor, and spills.
     """
     return Launch(BLOCK, 32, 64) if aligned else Launch(max(BLOCK // 2, VEC), 16, 128)
 

@@ -29,10 +29,8 @@ CHUNK = 4096
 """Rows of logits at one time on a GPU: every chunk reads and writes d weight in float32, which takes 7 % longer with
 half as many rows (docs/kernels.md)."""
 _CPU_CHUNK_BYTES = 32 << 20  # of logits at one time on a CPU,
-_CPU_CHUNK_FLOOR, _CPU_CHUNK_CEILING = (
-    128,
-    2048,
-)  # but within these rows: products of fewer are markedly slower
+_CPU_CHUNK_FLOOR = 128  # but at least these rows: products of fewer are markedly slower
+_CPU_CHUNK_CEILING = 2048  # and at most these
 _COLUMNS = 8192  # of dW converted to float32 at a time where a half-precision product cannot accumulate in it
 
 
