@@ -79,7 +79,7 @@ def pack_tied(model: torch.nn.Module) -> None:
     """After a reload: pack what shares its weights with a layer that was loaded, the head of a tied model."""
     seen: dict[int, int] = {}
     for layer in model.modules():
-        if hasattr(layer, "cpu_linear") and layer.weight.numel():  # type: ignore[union-attr, operator]
+        if hasattr(layer, "cpu_linear") and layer.weight.numel():  # type: ignore[operator]
             place = storage(layer.weight)  # type: ignore[arg-type]
             seen[place] = seen.get(place, 0) + 1
     pack(model, {place for place, layers in seen.items() if layers > 1})
