@@ -27,6 +27,17 @@ def version_label(role: str, epoch: int, version: int) -> str:
     return f"{role}.e{epoch}.v{version}"
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a version of a policy says of a fixed prompt: an engine that holds the version says the same, up to its own
+    rounding. It travels with the version and is compared after every update."""
+
+    token_ids: tuple[int, ...]  # (L,), tokens of the tokenizer
+    logprobs: tuple[float, ...]
+    """(L - 1,) nats: logprobs[i] is of token_ids[i + 1] given token_ids[:i + 1], at temperature 1, among the tokens of
+    the tokenizer; spare rows of the head have no part."""
+
+
 @dataclass(slots=True)
 class Trajectory:
     """One agent's tokens in one invocation (for the main agent, invocation is 0 and there is one per rollout).

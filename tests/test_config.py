@@ -329,3 +329,22 @@ def test_a_step_claims_the_smallest_pool_that_oversample_asks_for() -> None:
     for questions, oversample, pool in ((16, 1.0, 16), (10, 1.1, 11), (16, 1.5, 24), (2, 1.01, 3)):
         trainer = TrainerConfig(questions=questions, oversample=oversample)
         assert trainer.pool == pool
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [
+        ("{type='hf'}", "float32"),
+        ("{type='hf', dtype='bfloat16'}", "bfloat16"),
+        ("{type='vllm', dtype='bfloat16'}", "bfloat16"),
+        ("{type='vllm', dtype='bfloat16', sync='lora'}", "float32"),
+        ("{type='sglang', urls=['http://10.0.0.3:30000']}", "float32"),
+        ("{type='of.another:Package'}", "float32"),
+    ],
+)
+def test_weights_travel_in_what_the_engine_computes_in(engine: str, dtype: str) -> None:
+    """An engine that computes in bfloat16 is sent no more than that; adapters, and what is not known, stay float32."""
+    sets = [f"agents.main.engine={engine}"]
+    if "lora" in engine:
+        sets.append("agents.main.policy.lora.rank=4")
+    assert load_config(ATLAS, sets).agents["main"].engine.weights_dtype == dtype

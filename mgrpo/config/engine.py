@@ -59,6 +59,11 @@ class EngineSettings(Settings):
         """The trainer publishes its LoRA adapter alone, so servers may hold those of several policies."""
         return False
 
+    @property
+    def weights_dtype(self) -> Precision:
+        """What published weights are rounded to before they leave the trainer."""
+        return "float32"
+
 
 class HfEngineConfig(EngineSettings):
     """The model itself, inside each rollout worker. New weights arrive over the link from the trainer."""
@@ -80,6 +85,10 @@ class HfEngineConfig(EngineSettings):
     @property
     def worker_device(self) -> Device:
         return self.device
+
+    @property
+    def weights_dtype(self) -> Precision:
+        return self.dtype
 
 
 class ServerEngineConfig(EngineSettings):
@@ -155,6 +164,12 @@ class VllmEngineConfig(ServerEngineConfig):
     @property
     def adapter_only(self) -> bool:
         return self.sync == "lora"
+
+    @property
+    def weights_dtype(self) -> Precision:
+        return (
+            "float32" if self.adapter_only else self.dtype
+        )  # adapters are small, and added in the server's dtype
 
 
 class SglangEngineConfig(ServerEngineConfig):
