@@ -29,6 +29,7 @@ from mgrpo.engines.vllm.client import VllmClient
 from mgrpo.engines.vllm.weight_sync import is_paused, pause, relabel_and_resume, server_label
 from mgrpo.engines.weight_sync import WeightSync
 from mgrpo.errors import ConfigError, InfrastructureError
+from mgrpo.weights.version import Weights
 
 
 class Sender(Protocol):
@@ -67,8 +68,8 @@ class NcclSync(WeightSync[VllmClient]):
         self._label: Label | None = None
         self._state: dict[str, Tensor] = {}
 
-    async def _prepare(self, label: Label, data: bytes) -> None:
-        self._state = await asyncio.to_thread(safetensors.torch.load, data)
+    async def _prepare(self, label: Label, weights: Weights) -> None:
+        self._state = await asyncio.to_thread(safetensors.torch.load, weights.data)
         self._label = label
 
     async def current_version(self, server: VllmClient) -> Label | None:

@@ -5,13 +5,15 @@ embedding keeps both. The packed copy is made by `process_weights_after_loading`
 of vLLM 0.32: a reload leaves the head of a tied model as it was (the head loads nothing itself), and leaves experts
 unpacked (the kernel that packs them exists already). Here
 
-1. plain weights are kept, beside the packed ones (the server's weights take twice their memory),
+1. plain weights are kept, beside the packed ones, where patches are to come (MGRPO_KEEP_PLAIN, unset or 1): the weights
+   then take twice their memory,
 2. after an update every layer whose weights changed is packed again, tied ones included.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -25,7 +27,7 @@ def keep_plain_weights() -> None:
     """Make vLLM's layers keep what they pack. Idempotent; nothing on other devices."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not current_platform.is_cpu() or os.environ.get("MGRPO_KEEP_PLAIN") == "0":
         return
     from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
@@ -86,12 +88,17 @@ def pack_tied(model: torch.nn.Module) -> None:
 
 
 def forget_kernels(model: torch.nn.Module) -> None:
-    """Before a reload: experts pack their weights only while they have no kernel."""
-    for layer in model.modules():
-        if hasattr(layer, PLAIN):
-            method: Any = layer.quant_method
+    """Before a reload on a CPU: experts pack their weights only while they have no kernel."""
+    for layer in model.modules() if is_cpu(model) else ():
+        method: Any = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
 
 def storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def is_cpu(model: torch.nn.Module) -> bool:
+    """Where the weights lie."""
+    return next(model.parameters()).device.type == "cpu"

@@ -25,9 +25,18 @@ from mgrpo.weights.layout import Layout, TensorInfo
 from mgrpo.weights.patch import Change
 
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 """By safetensors' names."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,13 +47,13 @@ class Unfit(Exception):
     """This model's loader cannot take a patch, or not this one."""
 
 
-class InPlace(TorchDispatchMode):
+class InPlace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """One patch on its way into `model`. `written`: elements changed or rewritten so far; once it is not 0, a failure
     leaves old and new weights mixed. `storages`: data pointers of the memory that they lie in."""
 
     def __init__(self, model: Any, layout: Layout, *, whole: bool) -> None:
         """whole: this worker holds every tensor whole, so all of each must be taken, and checksums are compared."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.written = 0
         self.storages: set[int] = set()
         self._model, self._layout, self._whole = model, layout, whole
@@ -77,7 +86,9 @@ class InPlace(TorchDispatchMode):
         for change in changes:
             indices, values = change.entries()
             places = torch.from_numpy(indices + change.slice.start // info.itemsize).to(self._device)
-            flat[places] = torch.from_numpy(values.view(f"i{info.itemsize}")).view(flat.dtype).to(self._device)
+            flat[places] = (
+                torch.from_numpy(values.view(f"i{info.itemsize}")).view(flat.dtype).to(self._device)
+            )
         return bits
 
     def _finish(self, info: TensorInfo, changes: list[Change]) -> None:
@@ -88,7 +99,9 @@ class InPlace(TorchDispatchMode):
             return
         assert bits is not None
         if sum(place.numel() for place, _ in copies) < bits.numel():
-            raise Unfit(f"{info.name}: the loader of {type(self._model).__name__} has not taken it as it came")
+            raise Unfit(
+                f"{info.name}: the loader of {type(self._model).__name__} has not taken it as it came"
+            )
         for place, view in copies:
             view.copy_(place)
         raw = bits.view(-1).view(torch.uint8)
@@ -113,4 +126,3 @@ class InPlace(TorchDispatchMode):
         self.storages.add(place.untyped_storage().data_ptr())
         self._copies.append((place, source))
         return place
-
