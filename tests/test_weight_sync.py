@@ -17,8 +17,9 @@ from mgrpo.engines.vllm.nccl import NcclSync
 from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
 from mgrpo.engines.weight_folder import KEEP
 from mgrpo.errors import ConfigError
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 from tests.fake_vllm import FakeVllm
+from tests.plugin_kit import state, whole
 from tests.server_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
 
 
@@ -29,7 +30,7 @@ def test_a_server_that_missed_a_version_serves_nobody(tmp_path: Path) -> None:
         one = bench.servers[0]
         engine = bench.engine()
         await engine.load(weights(1), 1)
-        one.refuse["/collective_rpc"] = (500, "disk full")
+        one.refuse["reload_weights"] = (500, "disk full")
         one.bodies.clear()
         await engine.load(weights(2), 2)
         assert engine.version == 2 and any("disk full" in line for line in bench.said)
@@ -121,7 +122,7 @@ def test_workers_that_share_servers_update_each_once(tmp_path: Path) -> None:
         engines = [bench.engine() for _ in range(3)]
         await asyncio.gather(*(engine.load(weights(1), 1) for engine in engines))
         for server in bench.servers:
-            assert server.count()["/collective_rpc"] == 1 and server.label == "e1.v1"
+            assert server.rpcs.count("reload_weights") == 1 and server.label == "e1.v1"
         await engines[0].load(weights(3), 3)
         await engines[1].load(weights(2), 2)  # a slow worker
         assert engines[1].version == 3 and {s.label for s in bench.servers} == {"e1.v3"}
@@ -140,7 +141,7 @@ def adapter(version: int, role: str = "") -> Weights:
         f"model.layers.0.self_attn.q_proj.lora_{side}.default.weight": torch.full(shape, float(version))
         for side, shape in (("A", (2, 4)), ("B", (4, 2)))
     }
-    return Weights(f"{role}e1.v{version}", version, safetensors.torch.save(tensors))
+    return Weights.of_bytes(f"{role}e1.v{version}", version, safetensors.torch.save(tensors))
 
 
 def test_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
         name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         assert tensors[name].tolist() == [[5.0] * 4] * 2 and len(tensors) == 2
         with pytest.raises(ValueError, match="hold no adapter"):
-            await engine.load(Weights("e1.v6", 6, safetensors.torch.save({"w": torch.zeros(1)})), 6)
+            await engine.load(Weights.of_bytes("e1.v6", 6, safetensors.torch.save({"w": torch.zeros(1)})), 6)
         await server.stop()
         await server.start()
         assert (await engine.generate(PROMPT, SAMPLED, seed=1)).versions.tolist() == [5] * 8
@@ -196,7 +197,7 @@ def test_nccl_in_the_order_of_vllms_weight_transfer(tmp_path: Path) -> None:
 
     def state(version: int) -> Weights:
         tensors = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
-        return Weights(f"e1.v{version}", version, safetensors.torch.save(tensors))
+        return Weights.of_bytes(f"e1.v{version}", version, safetensors.torch.save(tensors))
 
     async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
@@ -251,7 +252,7 @@ def test_the_weights_of_another_role_are_not_taken_for_ones_own(tmp_path: Path) 
     async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         server.label = "sub.e9.v9"
-        mine = Weights("main.e1.v2", 2, b"weights of main")
+        mine = whole("main.e1.v2", 2, state(7))
         engine = bench.engine()
         await engine.load(mine, 2)
         assert server.label == "main.e1.v2" and engine.version == 2
