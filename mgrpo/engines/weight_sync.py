@@ -11,7 +11,7 @@ from mgrpo.engines.client import ServerClient
 from mgrpo.engines.labels import Label, label_of
 from mgrpo.engines.weight_folder import WeightFolder
 from mgrpo.errors import InfrastructureError
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 
 C = TypeVar("C", bound=ServerClient)
 

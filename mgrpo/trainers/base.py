@@ -9,7 +9,7 @@ processes runs the same program on every rank, and those that are not `is_main` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,8 @@ from mgrpo.model.tokens import Tokenizer
 from mgrpo.types import Int32, UInt8
 
 if TYPE_CHECKING:  # a launcher looks trainers up without torch
+    from torch import Tensor
+
     from mgrpo.trainers.batch import MiniBatch
 
 Demos = Sequence[tuple[Int32, UInt8]]
@@ -88,8 +90,8 @@ class PolicyTrainer(ABC):
         Raises NumericsError where the step was not taken."""
 
     @abstractmethod
-    def weights(self) -> bytes:
-        """The weights as they are now, in the form that agents.<role>.engine takes: safetensors."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as they are now, tensor after tensor, under checkpoint names, always in the same order."""
 
     @abstractmethod
     def save(self, step: int) -> None:

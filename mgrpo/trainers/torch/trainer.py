@@ -6,11 +6,12 @@ nothing is broadcast, and the policy is whole where it trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from mgrpo.config import AgentView
@@ -117,9 +118,10 @@ class TorchTrainer(PolicyTrainer):
         self._gather()
         return self._whole if self._whole is not None else self._own.policy
 
-    def weights(self) -> bytes:
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         model = self.gathered().model
-        return adapter_bytes(model) if self._agent.engine.adapter_only else state_bytes(model)
+        data = adapter_bytes(model) if self._agent.engine.adapter_only else state_bytes(model)
+        return iter(safetensors.torch.load(data).items())
 
     def save(self, step: int) -> None:
         prepare_folder(self._root, step)
