@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import safetensors.torch
+
 from mgrpo.addresses import Addresses
 from mgrpo.config import RunConfig
 from mgrpo.environments.task import Task
@@ -241,7 +243,7 @@ class TrainerLoop:
 
     def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""
-        data = self._trainer.weights()
+        data = safetensors.torch.save({name: t.detach().cpu() for name, t in self._trainer.weights()})
         self._weights.publish(Weights(version_label(self._role, self._store.epoch, version), version, data))
         for stream in self._streams:
             stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
