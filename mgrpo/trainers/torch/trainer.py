@@ -21,8 +21,8 @@ from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import Policy, load_policy, load_reference, save_policy
 from mgrpo.model.policy_files import policy_files
 from mgrpo.model.probe import probe, probe_ids
-from mgrpo.model.stream import Reading, WeightStream
 from mgrpo.model.tokens import Tokenizer
+from mgrpo.model.weight_stream import Reading, WeightStream
 from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.checkpoint import (
@@ -198,10 +198,10 @@ class TorchTrainer(PolicyTrainer):
         stream = self._streams[adapter_only]
         if self._ranks.size == 1:
             return stream.read()
-        from mgrpo.trainers.torch.shard import whole_tensor
+        from mgrpo.trainers.torch.shard import gather_to_main
 
         self._let_go()
-        return stream.read(whole_tensor)
+        return stream.read(gather_to_main)
 
     def _probe(self, ids: tuple[int, ...]) -> Probe:
         found = probe(self._own.policy, ids)
