@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mgrpo.model.policy import Policy, save_policy, state_of
+from mgrpo.model.stream import PublishedTensor, WeightStream
 from mgrpo.model.weight_files import write_weights
-from mgrpo.model.weight_stream import PublishedTensor, WeightStream
 from tests.families import family
 from tests.models import tiny_model, tiny_policy, tiny_tokenizer
 

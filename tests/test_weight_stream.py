@@ -16,7 +16,7 @@ from torch import Tensor
 from mgrpo.model import names
 from mgrpo.model.lora import adapter_of
 from mgrpo.model.policy import Policy, load_policy, save_policy, state_of
-from mgrpo.model.weight_stream import WeightStream
+from mgrpo.model.stream import WeightStream
 from mgrpo.trainers.torch.ranks import Ranks
 from tests.families import FAMILIES, family
 from tests.live_bytes import peak_bytes

@@ -15,7 +15,7 @@ import torch
 
 from mgrpo.config import AgentView, load_config, view_of
 from mgrpo.model.policy import Policy
-from mgrpo.model.weight_stream import WeightStream
+from mgrpo.model.stream import WeightStream
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.base import Checkpoint
 from mgrpo.trainers.torch.ranks import Ranks

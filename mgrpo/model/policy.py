@@ -35,10 +35,10 @@ from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
 from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
+from mgrpo.model.stream import WeightStream, own_state
 from mgrpo.model.trained import decoder_layers, prepare
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.model.weight_files import write_weights
-from mgrpo.model.weight_stream import WeightStream, own_state
 
 FORWARD_COST = 128
 """What one more forward and backward costs on a CPU, in token positions (of a token-shift decoder)."""
@@ -364,7 +364,7 @@ class quiet:
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """The model's parameters and persistent buffers under the names of its checkpoint (names.py), tied ones once,
     sharing the model's memory where the layout allows. Adapters are merged: adapted weights are copies.
-    weight_stream.py gives the same, one after the other."""
+    stream.py gives the same, one after the other."""
     return names.published(model, _plain_state(model))
 
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from mgrpo.model.weight_stream import PublishedTensor
+from mgrpo.model.stream import PublishedTensor
 
 FILE_BYTES = 5_000_000_000
 """The most data that one file holds, unless one tensor alone is larger."""

@@ -21,8 +21,8 @@ from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import Policy, load_policy, load_reference, save_policy
 from mgrpo.model.policy_files import policy_files
 from mgrpo.model.probe import probe, probe_ids
+from mgrpo.model.stream import Reading, WeightStream
 from mgrpo.model.tokens import Tokenizer
-from mgrpo.model.weight_stream import Reading, WeightStream
 from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.checkpoint import (
