@@ -245,7 +245,8 @@ class TrainerLoop:
     def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""
         label = version_label(self._role, self._store.epoch, version)
-        self._weights.publish(label, version, self._trainer.weights())
+        probe = self._trainer.probe() if self._agent.engine.probed else None
+        self._weights.publish(label, version, self._trainer.weights(), probe)
         for stream in self._streams:
             stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from mgrpo.config import AgentView
 from mgrpo.config.run import SftConfig
 from mgrpo.model.tokens import Tokenizer
-from mgrpo.types import Int32, UInt8
+from mgrpo.types import Int32, Probe, UInt8
 
 if TYPE_CHECKING:  # a launcher looks trainers up without torch
     from torch import Tensor
@@ -91,7 +91,15 @@ class PolicyTrainer(ABC):
 
     @abstractmethod
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as they are now, tensor after tensor, under checkpoint names, always in the same order."""
+        """The weights as they are now, in the form that agents.<role>.engine takes: tensor after tensor, each whole,
+        under the names of a checkpoint, in the same order every time; adapters are merged, or come alone where
+        engine.adapter_only says so. A tensor is good until the next one is asked for, and nobody writes to it. With
+        the next call of the trainer an iterator that was not read to its end is useless."""
+
+    def probe(self) -> Probe | None:
+        """What the weights as they are now say of a fixed prompt; engines are compared with it. None: they are not,
+        which a trainer needs whose weights() are not those that it trains."""
+        return None
 
     @abstractmethod
     def save(self, step: int) -> None:
