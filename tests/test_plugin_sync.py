@@ -182,7 +182,10 @@ def test_an_answer_waits_until_its_weights_were_compared(tmp_path: Path) -> None
         await asked.wait()  # the server runs, under the new label
         server.bodies.clear()
         answer = asyncio.create_task(ours.generate(PROMPT, SAMPLED, seed=3))
-        await until(lambda: len(server.bodies) == 1 and server.bodies[0]["sampling_params"]["seed"] == 3, "our request")
+        await until(
+            lambda: len(server.bodies) == 1 and server.bodies[0]["sampling_params"]["seed"] == 3,
+            "our request",
+        )
         for _ in range(20):
             await asyncio.sleep(0.01)
             assert not answer.done()

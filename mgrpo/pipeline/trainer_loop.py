@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import torch
+
 from mgrpo.addresses import Addresses
 from mgrpo.config import RunConfig
 from mgrpo.environments.task import Task
@@ -37,7 +39,7 @@ from mgrpo.record.schema import StepSettings
 from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
 from mgrpo.trainers.torch.schedule import learning_rate
 from mgrpo.types import version_label
-from mgrpo.weights import Weights, WeightsServer
+from mgrpo.weights.publisher import WeightPublisher
 
 STOP_SECONDS = 5.0  # for one answer of the store, once the process is asked to stop
 
@@ -67,7 +69,7 @@ class TrainerLoop:
         self._step = 0  # optimizer steps that the policy has taken
         # Step of the last checkpoint that was begun, and of the last that is durable.
         self._begun = self._checkpointed = 0
-        self._weights = WeightsServer()
+        self._weights = WeightPublisher(getattr(torch, self._agent.engine.weights_dtype))
         self._streams = [
             RoleStream(config, r, agents / r, addresses, self._weights) for r in config.roles_of(role)
         ]
@@ -85,6 +87,7 @@ class TrainerLoop:
         self._reporter.close()
         for stream in self._streams:
             stream.close()
+        self._weights.close()
         self._ahead.close()
 
     def run(self) -> None:
@@ -241,8 +244,9 @@ class TrainerLoop:
 
     def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""
-        data = self._trainer.weights()
-        self._weights.publish(Weights(version_label(self._role, self._store.epoch, version), version, data))
+        label = version_label(self._role, self._store.epoch, version)
+        probe = self._trainer.probe() if self._agent.engine.probed else None
+        self._weights.publish(label, version, self._trainer.weights(), probe)
         for stream in self._streams:
             stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
 

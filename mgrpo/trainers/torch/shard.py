@@ -16,10 +16,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from mgrpo.model.policy import Policy, WithoutAdapters
 from mgrpo.trainers.torch.ranks import Ranks
@@ -73,16 +74,6 @@ class ShardedPolicy(Policy):
         for module in self._units():
             module.reshard()
 
-    def gather_into(self, whole: Policy | None) -> None:
-        """Copy the trained weights into the unsharded twin that one of the ranks holds; all take part."""
-        self.let_go()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    full = whole_tensor(parameter)
-                    if whole is not None:
-                        whole.model.get_parameter(name).copy_(full)
-
     def _units(self) -> list[Any]:
         return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
 
@@ -94,3 +85,24 @@ class _ShardedBase(WithoutAdapters, ShardedPolicy):
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all ranks; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_to_main(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole on rank 0, received part after part into its place; the other ranks, which all take part,
+    hold no more than theirs, and get that. Any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.placements != (Shard(0),):
+        return tensor.full_tensor()
+    own = tensor.to_local()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if rank > 0:
+        if own.numel():
+            dist.send(own.contiguous(), dst=0)
+        return own
+    whole = torch.empty(tensor.shape, dtype=own.dtype, device=own.device)
+    parts = list(whole.chunk(size))  # as FSDP cuts: equal parts, the last ones smaller or none
+    parts[0].copy_(own)
+    for sender, part in enumerate(parts[1:], 1):
+        dist.recv(part, src=sender)
+    return whole
