@@ -12,9 +12,10 @@ import mgrpo
 from mgrpo.config import AgentView
 from mgrpo.config.engine import VllmEngineConfig
 from mgrpo.engines.backend import ServerCommand
+from mgrpo.engines.client import check_healthy
 from mgrpo.engines.server_backend import ServerBackend
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.weight_sync import TOLERANCE
+from mgrpo.engines.vllm.plugin_client import held_version
 from mgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class VllmBackend(ServerBackend):
         from mgrpo.engines.vllm.nccl import NcclSync
         from mgrpo.engines.vllm.plugin_sync import PluginSync
         from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
+        from mgrpo.engines.weight_sync import TOLERANCE
 
         engine = _settings(view)
         made: WeightSync[Any]
@@ -55,6 +57,9 @@ class VllmBackend(ServerBackend):
         """Also whether a server could be started here."""
         super().check(view)
         engine, where = _settings(view), f"agents.{view.role}.engine"
+        if engine.sync == "patch" and engine.running_servers:
+            servers = [VllmClient(url, engine.timeout) for url in engine.running_servers]
+            check_healthy(f"{where}.urls", servers, held_version)
         if not engine.started_servers:
             return
         cls.command(view, "unix:///socket")
