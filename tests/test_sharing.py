@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from mgrpo.cli.cluster.plan import Site, make_plan
 from mgrpo.config import config_digest, dump_config, load_config, view_of
+from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.registry import open_engine
 from mgrpo.engines.vllm import backend
 from mgrpo.engines.vllm.backend import VllmBackend
 from mgrpo.engines.weight_folder import KEEP
 from mgrpo.errors import ConfigError
+from mgrpo.model.policy_files import policy_files
 from mgrpo.run.folder import RunFolder, started_engines
+from mgrpo.weights.version import Weights
+from tests.fake_server import token
+from tests.fake_vllm import FakeVllm
+from tests.models import tiny_policy
 from tests.runs import RELAY
 
 LORA = [
@@ -57,6 +68,51 @@ def test_one_set_of_servers_is_started_and_asked_by_all(tmp_path: Path) -> None:
         ("--max-model-len", "57"),
     } <= set(itertools.pairwise(words))
     assert backend.HELD == KEEP + 1
+
+
+def test_each_role_asks_the_shared_server_for_its_own_adapter(tmp_path: Path) -> None:
+    """Engines of three roles, as a worker opens them from the config, on one server that the launcher started: answers
+    are those of the role's own adapter in its own version, whatever the others load meanwhile."""
+    policy = tiny_policy("llama", 3)
+    config = load_config(RELAY, [*LORA, *GUESTS, ENGINE, "agents.main.engine.replicas=1"])
+
+    def adapter(role: str, version: int) -> Weights:
+        g = torch.Generator().manual_seed(version + 100 * len(role))
+        state = {
+            f"model.layers.0.self_attn.q_proj.lora_{x}.default.weight": torch.randn(4, 4, generator=g)
+            for x in "AB"
+        }
+        return Weights.of_bytes(f"{role}.e1.v{version}", version, safetensors.torch.save(state))
+
+    async def play() -> None:
+        async with FakeVllm(tmp_path / "s", max_length=32) as server:
+            addresses = RunFolder(tmp_path / "run").addresses(config)
+            addresses = replace(addresses, engines=dict.fromkeys(addresses.engines, (server.url,)))
+            engines = {}
+            for role in ("main", "left", "right"):
+                engines[role], _ = open_engine(
+                    config, role, policy_files(policy), addresses, lambda line: None
+                )
+            try:
+                newest = {"main": 5, "left": 1, "right": 6}
+                for version in range(1, 7):
+                    for role, engine in engines.items():
+                        if version <= newest[role]:
+                            await engine.load(adapter(role, version), version)
+                for role, engine in engines.items():
+                    out = await engine.generate([5, 6, 7], SamplingParams(6), seed=3)
+                    name = f"{role}.e1.v{newest[role]}"
+                    assert server.bodies[-1]["model"] == name and out.versions.tolist() == [newest[role]] * 6
+                    assert out.token_ids.tolist() == [
+                        token(server.adapters[name], [5, 6, 7], 3, i) for i in range(6)
+                    ]
+                kept = {f"{role}.e1.v{v}" for role, n in newest.items() for v in range(1, n + 1)[-KEEP:]}
+                assert set(server.adapters) == kept and "/pause" not in server.calls
+            finally:
+                for engine in engines.values():
+                    await engine.close()
+
+    asyncio.run(play())
 
 
 def test_a_cluster_has_the_hosts_servers_only(tmp_path: Path) -> None:
