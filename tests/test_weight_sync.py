@@ -251,7 +251,7 @@ def test_the_weights_of_another_role_are_not_taken_for_ones_own(tmp_path: Path) 
     async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         server.label = "sub.e9.v9"
-        mine = Weights.of_bytes("main.e1.v2", 2, b"weights of main")
+        mine = Weights.of_bytes("main.e1.v2", 2, safetensors.torch.save({"w": torch.ones(3)}))
         engine = bench.engine()
         await engine.load(mine, 2)
         assert server.label == "main.e1.v2" and engine.version == 2
