@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from mgrpo.engines.hf import adapters
 from mgrpo.engines.hf.adapters import AdaptedPolicy
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.engines.registry import open_engine
-from mgrpo.errors import ConfigError, CorruptionError
+from mgrpo.errors import ConfigError, CorruptionError, InfrastructureError
 from mgrpo.model import lora
 from mgrpo.model.policy import Policy, load_policy, save_policy, state_of
 from mgrpo.model.policy_files import policy_files
+from mgrpo.model.probe import probe, probe_ids
 from tests.models import tiny_policy
 from tests.runs import RELAY, records, summary, train
 from tests.version_kit import moved, versions
@@ -264,6 +266,29 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, tmp_path: Path) -> N
             sent.put(state)
             with pytest.raises(ValueError, match=message):
                 asyncio.run(engines["main"].load(sent.whole(), 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_base_of_the_same_shape_is_found_out(folder: Path, dtype: str) -> None:
+    """The trainer's probe comes with each version: the folder on the worker's machine holds another model, nothing
+    samples from it. The right one passes, in both precisions."""
+    engine = f'agents.main.engine={{adapters=true, dtype="{dtype}"}}'
+    assert config_of(folder, engine).agents["left"].engine.probed
+    policy = trained(folder, "main", 1)
+    said = probe(policy, probe_ids(policy, 32))
+    with versions() as sent:
+        sent.put(adapter_state(policy))
+        right = opened(config_of(folder, engine), folder, "main")["main"]
+        asyncio.run(right.load(replace(sent.whole(), probe=said), 1))
+        assert right.version == 1
+        save_policy(tiny_policy("llama", 4), folder)
+        wrong = opened(config_of(folder, engine), folder, "main")["main"]
+        with pytest.raises(
+            ConfigError, match=r"main: with main\.e1\.v1 .* differ by \S+ nats .* is not the base model"
+        ):
+            asyncio.run(wrong.load(replace(sent.whole(), probe=said), 1))
+        with pytest.raises(InfrastructureError, match="its weights are torn"):
+            asyncio.run(wrong.generate(PROMPT, SamplingParams(4), seed=1))
 
 
 def test_a_run_of_three_roles_on_one_base(folder: Path, tmp_path: Path) -> None:

@@ -128,6 +128,10 @@ class HfEngineConfig(EngineSettings):
         return self.adapters
 
     @property
+    def probed(self) -> bool:
+        return self.adapters  # the base is the worker's own copy
+
+    @property
     def adapter_setting(self) -> str:
         return "adapters = true"
 

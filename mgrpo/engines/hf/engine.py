@@ -155,6 +155,7 @@ class HfEngine(Engine):
             source = state_of(load_policy(source).model)
         if isinstance(source, Weights):
             self._loader.load(source)
+            self._loader.confirm(self.policy, source)
         elif isinstance(source, Mapping):
             self._loader.copy(source)
         else:

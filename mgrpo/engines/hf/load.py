@@ -10,6 +10,8 @@ touched.
 
 A whole version that fails in the middle (its bytes cannot be read any more) leaves a torn model: `torn` is set until a
 later one succeeds, and the engine samples nothing.
+
+Versions of adapters come with the trainer's probe, since what they are put on is the worker's own copy of the base.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ import torch
 from torch import Tensor
 
 from mgrpo.engines.hf.memory import Memory, memory_of
-from mgrpo.errors import CorruptionError
+from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.model.places import Shapes
+from mgrpo.model.policy import Policy
+from mgrpo.model.probe import probe
 from mgrpo.weights.history import dtype_name
 from mgrpo.weights.layout import Layout
 from mgrpo.weights.patch import Change
 from mgrpo.weights.version import Weights
+
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.15,
+}  # nats, mean over the probe: what the engine's rounding may do
 
 
 class WeightLoader:
@@ -107,6 +116,22 @@ class WeightLoader:
                 memory[change.slice.tensor].apply(change)
             self.torn = False
             raise
+
+    def confirm(self, policy: Policy, weights: Weights) -> None:
+        """Raise ConfigError where the policy, which now holds the version, differs from the trainer's; it counts as
+        torn then."""
+        if weights.probe is None:
+            return
+        here = torch.tensor(probe(policy, weights.probe.token_ids).logprobs)
+        off = float((here - torch.tensor(weights.probe.logprobs)).abs().mean())
+        bound = TOLERANCE[policy.head_weight.dtype]
+        if not off <= bound:
+            self.torn = True
+            raise ConfigError(
+                f"{policy.name}: with {weights.label} the engine's log-probs of a fixed prompt differ by {off:.2g} nats on "
+                f"average from the trainer's (bound {bound:g}): agents.<role>.model on this machine is not the base "
+                "model that the trainer adapts"
+            )
 
 
 def _changes(weights: Weights, memory: Mapping[int, Memory]) -> Iterator[tuple[str, Change]]:
