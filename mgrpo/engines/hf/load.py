@@ -128,9 +128,9 @@ class WeightLoader:
         if not off <= bound:
             self.torn = True
             raise ConfigError(
-                f"{policy.name}: with {weights.label} the engine's log-probs of a fixed prompt differ by {off:.2g} nats on "
-                f"average from the trainer's (bound {bound:g}): agents.<role>.model on this machine is not the base "
-                "model that the trainer adapts"
+                f"{policy.name}: with {weights.label} the engine's log-probs of a fixed prompt differ by {off:.2g} "
+                f"nats on average from the trainer's (bound {bound:g}): agents.<role>.model on this machine is not "
+                "the base model that the trainer adapts"
             )
 
 
