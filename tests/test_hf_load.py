@@ -292,6 +292,24 @@ def test_every_token_has_the_log_prob_of_its_version_across_a_patch() -> None:
         assert np.abs(out.logprobs - given.numpy())[~of_it].max() > 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "GptOss"])
+def test_versions_reach_a_gpu(name: str) -> None:
+    """As test_the_engine_holds_what_the_trainer_holds, on an accelerator: changed elements go there, or slices."""
+    model = model_of(name, 9).to("cuda", torch.bfloat16)
+    engine = HfEngine(Policy(model, tiny_tokenizer(), name), slots=4)
+    state = dict(state_of(model_of(name)))
+    with versions(torch.bfloat16) as sent:
+        load(engine, sent.whole() if sent.put(state) else None)
+        for version in (2, 3):
+            state = moved(state, version, 0.03 if version == 2 else 0.9)
+            sent.put(state)
+            load(engine, sent.since(version - 1), version)
+            held = state_of(engine.policy.model)
+            assert all(torch.equal(held[n].cpu(), t.bfloat16()) for n, t in state.items())
+
+
 # -- memory of every kind --
 
 
