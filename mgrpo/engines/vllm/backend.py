@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from mgrpo.engines.weight_sync import WeightSync
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as --max-lora-rank
+IN_A_BATCH, HELD = (
+    2,
+    4,
+)  # adapters of one policy: newest and the one before; those kept (KEEP) and the next one
 MODEL = "policy"  # the name that requests ask for
 PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
@@ -82,7 +86,7 @@ class VllmBackend(ServerBackend):
         arguments = [
             *(engine.python, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(agent.model), "--served-model-name", MODEL, *_listen(address)),
-            *("--dtype", engine.dtype, "--max-model-len", str(view.longest)),
+            *("--dtype", engine.dtype, "--max-model-len", str(view.served_longest)),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--enable-scale-out", "--disable-log-stats", "--uvicorn-log-level", "warning"),
         ]
@@ -96,8 +100,9 @@ class VllmBackend(ServerBackend):
                 "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             }
         if engine.sync == "lora":
-            arguments += ["--enable-lora", "--max-lora-rank", str(_lora_rank(role, agent.policy.lora.rank))]
-            arguments += ["--max-loras", "2", "--max-cpu-loras", "4"]
+            arguments += ["--enable-lora", "--max-lora-rank", str(_lora_rank(view))]
+            policies = len(view.served)
+            arguments += ["--max-loras", str(policies * IN_A_BATCH), "--max-cpu-loras", str(policies * HELD)]
             variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         else:
             arguments += ["--worker-extension-cls", "mgrpo_plugin.WorkerExtension"]
@@ -149,7 +154,10 @@ def _listen(address: str) -> tuple[str, ...]:
     return ("--host", host, "--port", port)
 
 
-def _lora_rank(role: str, rank: int) -> int:
+def _lora_rank(view: AgentView) -> int:
+    """The largest that its adapters need, as vLLM takes it."""
+    role, agent = max(view.served.items(), key=lambda served: served[1].policy.lora.rank)
+    rank = agent.policy.lora.rank
     found = next((r for r in LORA_RANKS if r >= rank), None)
     if found is None:
         raise ConfigError(f"agents.{role}.policy.lora.rank={rank}: vLLM takes up to {LORA_RANKS[-1]}")
