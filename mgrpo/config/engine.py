@@ -60,6 +60,11 @@ class EngineSettings(Settings):
         return False
 
     @property
+    def direct(self) -> bool:
+        """The trainer itself sends its weights to the servers; workers learn their labels alone."""
+        return False
+
+    @property
     def weights_dtype(self) -> Precision:
         """What published weights are rounded to before they leave the trainer."""
         return "float32"
@@ -115,9 +120,10 @@ class VllmEngineConfig(ServerEngineConfig):
     """Servers that run already, e.g. ["http://10.0.0.3:8000"]. Empty: the launcher starts `replicas` of them."""
     replicas: int = Field(1, ge=1)
     """Servers that the launcher starts; requests go to the one with the fewest in flight."""
-    sync: Literal["fs", "nccl", "lora"] = "fs"
-    """How new weights arrive. fs: a safetensors folder that the server reads again. nccl: vLLM's weight transfer
-    between GPUs. lora: a new adapter folder a version."""
+    sync: Literal["fs", "nccl", "gloo", "lora"] = "fs"
+    """How new weights arrive. fs: a safetensors folder that the server reads again. nccl: straight from the trainer's
+    GPUs to the server's, through our plug-in in the server (not yet run on GPUs). gloo: the same between processes on
+    CPUs. lora: a new adapter folder a version."""
     device: Device = "cpu"
     """Where servers that the launcher starts compute."""
     dtype: Precision = "float32"
@@ -147,6 +153,8 @@ class VllmEngineConfig(ServerEngineConfig):
             )
         if self.sync == "nccl" and self.device == "cpu":
             raise ValueError('sync "nccl" needs device "cuda"')
+        if self.sync == "gloo" and self.device != "cpu":
+            raise ValueError(f'sync "gloo" needs device "cpu", got {self.device!r}; use "nccl"')
         return self
 
     @property
@@ -158,12 +166,12 @@ class VllmEngineConfig(ServerEngineConfig):
         return "cpu" if self.urls else self.device
 
     @property
-    def worker_device(self) -> Device:
-        return self.device if self.sync == "nccl" else "cpu"
-
-    @property
     def adapter_only(self) -> bool:
         return self.sync == "lora"
+
+    @property
+    def direct(self) -> bool:
+        return self.sync in ("nccl", "gloo")
 
     @property
     def weights_dtype(self) -> Precision:

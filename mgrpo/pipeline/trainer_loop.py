@@ -61,6 +61,7 @@ class TrainerLoop:
         """agents: folder of the agents' folders on this server, one a role."""
         self._trainer = trainer
         self._config, self._agent, self._role, self._task = config, config.agents[role], role, task
+        self._addresses = addresses
         self._folder = agents / role
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stop_requested = False
@@ -123,6 +124,11 @@ class TrainerLoop:
             self._commit(checkpoint)
             self._report(
                 "phase", {"text": f"{self._role}: resumed at step {step}, {resumed.requeued} groups again"}
+            )
+        if self._agent.engine.direct:
+            self._trainer.open_direct(
+                self._agent.engine.running_servers or self._addresses.engines[self._role],
+                lambda line: self._report("phase", {"text": f"{self._role}: {line}"}),
             )
         self._publish(step)
         if not self._agent.frozen:
@@ -241,8 +247,12 @@ class TrainerLoop:
 
     def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""
-        data = self._trainer.weights()
-        self._weights.publish(Weights(version_label(self._role, self._store.epoch, version), version, data))
+        label, data = version_label(self._role, self._store.epoch, version), b""
+        if self._agent.engine.direct:
+            self._trainer.publish_direct(label)
+        else:
+            data = self._trainer.weights()
+        self._weights.publish(Weights(label, version, data))
         for stream in self._streams:
             stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
 

@@ -30,14 +30,14 @@ class VllmBackend(ServerBackend):
     @classmethod
     def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
         """See ServerBackend."""
-        from mgrpo.engines.vllm.nccl import NcclSync
+        from mgrpo.engines.vllm.direct_sync import DirectSync
         from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
 
         engine = _settings(view)
         if engine.sync == "lora":
             return LoraSync(folder, engine.timeout, view.owner.policy.lora)
-        if engine.sync == "nccl":
-            return NcclSync(folder, engine.timeout, on_update=engine.on_update)
+        if engine.direct:
+            return DirectSync(folder, engine.timeout, engine.on_update)
         return VllmFolderSync(folder, engine.timeout, engine.on_update)
 
     @classmethod
@@ -45,6 +45,11 @@ class VllmBackend(ServerBackend):
         """Also whether a server could be started here."""
         super().check(view)
         engine, where = _settings(view), f"agents.{view.role}.engine"
+        if engine.sync == "nccl" and view.agent.policy.device != "cuda":
+            raise ConfigError(
+                f'{where}.sync="nccl" needs agents.{view.role}.policy.device="cuda", got '
+                f"{view.agent.policy.device!r}: the trainer sends from its GPUs"
+            )
         if not engine.started_servers:
             return
         cls.command(view, "unix:///socket")
@@ -84,8 +89,6 @@ class VllmBackend(ServerBackend):
             arguments += ["--enable-lora", "--max-lora-rank", str(_lora_rank(role, agent.policy.lora.rank))]
             arguments += ["--max-loras", "2", "--max-cpu-loras", "4"]
             variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        if engine.sync == "nccl":
-            arguments += ["--weight-transfer-config", '{"backend":"nccl"}']
         gpus = gpus_of(engine.arguments) if engine.device == "cuda" else 0
         return ServerCommand([*arguments, *engine.arguments], variables, gpus)
 

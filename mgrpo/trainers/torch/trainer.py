@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mgrpo.config import AgentView
+from mgrpo.config.engine import VllmEngineConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.config.run import SftConfig
 from mgrpo.losses.registry import find_loss
@@ -37,6 +38,8 @@ from mgrpo.trainers.torch.checkpoint import (
     restore_checkpoint,
     snapshot,
 )
+from mgrpo.trainers.torch.direct import DirectSender, Transfer
+from mgrpo.trainers.torch.direct_servers import DirectServers
 from mgrpo.trainers.torch.learner import Learner, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.sft import sft
@@ -56,6 +59,7 @@ class TorchTrainer(PolicyTrainer):
         )
         self._learner: Learner | None = None
         self._whole: Policy | None = None
+        self._direct: DirectSender | None = None
         self._closed = False
         self.is_main = ranks.is_main
 
@@ -67,6 +71,8 @@ class TorchTrainer(PolicyTrainer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._direct is not None:
+            self._direct.close()
         self._ranks.__exit__(kind, error, trace)
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
@@ -106,6 +112,8 @@ class TorchTrainer(PolicyTrainer):
         self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
     ) -> dict[str, float]:
         """See PolicyTrainer. lr None leaves the optimizer's."""
+        if self._direct is not None:
+            self._direct.change()
         size = self._ranks.size
         shards = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
         self._ranks.broadcast("train", shards)
@@ -120,6 +128,15 @@ class TorchTrainer(PolicyTrainer):
     def weights(self) -> bytes:
         model = self.gathered().model
         return adapter_bytes(model) if self._agent.engine.adapter_only else state_bytes(model)
+
+    def open_direct(self, servers: Sequence[str], report: Callable[[str], None]) -> None:
+        engine = self._direct_engine()
+        control = DirectServers(servers, engine.timeout, engine.on_update)
+        self._direct = DirectSender(self._own.policy, engine, self._ranks, servers=control, report=report)
+
+    def publish_direct(self, label: str) -> None:
+        assert self._direct is not None, "open_direct() comes first"
+        self._direct.publish(label, self._command_direct)
 
     def save(self, step: int) -> None:
         prepare_folder(self._root, step)
@@ -137,11 +154,15 @@ class TorchTrainer(PolicyTrainer):
 
     def heartbeat(self) -> None:
         self._ranks.heartbeat()
+        if self._direct is not None:
+            self._direct.tend(self._command_direct)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._broadcast("close")
+            if self._direct is not None:
+                self._direct.close()
 
     # -- the others ------------------------------------------------------------------------------------------------
 
@@ -158,6 +179,11 @@ class TorchTrainer(PolicyTrainer):
                 self._train(*part)
             elif command == "gather":
                 self._gather()
+            elif command == "direct":
+                self._direct = self._direct or DirectSender(
+                    self._own.policy, self._direct_engine(), self._ranks
+                )
+                self._direct.run(part)
             else:
                 assert command == "save", f"rank 0 sent {command!r}"
                 self._writer.saved(wait=True)
@@ -195,6 +221,14 @@ class TorchTrainer(PolicyTrainer):
     def _gather(self) -> None:
         if self._ranks.size > 1:
             self._own.policy.gather_into(self._whole)  # type: ignore[attr-defined]
+
+    def _direct_engine(self) -> VllmEngineConfig:
+        engine = self._agent.engine
+        assert isinstance(engine, VllmEngineConfig), f"{engine.type} takes no weights from a trainer"
+        return engine
+
+    def _command_direct(self, transfer: Transfer) -> None:
+        self._broadcast("direct", transfer)
 
     def _save(self, step: int) -> None:
         if self._ranks.size > 1:
