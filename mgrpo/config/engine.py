@@ -120,10 +120,10 @@ class VllmEngineConfig(ServerEngineConfig):
     """Servers that run already, e.g. ["http://10.0.0.3:8000"]. Empty: the launcher starts `replicas` of them."""
     replicas: int = Field(1, ge=1)
     """Servers that the launcher starts; requests go to the one with the fewest in flight."""
-    sync: Literal["fs", "nccl", "gloo", "lora"] = "fs"
-    """How new weights arrive. fs: a safetensors folder that the server reads again. nccl: straight from the trainer's
-    GPUs to the server's, through our plug-in in the server (not yet run on GPUs). gloo: the same between processes on
-    CPUs. lora: a new adapter folder a version."""
+    sync: Literal["fs", "patch", "nccl", "gloo", "lora"] = "fs"
+    """How new weights arrive. fs: a safetensors folder that the server reads again. patch: what changed, taken in place
+    by a plug-in in the server. nccl: straight from the trainer's GPUs to the server's, by the same plug-in (not yet run
+    on GPUs). gloo: the same between processes on CPUs. lora: a new adapter folder a version."""
     device: Device = "cpu"
     """Where servers that the launcher starts compute."""
     dtype: Precision = "float32"

@@ -113,6 +113,10 @@ class ServerClient(ABC):
         """Log-probs of the likeliest five tokens after the prompt [1], as the server reports them at `temperature`, in
         any order; fewer where the sampled token has taken the place of one."""
 
+    @abstractmethod
+    async def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
+        """(L - 1,) log-probs, in nats at temperature 1, of token_ids[1:], each given those before it, by `model`."""
+
     async def logprobs_follow_temperature(self, model: str) -> bool:
         """True when the log-probs it reports are those of the distribution it samples from, temperature included.
 

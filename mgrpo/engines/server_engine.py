@@ -27,7 +27,7 @@ from mgrpo.engines.pool import EnginePool
 from mgrpo.engines.weight_sync import C, WeightSync
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.vocabulary import Vocabulary
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 
 
 class ServerEngine(Engine, Generic[C]):
@@ -55,6 +55,10 @@ class ServerEngine(Engine, Generic[C]):
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def takes_patches(self) -> bool:  # type: ignore[override]  # asked, never set
+        return self._sync.takes_patches
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
@@ -146,9 +150,9 @@ def _weights_of(source: object, version: int) -> Weights:
         file = Path(source) / "model.safetensors"
         if not file.is_file():
             raise ValueError(f"{source}: no weights to load, {file.name} is missing")
-        source = file.read_bytes()
+        return Weights.of_file(f"e0.v{version}", version, file)
     if not isinstance(source, bytes | bytearray | memoryview):
         raise TypeError(
             f"cannot load weights from {type(source).__name__}: Weights, a path or safetensors bytes"
         )
-    return Weights(f"e0.v{version}", version, bytes(source))
+    return Weights.of_bytes(f"e0.v{version}", version, bytes(source))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mgrpo
 from mgrpo.config import AgentView
 from mgrpo.config.engine import VllmEngineConfig
 from mgrpo.engines.backend import ServerCommand
 from mgrpo.engines.server_backend import ServerBackend
 from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.engines.weight_sync import TOLERANCE
 from mgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,14 +34,21 @@ class VllmBackend(ServerBackend):
     def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
         """See ServerBackend."""
         from mgrpo.engines.vllm.direct_sync import DirectSync
+        from mgrpo.engines.vllm.plugin_sync import PluginSync
         from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
 
         engine = _settings(view)
+        made: WeightSync[Any]
         if engine.sync == "lora":
-            return LoraSync(folder, engine.timeout, view.owner.policy.lora)
-        if engine.direct:
-            return DirectSync(folder, engine.timeout, engine.on_update)
-        return VllmFolderSync(folder, engine.timeout, engine.on_update)
+            made = LoraSync(folder, engine.timeout, view.owner.policy.lora)
+        elif engine.direct:
+            made = DirectSync(folder, engine.timeout, engine.on_update)
+        elif engine.sync == "patch":
+            made = PluginSync(folder, engine.timeout, engine.on_update)
+        else:
+            made = VllmFolderSync(folder, engine.timeout, engine.on_update)
+        made.tolerance = TOLERANCE[engine.dtype]
+        return made
 
     @classmethod
     def check(cls, view: AgentView) -> None:
@@ -89,8 +99,26 @@ class VllmBackend(ServerBackend):
             arguments += ["--enable-lora", "--max-lora-rank", str(_lora_rank(role, agent.policy.lora.rank))]
             arguments += ["--max-loras", "2", "--max-cpu-loras", "4"]
             variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        else:
+            arguments += ["--worker-extension-cls", "mgrpo_plugin.WorkerExtension"]
+            variables |= plugin_variables(keep_plain=engine.sync == "patch")
         gpus = gpus_of(engine.arguments) if engine.device == "cuda" else 0
         return ServerCommand([*arguments, *engine.arguments], variables, gpus)
+
+
+def plugin_variables(*, keep_plain: bool) -> dict[str, str]:
+    """With which a server finds the plug-in of this very package; see plugin/bootstrap. keep_plain: see
+    plugin/cpu.py."""
+    from mgrpo import _C
+
+    package = Path(mgrpo.__file__).parent
+    folders = [str(package / "engines/vllm/plugin/bootstrap"), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
+        "MGRPO_PACKAGE": str(package),
+        "MGRPO_CORE": str(_C.__file__),
+        "MGRPO_KEEP_PLAIN": str(int(keep_plain)),
+    }
 
 
 def gpus_of(arguments: Sequence[str]) -> int:
