@@ -14,7 +14,7 @@ import torch
 
 from mgrpo.config import RunConfig, load_config, view_of
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.model.policy import Policy, state_of
+from mgrpo.model.policy import Policy
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner
@@ -75,22 +75,22 @@ def padded(kind: str) -> tuple[Policy, MiniBatch]:
     return policy, cut(rows, CUTS[1], 2)
 
 
-def weights(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state_of(policy.model).items()}
+def weights(trainer: TorchTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.weights()}
 
 
 def train(trainer: TorchTrainer, start: Path, last: int = STEPS, save: bool = False) -> dict[str, Any]:
     """From where the trainer's checkpoint stands up to `last`: metrics of each step, weights before and after all."""
     checkpoint = trainer.load(start)
     step = checkpoint.step if checkpoint else 0
-    found: dict[str, Any] = {"from": step, "before": weights(trainer.gathered()), "metrics": []}
+    found: dict[str, Any] = {"from": step, "before": weights(trainer), "metrics": []}
     while step < last:
         found["metrics"].append(trainer.train(batches_of(step), recompute_old=step % 2 == 1))
         step += 1
         if save and step == MIDDLE:
             trainer.save(step)  # written while the next steps are taken
     trainer.saved(wait=True)
-    return found | {"after": weights(trainer.gathered())}
+    return found | {"after": weights(trainer)}
 
 
 def gradient(

@@ -19,7 +19,7 @@ import contextlib
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
 from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
+from mgrpo.model.stream import WeightStream, own_state
 from mgrpo.model.trained import decoder_layers, prepare
 from mgrpo.model.vocabulary import Vocabulary
+from mgrpo.model.weight_files import write_weights
 
 FORWARD_COST = 128
 """What one more forward and backward costs on a CPU, in token positions (of a token-shift decoder)."""
@@ -169,6 +171,15 @@ class Policy:
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._half else contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Inside the block nothing is rounded to half precision on its way through the layers."""
+        half, self._half = self._half, False
+        try:
+            yield
+        finally:
+            self._half = half
+
     def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Hidden states (R, S, H) of new tokens on top of `cache`: 4-D additive mask, explicit positions."""
         with self._precision():
@@ -271,16 +282,19 @@ def load_reference(policy: Policy, path: str | Path) -> Policy:
     return reference
 
 
-def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write the policy to the folder `path`, adapters merged. See write_folder for what a crash leaves."""
+def save_policy(
+    policy: Policy, path: str | Path, weights: Iterable[tuple[str, Tensor]] | None = None
+) -> None:
+    """Write the policy to the folder `path`, adapters merged. See write_folder for what a crash leaves. weights: those
+    of the policy's stream, where it lies on several ranks."""
+    stream = WeightStream(policy.model)
+    config = policy.model.config
+    config.architectures = [type(policy.model).__name__]
+    config.dtype = str(policy.model.dtype).removeprefix("torch.")
 
     def write(fresh: Path) -> None:
-        with quiet():
-            if policy.config.lora.rank:
-                _save_merged(policy.model, fresh)
-            else:
-                policy.model.save_pretrained(fresh)
-            save_policy_files(policy, fresh)
+        save_policy_files(policy, fresh)
+        write_weights(fresh, stream.tensors, stream.read() if weights is None else weights)
 
     write_folder(path, write)
 
@@ -309,12 +323,6 @@ def save_adapter(policy: Policy, path: str | Path) -> None:
     write_folder(
         path, lambda fresh: lora.write_adapter(policy.model, policy.model.state_dict(), fresh, policy.name)
     )
-
-
-def _save_merged(model: Any, folder: Path) -> None:
-    """A plain model's weights: transformers would write the adapted layers under names that no other loader knows."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state_of(model).items()}
-    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_folder(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -355,16 +363,14 @@ class quiet:
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """The model's parameters and persistent buffers under the names of its checkpoint (names.py), tied ones once,
-    sharing the model's memory where the layout allows. Adapters are merged: adapted weights are copies."""
+    sharing the model's memory where the layout allows. Adapters are merged: adapted weights are copies. stream.py gives
+    the same one after the other."""
     return names.published(model, _plain_state(model))
 
 
 def _plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """state_of under the model's names in memory."""
-    state = model.state_dict()
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in model.named_parameters()}
-    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    state = own_state(model)
     return lora.merged(state, lora.scale_of(model)) if lora.has_adapters(state) else state
 
 
@@ -424,17 +430,8 @@ def _copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], unexpecte
 
 def state_bytes(model: torch.nn.Module) -> bytes:
     """The model's weights in safetensors format."""
-    return _packed(state_of(model))
-
-
-def adapter_bytes(model: torch.nn.Module) -> bytes:
-    """The adapters alone in safetensors format, A and B under the model's own names."""
-    return _packed(lora.adapter_of(model.state_dict()))
-
-
-def _packed(state: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(
-        {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+        {name: tensor.detach().contiguous().cpu() for name, tensor in state_of(model).items()}
     )
 
 

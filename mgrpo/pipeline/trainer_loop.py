@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import safetensors.torch
+
 from mgrpo.addresses import Addresses
 from mgrpo.config import RunConfig
 from mgrpo.environments.task import Task
@@ -251,7 +253,7 @@ class TrainerLoop:
         if self._agent.engine.direct:
             self._trainer.publish_direct(label)
         else:
-            data = self._trainer.weights()
+            data = safetensors.torch.save({name: t.detach().cpu() for name, t in self._trainer.weights()})
         self._weights.publish(Weights(label, version, data))
         for stream in self._streams:
             stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)

@@ -9,7 +9,7 @@ processes runs the same program on every rank, and those that are not `is_main` 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +19,11 @@ from mgrpo.config import AgentView
 from mgrpo.config.run import SftConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.tokens import Tokenizer
-from mgrpo.types import Int32, UInt8
+from mgrpo.types import Int32, Probe, UInt8
 
 if TYPE_CHECKING:  # a launcher looks trainers up without torch
+    from torch import Tensor
+
     from mgrpo.trainers.batch import MiniBatch
 
 Demos = Sequence[tuple[Int32, UInt8]]
@@ -89,8 +91,16 @@ class PolicyTrainer(ABC):
         Raises NumericsError where the step was not taken."""
 
     @abstractmethod
-    def weights(self) -> bytes:
-        """The weights as they are now, in the form that agents.<role>.engine takes: safetensors."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as they are now, in the form that agents.<role>.engine takes: tensor after tensor, each whole,
+        under the names of a checkpoint, in the same order every time; adapters are merged, or come alone where
+        engine.adapter_only says so. A tensor is good until the next one is asked for, and nobody writes to it. With
+        the next call of the trainer an iterator that was not read to its end is useless."""
+
+    def probe(self) -> Probe | None:
+        """What the weights as they are now say of a fixed prompt; engines are compared with it. None: they are not,
+        which a trainer needs whose weights() are not those that it trains."""
+        return None
 
     def open_direct(self, servers: Sequence[str], report: Callable[[str], None]) -> None:
         """Once, after load(), where agents.<role>.engine takes weights from the trainer itself: prepare to send them to

@@ -14,32 +14,26 @@ from mgrpo.config.engine import OnUpdate
 from mgrpo.engines.client import ServerDown
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.vllm.weight_sync import is_paused, server_label
-from mgrpo.engines.weight_sync import WeightSync
+from mgrpo.engines.vllm.weight_sync import VllmSync
 from mgrpo.errors import InfrastructureError
+from mgrpo.weights.version import Weights
 
 IDLE_SECONDS = 5.0  # for a server to begin an update, which its trainer made before it announced the version
 LOOK_SECONDS = 0.1  # between two looks at a server that is waited for
 
 
-class DirectSync(WeightSync[VllmClient]):
-    """See the module's docstring."""
+class DirectSync(VllmSync):
+    """See the module's docstring. A server whose weights are wrong is paused; its trainer then sends them again."""
 
     def __init__(
         self, folder: Path, timeout: float, on_update: OnUpdate = "recompute", idle: float = IDLE_SECONDS
     ) -> None:
         """timeout: seconds without progress of an update that is under way. idle: for one to begin."""
-        super().__init__(folder, timeout)
-        self._on_update, self._idle = on_update, idle
+        super().__init__(folder, timeout, on_update)
+        self._idle = idle
 
-    async def _prepare(self, label: Label, data: object) -> None:
+    async def _prepare(self, label: Label, weights: Weights) -> None:
         """The trainer has sent it already."""
-
-    async def current_version(self, server: VllmClient) -> Label | None:
-        return self.own(await server_label(server, self._on_update))
-
-    async def paused(self, server: VllmClient) -> bool:
-        return await is_paused(server)
 
     async def update(self, server: VllmClient, label: Label) -> None:
         raise AssertionError("the trainer updates the server")
@@ -51,7 +45,8 @@ class DirectSync(WeightSync[VllmClient]):
         while True:
             current, paused = await self.current_version(server), await self.paused(server)
             if current is not None and current >= label and not paused:
-                return current
+                break
+            self.forget(server)
             found = current, paused, await self._received(server) if paused else None
             if found != seen:
                 since, seen = time.monotonic(), found
@@ -62,12 +57,13 @@ class DirectSync(WeightSync[VllmClient]):
                     f"has not brought {label} within {bound:g} s"
                 )
             await asyncio.sleep(LOOK_SECONDS)
+        await self.confirm(server, current)
+        return current
 
     async def _received(self, server: VllmClient) -> object:
         """What the workers have received; None where they do not answer."""
+        call = {"method": "mgrpo_direct_progress", "timeout": self.timeout}
         try:
-            return await server.post(
-                "/collective_rpc", {"method": "mgrpo_direct_progress", "timeout": self.timeout}
-            )
+            return await server.post("/collective_rpc", call)
         except (InfrastructureError, ValueError):
             return None

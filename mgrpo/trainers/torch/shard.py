@@ -73,16 +73,6 @@ class ShardedPolicy(Policy):
         for module in self._units():
             module.reshard()
 
-    def gather_into(self, whole: Policy | None) -> None:
-        """Copy the trained weights into the unsharded twin that one of the ranks holds; all take part."""
-        self.let_go()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    full = whole_tensor(parameter)
-                    if whole is not None:
-                        whole.model.get_parameter(name).copy_(full)
-
     def _units(self) -> list[Any]:
         return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
 

@@ -6,27 +6,23 @@ nothing is broadcast, and the policy is whole where it trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mgrpo.config import AgentView
 from mgrpo.config.engine import VllmEngineConfig
-from mgrpo.config.policy import LoraConfig, PolicyConfig
+from mgrpo.config.policy import LoraConfig
 from mgrpo.config.run import SftConfig
 from mgrpo.losses.registry import find_loss
-from mgrpo.model.policy import (
-    Policy,
-    adapter_bytes,
-    load_policy,
-    load_reference,
-    save_policy,
-    state_bytes,
-)
+from mgrpo.model.policy import Policy, load_policy, load_reference, save_policy
 from mgrpo.model.policy_files import policy_files
+from mgrpo.model.probe import probe, probe_ids
+from mgrpo.model.stream import Reading, WeightStream
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
 from mgrpo.trainers.batch import MiniBatch
@@ -43,6 +39,7 @@ from mgrpo.trainers.torch.direct_servers import DirectServers
 from mgrpo.trainers.torch.learner import Learner, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.sft import sft
+from mgrpo.types import Probe
 
 
 class TorchTrainer(PolicyTrainer):
@@ -58,7 +55,9 @@ class TorchTrainer(PolicyTrainer):
             self._root, view.trainer.keep_checkpoints, ranks.files, is_main=ranks.is_main
         )
         self._learner: Learner | None = None
-        self._whole: Policy | None = None
+        self._longest = view.longest
+        self._streams: dict[bool, WeightStream] = {}  # by adapter_only
+        self._reading: Reading | None = None  # the last one of rank 0, which may not have come to its end
         self._direct: DirectSender | None = None
         self._closed = False
         self.is_main = ranks.is_main
@@ -95,8 +94,6 @@ class TorchTrainer(PolicyTrainer):
     def load(self, start: Path) -> Checkpoint | None:
         checkpoint = latest_checkpoint(self._root)
         self._broadcast("load", (start, checkpoint))
-        if self._ranks.size > 1:
-            self._whole = load_policy(start, on_host(self._agent.policy))
         self._load(start, checkpoint)
         return checkpoint
 
@@ -106,7 +103,7 @@ class TorchTrainer(PolicyTrainer):
         return tokenizer
 
     def policy_files(self) -> dict[str, bytes]:
-        return policy_files(self.gathered())
+        return policy_files(self._own.policy)
 
     def train(
         self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
@@ -116,18 +113,18 @@ class TorchTrainer(PolicyTrainer):
             self._direct.change()
         size = self._ranks.size
         shards = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
+        self._finish_reading()
         self._ranks.broadcast("train", shards)
         return self._train(*shards[0])
 
-    def gathered(self) -> Policy:
-        """The policy as it is now, whole: a collective. It changes with the next call, and with the next step."""
-        self._broadcast("gather")
-        self._gather()
-        return self._whole if self._whole is not None else self._own.policy
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See PolicyTrainer."""
+        return self._begin_reading(self._agent.engine.adapter_only)
 
-    def weights(self) -> bytes:
-        model = self.gathered().model
-        return adapter_bytes(model) if self._agent.engine.adapter_only else state_bytes(model)
+    def probe(self) -> Probe | None:
+        ids = probe_ids(self._own.policy, self._longest)
+        self._broadcast("probe", ids)
+        return self._probe(ids)
 
     def open_direct(self, servers: Sequence[str], report: Callable[[str], None]) -> None:
         engine = self._direct_engine()
@@ -150,7 +147,7 @@ class TorchTrainer(PolicyTrainer):
         return note_cursors(checkpoint, cursors)
 
     def export(self, folder: Path) -> None:
-        save_policy(self.gathered(), folder)
+        save_policy(self._own.policy, folder, self._begin_reading(adapter_only=False))
 
     def heartbeat(self) -> None:
         self._ranks.heartbeat()
@@ -177,8 +174,10 @@ class TorchTrainer(PolicyTrainer):
                 self._load(*part)
             elif command == "train":
                 self._train(*part)
-            elif command == "gather":
-                self._gather()
+            elif command == "weights":
+                self._read(part).finish()
+            elif command == "probe":
+                self._probe(part)
             elif command == "direct":
                 self._direct = self._direct or DirectSender(
                     self._own.policy, self._direct_engine(), self._ranks
@@ -205,6 +204,7 @@ class TorchTrainer(PolicyTrainer):
             if reference.model is not policy.model:
                 reference = self._sharded(reference)
         self._learner = new_learner(self._agent, policy, reference, self._ranks)
+        self._streams.clear()
         if checkpoint is not None:
             restore_checkpoint(checkpoint, policy, self._learner.optimizer, self._ranks.files)
 
@@ -218,9 +218,16 @@ class TorchTrainer(PolicyTrainer):
     def _train(self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None) -> dict[str, float]:
         return self._own.train(batches, recompute_old, lr)
 
-    def _gather(self) -> None:
-        if self._ranks.size > 1:
-            self._own.policy.gather_into(self._whole)  # type: ignore[attr-defined]
+    def _read(self, adapter_only: bool) -> Reading:
+        if adapter_only not in self._streams:
+            self._streams[adapter_only] = WeightStream(self._own.policy.model, adapter_only)
+        stream = self._streams[adapter_only]
+        if self._ranks.size == 1:
+            return stream.read()
+        from mgrpo.trainers.torch.shard import whole_tensor
+
+        self._let_go()
+        return stream.read(whole_tensor)
 
     def _direct_engine(self) -> VllmEngineConfig:
         engine = self._agent.engine
@@ -230,22 +237,30 @@ class TorchTrainer(PolicyTrainer):
     def _command_direct(self, transfer: Transfer) -> None:
         self._broadcast("direct", transfer)
 
-    def _save(self, step: int) -> None:
+    def _probe(self, ids: tuple[int, ...]) -> Probe:
+        found = probe(self._own.policy, ids)
+        self._let_go()
+        return found
+
+    def _let_go(self) -> None:
         if self._ranks.size > 1:
             self._own.policy.let_go()  # type: ignore[attr-defined]
+
+    def _save(self, step: int) -> None:
+        self._let_go()
         self._writer.begin(step, snapshot(self._own.policy, self._own.optimizer))
 
+    def _begin_reading(self, adapter_only: bool) -> Reading:
+        self._broadcast("weights", adapter_only)
+        self._reading = self._read(adapter_only)
+        return self._reading
+
+    def _finish_reading(self) -> None:
+        """The other ranks take part in a reading to its end, also where whoever asked for the weights gave up."""
+        if self._reading is not None:
+            self._reading.finish()
+            self._reading = None
+
     def _broadcast(self, command: str, part: Any = None) -> None:
+        self._finish_reading()
         self._ranks.broadcast(command, [part] * self._ranks.size)
-
-
-def on_host(policy: PolicyConfig) -> PolicyConfig:
-    """The same weights in main memory, never trained there."""
-    return policy.model_copy(
-        update={
-            "device": "cpu",
-            "attention": "auto",
-            "activation_offload": False,
-            "gradient_checkpointing": False,
-        }
-    )

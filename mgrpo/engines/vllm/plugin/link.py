@@ -120,7 +120,7 @@ def own_address(towards: str) -> str:
 
 
 def _open_gloo(store: Any, rank: int, size: int, address: str, seconds: float) -> Any:
-    gloo = dist.ProcessGroupGloo._Options()
+    gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     gloo._timeout = timedelta(seconds=seconds)
     return dist.ProcessGroupGloo(store, rank, size, gloo)

@@ -15,7 +15,7 @@ later update, which meets anew, has ended well.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,7 +26,7 @@ from mgrpo.engines.vllm.plugin.buckets import Assembler, Stream, StreamTensor
 from mgrpo.engines.vllm.plugin.link import Backend, Link, group_store, meeting_point, own_address
 from mgrpo.errors import InfrastructureError, MgrpoError
 
-Load = Callable[[Iterable[tuple[str, Tensor]]], object]
+Load = Callable[[Iterable[tuple[str, Tensor]]], Any]
 """Takes whole tensors under their names in a checkpoint, any number of times."""
 
 
@@ -189,11 +189,23 @@ class DirectReceiving:
             self._mgrpo_receiver = found
         return found
 
-    def _mgrpo_loading(self) -> AbstractContextManager[Load]:
+    @contextlib.contextmanager
+    def _mgrpo_loading(self) -> Iterator[Load]:
+        """A block that loads all of the model's parameters. Raises ValueError naming one that did not come."""
         from mgrpo.engines.vllm.plugin.reload import reloading
 
-        found: AbstractContextManager[Load] = reloading(self.model_runner.model, self.vllm_config)
-        return found
+        model = self.model_runner.get_model()
+        missing = {name for name, _ in model.named_parameters()}
+        if self.vllm_config.quant_config is not None:
+            missing.clear()  # vLLM computes some of them itself
+        with reloading(model, self.vllm_config) as load:
+
+            def take(tensors: Iterable[tuple[str, Tensor]]) -> None:
+                missing.difference_update(load(tensors) or ())
+
+            yield take
+            if missing:
+                raise ValueError(f"{min(missing)} did not come ({len(missing)} parameters of the model)")
 
 
 def _answer(act: Callable[[], None]) -> dict[str, object]:
