@@ -227,8 +227,8 @@ class DirectSender:
             try:
                 self._links[url] = meeting.result()
             except InfrastructureError as error:
-                errors[url] = f"{self._at(url)}, meeting: {error}"
-        return errors | _failures(answers)
+                errors[url] = self._line(url, "meeting", error)
+        return errors | _failures(answers, "meeting")
 
     def _meet(self, target: Target, transfer: Transfer) -> Link:
         if self._backend == "nccl":
@@ -254,6 +254,7 @@ class DirectSender:
         }
 
     def _send_bucket(self, bucket: int, message: torch.Tensor, urls: Sequence[str]) -> dict[str, str]:
+        step = f"bucket {bucket}"
         answers = self._on_servers({url: {"bucket": bucket} for url in urls}, "receive")
         errors, under_way = {}, {}
         if len(message):
@@ -261,13 +262,13 @@ class DirectSender:
                 try:
                     under_way[url] = self._links[url].begin(message)
                 except InfrastructureError as error:
-                    errors[url] = f"{self._at(url)}, bucket {bucket}: {error}"
+                    errors[url] = self._line(url, step, error)
         for url, work in under_way.items():
             try:
                 self._links[url].wait(work)
             except InfrastructureError as error:
-                errors[url] = f"{self._at(url)}, bucket {bucket}: {error}"
-        return errors | _failures(answers)
+                errors[url] = self._line(url, step, error)
+        return errors | _failures(answers, step)
 
     def _finish(self, urls: Iterable[str]) -> dict[str, str]:
         assert self._servers is not None and self._current is not None
@@ -277,7 +278,8 @@ class DirectSender:
                 server.url: control.start(outcome(control.finish(server, label)))
                 for server in control.servers
                 if server.url in urls
-            }
+            },
+            "end",
         )
 
     def _on_servers(self, arguments: Mapping[str, Mapping[str, object]], step: str) -> dict[str, Future[str]]:
@@ -291,12 +293,13 @@ class DirectSender:
             if server.url in arguments
         }
 
-    def _at(self, url: str) -> str:
-        return f"{url}: rank {self._ranks.rank}"
+    def _line(self, url: str, step: str, error: Exception) -> str:
+        return f"{step}: {url}, from rank {self._ranks.rank}: {error}"
 
 
-def _failures(answers: Mapping[str, Future[str]]) -> dict[str, str]:
-    return {url: reason for url, answer in answers.items() if (reason := answer.result())}
+def _failures(answers: Mapping[str, Future[str]], step: str) -> dict[str, str]:
+    """What servers and their workers say, which is better than what we noticed of it."""
+    return {url: f"{step}: {reason}" for url, answer in answers.items() if (reason := answer.result())}
 
 
 def _host(url: str) -> str:

@@ -18,6 +18,7 @@ from mgrpo.config import AgentView
 from mgrpo.config.engine import VllmEngineConfig
 from mgrpo.config.policy import LoraConfig
 from mgrpo.config.run import SftConfig
+from mgrpo.engines.vllm.plugin.buckets import BUCKET
 from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import Policy, load_policy, load_reference, save_policy
 from mgrpo.model.policy_files import policy_files
@@ -44,6 +45,9 @@ from mgrpo.types import Probe
 
 class TorchTrainer(PolicyTrainer):
     """One rank's part of the policy; see PolicyTrainer."""
+
+    bucket_bytes = BUCKET
+    """Of weights that go straight to servers: what is under way at a time."""
 
     def __init__(self, view: AgentView, folder: Path, ranks: Ranks) -> None:
         """folder: the agent's, the same on all ranks (on several servers: a shared file system)."""
@@ -129,7 +133,7 @@ class TorchTrainer(PolicyTrainer):
     def open_direct(self, servers: Sequence[str], report: Callable[[str], None]) -> None:
         engine = self._direct_engine()
         control = DirectServers(servers, engine.timeout, engine.on_update)
-        self._direct = DirectSender(self._own.policy, engine, self._ranks, servers=control, report=report)
+        self._direct = self._new_sender(servers=control, report=report)
 
     def publish_direct(self, label: str) -> None:
         assert self._direct is not None, "open_direct() comes first"
@@ -179,9 +183,7 @@ class TorchTrainer(PolicyTrainer):
             elif command == "probe":
                 self._probe(part)
             elif command == "direct":
-                self._direct = self._direct or DirectSender(
-                    self._own.policy, self._direct_engine(), self._ranks
-                )
+                self._direct = self._direct or self._new_sender()
                 self._direct.run(part)
             else:
                 assert command == "save", f"rank 0 sent {command!r}"
@@ -233,6 +235,10 @@ class TorchTrainer(PolicyTrainer):
         engine = self._agent.engine
         assert isinstance(engine, VllmEngineConfig), f"{engine.type} takes no weights from a trainer"
         return engine
+
+    def _new_sender(self, **for_main: Any) -> DirectSender:
+        policy, engine = self._own.policy, self._direct_engine()
+        return DirectSender(policy, engine, self._ranks, limit=self.bucket_bytes, **for_main)
 
     def _command_direct(self, transfer: Transfer) -> None:
         self._broadcast("direct", transfer)
