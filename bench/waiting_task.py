@@ -27,7 +27,7 @@ from mgrpo.model.policy import save_policy
 from mgrpo.model.policy_files import policy_from_files
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.types import Rollout
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 from tests.models import tiny_policy
 
 

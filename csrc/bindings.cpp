@@ -15,7 +15,8 @@
 namespace py = pybind11;
 using namespace py::literals;
 
-void register_loss(py::module_& m);  // bind_loss.cpp
+void register_loss(py::module_& m);   // bind_loss.cpp
+void register_patch(py::module_& m);  // bind_patch.cpp
 
 namespace {
 
@@ -436,4 +437,5 @@ PYBIND11_MODULE(_C, m) {
   register_plan(m);
   register_batcher(m);
   register_loss(m);
+  register_patch(m);
 }

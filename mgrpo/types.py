@@ -34,8 +34,8 @@ class Probe:
 
     token_ids: tuple[int, ...]  # (L,), tokens of the tokenizer
     logprobs: tuple[float, ...]
-    """(L - 1,) nats: logprobs[i] is of token_ids[i + 1] given token_ids[:i + 1], at temperature 1, among the tokens of
-    the tokenizer; spare rows of the head have no part."""
+    """(L - 1,) nats: logprobs[i] is of token_ids[i + 1] given token_ids[:i + 1], at temperature 1, among all rows of
+    the head: what a server reports for a prompt. Rollouts leave the rows out that are no token."""
 
 
 @dataclass(slots=True)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import safetensors.torch
+import torch
+
 from mgrpo.engines.base import SamplingParams
 from mgrpo.engines.client import ServerClient
 from mgrpo.engines.pool import EnginePool
@@ -19,7 +22,7 @@ from mgrpo.engines.vllm.client import VllmClient
 from mgrpo.engines.vllm.weight_sync import VllmFolderSync
 from mgrpo.engines.weight_sync import WeightSync
 from mgrpo.model.vocabulary import Vocabulary
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 from tests.fake_server import VOCAB, FakeServer, token
 from tests.fake_sglang import FakeSglang
 from tests.fake_vllm import FakeVllm
@@ -106,7 +109,8 @@ def on_fakes(
 
 
 def weights(version: int, epoch: int = 1) -> Weights:
-    return Weights(f"e{epoch}.v{version}", version, f"weights {epoch}.{version}".encode())
+    tensors = {"w": torch.tensor([epoch, version])}
+    return Weights.of_bytes(f"e{epoch}.v{version}", version, safetensors.torch.save(tensors))
 
 
 def expected(of: Weights, seed: int, n: int = 8, prompt: list[int] = PROMPT) -> list[int]:

@@ -25,7 +25,8 @@ from mgrpo.store.server import StoreServer
 from mgrpo.store.trainer_client import TrainerClient
 from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import Rollout, Trajectory
-from mgrpo.weights import Weights
+from mgrpo.weights.layout import Layout
+from mgrpo.weights.version import Weights
 from tests.play_kit import GivenTask, Letters
 from tests.runs import ROOT, wait_for
 from tests.ship_kit import answered
@@ -91,7 +92,11 @@ class ScriptedTeam:
     def fetch(self, role: str, at_least: int) -> Weights | None:
         assert self.open.wait(60) and self.published >= at_least
         version = self.published
-        return None if version == self.engine.version else Weights(f"{role}.e1.v{version}", version, b"")
+        return (
+            None
+            if version == self.engine.version
+            else Weights(f"{role}.e1.v{version}", version, Layout(b"", ()))
+        )
 
     async def load(self, role: str, weights: Weights) -> None:
         await self.engine.load(weights, weights.version)

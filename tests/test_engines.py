@@ -18,7 +18,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.model.policy import state_bytes
 from mgrpo.model.policy_files import policy_files
 from mgrpo.run import launch
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 from tests.fake_server import token
 from tests.fake_vllm import FakeVllm
 from tests.models import tiny_policy
@@ -35,7 +35,7 @@ def test_the_engine_in_this_process_computes_as_the_config_says(
     """The trainer's float32 weights, served in the precision of engine.dtype, give the log-probs of the policy to
     that precision."""
     policy = tiny_policy("llama", 3)
-    weights = Weights("e1.v4", 4, state_bytes(policy.model))
+    weights = Weights.of_bytes("e1.v4", 4, state_bytes(policy.model))
     config = load_config(RELAY, [f"agents.left.engine.dtype={dtype}"])
 
     async def ask() -> tuple[Generation, Generation, torch.dtype]:
@@ -113,7 +113,7 @@ def test_one_server_holds_one_policy() -> None:
 def test_an_engine_over_http_gets_its_servers_and_folder_from_the_config(tmp_path: Path) -> None:
     """Named servers, or those that the launcher starts; weights go through the run's folder unless another is named."""
     policy = tiny_policy("llama", 3)
-    weights = Weights("e1.v4", 4, state_bytes(policy.model))
+    weights = Weights.of_bytes("e1.v4", 4, state_bytes(policy.model))
 
     async def ask(named: bool) -> None:
         async with FakeVllm(tmp_path / "s", max_length=32) as server:

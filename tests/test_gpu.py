@@ -16,6 +16,7 @@ from mgrpo.config.policy import PolicyConfig
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.model.policy import Policy
+from mgrpo.model.probe import probe, probe_ids
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from tests.loss_grid import LOSS_TYPES, configs, error, grid_batch, head_batch, settings
@@ -59,6 +60,17 @@ def test_packed_attention(name: str) -> None:
     for a, b, c in zip(states_and_gradients(packed), padded, exact, strict=True):
         assert error(a, c) <= max(1.5 * error(b, c), 2e-2)
     assert policy("cuda", dtype="bfloat16").attention in ("varlen", "flash")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "lora": {"rank": 3}}], ids=str
+)
+def test_the_probe_is_in_float32(settings: dict[str, Any]) -> None:
+    """Packed kernels, which compute in half precision only, have no part in it."""
+    exact = on("cpu", tiny_model("llama"))
+    found = probe(on("cuda", tiny_model("llama"), **settings), probe_ids(exact, 64))
+    bound = 1e-3 if "lora" not in settings else 0.3  # its frozen matrices are rounded
+    assert found.logprobs == pytest.approx(probe(exact, found.token_ids).logprobs, abs=bound)
 
 
 def trained(device: str, loss_type: str, kind: str) -> tuple[dict[str, float], list[torch.Tensor]]:

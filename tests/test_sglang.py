@@ -16,7 +16,7 @@ from mgrpo.engines.labels import Label
 from mgrpo.engines.registry import open_engine
 from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.model.policy_files import policy_files
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 from tests.fake_sglang import END_OF_TEXT, FakeSglang
 from tests.models import tiny_policy
 from tests.runs import RELAY

@@ -26,7 +26,7 @@ from mgrpo.transport import codec
 from mgrpo.transport.client import Client
 from mgrpo.transport.codec import BadMessage, Limits, Sender
 from mgrpo.transport.server import Reply, Request, Server
-from mgrpo.weights import fetch_weights
+from mgrpo.weights.pull import fetch_weights
 from tests.chaos.kills import ROOT, running_store
 from tests.chaos.proxy import proxy_faults
 from tests.store_kit import DIGEST, fill, make_trajectory, publish, rss_mb, run_params
@@ -243,10 +243,11 @@ LOG_SERVER = """
 import sys
 from mgrpo.trajectory_log.log import TrajectoryLog
 from mgrpo.transport.server import Server
-from mgrpo.weights import Weights, WeightsServer
+import torch
+from mgrpo.weights.publisher import WeightPublisher
 from tests.store_kit import DIGEST
-weights = WeightsServer()
-weights.publish(Weights("e1.v3", 3, b"x"))
+weights = WeightPublisher()
+weights.publish("e1.v3", 3, [("w", torch.zeros(1))])
 with TrajectoryLog(sys.argv[2], role="sub", digest=DIGEST) as trajectory_log:
     with Server(sys.argv[1], {**trajectory_log.handlers(), **weights.handlers()}, barrier=trajectory_log.sync):
         sys.stdin.read()

@@ -17,7 +17,7 @@ from mgrpo.engines.vllm.nccl import NcclSync
 from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
 from mgrpo.engines.weight_folder import KEEP
 from mgrpo.errors import ConfigError
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 from tests.fake_vllm import FakeVllm
 from tests.server_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
 
@@ -140,7 +140,7 @@ def adapter(version: int, role: str = "") -> Weights:
         f"model.layers.0.self_attn.q_proj.lora_{side}.default.weight": torch.full(shape, float(version))
         for side, shape in (("A", (2, 4)), ("B", (4, 2)))
     }
-    return Weights(f"{role}e1.v{version}", version, safetensors.torch.save(tensors))
+    return Weights.of_bytes(f"{role}e1.v{version}", version, safetensors.torch.save(tensors))
 
 
 def test_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
         name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         assert tensors[name].tolist() == [[5.0] * 4] * 2 and len(tensors) == 2
         with pytest.raises(ValueError, match="hold no adapter"):
-            await engine.load(Weights("e1.v6", 6, safetensors.torch.save({"w": torch.zeros(1)})), 6)
+            await engine.load(Weights.of_bytes("e1.v6", 6, safetensors.torch.save({"w": torch.zeros(1)})), 6)
         await server.stop()
         await server.start()
         assert (await engine.generate(PROMPT, SAMPLED, seed=1)).versions.tolist() == [5] * 8
@@ -196,7 +196,7 @@ def test_nccl_in_the_order_of_vllms_weight_transfer(tmp_path: Path) -> None:
 
     def state(version: int) -> Weights:
         tensors = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
-        return Weights(f"e1.v{version}", version, safetensors.torch.save(tensors))
+        return Weights.of_bytes(f"e1.v{version}", version, safetensors.torch.save(tensors))
 
     async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
@@ -251,7 +251,7 @@ def test_the_weights_of_another_role_are_not_taken_for_ones_own(tmp_path: Path) 
     async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         server.label = "sub.e9.v9"
-        mine = Weights("main.e1.v2", 2, b"weights of main")
+        mine = Weights.of_bytes("main.e1.v2", 2, safetensors.torch.save({"w": torch.ones(3)}))
         engine = bench.engine()
         await engine.load(mine, 2)
         assert server.label == "main.e1.v2" and engine.version == 2

@@ -24,7 +24,7 @@ from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.run.folder import RunFolder
 from mgrpo.run.supervisor import Supervisor
 from mgrpo.types import version_label
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "smollm2"
@@ -124,11 +124,11 @@ class Served:
     async def place(self, data: bytes) -> None:
         """Make the next version ready, so that a bring() of the same data only updates the server."""
         version = self.version + 1
-        await self.sync.prepare(Weights(version_label("main", 1, version), version, data))
+        await self.sync.prepare(Weights.of_bytes(version_label("main", 1, version), version, data))
 
     async def bring(self, data: bytes) -> None:
         self.version += 1
-        await self.engine.load(Weights(self.label, self.version, data), self.version)
+        await self.engine.load(Weights.of_bytes(self.label, self.version, data), self.version)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         return self.do(generate(self.engine, prompts, params))

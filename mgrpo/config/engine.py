@@ -65,6 +65,11 @@ class EngineSettings(Settings):
         return False
 
     @property
+    def probed(self) -> bool:
+        """Whether engines of this type compare what they compute with the trainer's probe after each update."""
+        return False
+
+    @property
     def weights_dtype(self) -> Precision:
         """What published weights are rounded to before they leave the trainer."""
         return "float32"
@@ -106,6 +111,10 @@ class ServerEngineConfig(EngineSettings):
     """Seconds that one request to a server may take before it counts as failed."""
 
     _url_tuple = field_validator("urls", mode="before")(lambda v: tuple(v) if isinstance(v, list) else v)
+
+    @property
+    def probed(self) -> bool:
+        return True
 
     @property
     def running_servers(self) -> tuple[str, ...]:

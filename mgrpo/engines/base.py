@@ -41,6 +41,9 @@ PATIENCE_SECONDS = 600.0
 class Engine(ABC):
     """Serves one agent's policy. Methods are called from one asyncio loop."""
 
+    takes_patches = False
+    """Whether load() takes what changed since the version that the engine holds; else it gets whole versions."""
+
     @property
     @abstractmethod
     def version(self) -> int:
@@ -56,7 +59,9 @@ class Engine(ABC):
 
     @abstractmethod
     async def load(self, path_or_state: object, version: int) -> None:
-        """Swap the weights (between decode steps, never inside one) and label them `version`."""
+        """Swap the weights (between decode steps, never inside one) and label them `version`. path_or_state: from a
+        trainer, Weights (mgrpo/weights/version.py). Raises CorruptionError where these do not lead on from what the
+        engine holds or arrived damaged: a whole version follows."""
 
     def waiting(self) -> int:
         """Requests that wait for something to sample them and are not being sampled yet; 0 for an engine that does not

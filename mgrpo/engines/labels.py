@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 from mgrpo.errors import ConfigError
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 
 
 class Label(NamedTuple):

@@ -363,8 +363,8 @@ class quiet:
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """The model's parameters and persistent buffers under the names of its checkpoint (names.py), tied ones once,
-    sharing the model's memory where the layout allows. Adapters are merged: adapted weights are copies. stream.py gives
-    the same one after the other."""
+    sharing the model's memory where the layout allows. Adapters are merged: adapted weights are copies.
+    stream.py gives the same, one after the other."""
     return names.published(model, _plain_state(model))
 
 

@@ -2,7 +2,7 @@
 not the one its label names, an expert in the wrong place all move them by far more than rounding does.
 
 They are computed in float32 whatever the policy trains in, so that what an engine's own precision adds is the only
-difference.
+difference, and over all rows of the head, as servers compute the log-probs of a prompt.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def probe(policy: Policy, token_ids: tuple[int, ...]) -> Probe:
     ids = torch.tensor(token_ids, device=policy.device)
     with torch.no_grad(), _in_float32(policy):
         hidden = policy.hidden(ids[None, :-1])[0]
-        targets = policy.vocabulary.classes(ids[1:].cpu()).to(policy.device)
-        found = selective_logprob(hidden, policy.token_head, targets)[0]
+        found = selective_logprob(hidden, policy.head_weight, ids[1:])[0]
     if not bool(found.isfinite().all()):
         raise NumericsError(
             f"{policy.name}: {int((~found.isfinite()).sum())} of {len(found)} log-probs of a fixed prompt are not "

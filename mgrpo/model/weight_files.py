@@ -94,7 +94,7 @@ def _write_file(
     for t in members:
         name, tensor = next(coming, (None, None))
         if name is None or tensor is None:
-            raise ValueError(f"{t.name} of {len(members)} tensors did not come")
+            raise ValueError(f"{t.name} did not come")
         if (name, tensor.dtype, tuple(tensor.shape)) != (t.name, t.dtype, t.shape):
             raise ValueError(
                 f"{name} {tensor.dtype} {tuple(tensor.shape)} came where {t.name} {t.dtype} {t.shape} was expected"

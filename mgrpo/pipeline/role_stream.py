@@ -19,7 +19,7 @@ from mgrpo.store.trainer_client import TrainerClient
 from mgrpo.trajectory_log.log import TrajectoryLog
 from mgrpo.transport.keys import client_keys, server_keys
 from mgrpo.transport.server import Server
-from mgrpo.weights import WeightsServer
+from mgrpo.weights.publisher import WeightPublisher
 
 POLL_SECONDS = 1.0  # how soon a waiting trainer notices that it is to stop
 
@@ -28,7 +28,7 @@ class RoleStream:
     """Binds the role's address when it is made, so a taken one fails before any work."""
 
     def __init__(
-        self, config: RunConfig, role: str, folder: Path, addresses: Addresses, weights: WeightsServer
+        self, config: RunConfig, role: str, folder: Path, addresses: Addresses, weights: WeightPublisher
     ) -> None:
         """folder: this role's own, on this server. weights: what the role's address serves."""
         self.role, self._config = role, config

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mgrpo.addresses import Addresses
 from mgrpo.config import RunConfig
 from mgrpo.engines.base import Engine
 from mgrpo.engines.registry import open_engine
 from mgrpo.environments.episode import Agent
-from mgrpo.errors import DeadlineError
+from mgrpo.errors import CorruptionError, DeadlineError
 from mgrpo.pipeline.worker_loop import WorkerLoop
 from mgrpo.transport.client import Client
-from mgrpo.weights import Progress, Pull, Weights, fetch_policy_files, fetch_weights
+from mgrpo.weights.pull import Progress, Pull, fetch_policy_files, fetch_weights
+from mgrpo.weights.version import Weights
 
 PULL_REPORT_SECONDS = 10.0  # between two reports of weights that are long under way
 WAIT_SLICE = 1.0  # seconds between two looks at the run's state while waiting
@@ -26,8 +28,9 @@ class _Source:
 
     client: Client
     engine: Engine
+    report: Callable[[str], None]
+    pull: Pull
     label: str = ""
-    pull: Pull = field(default_factory=Pull)
 
 
 class Team:
@@ -52,7 +55,8 @@ class Team:
             tokenizer(role, files)
             agent = self._config.agents[role]
             engine, words = open_engine(self._config, role, files, self._addresses, on_event=log)
-            self._sources[role] = _Source(client, engine, pull=Pull(self._pull_progress(role, log)))
+            pull = Pull(self._pull_progress(role, log), self._addresses.weights)
+            self._sources[role] = _Source(client, engine, log, pull)
             self.agents[role] = Agent(role, engine, words, agent.loss.temperature, agent.max_length)
 
     def _policy_files(self, client: Client) -> dict[str, bytes]:
@@ -73,9 +77,11 @@ class Team:
         """Bring every engine to its trainer's newest weights, those of a role in `at_least` to this version or a later
         one; returns the oldest version of the training roles."""
         for role in self._sources:
-            weights = self.fetch(role, at_least.get(role, 0))
-            if weights is not None:
+            wanted = at_least.get(role, 0)
+            while (weights := self.fetch(role, wanted)) is not None:
                 self._loop.run(self.load(role, weights))
+                if self._sources[role].engine.version >= wanted:  # else: an older one had begun to arrive
+                    break
         return min(self.versions().values())
 
     def versions(self) -> dict[str, int]:
@@ -87,20 +93,42 @@ class Team:
         return sum(source.engine.waiting() for source in self._sources.values())
 
     async def load(self, role: str, weights: Weights) -> None:
-        """Swap a role's weights. Rollouts may be running: an engine does it between two decode steps."""
+        """Swap a role's weights. Rollouts may be running: an engine does it between two decode steps. Where the
+        engine cannot use them, it gets the newest version whole. Raises CorruptionError where it cannot use that
+        either."""
         source = self._sources[role]
-        await source.engine.load(weights, weights.version)
+        try:
+            await source.engine.load(weights, weights.version)
+        except CorruptionError as error:
+            source.report(f"{role}: {error}; taking a whole version")
+            weights.close()
+            source.label = ""
+            whole = await asyncio.to_thread(self.fetch, role, weights.version)
+            assert whole is not None
+            weights = whole
+            await source.engine.load(weights, weights.version)
+        weights.close()
         source.label = weights.label
 
     def fetch(self, role: str, at_least: int) -> Weights | None:
         """A role's newest weights, of this version or a later one, once its trainer has them; None when they are those
         that its engine holds. Blocks; one call of a role at a time. Raises Shutdown when the run ends meanwhile,
-        DeadlineError naming the trainer when none have come for idle_timeout seconds."""
-        source = self._sources[role]
+        DeadlineError naming the trainer when none have come for idle_timeout seconds, CorruptionError where they
+        arrived damaged twice."""
+        source, damaged = self._sources[role], False
         since, received = time.monotonic(), source.pull.received
         while True:
             try:
-                return fetch_weights(source.client, source.label, at_least, WAIT_SLICE, source.pull)
+                whole = not source.engine.takes_patches or not source.label
+                return fetch_weights(
+                    source.client, source.label, at_least, WAIT_SLICE, source.pull, whole=whole
+                )
+            except CorruptionError as error:
+                if damaged:
+                    raise
+                damaged = True
+                source.report(f"{role}: {error}; asking again")
+                source.label = ""
             except DeadlineError:
                 if source.pull.received != received:  # a slow link, but it moves
                     since, received = time.monotonic(), source.pull.received

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
-import safetensors.torch
+import torch
 
 from mgrpo.addresses import Addresses
 from mgrpo.config import RunConfig
@@ -39,7 +39,7 @@ from mgrpo.record.schema import StepSettings
 from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
 from mgrpo.trainers.torch.schedule import learning_rate
 from mgrpo.types import version_label
-from mgrpo.weights import Weights, WeightsServer
+from mgrpo.weights.publisher import WeightPublisher
 
 STOP_SECONDS = 5.0  # for one answer of the store, once the process is asked to stop
 
@@ -70,7 +70,7 @@ class TrainerLoop:
         self._step = 0  # optimizer steps that the policy has taken
         # Step of the last checkpoint that was begun, and of the last that is durable.
         self._begun = self._checkpointed = 0
-        self._weights = WeightsServer()
+        self._weights = WeightPublisher(getattr(torch, self._agent.engine.weights_dtype))
         self._streams = [
             RoleStream(config, r, agents / r, addresses, self._weights) for r in config.roles_of(role)
         ]
@@ -88,6 +88,7 @@ class TrainerLoop:
         self._reporter.close()
         for stream in self._streams:
             stream.close()
+        self._weights.close()
         self._ahead.close()
 
     def run(self) -> None:
@@ -249,12 +250,13 @@ class TrainerLoop:
 
     def _publish(self, version: int) -> None:
         """Serve the weights first, announce the version afterwards."""
-        label, data = version_label(self._role, self._store.epoch, version), b""
+        label = version_label(self._role, self._store.epoch, version)
+        probe = self._trainer.probe() if self._agent.engine.probed else None
         if self._agent.engine.direct:
             self._trainer.publish_direct(label)
+            self._weights.announce(label, version, probe)
         else:
-            data = safetensors.torch.save({name: t.detach().cpu() for name, t in self._trainer.weights()})
-        self._weights.publish(Weights(label, version, data))
+            self._weights.publish(label, version, self._trainer.weights(), probe)
         for stream in self._streams:
             stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
 

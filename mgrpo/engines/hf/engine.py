@@ -40,7 +40,7 @@ from mgrpo.engines.hf.slots import SlotArrays, sample
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.groups import Int64, width_groups
 from mgrpo.model.policy import Policy, load_policy, load_state, load_state_bytes, state_of
-from mgrpo.weights import Weights
+from mgrpo.weights.version import Weights
 
 FORWARD_COST = 64
 """What starting one more forward costs, in token positions: decides which widths share a forward."""

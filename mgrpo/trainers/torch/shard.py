@@ -16,10 +16,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from mgrpo.model.policy import Policy, WithoutAdapters
 from mgrpo.trainers.torch.ranks import Ranks
@@ -84,3 +85,24 @@ class _ShardedBase(WithoutAdapters, ShardedPolicy):
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all ranks; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_to_main(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole on rank 0, received part after part into its place; the other ranks, which all take part,
+    hold no more than theirs, and get that. Any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.placements != (Shard(0),):
+        return tensor.full_tensor()
+    own = tensor.to_local()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if rank > 0:
+        if own.numel():
+            dist.send(own.contiguous(), dst=0)
+        return own
+    whole = torch.empty(tensor.shape, dtype=own.dtype, device=own.device)
+    parts = list(whole.chunk(size))  # as FSDP cuts: equal parts, the last ones smaller or none
+    parts[0].copy_(own)
+    for sender, part in enumerate(parts[1:], 1):
+        dist.recv(part, src=sender)
+    return whole

@@ -226,10 +226,10 @@ class TorchTrainer(PolicyTrainer):
         stream = self._streams[adapter_only]
         if self._ranks.size == 1:
             return stream.read()
-        from mgrpo.trainers.torch.shard import whole_tensor
+        from mgrpo.trainers.torch.shard import gather_to_main
 
         self._let_go()
-        return stream.read(whole_tensor)
+        return stream.read(gather_to_main)
 
     def _direct_engine(self) -> VllmEngineConfig:
         engine = self._agent.engine
