@@ -29,7 +29,6 @@ class FakeVllm(FakeServer):
         self.salts: set[str | None] = set()  # of the keys in the cache
         self.stale: set[str | None] = set()  # those of older weights among them
         self.pauses: list[str] = []  # their queries
-        self.updating = False
 
     async def _generate(self, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
         params, prompt = body["sampling_params"], body["token_ids"]
@@ -122,7 +121,6 @@ class FakeVllm(FakeServer):
         return {"success": True}
 
     def on_resume(self, body: dict[str, Any], query: str) -> Any:
-        assert not self.updating, "resumed in the middle of an update"
         self.running.set()
         return {"status": "resumed"}
 
@@ -135,25 +133,3 @@ class FakeVllm(FakeServer):
     def on_v1_unload_lora_adapter(self, body: dict[str, Any], query: str) -> Any:
         del self.adapters[body["lora_name"]]
         return "Success"
-
-    def on_get_world_size(self, body: dict[str, Any], query: str) -> Any:
-        return {"world_size": 2}
-
-    def on_init_weight_transfer_engine(self, body: dict[str, Any], query: str) -> Any:
-        self.group = body["init_info"]
-        return {"message": "initialized"}
-
-    def on_start_weight_update(self, body: dict[str, Any], query: str) -> Any:
-        assert not self.running.is_set()
-        self.updating = True
-        self._change()
-        return {"message": "started"}
-
-    def on_update_weights(self, body: dict[str, Any], query: str) -> Any:
-        assert self.updating
-        self.update = body["update_info"]
-        return {"message": "updated"}
-
-    def on_finish_weight_update(self, body: dict[str, Any], query: str) -> Any:
-        self.updating, self.label = False, body["weight_version"]
-        return {"message": "finished"}
