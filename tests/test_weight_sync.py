@@ -15,6 +15,7 @@ from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
 from mgrpo.engines.weight_folder import KEEP
 from mgrpo.weights.version import Weights
 from tests.fake_vllm import FakeVllm
+from tests.plugin_kit import state, whole
 from tests.server_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
 
 
@@ -25,7 +26,7 @@ def test_a_server_that_missed_a_version_serves_nobody(tmp_path: Path) -> None:
         one = bench.servers[0]
         engine = bench.engine()
         await engine.load(weights(1), 1)
-        one.refuse["/collective_rpc"] = (500, "disk full")
+        one.refuse["reload_weights"] = (500, "disk full")
         one.bodies.clear()
         await engine.load(weights(2), 2)
         assert engine.version == 2 and any("disk full" in line for line in bench.said)
@@ -117,7 +118,7 @@ def test_workers_that_share_servers_update_each_once(tmp_path: Path) -> None:
         engines = [bench.engine() for _ in range(3)]
         await asyncio.gather(*(engine.load(weights(1), 1) for engine in engines))
         for server in bench.servers:
-            assert server.count()["/collective_rpc"] == 1 and server.label == "e1.v1"
+            assert server.rpcs.count("reload_weights") == 1 and server.label == "e1.v1"
         await engines[0].load(weights(3), 3)
         await engines[1].load(weights(2), 2)  # a slow worker
         assert engines[1].version == 3 and {s.label for s in bench.servers} == {"e1.v3"}
@@ -197,7 +198,7 @@ def test_the_weights_of_another_role_are_not_taken_for_ones_own(tmp_path: Path) 
     async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         server.label = "sub.e9.v9"
-        mine = Weights.of_bytes("main.e1.v2", 2, safetensors.torch.save({"w": torch.ones(3)}))
+        mine = whole("main.e1.v2", 2, state(7))
         engine = bench.engine()
         await engine.load(mine, 2)
         assert server.label == "main.e1.v2" and engine.version == 2

@@ -24,7 +24,7 @@ from typing import Generic
 from mgrpo.engines.client import Completion, ServerClient, ServerDown, ServerInfo
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.weight_sync import C, Unconfirmed, WeightSync
-from mgrpo.errors import ConfigError, DeadlineError, InfrastructureError
+from mgrpo.errors import ConfigError, CorruptionError, DeadlineError, InfrastructureError
 
 log = logging.getLogger("mgrpo.engines")
 
@@ -255,10 +255,10 @@ class EnginePool(Generic[C]):
             await self._over_all(self._look)
 
     async def _look(self, server: PooledServer[C]) -> None:
-        if not server.ready:
-            await self._ensure_version(server)
-            return
         try:
+            if not server.ready:
+                await self._ensure_version(server)
+                return
             await server.client.healthy()
             current = await self._sync.current_version(server.client)
             if current is None:
@@ -270,7 +270,7 @@ class EnginePool(Generic[C]):
             await self._sync.confirm(server.client, current)  # of another worker's update, too
             server.label = current
             self._changed.set()
-        except (ServerDown, DeadlineError) as error:
+        except (ServerDown, DeadlineError, CorruptionError) as error:  # the last: what comes next is whole
             self._down(server, str(error))
         except InfrastructureError as error:  # busy machines answer late: only its requests may fail on that
             log.warning("%s", error)

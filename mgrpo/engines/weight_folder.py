@@ -187,6 +187,7 @@ class WeightFolder:
         if not path.exists():
             with _fresh(path) as (fresh,):
                 fresh.write_bytes(msgspec.json.encode(probe))
+            self.clean()
 
     def probe(self, label: Label) -> Probe | None:
         try:

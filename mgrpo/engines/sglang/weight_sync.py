@@ -34,7 +34,8 @@ class SglangFolderSync(FolderSync[SglangClient]):
 
     async def stop(self, server: SglangClient) -> None:
         await server.post("/pause_generation", {"mode": "abort"})
-        await self._set_version(server, f"{UPDATING}{await server.weight_version()}")
+        label = (await server.weight_version()).removeprefix(UPDATING)
+        await self._set_version(server, f"{UPDATING}{label}")
 
     async def update(self, server: SglangClient, label: Label) -> None:
         weights = {"model_path": str(self.folder.path(label).resolve()), "abort_all_requests": False}

@@ -62,7 +62,7 @@ class DirectSync(VllmSync):
 
     async def _received(self, server: VllmClient) -> object:
         """What the workers have received; None where they do not answer."""
-        call = {"method": "mgrpo_direct_progress", "timeout": self.timeout}
+        call = {"method": "mgrpo_direct_progress", "kwargs": {}, "timeout": self.timeout}
         try:
             return await server.post("/collective_rpc", call)
         except (InfrastructureError, ValueError):

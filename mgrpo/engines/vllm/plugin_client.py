@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mgrpo.engines.client import ServerDown
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
 from mgrpo.engines.weight_folder import PatchFile
@@ -23,12 +22,9 @@ async def held_version(server: VllmClient) -> str:
     NoPluginError."""
     try:
         answers = await _call(server, "mgrpo_info", {}, server.timeout)
-    except ServerDown:
-        raise
     except InfrastructureError as error:
-        if "status 5" not in str(error):
+        if "not implemented" not in str(error):
             raise
-        # The method itself cannot fail, and not every release says what was wrong.
         raise NoPluginError(
             f"{server.url} has no plug-in of mgrpo; start it with --worker-extension-cls {EXTENSION}"
         ) from error

@@ -86,9 +86,9 @@ class InPlace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for change in changes:
             indices, values = change.entries()
             places = torch.from_numpy(indices + change.slice.start // info.itemsize).to(self._device)
-            flat[places] = (
-                torch.from_numpy(values.view(f"i{info.itemsize}")).view(flat.dtype).to(self._device)
-            )
+            # A copy: torch takes no read-only memory, nor one element with strides of its own.
+            moved = torch.frombuffer(bytearray(values.tobytes()), dtype=flat.dtype)
+            flat[places] = moved.to(self._device)
         return bits
 
     def _finish(self, info: TensorInfo, changes: list[Change]) -> None:

@@ -50,6 +50,8 @@ class WeightLoading:
     vllm_config: Any  # the worker's own
     model_runner: Any
     mgrpo_held = Held()  # replaced, never changed: the class' own is shared
+    _mgrpo_reloading = staticmethod(reloading)
+    _mgrpo_apply = staticmethod(apply_in_place)
 
     def mgrpo_info(self) -> dict[str, object]:
         """What this worker holds."""
@@ -77,7 +79,7 @@ class WeightLoading:
         layout, data = open_whole(file)
         self.mgrpo_held = Held()
         model = self.model_runner.get_model()
-        with reloading(model, self.vllm_config) as load:
+        with self._mgrpo_reloading(model, self.vllm_config) as load:
             load(tensors_of(layout, data))
         self.mgrpo_held = Held(label, layout)
 
@@ -96,7 +98,7 @@ class WeightLoading:
             # Reading back costs a pass over the weights: always on a CPU, on a GPU until one patch has been right.
             patch = InPlace(model, held.layout, whole=alone and (cpu.is_cpu(model) or not held.proven))
             try:
-                apply_in_place(patch, model, self.vllm_config, parse_changes(read, size, held.layout))
+                self._mgrpo_apply(patch, model, self.vllm_config, parse_changes(read, size, held.layout))
             except BaseException:
                 if patch.written:
                     self.mgrpo_held = Held()  # torn
