@@ -1,4 +1,4 @@
-"""What one of two trainer ranks does in tests/test_direct.py: `python -m tests.direct_ranks FOLDER`.
+"""What one of two trainer ranks does in tests/test_direct.py: `python -m tests.direct_ranks FOLDER BUCKET`.
 
 Rank 0 takes commands as lines of JSON and answers each with one; the others run what rank 0's trainer broadcasts.
 """
@@ -21,7 +21,6 @@ from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.fsdp_ranks import batches_of
 from tests.runs import RELAY
 
-BUCKET = 4096  # bytes: less than the larger tensors
 # What is published -> (kind of model, overrides of agents.main)
 VARIANTS: dict[str, tuple[str, Sequence[str]]] = {
     "tied": ("shift", ()),
@@ -65,9 +64,13 @@ class Main:
         assert self._trainer is not None
         return self._trainer
 
-    def open(self, variant: str, urls: list[str], timeout: float, dtype: str = "bfloat16") -> None:
+    def open(
+        self, variant: str, urls: list[str], timeout: float, dtype: str = "bfloat16", start: str = ""
+    ) -> None:
+        """start: folder of another policy than the variant's."""
+        self._dtype = getattr(torch, dtype)
         self._trainer = new_trainer(self._folder, self._ranks, (variant, timeout, dtype))
-        self.trainer.load(self._folder / VARIANTS[variant][0])
+        self.trainer.load(Path(start) if start else self._folder / VARIANTS[variant][0])
         self.trainer.open_direct(urls, self._said.append)
 
     def train(self, step: int) -> None:
@@ -77,10 +80,16 @@ class Main:
         """And leave what was to be sent in a file."""
         self.trainer.publish_direct(label)
         weights = {
-            name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor.clone()
+            name: tensor.to(self._dtype) if tensor.is_floating_point() else tensor.clone()
             for name, tensor in self.trainer.weights()
         }
         safetensors.torch.save_file(weights, self._folder / f"{label}.safetensors")
+
+    def probe(self) -> tuple[list[int], list[float]]:
+        """Tokens, and the log-probs of all but the first."""
+        found = self.trainer.probe()
+        assert found is not None
+        return list(found.token_ids), list(found.logprobs)
 
     def wait(self) -> None:
         self.trainer.heartbeat()
@@ -93,9 +102,9 @@ class Main:
         return lines
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, bucket: int) -> None:
     torch.set_num_threads(1)
-    TorchTrainer.bucket_bytes = BUCKET
+    TorchTrainer.bucket_bytes = bucket
     with Ranks(2) as ranks:
         if not ranks.is_main:
             while (trainer := new_trainer(folder, ranks)) is not None:
@@ -112,4 +121,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from mgrpo.model.policy import Policy, save_policy
 from tests.direct_ranks import VARIANTS
 from tests.direct_receivers import DirectVllm
+from tests.direct_trainer import WAIT, Trainer
 from tests.families import family
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import ROOT
-from tests.test_run import free_ports
 
 TIMEOUT = 20.0  # seconds for which a silent server is waited for
-WAIT = 300.0  # for anything at all
+BUCKET = 4096  # bytes: less than the larger tensors
 
 
 class Servers:
@@ -57,69 +50,6 @@ class Servers:
         self._loop.close()
 
 
-class Trainer:
-    """Two ranks, told what to do through rank 0."""
-
-    def __init__(self, folder: Path) -> None:
-        (port,) = free_ports(1)
-        self.said: list[str] = []
-        self.folder = folder
-        self._log = (folder / "ranks.log").open("w+")
-        command = [sys.executable, "-m", "tests.direct_ranks", str(folder)]
-        self._processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=_environment(rank, port),
-                stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if rank == 0 else self._log,
-                stderr=self._log,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-
-    def do(self, what: str, **arguments: Any) -> Any:
-        """What it answered; {"error"} for one of our errors."""
-        main = self._processes[0]
-        assert main.stdin is not None and main.stdout is not None
-        main.stdin.write(json.dumps([what, arguments]) + "\n")
-        main.stdin.flush()
-        for line in main.stdout:
-            if line.startswith("@"):
-                found = json.loads(line[1:])
-                self.said += found["said"]
-                return found
-        self._log.seek(0)
-        raise AssertionError(f"rank 0 has ended: {self._log.read()}")
-
-    def publish(self, label: str) -> dict[str, torch.Tensor]:
-        """The weights that were sent."""
-        found = self.do("publish", label=label)
-        assert "error" not in found, found
-        return safetensors.torch.load_file(self.folder / f"{label}.safetensors")
-
-    def wait_for(self, condition: Any, what: str) -> None:
-        """Wait as for rollouts."""
-        deadline = time.monotonic() + WAIT
-        while not condition():
-            assert time.monotonic() < deadline, f"{what} did not happen: {self.said}"
-            self.do("wait")
-            time.sleep(0.1)
-
-    def close(self) -> None:
-        for process in self._processes:
-            with contextlib.suppress(OSError):
-                process.kill()
-            process.communicate(timeout=WAIT)
-        self._log.close()
-
-
-def _environment(rank: int, port: int) -> dict[str, str]:
-    own = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return os.environ | own | {"GLOO_SOCKET_IFNAME": "lo"}
-
-
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """One of two tensor-parallel workers, one of a single one."""
@@ -136,7 +66,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     for kind in {kind for kind, _ in VARIANTS.values()}:
         model = family("Qwen3Moe") if kind == "moe" else tiny_model(kind)  # type: ignore[arg-type]
         save_policy(Policy(model, tiny_tokenizer(), kind), folder / kind)
-    made = Trainer(folder)
+    made = Trainer(folder, BUCKET)
     try:
         yield made
     finally:
