@@ -46,10 +46,9 @@ class Trainer:
 
     def do(self, what: str, **arguments: Any) -> Any:
         """What it answered; {"error"} for one of our errors."""
+        self.begin(what, **arguments)
         main = self._processes[0]
-        assert main.stdin is not None and main.stdout is not None
-        main.stdin.write(json.dumps([what, arguments]) + "\n")
-        main.stdin.flush()
+        assert main.stdout is not None
         for line in main.stdout:
             if line.startswith("@"):
                 found = json.loads(line[1:])
@@ -57,6 +56,13 @@ class Trainer:
                 return found
         self._log.seek(0)
         raise AssertionError(f"rank 0 has ended: {self._log.read()}")
+
+    def begin(self, what: str, **arguments: Any) -> None:
+        """Do it, and do not wait."""
+        main = self._processes[0]
+        assert main.stdin is not None
+        main.stdin.write(json.dumps([what, arguments]) + "\n")
+        main.stdin.flush()
 
     def publish(self, label: str) -> dict[str, torch.Tensor]:
         """The weights that were sent."""

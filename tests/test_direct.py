@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,17 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Policies to start from."""
     folder = tmp_path_factory.mktemp("trainer")
     for kind in {kind for kind, _ in VARIANTS.values()}:
         model = family("Qwen3Moe") if kind == "moe" else tiny_model(kind)  # type: ignore[arg-type]
         save_policy(Policy(model, tiny_tokenizer(), kind), folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trainer(folder: Path) -> Iterator[Trainer]:
     made = Trainer(folder, BUCKET)
     try:
         yield made
@@ -103,6 +110,11 @@ def test_three_versions_arrive_bit_for_bit(servers: Servers, trainer: Trainer, v
     steps = servers.all[0].steps
     assert steps.count("mgrpo_direct_receive") > 3 * 3  # several buckets a version
     trainer.do("close")
+
+
+def stands_still(pid: int | None) -> bool:
+    """Whether the process has been stopped by a signal."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def broken(server: DirectVllm) -> bool:
@@ -175,3 +187,35 @@ def test_a_server_that_refuses_is_named_and_left_paused(servers: Servers, traine
     assert "computes in bfloat16, engine.dtype is float32" in found["error"] and odd.url in found["error"]
     assert odd.label == other.label == "main.e4.v0" and holds(servers, other, sent)
     trainer.do("close")
+
+
+def test_a_trainer_that_dies_in_the_middle_leaves_a_server_that_the_next_one_updates(
+    servers: Servers, folder: Path
+) -> None:
+    """Both ranks are killed inside a bucket: the workers stop waiting, the server stays paused, and the trainer that
+    comes after, one epoch later, brings its version."""
+    server = servers.all[0]
+    first = Trainer(folder, BUCKET)
+    try:
+        first.do("open", variant="untied", urls=[server.url], timeout=TIMEOUT)
+        first.publish("main.e6.v0")
+        servers.do(server.ask("set_trap", rank=1, bucket=2, number=int(signal.SIGSTOP)))
+        first.begin("publish", label="main.e6.v1")
+        deadline = time.monotonic() + WAIT
+        while not stands_still(server.processes[1].pid):
+            assert time.monotonic() < deadline, server.steps
+            time.sleep(0.02)
+    finally:
+        first.close()
+    os.kill(server.processes[1].pid or 0, signal.SIGCONT)
+    assert broken(server) and server.label == "main.e6.v0"
+    second = Trainer(folder, BUCKET)
+    try:
+        second.do("open", variant="untied", urls=[server.url], timeout=TIMEOUT)
+        sent = second.publish("main.e7.v0")
+        second.wait_for(
+            lambda: server.label == "main.e7.v0" and server.running.is_set(), "the next trainer's version"
+        )
+        assert holds(servers, server, sent)
+    finally:
+        second.close()

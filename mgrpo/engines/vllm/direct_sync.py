@@ -19,7 +19,7 @@ from mgrpo.errors import InfrastructureError
 from mgrpo.weights.version import Weights
 
 IDLE_SECONDS = 5.0  # for a server to begin an update, which its trainer made before it announced the version
-LOOK_SECONDS = 0.1  # between two looks at a server that is waited for
+LOOK_SECONDS = 0.25  # between two looks at a server that is waited for
 
 
 class DirectSync(VllmSync):

@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal
@@ -59,25 +60,26 @@ class Link:
         # The communicator comes with the first message.
         self.wait(self.begin(torch.zeros(8, dtype=torch.uint8, device="cuda")))
 
-    def begin(self, message: Tensor) -> Any:
+    def begin(self, message: Tensor) -> tuple[Any, float]:
         """Start to send or receive a message, as this end is rank 0 or another; hand the result to wait()."""
         try:
-            return self._group.broadcast(message, 0, timedelta(seconds=self._seconds))
+            return self._group.broadcast(message, 0, timedelta(seconds=self._seconds)), time.monotonic()
         except (RuntimeError, AttributeError) as error:  # closed, or broken already
             raise InfrastructureError(_first_line(error)) from None
 
-    def wait(self, under_way: Any) -> None:
-        """Until it is there, or has left. Raises InfrastructureError where it has not within the link's seconds, or the
-        other side has ended."""
+    def wait(self, under_way: tuple[Any, float]) -> None:
+        """Until it is there, or has left. Raises InfrastructureError where that takes longer than the link's seconds, or
+        the other side has ended."""
+        work, began = under_way
         wait_until(
-            under_way.is_completed,
-            self._seconds + 1.0,  # gloo notices by itself, with better words
+            work.is_completed,
+            began + self._seconds + 1.0 - time.monotonic(),  # gloo notices by itself, with better words
             lambda: f"a message is under way for {self._seconds:g} s",
             pause=POLL_SECONDS,
             error=InfrastructureError,
         )
         try:
-            under_way.wait()
+            work.wait()
         except RuntimeError as error:
             raise InfrastructureError(_first_line(error)) from None
         if self._on_gpu:
