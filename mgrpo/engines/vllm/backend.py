@@ -38,7 +38,7 @@ class VllmBackend(ServerBackend):
     @classmethod
     def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
         """See ServerBackend."""
-        from mgrpo.engines.vllm.nccl import NcclSync
+        from mgrpo.engines.vllm.direct_sync import DirectSync
         from mgrpo.engines.vllm.plugin_sync import PluginSync
         from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
         from mgrpo.engines.weight_sync import TOLERANCE
@@ -47,8 +47,8 @@ class VllmBackend(ServerBackend):
         made: WeightSync[Any]
         if engine.sync == "lora":
             made = LoraSync(folder, engine.timeout, view.owner.policy.lora)
-        elif engine.sync == "nccl":
-            made = NcclSync(folder, engine.timeout, on_update=engine.on_update)
+        elif engine.direct:
+            made = DirectSync(folder, engine.timeout, engine.on_update)
         elif engine.sync == "patch":
             made = PluginSync(folder, engine.timeout, engine.on_update)
         else:
@@ -64,6 +64,11 @@ class VllmBackend(ServerBackend):
         if engine.sync == "patch" and engine.running_servers:
             servers = [VllmClient(url, engine.timeout) for url in engine.running_servers]
             check_healthy(f"{where}.urls", servers, held_version)
+        if engine.sync == "nccl" and view.agent.policy.device != "cuda":
+            raise ConfigError(
+                f'{where}.sync="nccl" needs agents.{view.role}.policy.device="cuda", got '
+                f"{view.agent.policy.device!r}: the trainer sends from its GPUs"
+            )
         if not engine.started_servers:
             return
         cls.command(view, "unix:///socket")
@@ -107,8 +112,6 @@ class VllmBackend(ServerBackend):
         else:
             arguments += ["--worker-extension-cls", "mgrpo_plugin.WorkerExtension"]
             variables |= plugin_variables(keep_plain=engine.sync == "patch")
-        if engine.sync == "nccl":
-            arguments += ["--weight-transfer-config", '{"backend":"nccl"}']
         gpus = gpus_of(engine.arguments) if engine.device == "cuda" else 0
         return ServerCommand([*arguments, *engine.arguments], variables, gpus)
 
