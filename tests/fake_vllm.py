@@ -33,7 +33,6 @@ class FakeVllm(FakeServer):
         self.salts: set[str | None] = set()  # of the keys in the cache
         self.stale: set[str | None] = set()  # those of older weights among them
         self.pauses: list[str] = []  # their queries
-        self.updating = False
         self.rpcs: list[str] = []
         self.probed = 0
         self.worker = Worker()
@@ -156,7 +155,6 @@ class FakeVllm(FakeServer):
         return {"success": True}
 
     def on_resume(self, body: dict[str, Any], query: str) -> Any:
-        assert not self.updating, "resumed in the middle of an update"
         self.running.set()
         return {"status": "resumed"}
 
@@ -169,28 +167,6 @@ class FakeVllm(FakeServer):
     def on_v1_unload_lora_adapter(self, body: dict[str, Any], query: str) -> Any:
         del self.adapters[body["lora_name"]]
         return "Success"
-
-    def on_get_world_size(self, body: dict[str, Any], query: str) -> Any:
-        return {"world_size": 2}
-
-    def on_init_weight_transfer_engine(self, body: dict[str, Any], query: str) -> Any:
-        self.group = body["init_info"]
-        return {"message": "initialized"}
-
-    def on_start_weight_update(self, body: dict[str, Any], query: str) -> Any:
-        assert not self.running.is_set()
-        self.updating = True
-        self._change()
-        return {"message": "started"}
-
-    def on_update_weights(self, body: dict[str, Any], query: str) -> Any:
-        assert self.updating
-        self.update = body["update_info"]
-        return {"message": "updated"}
-
-    def on_finish_weight_update(self, body: dict[str, Any], query: str) -> Any:
-        self.updating, self.label = False, body["weight_version"]
-        return {"message": "finished"}
 
 
 class FakePlugin(FakeVllm):

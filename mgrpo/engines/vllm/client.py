@@ -1,4 +1,5 @@
-"""What vLLM's routes and JSON are: the only file that knows them, with nccl.py and weight_sync.py for updates.
+"""What vLLM's routes and JSON are: the only file that knows them, with weight_sync.py and plugin_client.py
+for updates.
 
 Tokens go through `/inference/v1/generate`: ids in; ids, log-probs and spans of weight versions out, no text on the way.
 Every sampling parameter that could change the distribution is sent, so that no default of the server or of the model's

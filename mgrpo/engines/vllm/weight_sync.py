@@ -3,7 +3,7 @@
     patch  plugin_sync.py: our plug-in in the server takes what changed in place, or a whole version
     fs     VllmFolderSync: a safetensors folder a version, which the server reads again
     lora   LoraSync: an adapter folder a version, loaded beside the others
-    nccl   mgrpo/engines/vllm/nccl.py: vLLM's weight transfer between GPUs
+    nccl, gloo  direct_sync.py: the trainer sends them to the servers itself
 
 fs goes in this order, which leaves no moment at which a token could come from mixed weights or be mislabelled:
 

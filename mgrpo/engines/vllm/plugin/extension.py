@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from mgrpo.engines.vllm.plugin import cpu
 from mgrpo.engines.vllm.plugin.loading import WeightLoading
+from mgrpo.engines.vllm.plugin.receive import DirectReceiving
 
 cpu.keep_plain_weights()  # before the model is loaded: this module is imported when its worker is made
 
 
-class WorkerExtension(WeightLoading):
-    """Weights from files; see loading.py."""
+class WorkerExtension(WeightLoading, DirectReceiving):
+    """Weights from files (loading.py), and straight from a trainer's ranks (receive.py)."""
