@@ -76,10 +76,10 @@ def test_twenty_patches_in_place_are_the_whole_version(live: Served, steps: Step
     label = parse_label(steps.label)
     assert label is not None
     began = time.monotonic()
-    file = live.sync.folder.make_whole(label)
+    live.sync.folder.make_whole(label)
     made = time.monotonic() - began
     live.do(pause(live.server, label, "recompute"))
-    live.do(load_whole(live.server, file, label, 300.0))
+    live.do(load_whole(live.server, live.sync.folder, label, 300.0))
     live.do(relabel_and_resume(live.server, label, "recompute"))
     difference = np.abs(of(live, steps.policy) - patched).max()
     print(
