@@ -68,8 +68,8 @@ class Link:
             raise InfrastructureError(_first_line(error)) from None
 
     def wait(self, under_way: tuple[Any, float]) -> None:
-        """Until it is there, or has left. Raises InfrastructureError where that takes longer than the link's seconds, or
-        the other side has ended."""
+        """Until it is there, or has left. Raises InfrastructureError where that takes longer than the link's seconds,
+        or the other side has ended."""
         work, began = under_way
         wait_until(
             work.is_completed,
