@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.weight_folder import PatchFile
 from mgrpo.errors import InfrastructureError
+
+if TYPE_CHECKING:
+    from mgrpo.engines.weight_folder import PatchFile
 
 EXTENSION = "mgrpo.engines.vllm.plugin.extension.WorkerExtension"
 
@@ -23,8 +26,10 @@ async def held_version(server: VllmClient) -> str:
     try:
         answers = await _call(server, "mgrpo_info", {}, server.timeout)
     except InfrastructureError as error:
-        if "not implemented" not in str(error):
+        if "status 500" not in str(error):
             raise
+        # vLLM 0.32 does not say what was wrong, but this method cannot fail where it is there.
+        await server.healthy()
         raise NoPluginError(
             f"{server.url} has no plug-in of mgrpo; start it with --worker-extension-cls {EXTENSION}"
         ) from error
