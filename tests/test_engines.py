@@ -66,7 +66,15 @@ def test_the_engine_in_this_process_computes_as_the_config_says(
     [
         ('{kind="vllm", sync="fs"}', r'agents\.left\.engine: kind is called type: type = "vllm"'),
         ('{type="hf", urls=["http://h:1"]}', r"agents\.left\.engine\.urls: unknown key"),
-        ('{type="vllm", sync="copy"}', r"agents\.left\.engine\.sync: .*'fs', 'nccl' or 'lora', got 'copy'"),
+        (
+            '{type="vllm", sync="copy"}',
+            r"agents\.left\.engine\.sync: .*'fs', 'patch', 'nccl', 'gloo' or 'lora', got 'copy'",
+        ),
+        ('{type="vllm", sync="nccl"}', r"agents\.left\.engine: .*\"nccl\" needs device \"cuda\""),
+        (
+            '{type="vllm", sync="gloo", device="cuda"}',
+            r"agents\.left\.engine: .*needs device \"cpu\", got 'cuda'",
+        ),
         ('{type="sglang"}', r"agents\.left\.engine\.urls: required"),
         ('{type="vlm", sync="fs"}', r"type 'vlm' is none of hf, vllm, sglang; .* options = {...}, got sync"),
         ('{type="a:B", options={x=inf}}', r"agents\.left\.engine\.options: .*finite number"),

@@ -76,6 +76,11 @@ class EngineSettings(Settings):
         return False
 
     @property
+    def direct(self) -> bool:
+        """The trainer itself sends its weights to the servers; workers learn their labels alone."""
+        return False
+
+    @property
     def probed(self) -> bool:
         """Whether engines of this type compare what they compute with the trainer's probe after each update."""
         return False
@@ -172,9 +177,10 @@ class VllmEngineConfig(ServerEngineConfig):
     """Servers that run already, e.g. ["http://10.0.0.3:8000"]. Empty: the launcher starts `replicas` of them."""
     replicas: int = Field(1, ge=1)
     """Servers that the launcher starts; requests go to the one with the fewest in flight."""
-    sync: Literal["fs", "nccl", "lora"] = "fs"
-    """How new weights arrive. fs: a safetensors folder that the server reads again. nccl: vLLM's weight transfer
-    between GPUs. lora: a new adapter folder a version."""
+    sync: Literal["fs", "patch", "nccl", "gloo", "lora"] = "fs"
+    """How new weights arrive. fs: a safetensors folder that the server reads again. patch: what changed, taken in place
+    by a plug-in in the server. nccl: straight from the trainer's GPUs to the server's, by the same plug-in (not yet run
+    on GPUs). gloo: the same between processes on CPUs. lora: a new adapter folder a version."""
     device: Device = "cpu"
     """Where servers that the launcher starts compute."""
     dtype: Precision = "float32"
@@ -207,6 +213,8 @@ class VllmEngineConfig(ServerEngineConfig):
             )
         if self.sync == "nccl" and self.device == "cpu":
             raise ValueError('sync "nccl" needs device "cuda"')
+        if self.sync == "gloo" and self.device != "cpu":
+            raise ValueError(f'sync "gloo" needs device "cpu", got {self.device!r}; use "nccl"')
         return self
 
     @property
@@ -216,10 +224,6 @@ class VllmEngineConfig(ServerEngineConfig):
     @property
     def started_device(self) -> Device:
         return "cpu" if self.urls else self.device
-
-    @property
-    def worker_device(self) -> Device:
-        return self.device if self.sync == "nccl" else "cpu"
 
     @property
     def adapter_only(self) -> bool:
@@ -232,6 +236,10 @@ class VllmEngineConfig(ServerEngineConfig):
     @property
     def engine_of(self) -> str | None:
         return self.shared_with
+
+    @property
+    def direct(self) -> bool:
+        return self.sync in ("nccl", "gloo")
 
     @property
     def weights_dtype(self) -> Precision:

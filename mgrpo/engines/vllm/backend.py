@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mgrpo
 from mgrpo.config import AgentView
 from mgrpo.config.engine import VllmEngineConfig
 from mgrpo.engines.backend import ServerCommand
+from mgrpo.engines.client import check_healthy
 from mgrpo.engines.server_backend import ServerBackend
 from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.engines.vllm.plugin_client import held_version
 from mgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,21 +38,37 @@ class VllmBackend(ServerBackend):
     @classmethod
     def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
         """See ServerBackend."""
-        from mgrpo.engines.vllm.nccl import NcclSync
+        from mgrpo.engines.vllm.direct_sync import DirectSync
+        from mgrpo.engines.vllm.plugin_sync import PluginSync
         from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
+        from mgrpo.engines.weight_sync import TOLERANCE
 
         engine = _settings(view)
+        made: WeightSync[Any]
         if engine.sync == "lora":
-            return LoraSync(folder, engine.timeout, view.owner.policy.lora)
-        if engine.sync == "nccl":
-            return NcclSync(folder, engine.timeout, on_update=engine.on_update)
-        return VllmFolderSync(folder, engine.timeout, engine.on_update)
+            made = LoraSync(folder, engine.timeout, view.owner.policy.lora)
+        elif engine.direct:
+            made = DirectSync(folder, engine.timeout, engine.on_update)
+        elif engine.sync == "patch":
+            made = PluginSync(folder, engine.timeout, engine.on_update)
+        else:
+            made = VllmFolderSync(folder, engine.timeout, engine.on_update)
+        made.tolerance = TOLERANCE[engine.dtype]
+        return made
 
     @classmethod
     def check(cls, view: AgentView) -> None:
         """Also whether a server could be started here."""
         super().check(view)
         engine, where = _settings(view), f"agents.{view.role}.engine"
+        if engine.sync == "patch" and engine.running_servers:
+            servers = [VllmClient(url, engine.timeout) for url in engine.running_servers]
+            check_healthy(f"{where}.urls", servers, held_version)
+        if engine.sync == "nccl" and view.agent.policy.device != "cuda":
+            raise ConfigError(
+                f'{where}.sync="nccl" needs agents.{view.role}.policy.device="cuda", got '
+                f"{view.agent.policy.device!r}: the trainer sends from its GPUs"
+            )
         if not engine.started_servers:
             return
         cls.command(view, "unix:///socket")
@@ -89,10 +109,26 @@ class VllmBackend(ServerBackend):
             policies = len(view.served)
             arguments += ["--max-loras", str(policies * IN_A_BATCH), "--max-cpu-loras", str(policies * HELD)]
             variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        if engine.sync == "nccl":
-            arguments += ["--weight-transfer-config", '{"backend":"nccl"}']
+        else:
+            arguments += ["--worker-extension-cls", "mgrpo_plugin.WorkerExtension"]
+            variables |= plugin_variables(keep_plain=engine.sync == "patch")
         gpus = gpus_of(engine.arguments) if engine.device == "cuda" else 0
         return ServerCommand([*arguments, *engine.arguments], variables, gpus)
+
+
+def plugin_variables(*, keep_plain: bool) -> dict[str, str]:
+    """With which a server finds the plug-in of this very package; see plugin/bootstrap. keep_plain: see
+    plugin/cpu.py."""
+    from mgrpo import _C
+
+    package = Path(mgrpo.__file__).parent
+    folders = [str(package / "engines/vllm/plugin/bootstrap"), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
+        "MGRPO_PACKAGE": str(package),
+        "MGRPO_CORE": str(_C.__file__),
+        "MGRPO_KEEP_PLAIN": str(int(keep_plain)),
+    }
 
 
 def gpus_of(arguments: Sequence[str]) -> int:
