@@ -64,7 +64,7 @@ class Case:
 class Measured:
     """One row. wall: seconds from the first rollout to the end of the last; ideal: the sum of the waits over the slots.
     least: what any scheduler needs. idle: the trainer's share of waiting. late: what the waits took
-    too long, over the waits. age_max: steps, of any trained token."""
+    too long, over the waits. age_max: steps, of any trained token. step_s, sync_s: as simulate() was told."""
 
     case: Case
     busy: float
@@ -75,6 +75,8 @@ class Measured:
     idle: float
     late: float
     age_max: float
+    step_s: float
+    sync_s: float
 
 
 def run(case: Case, folder: Path) -> Measured:
@@ -99,7 +101,8 @@ def run(case: Case, folder: Path) -> Measured:
     spans = [(start, start + seconds) for _, start, seconds in rollouts]
     trained = [m for m in read_metrics(out) if "main/time/step" in m]
     step_s = statistics.median(m["main/time/step"] - m["main/time/wait_batch"] for m in trained)
-    outcome = simulate(case, step_s, max(0.0, turnaround(case, rollouts) - step_s))
+    sync_s = max(0.0, turnaround(case, rollouts) - step_s)
+    outcome = simulate(case, step_s, sync_s)
     needed = [seconds for index, _, seconds in rollouts if index < case.steps * case.questions]
     return Measured(
         case, busy_share(spans, SLOTS, first, last), outcome.busy(*outcome.steady(SKIP)),
@@ -108,12 +111,15 @@ def run(case: Case, folder: Path) -> Measured:
         sum(m["main/time/wait_batch"] for m in trained) / sum(m["main/time/step"] for m in trained),
         late,
         max(m["main/staleness/max"] for m in trained),
+        step_s,
+        sync_s,
     )  # fmt: skip
 
 
 def turnaround(case: Case, rollouts: Sequence[tuple[int, float, float]]) -> float:
-    """Seconds from the end of a step's last rollout to the first rollout that its version admits: the lower quartile,
-    since it may find no place free."""
+    """Seconds from the end of a step's last rollout to the first rollout that its version admits: the median over the
+    steps in which no other rollout began meanwhile. Where one did, places went to it first, and the simulator has that
+    of its own; where this was so in every step, 0."""
     complete = [0.0] * case.steps
     begun = [math.inf] * case.steps
     for index, start, seconds in rollouts:
@@ -121,8 +127,12 @@ def turnaround(case: Case, rollouts: Sequence[tuple[int, float, float]]) -> floa
             complete[step] = max(complete[step], start + seconds)
             begun[step] = min(begun[step], start)
     ends = list(itertools.accumulate(complete, max))
-    pairs = zip(ends, begun[case.max_lag + 1 :], strict=False)
-    return statistics.quantiles([max(0.0, start - end) for end, start in pairs], n=4)[0]
+    found = [
+        max(0.0, admitted - end)
+        for end, admitted in zip(ends, begun[case.max_lag + 1 :], strict=False)
+        if not any(end < start < admitted for _, start, _ in rollouts)
+    ]
+    return statistics.median(found) if found else 0.0
 
 
 def simulate(case: Case, step_s: float, sync_s: float) -> Outcome:
@@ -238,7 +248,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(run(case, Path(folder)))
         r = rows[-1]
-        print(f"{r.case.name}: busy {r.busy:.3f}, simulated {r.simulated:.3f}, late {r.late:.1%}", flush=True)
+        print(
+            f"{r.case.name}: busy {r.busy:.3f}, simulated {r.simulated:.3f} (a step {r.step_s:.2f} s, then "
+            f"{r.sync_s:.2f} s), wall {r.wall / r.ideal:.2f} of the ideal, late {r.late:.1%}", flush=True,
+        )  # fmt: skip
     for sigma, questions in itertools.product(args.sigma, sorted({r.case.questions for r in rows})):
         busy, seconds = asyncio.run(cut_slowest(questions, sigma, 3))
         ideal = questions * K * MEDIAN * 2.718281828 ** (sigma**2 / 2) / SLOTS

@@ -157,6 +157,43 @@ def test_the_same_requests_give_the_same_bits():
     assert max(first[1]) >= 20_000  # all rollouts' first turns shared one forward
 
 
+def test_prompts_held_for_a_few_steps_share_a_forward():
+    """Rollouts that are spread over all stages of their turns: with admit_every 4 they draw the same tokens in fewer
+    forwards, and a request that is alone does not wait for anything."""
+
+    def once(admit_every: int, rollouts: int) -> tuple[list[list[int]], int]:
+        policy, forwards = tiny_policy(), 0
+        step = policy.step
+
+        def counted(*arguments: object) -> torch.Tensor:
+            nonlocal forwards
+            forwards += 1
+            return step(*arguments)
+
+        policy.step = counted
+
+        async def rollout(engine: HfEngine, i: int) -> list[int]:
+            ids = list(PROMPTS[i][:8])
+            for turn in range(5):
+                params = SamplingParams(2 + (i + turn) % 5)
+                ids += (
+                    await engine.generate(ids, params, seed=i * 10 + turn, session=f"s{i}")
+                ).token_ids.tolist()
+                ids += [5] * 3
+            return ids
+
+        async def use(engine: HfEngine) -> list[list[int]]:
+            return await asyncio.gather(*[rollout(engine, i) for i in range(rollouts)])
+
+        return served(policy, use, admit_every=admit_every), forwards
+
+    at_once, many = once(1, 30)
+    held, fewer = once(4, 30)
+    assert held == at_once
+    assert fewer < 0.9 * many, (fewer, many)
+    assert once(4, 1) == once(1, 1)
+
+
 @KINDS
 def test_a_session_feeds_only_what_is_new_and_answers_as_if_fresh(kind):
     """Turns of a session equal the same prompts without one, while only new tokens enter the model."""

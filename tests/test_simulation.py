@@ -99,3 +99,14 @@ def test_the_bench_of_whole_runs_runs(tmp_path: Path) -> None:
     """Its task and its engine of no cost still fit the product, and no trained token is older than max_lag."""
     measured = bench_rollouts.run(bench_rollouts.Case(2, 0.5, 1, 1, 5), tmp_path)
     assert 0 < measured.busy <= 1 and measured.age_max <= 1 and measured.wall >= measured.ideal
+
+
+def test_the_turnaround_leaves_out_steps_whose_rollouts_waited_for_a_place() -> None:
+    """Steps of one group, max_lag 0: step 1 begins 0.2 s after step 0 with nothing in between; step 2 begins 0.9 s
+    after step 1, but a rollout that was still to be started took a place first, and says nothing."""
+    case = bench_rollouts.Case(1, 1.0, 0, 1, 3)
+    steps = [(0, 0.0, 1.0), (1, 1.2, 1.0), (2, 3.1, 1.0)]
+    assert bench_rollouts.turnaround(case, steps) == pytest.approx((0.2 + 0.9) / 2)
+    late = (3, 2.5, 1.0)  # of no step that is looked at
+    assert bench_rollouts.turnaround(case, [*steps, late]) == pytest.approx(0.2)
+    assert bench_rollouts.turnaround(case, [*steps, late, (3, 1.1, 1.0)]) == 0.0

@@ -80,6 +80,15 @@ def test_tokens_that_are_added_later_are_known() -> None:
     assert encode_piece(t, "<call>") == [t.convert_tokens_to_ids("<call>")]
 
 
+def test_ids_that_are_remembered_are_the_callers_own() -> None:
+    """What a conversation does to the ids of a text changes nothing for the next one that has it."""
+    t = tokenizer("always")
+    ids = encode_piece(t, "fiji")
+    expected = list(ids)
+    ids.append(0)
+    assert encode_piece(t, "fiji") == expected
+
+
 def test_spaces_are_not_cleaned_up() -> None:
     """A tokenizer that tidies the text it decodes would make turns read otherwise than they were sampled."""
     t = tokenizer("byte")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -35,10 +36,15 @@ def encode_piece(tokenizer: Tokenizer, text: str) -> list[int]:
     space before every text and has no fast (Rust) implementation, where this could be switched off.
     """
     check_text(text)
-    piece = _piece_tokenizer(tokenizer)
-    if piece is None:
-        return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
-    return list(piece.encode(text, add_special_tokens=False).ids)
+    known = _pieces_of(tokenizer)
+    if known is None or len(text) > SHORT:
+        return _encoded(tokenizer, known and known.piece, text)
+    ids = known.ids.get(text)
+    if ids is None:
+        if len(known.ids) >= REMEMBERED:
+            known.ids.clear()
+        ids = known.ids[text] = tuple(_encoded(tokenizer, known.piece, text))
+    return list(ids)
 
 
 def encode_start(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -79,7 +85,28 @@ def check_text(text: object) -> None:
 
 # -- the copy with the steps of a text's start switched off --
 
-_pieces: WeakKeyDictionary[Any, tuple[int, Any]] = WeakKeyDictionary()
+SHORT, REMEMBERED = 128, 4096
+"""Characters of a text whose ids are remembered, and how many are: stops, and calls and answers that come again and
+again, take most of the time of a conversation of few tokens."""
+
+
+@dataclass(slots=True)
+class _Pieces:
+    """What one tokenizer makes of pieces. size: its tokens when this was made. piece: the copy, None where the
+    tokenizer itself is the one. ids: of short texts."""
+
+    size: int
+    piece: Any
+    ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+_pieces: WeakKeyDictionary[Any, _Pieces] = WeakKeyDictionary()
+
+
+def _encoded(tokenizer: Tokenizer, piece: Any, text: str) -> list[int]:
+    if piece is None:
+        return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+    return list(piece.encode(text, add_special_tokens=False).ids)
 
 
 def _backend(tokenizer: Any) -> Any:
@@ -90,14 +117,19 @@ def _backend(tokenizer: Any) -> Any:
 
 def _piece_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer for pieces; None where the tokenizer itself is the one."""
+    known = _pieces_of(tokenizer)
+    return known and known.piece
+
+
+def _pieces_of(tokenizer: Any) -> _Pieces | None:
+    """None where nothing can be kept of a tokenizer, which then serves for pieces itself."""
     try:
-        size, piece = _pieces.get(tokenizer, (-1, None))
+        known = _pieces.get(tokenizer)
     except TypeError:  # cannot be referred to weakly: no tokenizer of Hugging Face
         return None
-    if size < 0 or size != _size(tokenizer):  # tokens may have been added since
-        piece = _without_start(tokenizer)
-        _pieces[tokenizer] = _size(tokenizer), piece
-    return piece
+    if known is None or known.size != _size(tokenizer):  # tokens may have been added since
+        known = _pieces[tokenizer] = _Pieces(_size(tokenizer), _without_start(tokenizer))
+    return known
 
 
 def _size(tokenizer: Any) -> int:

@@ -12,6 +12,10 @@ from mgrpo.engines.backend import EngineBackend
 from mgrpo.engines.base import Engine
 from mgrpo.model.tokens import Tokenizer
 
+STREAMING_ADMISSION = 4
+"""Steps from one admission to the next where rollouts stream: as many forwards as in batches, for 1.5 steps of waiting
+a turn."""
+
 
 class HfBackend(EngineBackend):
     """See mgrpo/engines/hf/engine.py."""
@@ -47,11 +51,13 @@ class HfBackend(EngineBackend):
                 # sdpa: the engine brings masks of its own, which packed attention does not take
                 how = PolicyConfig(device=engine.device, attention="sdpa")
                 policy = Policy(model, policy.tokenizer, role, how)
+        # Batches of rollouts move in step by themselves, and their engines' batches must stay what they are.
         made = HfEngine(
             policy,
             slots=view.rollout.slots,
             max_length=view.agent.max_length,
             on_update=engine.on_update,
             places=places,
+            admit_every=STREAMING_ADMISSION if view.trainer.max_lag else 1,
         )
         return made, policy.tokenizer

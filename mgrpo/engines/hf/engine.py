@@ -10,6 +10,9 @@ last turn, or the one token it sampled before. Requests of similar width share a
   greedy. Logits are those of the tokenizer's tokens: spare rows of the head are never sampled.
 - A session keeps its slot between turns; only new tokens are fed. The least recently used idle session makes
   room when slots run out, and is fed afresh when it comes back.
+- admit_every: requests start at every n-th step only, unless nothing else runs. Rollouts that are spread over all
+  stages of their turns bring a new prompt at nearly every step, and each costs a forward beside that of the running
+  ones; held for a few steps, their prompts share one.
 - `load` swaps weights between steps, in place (load.py). Each token keeps the version that sampled it, and its
   log-prob. A request in flight goes on in one of two ways. on_update "keep": on the keys and values of the old weights,
   which costs nothing; what it samples from then on comes from a mixture, and its log-probs are those of no version.
@@ -85,18 +88,21 @@ class HfEngine(Engine):
         prefill_chunk: int = 256,
         on_update: OnUpdate = "recompute",
         places: Callable[[Shapes], Mapping[str, Tensor]] | None = None,
+        admit_every: int = 1,
     ) -> None:
         """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch. max_length:
         tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a row and forward.
-        on_update: what load() does with requests in flight (see the module's docstring). places: what of the model
-        load() replaces (see WeightLoader); None: all of it. Raises ConfigError for a model that this engine cannot
-        serve (forward.py)."""
+        on_update: what load() does with requests in flight. places: what of the model load() replaces (see
+        WeightLoader); None: all of it. admit_every: steps from one admission to the next (see the module's docstring
+        for both). Raises ConfigError for a model that this engine cannot serve (forward.py)."""
         context = policy.context_length
         max_length = context if max_length is None else max_length
         if max_length is None:
             raise ValueError(f"{policy.name} names no context length; give max_length")
-        if slots < 1 or prefill_chunk < 1:
-            raise ValueError(f"slots {slots} and prefill_chunk {prefill_chunk} must be at least 1")
+        if min(slots, prefill_chunk, admit_every) < 1:
+            raise ValueError(
+                f"slots {slots}, prefill_chunk {prefill_chunk} and admit_every {admit_every} must be at least 1"
+            )
         if not 1 < max_length <= (context or max_length):
             raise ValueError(
                 f"max_length {max_length} of {policy.name} is outside 2..{context}, its context length"
@@ -104,7 +110,7 @@ class HfEngine(Engine):
         layers = len(policy.layers)
         check_served(policy, layers, max_length)
         self.policy, self.max_length, self.prefill_chunk = policy, max_length, prefill_chunk
-        self._on_update = on_update
+        self._on_update, self._admit_every, self._held = on_update, admit_every, 0
         self._loader = WeightLoader(places or functools.partial(places_of, policy.model))
         self._version = version
         self._slots = [_Slot() for _ in range(slots)]
@@ -203,8 +209,10 @@ class HfEngine(Engine):
 
     def _admit(self) -> None:
         """Give waiting requests slots, returning sessions first: theirs must not be taken from them."""
-        if not self._waiting:
+        self._held += 1
+        if not self._waiting or (self._held < self._admit_every and self._arrays.running.any()):
             return
+        self._held = 0
         waiting = self._waiting
         own = [r for r in waiting if r.session is not None and r.session in self._by_session]
         for request in own:

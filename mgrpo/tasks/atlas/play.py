@@ -137,7 +137,7 @@ async def play(question: Question, episode: Episode, library: Library) -> tuple[
 
 async def _turn(conversation: Conversation, observation: str, turn_tokens: int) -> str | None:
     """Show the agent something and let it speak; None when its trajectory has no room for both."""
-    ids = conversation.agent.tokenizer.encode(observation, add_special_tokens=False)
+    ids = conversation.encode(observation)
     if len(ids) + turn_tokens > conversation.remaining:
         return None
     conversation.append_ids(ids)
