@@ -9,7 +9,7 @@ SEED ?= 1
 # The run page is tested in a real browser: on Debian, as root, the suite brings its own.
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
-.PHONY: vllm test-vllm setup browser demo test lint bench soak sanitize chaos clean smollm2 smollm2-model
+.PHONY: vllm test-vllm setup browser demo test lint bench soak sanitize chaos clean smollm2 smollm2-shared smollm2-model
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -44,15 +44,18 @@ models/smollm2/config.json: examples/smollm2/convert.py examples/smollm2/gguf_re
 	@rm -rf models/smollm2
 	@$(BIN)/python examples/smollm2/convert.py models/smollm2
 
-# Two copies of it learn together. ENGINE=hf samples inside the rollout worker, without vLLM.
-smollm2: ENGINE ?= vllm
-smollm2: STEPS ?= 10
+# Two copies of it learn together (smollm2), or two adapters on one copy and one server (smollm2-shared). ENGINE=hf
+# samples inside the rollout worker, without vLLM.
+smollm2 smollm2-shared: ENGINE ?= vllm
+smollm2 smollm2-shared: STEPS ?= 10
 smollm2: OUT := runs/smollm2
-smollm2: setup smollm2-model
+smollm2-shared: OUT := runs/smollm2-shared
+smollm2: IN_PROCESS = $(foreach role,main sub,--set 'agents.$(role).engine={type="hf",dtype="bfloat16"}')
+smollm2-shared: IN_PROCESS = --set 'agents.main.engine={type="hf",dtype="bfloat16",adapters=true}'
+smollm2 smollm2-shared: setup smollm2-model
 	@if [ $(ENGINE) = vllm ]; then $(MAKE) --no-print-directory vllm; fi
-	@$(BIN)/mgrpo train examples/smollm2/smollm2.toml --out $(OUT) --fresh --set seed=$(SEED) \
-	    --set trainer.steps=$(STEPS) $(if $(filter hf,$(ENGINE)),--set rollout.threads=2 $(foreach role,main sub,\
-	    --set 'agents.$(role).engine={type="hf",dtype="bfloat16"}'))
+	@$(BIN)/mgrpo train examples/smollm2/$@.toml --out $(OUT) --fresh --set seed=$(SEED) \
+	    --set trainer.steps=$(STEPS) $(if $(filter hf,$(ENGINE)),--set rollout.threads=2 $(IN_PROCESS))
 	@$(BIN)/python examples/smollm2/result.py $(OUT)
 
 test: setup browser lint vllm smollm2-model

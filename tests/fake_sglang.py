@@ -12,7 +12,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from tests.fake_server import VOCAB, FakeServer, token
+from tests.fake_server import VOCAB, FakeServer, logprob, token
 
 END_OF_TEXT = VOCAB - 1  # the model's own; sampled at end_at only
 
@@ -24,6 +24,7 @@ class FakeSglang(FakeServer):
     unrecorded = ("/health", "/get_model_info", "/get_server_info")
     end_at: tuple[int, ...] = ()
     finish: dict[str, Any] | None = None
+    deaf = False  # it takes new weights and goes on with the old ones
 
     def _forget(self) -> None:
         super()._forget()
@@ -54,7 +55,7 @@ class FakeSglang(FakeServer):
             "prompt_tokens": len(prompt),
             "weight_version": self.label,
             "total_retractions": 0,
-            "input_token_logprobs": [],
+            "input_token_logprobs": self._of_prompt(prompt) if body.get("logprob_start_len") == 0 else [],
             "output_token_logprobs": [[-2.0 / temperature, i, None] for i in ids],
             "output_top_logprobs": [top for _ in ids],
             "completion_tokens": len(ids),
@@ -62,6 +63,10 @@ class FakeSglang(FakeServer):
             "e2e_latency": 0.01,
         }
         return 200, {"text": "", "output_ids": ids, "meta_info": meta}
+
+    def _of_prompt(self, prompt: list[int]) -> list[list[Any]]:
+        said = [None, *(logprob(self.weights, prompt[:n]) for n in range(1, len(prompt)))]
+        return [[value, token, None] for value, token in zip(said, prompt, strict=True)]
 
     async def _sample(
         self, params: dict[str, Any], prompt: list[int], reader: asyncio.StreamReader
@@ -119,7 +124,8 @@ class FakeSglang(FakeServer):
     def on_update_weights_from_disk(self, body: dict[str, Any], query: str) -> Any:
         assert not self.running.is_set() and not self.in_flight
         self.path, self.clean = body["model_path"], False
-        self.weights = (Path(self.path) / "model.safetensors").read_bytes()
+        if not self.deaf:
+            self.weights = (Path(self.path) / "model.safetensors").read_bytes()
         return {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}
 
     def on_flush_cache(self, body: dict[str, Any], query: str) -> Any:

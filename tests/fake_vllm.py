@@ -13,7 +13,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from tests.fake_server import VOCAB, FakeServer, token
+from mgrpo.types import Probe
+from tests.fake_server import VOCAB, FakeServer, logprob, token
+from tests.plugin_kit import Worker
 
 
 class FakeVllm(FakeServer):
@@ -22,6 +24,8 @@ class FakeVllm(FakeServer):
     generate_path = "/inference/v1/generate"
     unrecorded = ("/health", "/weight_info", "/is_paused", "/v1/models")
     finish: str | None = None  # what ends every generation
+    plugin = False  # ours is in it
+    deaf = False  # as vLLM with a tied model on a CPU: it takes new weights and goes on with the old ones
 
     def _forget(self) -> None:
         super()._forget()
@@ -29,7 +33,9 @@ class FakeVllm(FakeServer):
         self.salts: set[str | None] = set()  # of the keys in the cache
         self.stale: set[str | None] = set()  # those of older weights among them
         self.pauses: list[str] = []  # their queries
-        self.updating = False
+        self.rpcs: list[str] = []
+        self.probed = 0
+        self.worker = Worker()
 
     async def _generate(self, body: dict[str, Any], reader: asyncio.StreamReader) -> tuple[int, Any]:
         params, prompt = body["sampling_params"], body["token_ids"]
@@ -38,6 +44,12 @@ class FakeVllm(FakeServer):
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         if params["temperature"] > 2.0:
             return 400, {"error": {"message": "temperature must be at most 2"}}
+        if params.get("prompt_logprobs") == 0:
+            await self.running.wait()
+            self.probed += 1
+            ranked = [{str(i): {"logprob": logprob(self.weights, prompt[:n])}} for n, i in enumerate(prompt)]
+            choice: dict[str, Any] = {"finish_reason": "length", "token_ids": [0]}
+            return 200, {"choices": [choice], "prompt_logprobs": [None, *ranked[1:]]}
         self.bodies.append(body)
         salt = body.get("cache_salt")
         ids: list[int] = []
@@ -104,10 +116,31 @@ class FakeVllm(FakeServer):
         return {"status": "paused"}
 
     def on_collective_rpc(self, body: dict[str, Any], query: str) -> Any:
-        assert not self.running.is_set() and body["method"] == "reload_weights"
-        self.weights = (Path(body["kwargs"]["weights_path"]) / "model.safetensors").read_bytes()
+        method, arguments = body["method"], body["kwargs"]
+        self.rpcs.append(method)
+        if method in self.refuse:
+            status, message = self.refuse[method]
+            return status, {"error": {"message": message}}
+        if method == "mgrpo_info" and self.plugin:
+            return {"results": [self.worker.mgrpo_info()]}
+        if method.startswith("mgrpo_") and not self.plugin:
+            return 500, {
+                "error": {
+                    "message": f"Call to collective_rpc method failed: Method {method!r} is not implemented."
+                }
+            }
+        assert not self.running.is_set()
         self._change()
-        return {"results": [None]}
+        if method == "reload_weights":
+            self._serve((Path(arguments["weights_path"]) / "model.safetensors").read_bytes())
+            return {"results": [None]}
+        answer = getattr(self.worker, method)(**arguments)
+        self._serve(self.worker.bytes_held() if answer["label"] else b"torn")
+        return {"results": [answer]}
+
+    def _serve(self, weights: bytes) -> None:
+        if not self.deaf or self.weights == b"its own":
+            self.weights = weights
 
     def on_reset_prefix_cache(self, body: dict[str, Any], query: str) -> Any:
         self.clean = query == "reset_running_requests=true"
@@ -122,7 +155,6 @@ class FakeVllm(FakeServer):
         return {"success": True}
 
     def on_resume(self, body: dict[str, Any], query: str) -> Any:
-        assert not self.updating, "resumed in the middle of an update"
         self.running.set()
         return {"status": "resumed"}
 
@@ -136,24 +168,13 @@ class FakeVllm(FakeServer):
         del self.adapters[body["lora_name"]]
         return "Success"
 
-    def on_get_world_size(self, body: dict[str, Any], query: str) -> Any:
-        return {"world_size": 2}
 
-    def on_init_weight_transfer_engine(self, body: dict[str, Any], query: str) -> Any:
-        self.group = body["init_info"]
-        return {"message": "initialized"}
+class FakePlugin(FakeVllm):
+    """With our plug-in, and a model double in it."""
 
-    def on_start_weight_update(self, body: dict[str, Any], query: str) -> Any:
-        assert not self.running.is_set()
-        self.updating = True
-        self._change()
-        return {"message": "started"}
+    plugin = True
 
-    def on_update_weights(self, body: dict[str, Any], query: str) -> Any:
-        assert self.updating
-        self.update = body["update_info"]
-        return {"message": "updated"}
 
-    def on_finish_weight_update(self, body: dict[str, Any], query: str) -> Any:
-        self.updating, self.label = False, body["weight_version"]
-        return {"message": "finished"}
+def probe_of(weights: bytes, prompt: tuple[int, ...] = (5, 9, 2, 6)) -> Probe:
+    """What a trainer would say of these weights."""
+    return Probe(prompt, tuple(logprob(weights, prompt[:n]) for n in range(1, len(prompt))))

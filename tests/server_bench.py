@@ -9,9 +9,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import safetensors.torch
-import torch
-
 from mgrpo.engines.base import SamplingParams
 from mgrpo.engines.client import ServerClient
 from mgrpo.engines.pool import EnginePool
@@ -19,14 +16,16 @@ from mgrpo.engines.server_engine import ServerEngine
 from mgrpo.engines.sglang.client import SglangClient
 from mgrpo.engines.sglang.weight_sync import SglangFolderSync
 from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.engines.vllm.plugin_sync import PluginSync
 from mgrpo.engines.vllm.weight_sync import VllmFolderSync
 from mgrpo.engines.weight_sync import WeightSync
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.weights.version import Weights
 from tests.fake_server import VOCAB, FakeServer, token
 from tests.fake_sglang import FakeSglang
-from tests.fake_vllm import FakeVllm
+from tests.fake_vllm import FakePlugin, FakeVllm
 from tests.models import tiny_tokenizer
+from tests.plugin_kit import state, whole
 
 PROMPT = [3, 1, 4]
 SAMPLED = SamplingParams(max_tokens=8)
@@ -57,7 +56,10 @@ class Bench(Generic[S]):
         folder_sync: type[WeightSync[Any]] = VllmFolderSync
         if isinstance(self.servers[0], FakeSglang):
             client, folder_sync = SglangClient, SglangFolderSync
+        if isinstance(self.servers[0], FakePlugin):
+            folder_sync = PluginSync
         sync = sync or folder_sync(self.folder / "weights", timeout)
+        sync.on_event = self.said.append
         self.pool: EnginePool[Any] = EnginePool(
             [client(s.url, timeout) for s in self.servers],
             sync,
@@ -109,8 +111,8 @@ def on_fakes(
 
 
 def weights(version: int, epoch: int = 1) -> Weights:
-    tensors = {"w": torch.tensor([epoch, version])}
-    return Weights.of_bytes(f"e{epoch}.v{version}", version, safetensors.torch.save(tensors))
+    """A version without a probe."""
+    return whole(f"e{epoch}.v{version}", version, state(1000 * epoch + version))
 
 
 def expected(of: Weights, seed: int, n: int = 8, prompt: list[int] = PROMPT) -> list[int]:

@@ -160,11 +160,11 @@ def test_gpus_of_a_server_are_the_product_of_its_parallel_sizes() -> None:
 
 
 def test_an_hf_engine_on_a_gpu_gives_the_workers_one(team: Path) -> None:
-    """And so does a weight transfer between GPUs, whose sending end is a worker."""
+    """A weight transfer between GPUs does not: trainer and servers have theirs."""
     plan = plan_of(team, None, "agents.sub.engine.device=cuda")
     assert [part.gpus for part in plan.parts if part.name.startswith("rollout")] == [1, 1, 1]
     plan = plan_of(team, None, "agents.main.engine.sync=nccl")
-    assert [part.gpus for part in plan.parts if part.name.startswith("rollout")] == [1, 1, 1]
+    assert [part.gpus for part in plan.parts if part.name.startswith("rollout")] == [0, 0, 0]
 
 
 # -- text ---------------------------------------------------------------------------------------------------

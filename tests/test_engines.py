@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from mgrpo.addresses import Addresses
@@ -15,7 +16,7 @@ from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.engines.registry import find_engine, open_engine
 from mgrpo.engines.server_engine import ServerEngine
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import state_bytes
+from mgrpo.model.policy import state_bytes, state_of
 from mgrpo.model.policy_files import policy_files
 from mgrpo.run import launch
 from mgrpo.weights.version import Weights
@@ -32,11 +33,13 @@ PROMPT, GREEDY = [5, 6, 7], SamplingParams(max_tokens=6, temperature=0.0)
 def test_the_engine_in_this_process_computes_as_the_config_says(
     dtype: str, close: float, tmp_path: Path
 ) -> None:
-    """The trainer's float32 weights, served in the precision of engine.dtype, give the log-probs of the policy to
-    that precision."""
+    """The trainer's float32 weights travel in the precision of engine.dtype, are held as they came, and give the
+    log-probs of the policy to that precision."""
     policy = tiny_policy("llama", 3)
-    weights = Weights.of_bytes("e1.v4", 4, state_bytes(policy.model))
     config = load_config(RELAY, [f"agents.left.engine.dtype={dtype}"])
+    travels = getattr(torch, config.agents["left"].engine.weights_dtype)
+    state = {name: tensor.to(travels) for name, tensor in state_of(policy.model).items()}
+    weights = Weights.of_bytes("e1.v4", 4, safetensors.torch.save(state))
 
     async def ask() -> tuple[Generation, Generation, torch.dtype]:
         engine, tokenizer = open_engine(
@@ -44,6 +47,7 @@ def test_the_engine_in_this_process_computes_as_the_config_says(
         )
         assert isinstance(engine, HfEngine) and len(tokenizer.encode("w1")) == 1
         await engine.load(weights, 4)
+        assert all(torch.equal(t, state[n]) for n, t in state_of(engine.policy.model).items())
         mine = HfEngine(policy, slots=4, max_length=32)
         return (
             await engine.generate(PROMPT, GREEDY, seed=0),
@@ -62,7 +66,15 @@ def test_the_engine_in_this_process_computes_as_the_config_says(
     [
         ('{kind="vllm", sync="fs"}', r'agents\.left\.engine: kind is called type: type = "vllm"'),
         ('{type="hf", urls=["http://h:1"]}', r"agents\.left\.engine\.urls: unknown key"),
-        ('{type="vllm", sync="copy"}', r"agents\.left\.engine\.sync: .*'fs', 'nccl' or 'lora', got 'copy'"),
+        (
+            '{type="vllm", sync="copy"}',
+            r"agents\.left\.engine\.sync: .*'fs', 'patch', 'nccl', 'gloo' or 'lora', got 'copy'",
+        ),
+        ('{type="vllm", sync="nccl"}', r"agents\.left\.engine: .*\"nccl\" needs device \"cuda\""),
+        (
+            '{type="vllm", sync="gloo", device="cuda"}',
+            r"agents\.left\.engine: .*needs device \"cpu\", got 'cuda'",
+        ),
         ('{type="sglang"}', r"agents\.left\.engine\.urls: required"),
         ('{type="vlm", sync="fs"}', r"type 'vlm' is none of hf, vllm, sglang; .* options = {...}, got sync"),
         ('{type="a:B", options={x=inf}}', r"agents\.left\.engine\.options: .*finite number"),

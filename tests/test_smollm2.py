@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mgrpo.config import load_config
+from mgrpo.config import RunConfig, load_config
 from mgrpo.environments.loader import load_task
 from mgrpo.model.policy import load_policy
+from mgrpo.run.folder import started_engines
 from tests.runs import train
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2"
@@ -313,9 +314,9 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
 # -- the example's configs --
 
 
-@pytest.mark.parametrize("name", ["smollm2", "qwen3-gpu"])
+@pytest.mark.parametrize("name", ["smollm2", "smollm2-shared", "qwen3-gpu"])
 def test_configs_are_valid(name: str) -> None:
-    """Both files load, name two policies of their own, and their task takes their options."""
+    """All files load, name two policies of their own, and their task takes their options."""
     config = load_config(EXAMPLE / f"{name}.toml")
     assert {config.policy_of(role) for role in config.roles} == {"main", "sub"} == set(config.training_roles)
     load_task(config.task, config.roles)
@@ -326,6 +327,24 @@ def test_the_config_without_vllm_is_valid() -> None:
     sets = [f'agents.{role}.engine={{type="hf",dtype="bfloat16"}}' for role in ("main", "sub")]
     config = load_config(EXAMPLE / "smollm2.toml", sets)
     assert {config.agents[role].engine.type for role in config.roles} == {"hf"}
+
+
+def test_the_shared_config_differs_in_what_is_shared_alone() -> None:
+    """One server, or one base in the worker; task, rewards, sizes are those of smollm2.toml, so that the two can be
+    compared."""
+    apart, shared = (load_config(EXAMPLE / f"{name}.toml") for name in ("smollm2", "smollm2-shared"))
+    assert [len(started_engines(config)) for config in (apart, shared)] == [2, 1]
+    sets = ['agents.main.engine={type="hf",dtype="bfloat16",adapters=true}']
+    config = load_config(EXAMPLE / "smollm2-shared.toml", sets)
+    assert all(agent.engine.type == "hf" and agent.engine.adapter_only for agent in config.agents.values())
+
+    def rest(config: RunConfig) -> dict[str, Any]:
+        tree = config.model_dump()
+        for agent in tree["agents"].values():
+            del agent["engine"], agent["policy"], agent["optimizer"]
+        return tree
+
+    assert rest(apart) == rest(shared)
 
 
 RUN = """

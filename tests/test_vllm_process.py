@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import mgrpo
+from mgrpo import _C
 from mgrpo.config import load_config, view_of
-from mgrpo.engines.vllm.backend import VllmBackend
+from mgrpo.engines.vllm.backend import VllmBackend, plugin_variables
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import save_policy
 from mgrpo.run import launch
@@ -62,6 +65,38 @@ def test_what_a_server_is_started_with(tmp_path: Path) -> None:
     } <= pairs
     assert "--enable-scale-out" in words and words[-2:] == ["--x", "1"]
     assert command.variables["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_a_started_server_finds_the_plugin_of_the_run_itself(tmp_path: Path) -> None:
+    """In an environment where mgrpo is not installed: the very package of the run, core included, and nothing else of
+    its folders."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/platforms.py").write_text(
+        "class current_platform:\n    is_cpu = staticmethod(lambda: False)\n"
+    )
+    (tmp_path / "vllm/__init__.py").touch()
+    found = Path(torch.__file__).parent.parent
+    variables = plugin_variables(keep_plain=True)
+    paths = [variables["PYTHONPATH"].split(os.pathsep)[0], str(tmp_path), str(found)]
+    code = (
+        "import mgrpo_plugin, sys; e = mgrpo_plugin.WorkerExtension; "
+        "print(e.__module__, e.mgrpo_patch.__name__, sys.modules['mgrpo'].__file__, sys.modules['mgrpo._C'].__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],  # no site: what is installed here is not found
+        env={**variables, "PYTHONPATH": os.pathsep.join(paths)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "mgrpo.engines.vllm.plugin.extension",
+        "mgrpo_patch",
+        str(mgrpo.__file__),
+        str(_C.__file__),
+    ]
 
 
 FRONT_END = """

@@ -1,11 +1,9 @@
-"""Weight versions and vLLM servers: missed ones, partial rollouts, workers that share servers, adapters, NCCL."""
+"""Weight versions and vLLM servers: missed ones, partial rollouts, workers that share servers, adapters."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,12 +11,11 @@ import torch
 
 from mgrpo.config.policy import LoraConfig
 from mgrpo.engines.labels import Label, parse_label
-from mgrpo.engines.vllm.nccl import NcclSync
 from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
 from mgrpo.engines.weight_folder import KEEP
-from mgrpo.errors import ConfigError
 from mgrpo.weights.version import Weights
 from tests.fake_vllm import FakeVllm
+from tests.plugin_kit import state, whole
 from tests.server_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
 
 
@@ -29,7 +26,7 @@ def test_a_server_that_missed_a_version_serves_nobody(tmp_path: Path) -> None:
         one = bench.servers[0]
         engine = bench.engine()
         await engine.load(weights(1), 1)
-        one.refuse["/collective_rpc"] = (500, "disk full")
+        one.refuse["reload_weights"] = (500, "disk full")
         one.bodies.clear()
         await engine.load(weights(2), 2)
         assert engine.version == 2 and any("disk full" in line for line in bench.said)
@@ -121,7 +118,7 @@ def test_workers_that_share_servers_update_each_once(tmp_path: Path) -> None:
         engines = [bench.engine() for _ in range(3)]
         await asyncio.gather(*(engine.load(weights(1), 1) for engine in engines))
         for server in bench.servers:
-            assert server.count()["/collective_rpc"] == 1 and server.label == "e1.v1"
+            assert server.rpcs.count("reload_weights") == 1 and server.label == "e1.v1"
         await engines[0].load(weights(3), 3)
         await engines[1].load(weights(2), 2)  # a slow worker
         assert engines[1].version == 3 and {s.label for s in bench.servers} == {"e1.v3"}
@@ -174,56 +171,6 @@ def test_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
     on_servers(1, test, tmp_path)
 
 
-class Told:
-    """This side's end of a group, that only remembers."""
-
-    events: list[tuple[Any, ...]] = []  # noqa: RUF012 - reset by its test
-
-    def open(self, address: str, port: int, world_size: int) -> None:
-        self.events.append(("open", port, world_size))
-
-    def send(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.events.append(("send", list(tensors)))
-
-    def close(self) -> None:
-        self.events.append(("close",))
-
-
-def test_nccl_in_the_order_of_vllms_weight_transfer(tmp_path: Path) -> None:
-    """The contract of the adapter: both ends meet once a server, the update says what is sent, the label comes with its
-    end; a server that was started again is met again. On a CPU it is refused."""
-    Told.events = []
-
-    def state(version: int) -> Weights:
-        tensors = {"a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
-        return Weights.of_bytes(f"e1.v{version}", version, safetensors.torch.save(tensors))
-
-    async def test(bench: Bench[FakeVllm]) -> None:
-        (server,) = bench.servers
-        engine = bench.engine(NcclSync(tmp_path / "weights", 30.0, Told))
-        await engine.load(state(1), 1)
-        begin, update = ["/pause"], ["/start_weight_update", "/update_weights", "/finish_weight_update"]
-        meet, end = ["/get_world_size", "/init_weight_transfer_engine"], ["/reset_prefix_cache", "/resume"]
-        assert server.calls[2:] == begin + meet + update + end  # the first two examined it
-        assert server.group["world_size"] == 3 and Told.events[0] == ("open", server.group["master_port"], 3)
-        assert Told.events[1] == ("send", server.update["names"])
-        sent = dict(zip(server.update["names"], server.update["dtype_names"], strict=True))
-        assert sent == {"a": "float32", "b": "bfloat16"}
-        assert sorted(server.update["shapes"]) == [[2, 3], [4]]
-        server.calls.clear()
-        await engine.load(state(2), 2)
-        assert server.calls == begin + update + end and server.label == "e1.v2"
-        await server.stop()
-        await server.start()
-        await engine.load(state(3), 3)
-        assert [event[0] for event in Told.events] == ["open", "send", "send", "close", "open", "send"]
-
-    on_servers(1, test, tmp_path)
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match='"nccl" needs a CUDA device'):
-            NcclSync(tmp_path, 1.0)
-
-
 def test_adapters_of_two_roles_share_a_server(tmp_path: Path) -> None:
     """Each role's requests name its own adapter, and neither unloads the other's."""
 
@@ -251,7 +198,7 @@ def test_the_weights_of_another_role_are_not_taken_for_ones_own(tmp_path: Path) 
     async def test(bench: Bench[FakeVllm]) -> None:
         (server,) = bench.servers
         server.label = "sub.e9.v9"
-        mine = Weights.of_bytes("main.e1.v2", 2, safetensors.torch.save({"w": torch.ones(3)}))
+        mine = whole("main.e1.v2", 2, state(7))
         engine = bench.engine()
         await engine.load(mine, 2)
         assert server.label == "main.e1.v2" and engine.version == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,31 @@ reward = {{ outcome = 1.0 }}
 """
 
 
+class TimedClient(VllmClient):
+    """Notes how long the server stood still."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        super().__init__(url, timeout)
+        self.pauses: list[float] = []  # seconds
+        self._since = 0.0
+
+    async def post(self, path: str, json: Mapping[str, object] | None = None, **query: str) -> Any:
+        if path == "/pause":
+            self._since = time.monotonic()
+        answer = await super().post(path, json, **query)
+        if path == "/resume":
+            self.pauses.append(time.monotonic() - self._since)
+        return answer
+
+
 class Served:
     """A server and an engine over it, with an event loop of their own."""
 
-    def __init__(self, folder: Path, sync: str, dtype: str, main: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, sync: str, dtype: str, main: str, arguments: Sequence[str], model: Path = MODEL
+    ) -> None:
         text = CONFIG.format(
-            model=MODEL,
+            model=model,
             length=LENGTH,
             sync=sync,
             dtype=dtype,
@@ -87,7 +106,8 @@ class Served:
         arguments = ["engine", str(path), "--agent", "main", "--replica", "0", "--out", str(self.run.root)]
         self.children.start("engine-main-0", arguments, healthy=START_SECONDS)
         self.sync = sync = VllmBackend.open_sync(view_of(self.config, "main"), self.run.weights / "main")
-        self.server = VllmClient(self.url, START_SECONDS)
+        sync.on_event = self.said.append
+        self.server = TimedClient(self.url, START_SECONDS)
         self.engine = ServerEngine(
             EnginePool(
                 [self.server], sync, timeout=START_SECONDS, max_length=LENGTH, on_event=self.said.append
@@ -130,6 +150,11 @@ class Served:
         self.version += 1
         await self.engine.load(Weights.of_bytes(self.label, self.version, data), self.version)
 
+    def take(self, weights: Weights) -> None:
+        """Bring a version under its own number, compared with its probe."""
+        self.version = weights.version
+        self.do(self.engine.load(weights, weights.version))
+
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Generation]:
         return self.do(generate(self.engine, prompts, params))
 
@@ -146,10 +171,10 @@ async def generate(
 
 @contextlib.contextmanager
 def served(
-    folder: Path, sync: str, dtype: str, main: str = "", arguments: Sequence[str] = ()
+    folder: Path, sync: str, dtype: str, main: str = "", arguments: Sequence[str] = (), model: Path = MODEL
 ) -> Iterator[Served]:
     """Started; its processes are gone when the block ends. arguments: of the server, beside those of the launcher."""
-    made = Served(folder, sync, dtype, main, arguments)
+    made = Served(folder, sync, dtype, main, arguments, model)
     try:
         with made.children, made.run.sockets(made.config):
             yield made

@@ -48,6 +48,7 @@ def changed() -> Policy:
     with torch.no_grad():
         for layer in other.model.model.layers[:10]:
             layer.mlp.down_proj.weight.mul_(1.2)
+        other.model.model.embed_tokens.weight.mul_(1.1)  # the head too: it is tied
     return other
 
 

@@ -50,7 +50,11 @@ start_validation = 1
 
 @pytest.mark.parametrize(
     ("sync", "policy"),
-    [("fs", "last_layers = 2"), ("lora", 'lora = { rank = 4, alpha = 8.0, targets = ["q_proj", "v_proj"] }')],
+    [
+        ("fs", "last_layers = 2"),
+        ("gloo", "last_layers = 2"),
+        ("lora", 'lora = { rank = 4, alpha = 8.0, targets = ["q_proj", "v_proj"] }'),
+    ],
 )
 def test_a_run_samples_from_the_server_it_starts(tmp_path: Path, sync: str, policy: str) -> None:
     """Three steps, two workers on one server: every token is of the step's own weights, the trainer's log-probs are the

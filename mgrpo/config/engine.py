@@ -6,9 +6,17 @@ Code that serves every type asks the properties of EngineSettings and no type's 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mgrpo.config.policy import Device, Precision
 from mgrpo.config.settings import MAX_SECONDS, Options, Settings
@@ -26,6 +34,14 @@ class EngineSettings(Settings):
         if isinstance(value, dict) and "kind" in value:
             raise ValueError(f"kind is called type: type = {json.dumps(value['kind'], default=str)}")
         return value
+
+    @model_serializer(mode="wrap")
+    def _shared_is_said_once(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run's copy of its config holds the settings of a shared engine where they are said."""
+        if self.engine_of is not None:
+            return {"shared_with": self.engine_of}
+        tree: dict[str, Any] = dump(self)
+        return tree
 
     @property
     def running_servers(self) -> tuple[str, ...]:
@@ -56,13 +72,28 @@ class EngineSettings(Settings):
 
     @property
     def adapter_only(self) -> bool:
-        """The trainer publishes its LoRA adapter alone, so servers may hold those of several policies."""
+        """The trainer publishes its LoRA adapter alone, so one base model may serve several policies."""
+        return False
+
+    @property
+    def direct(self) -> bool:
+        """The trainer itself sends its weights to the servers; workers learn their labels alone."""
         return False
 
     @property
     def probed(self) -> bool:
         """Whether engines of this type compare what they compute with the trainer's probe after each update."""
         return False
+
+    @property
+    def adapter_setting(self) -> str:
+        """The setting that makes it so; "" where the type has none."""
+        return ""
+
+    @property
+    def engine_of(self) -> str | None:
+        """The agent whose engine, and so whose servers, this one shares."""
+        return None
 
     @property
     def weights_dtype(self) -> Precision:
@@ -82,6 +113,12 @@ class HfEngineConfig(EngineSettings):
     """A request during which new weights arrive goes on with its keys and values (keep: free, but what it samples from
     then on comes from a mixture of both weights), or is fed again first (recompute: each token's log-prob is exactly
     that of its version). It acts where rollouts run across updates: trainer.max_lag >= 1."""
+    adapters: bool = False
+    """The policy's LoRA adapter arrives alone (needs policy.lora.rank); the rollout worker takes the base model from
+    agents.<role>.model. Agents of the same model with the same settings here share one base in memory."""
+    shared_with: str | None = None
+    """Another agent, whose engine samples for this one too: engine = { shared_with = "main" }. All settings are there.
+    Needs adapters, and the same model."""
 
     @property
     def started_device(self) -> Device:
@@ -92,8 +129,24 @@ class HfEngineConfig(EngineSettings):
         return self.device
 
     @property
+    def adapter_only(self) -> bool:
+        return self.adapters
+
+    @property
+    def probed(self) -> bool:
+        return self.adapters  # the base is the worker's own copy
+
+    @property
+    def adapter_setting(self) -> str:
+        return "adapters = true"
+
+    @property
+    def engine_of(self) -> str | None:
+        return self.shared_with
+
+    @property
     def weights_dtype(self) -> Precision:
-        return self.dtype
+        return "float32" if self.adapter_only else self.dtype
 
 
 class ServerEngineConfig(EngineSettings):
@@ -124,9 +177,10 @@ class VllmEngineConfig(ServerEngineConfig):
     """Servers that run already, e.g. ["http://10.0.0.3:8000"]. Empty: the launcher starts `replicas` of them."""
     replicas: int = Field(1, ge=1)
     """Servers that the launcher starts; requests go to the one with the fewest in flight."""
-    sync: Literal["fs", "nccl", "lora"] = "fs"
-    """How new weights arrive. fs: a safetensors folder that the server reads again. nccl: vLLM's weight transfer
-    between GPUs. lora: a new adapter folder a version."""
+    sync: Literal["fs", "patch", "nccl", "gloo", "lora"] = "fs"
+    """How new weights arrive. fs: a safetensors folder that the server reads again. patch: what changed, taken in place
+    by a plug-in in the server. nccl: straight from the trainer's GPUs to the server's, by the same plug-in (not yet run
+    on GPUs). gloo: the same between processes on CPUs. lora: a new adapter folder a version."""
     device: Device = "cpu"
     """Where servers that the launcher starts compute."""
     dtype: Precision = "float32"
@@ -140,6 +194,9 @@ class VllmEngineConfig(ServerEngineConfig):
     """The interpreter of the environment that has vLLM, for servers that the launcher starts."""
     arguments: tuple[str, ...] = ()
     """Further arguments of such a server, e.g. ["--gpu-memory-utilization", "0.8"]."""
+    shared_with: str | None = None
+    """Another agent, whose servers sample for this one too: engine = { shared_with = "main" }. All settings are there.
+    Needs sync "lora", and the same model."""
 
     _argument_tuple = field_validator("arguments", mode="before")(
         lambda v: tuple(v) if isinstance(v, list) else v
@@ -156,23 +213,33 @@ class VllmEngineConfig(ServerEngineConfig):
             )
         if self.sync == "nccl" and self.device == "cpu":
             raise ValueError('sync "nccl" needs device "cuda"')
+        if self.sync == "gloo" and self.device != "cpu":
+            raise ValueError(f'sync "gloo" needs device "cpu", got {self.device!r}; use "nccl"')
         return self
 
     @property
     def started_servers(self) -> int:
-        return 0 if self.urls else self.replicas
+        return 0 if self.urls or self.shared_with else self.replicas
 
     @property
     def started_device(self) -> Device:
         return "cpu" if self.urls else self.device
 
     @property
-    def worker_device(self) -> Device:
-        return self.device if self.sync == "nccl" else "cpu"
-
-    @property
     def adapter_only(self) -> bool:
         return self.sync == "lora"
+
+    @property
+    def adapter_setting(self) -> str:
+        return 'sync = "lora"'
+
+    @property
+    def engine_of(self) -> str | None:
+        return self.shared_with
+
+    @property
+    def direct(self) -> bool:
+        return self.sync in ("nccl", "gloo")
 
     @property
     def weights_dtype(self) -> Precision:

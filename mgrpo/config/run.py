@@ -16,6 +16,7 @@ from mgrpo.config.engine import EngineConfig, HfEngineConfig
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.config.settings import MAX_SECONDS, Settings
+from mgrpo.config.sharing import check_engines, with_shared_engines
 from mgrpo.config.store import LinkConfig, StoreConfig
 from mgrpo.config.task import TaskConfig
 from mgrpo.types import MAIN
@@ -310,6 +311,11 @@ class RunConfig(Settings):
     store: StoreConfig = StoreConfig()
     link: LinkConfig = LinkConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _shared_engines(cls, tree: object) -> object:
+        return with_shared_engines(tree)
+
     @model_validator(mode="after")
     def _roles_make_sense(self) -> RunConfig:
         if MAIN not in self.agents:
@@ -325,8 +331,6 @@ class RunConfig(Settings):
                 raise ValueError(f"agents.main.d_max must be 1 (one trajectory a rollout), got {agent.d_max}")
             if agent.model is not None and agent.sft.steps:
                 raise ValueError(f"agents.{role} has both model and sft.steps; set sft.steps = 0")
-            if agent.engine.adapter_only and not agent.policy.lora.rank:
-                raise ValueError(f'agents.{role}.engine.sync "lora" needs agents.{role}.policy.lora.rank')
             if (unused := agent.engine.unused_without_lag) and not self.trainer.max_lag:
                 raise ValueError(
                     f"agents.{role}.engine.{unused} has no effect with trainer.max_lag=0: no rollout is under way "
@@ -339,7 +343,7 @@ class RunConfig(Settings):
                 )
             if agent.shares is not None:
                 self._check_sharing(role, agent)
-        self._check_servers()
+        check_engines({role: self.agents[role] for role in self.roles})
         self._check_rollouts()
         if all(self.agents[self.policy_of(r)].frozen for r in self.agents):
             raise ValueError("every agent is frozen; nothing would be trained")
@@ -371,21 +375,6 @@ class RunConfig(Settings):
                 "the group first"
             )
 
-    def _check_servers(self) -> None:
-        """A server holds one policy's whole weights, or adapters of any number of policies."""
-        users: dict[str, str] = {}
-        for role in self.policy_roles:
-            urls = self.agents[role].engine.running_servers
-            for url in urls:
-                if urls.count(url) > 1:
-                    raise ValueError(f"agents.{role}.engine.urls: {url} stands there {urls.count(url)} times")
-                other = users.setdefault(url.rstrip("/"), role)
-                if other != role and not all(self.agents[r].engine.adapter_only for r in (role, other)):
-                    raise ValueError(
-                        f"agents.{role}.engine.urls: {url} already serves the policy of {other!r}; only policies with "
-                        f'engine.sync = "lora" can share a server'
-                    )
-
     def _check_sharing(self, role: str, agent: AgentConfig) -> None:
         """What a policy is and how it is optimised is said once, by the role it belongs to."""
         owner = self.agents.get(agent.shares or "")
@@ -411,6 +400,16 @@ class RunConfig(Settings):
     def roles_of(self, role: str) -> tuple[str, ...]:
         """The roles that act with the policy of `role`, itself first."""
         return (role, *(r for r in self.roles if self.agents[r].shares == role))
+
+    def engine_of(self, role: str) -> str:
+        """The role whose engine, and so whose servers, sample for `role`: that of its policy, unless it shares
+        another's."""
+        owner = self.policy_of(role)
+        return self.agents[owner].engine.engine_of or owner
+
+    def served_by(self, role: str) -> tuple[str, ...]:
+        """The roles with a policy of their own that the engine of `role` samples for."""
+        return tuple(r for r in self.policy_roles if self.engine_of(r) == role)
 
     def ranks(self, role: str) -> int:
         """Processes of the trainer that serves `role`; a frozen policy needs one."""

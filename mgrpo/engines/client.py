@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import httpx2
 import msgspec
@@ -21,6 +21,9 @@ CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 10.0  # for questions that a healthy server answers at once
 NEVER = -1e9  # added to the logit of an id that must not be sampled: its probability is exactly 0
 LOWEST = -9999.0  # nats; servers write this or less for a log-prob of minus infinity
+
+
+C = TypeVar("C", bound="ServerClient")
 
 
 class ServerDown(InfrastructureError):
@@ -113,6 +116,10 @@ class ServerClient(ABC):
         """Log-probs of the likeliest five tokens after the prompt [1], as the server reports them at `temperature`, in
         any order; fewer where the sampled token has taken the place of one."""
 
+    @abstractmethod
+    async def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
+        """(L - 1,) log-probs, in nats at temperature 1, of token_ids[1:], each given those before it, by `model`."""
+
     async def logprobs_follow_temperature(self, model: str) -> bool:
         """True when the log-probs it reports are those of the distribution it samples from, temperature included.
 
@@ -184,13 +191,16 @@ class ServerClient(ABC):
             )
 
 
-def check_healthy(where: str, servers: Sequence[ServerClient]) -> None:
-    """Raise ConfigError for the first of the servers that does not answer. where: the config's field, for errors."""
+def check_healthy(
+    where: str, servers: Sequence[C], look: Callable[[C], Awaitable[object]] | None = None
+) -> None:
+    """Raise ConfigError for the first of the servers that does not answer `look` (None: its health). where: the
+    config's field, for errors."""
 
     async def check() -> None:
         for server in servers:
             try:
-                await server.healthy()
+                await (server.healthy() if look is None else look(server))
             except InfrastructureError as error:
                 raise ConfigError(f"{where}: {error}") from None
             finally:

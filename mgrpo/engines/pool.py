@@ -23,8 +23,8 @@ from typing import Generic
 
 from mgrpo.engines.client import Completion, ServerClient, ServerDown, ServerInfo
 from mgrpo.engines.labels import Label, parse_label
-from mgrpo.engines.weight_sync import C, WeightSync
-from mgrpo.errors import ConfigError, DeadlineError, InfrastructureError
+from mgrpo.engines.weight_sync import C, Unconfirmed, WeightSync
+from mgrpo.errors import ConfigError, CorruptionError, DeadlineError, InfrastructureError
 
 log = logging.getLogger("mgrpo.engines")
 
@@ -104,8 +104,12 @@ class EnginePool(Generic[C]):
             failures = server.failures
             try:
                 answer = await request(server.client, self._sync.model_name(server.info.model, label))
-                self._check_labels(server, answer, wanted)
+                await self._check_labels(server, answer, wanted)
                 return answer, label
+            except Unconfirmed as error:  # nobody can say any more what it was sampled by
+                log.warning("%s", error)
+                if time.monotonic() >= deadline:
+                    raise
             except InfrastructureError as error:
                 if not isinstance(error, ServerDown) and await _lives(server.client):
                     raise
@@ -116,7 +120,8 @@ class EnginePool(Generic[C]):
             finally:
                 server.in_flight -= 1
 
-    def _check_labels(self, server: PooledServer[C], answer: Completion, wanted: Label) -> None:
+    async def _check_labels(self, server: PooledServer[C], answer: Completion, wanted: Label) -> None:
+        """An answer counts once the weights of each of its tokens have been compared with the trainer's."""
         if not self._sync.labels_tokens:
             return
         if not answer.spans:
@@ -128,6 +133,7 @@ class EnginePool(Generic[C]):
                 raise ServerDown(
                     f"{server.client.url}: answered with weights {span.label!r}, expected {wanted}"
                 )
+            await self._sync.confirm(server.client, label)
 
     async def _acquire(self, session: str | None, deadline: float) -> PooledServer[C]:
         while True:
@@ -249,10 +255,10 @@ class EnginePool(Generic[C]):
             await self._over_all(self._look)
 
     async def _look(self, server: PooledServer[C]) -> None:
-        if not server.ready:
-            await self._ensure_version(server)
-            return
         try:
+            if not server.ready:
+                await self._ensure_version(server)
+                return
             await server.client.healthy()
             current = await self._sync.current_version(server.client)
             if current is None:
@@ -261,9 +267,10 @@ class EnginePool(Generic[C]):
             # An update that is under way ends first; one whose worker has died is made again.
             if current < wanted or await self._sync.paused(server.client):
                 current = await self._sync.ensure_version(server.client, wanted)
+            await self._sync.confirm(server.client, current)  # of another worker's update, too
             server.label = current
             self._changed.set()
-        except (ServerDown, DeadlineError) as error:
+        except (ServerDown, DeadlineError, CorruptionError) as error:  # the last: what comes next is whole
             self._down(server, str(error))
         except InfrastructureError as error:  # busy machines answer late: only its requests may fail on that
             log.warning("%s", error)
@@ -281,6 +288,7 @@ class EnginePool(Generic[C]):
 
     def _down(self, server: PooledServer[C], reason: str) -> None:
         server.reason = reason
+        self._sync.forget(server.client)
         if server.ready:
             server.ready, server.label = False, None
             server.failures += 1

@@ -52,12 +52,13 @@ class ServerBackend(EngineBackend):
             raise ConfigError(f"agents.{owner}.engine: no folder for weights is known")
         root = Path(engine.folder) if engine.folder is not None else addresses.weights
         sync = cls.open_sync(view, root / owner)
+        sync.on_event = lambda line: on_event(f"{role}: {line}")
         pool = EnginePool(
             [cls.client(url, engine.timeout) for url in engine.urls or addresses.engines[owner]],
             sync,
             timeout=engine.timeout,
             max_length=length,
-            on_event=lambda line: on_event(f"{role}: {line}"),
+            on_event=sync.on_event,
         )
         vocabulary = Vocabulary(tokenizer, vocab_size, role)
         made = ServerEngine(pool, sync, name=f"policy of {role}", vocabulary=vocabulary, max_length=length)

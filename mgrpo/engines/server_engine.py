@@ -56,6 +56,10 @@ class ServerEngine(Engine, Generic[C]):
     def version(self) -> int:
         return self._version
 
+    @property
+    def takes_patches(self) -> bool:  # type: ignore[override]  # asked, never set
+        return self._sync.takes_patches
+
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
     ) -> Generation:

@@ -33,6 +33,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
+from mgrpo.model.places import check_fit, places_of
 from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
@@ -384,7 +385,11 @@ def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:
 def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy `state` (as of trained_state, of a model with the same frozen parts) into the model in place. Raises
     ValueError as load_state."""
-    _copy_into(trained_state(model), state, state.keys() - trained_state(model).keys())
+    own = trained_state(model)
+    check_fit(*({name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, state)))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
 
 def load_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -393,38 +398,9 @@ def load_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises ValueError naming the first tensor that is missing, unexpected or of another shape.
     """
-    whole = model.state_dict()
-    if lora.has_adapters(whole):
-        raise ValueError(
-            "merged weights do not say what of them is adapter: load_trained_state restores adapters"
-        )
-    known = list(names.layouts(model, _plain_state(model)))
-    own = next((layout for layout in known if layout.keys() <= state.keys()), known[0])
-    memory = {tensor.untyped_storage().data_ptr() for tensor in whole.values()}
-    for name, tensor in own.items():
-        if tensor.untyped_storage().data_ptr() not in memory:
-            raise ValueError(
-                f"{name} of {type(model).__name__} lies otherwise in memory than in a checkpoint, so it cannot be "
-                "replaced in place"
-            )
-    spare = {name for layout in names.layouts(model, whole) for name in layout}
-    _copy_into(own, state, state.keys() - own.keys() - spare)
-
-
-def _copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], unexpected: set[str]) -> None:
-    if missing := sorted(own.keys() - state.keys()):
-        raise ValueError(f"weights lack {missing[0]} ({len(missing)} of {len(own)} tensors are missing)")
-    for name, tensor in state.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise ValueError(
-                f"weights have {name} of shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-            )
-    if unexpected:
-        raise ValueError(
-            f"weights have {min(unexpected)}, which this model does not ({len(unexpected)} such tensors)"
-        )
+    places = places_of(model, {name: tensor.shape for name, tensor in state.items()})
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in places.items():
             tensor.copy_(state[name])
 
 
@@ -437,8 +413,13 @@ def state_bytes(model: torch.nn.Module) -> bytes:
 
 def load_state_bytes(model: torch.nn.Module, data: bytes) -> None:
     """Copy weights written by state_bytes into the model in place. Raises ValueError if they do not fit."""
+    load_state(model, state_from_bytes(data))
+
+
+def state_from_bytes(data: bytes) -> dict[str, Tensor]:
+    """The tensors in safetensors format. Raises ValueError where they are not."""
     try:
-        state = safetensors.torch.load(data)
+        state: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{len(data)} bytes of weights are not in safetensors format: {error}") from error
-    load_state(model, state)
+    return state

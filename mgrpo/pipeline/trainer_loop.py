@@ -63,6 +63,7 @@ class TrainerLoop:
         """agents: folder of the agents' folders on this server, one a role."""
         self._trainer = trainer
         self._config, self._agent, self._role, self._task = config, config.agents[role], role, task
+        self._addresses = addresses
         self._folder = agents / role
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stop_requested = False
@@ -126,6 +127,11 @@ class TrainerLoop:
             self._commit(checkpoint)
             self._report(
                 "phase", {"text": f"{self._role}: resumed at step {step}, {resumed.requeued} groups again"}
+            )
+        if self._agent.engine.direct:
+            self._trainer.open_direct(
+                self._agent.engine.running_servers or self._addresses.engines[self._role],
+                lambda line: self._report("phase", {"text": f"{self._role}: {line}"}),
             )
         self._publish(step)
         if not self._agent.frozen:
@@ -246,7 +252,11 @@ class TrainerLoop:
         """Serve the weights first, announce the version afterwards."""
         label = version_label(self._role, self._store.epoch, version)
         probe = self._trainer.probe() if self._agent.engine.probed else None
-        self._weights.publish(label, version, self._trainer.weights(), probe)
+        if self._agent.engine.direct:
+            self._trainer.publish_direct(label)
+            self._weights.announce(label, version, probe)
+        else:
+            self._weights.publish(label, version, self._trainer.weights(), probe)
         for stream in self._streams:
             stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
 

@@ -110,9 +110,9 @@ class RunFolder:
             keys=Path(config.link.keys) if config.link.keys is not None else None,
             insecure=config.link.insecure,
             engines={
-                r: tuple(f"unix://{self.engine_socket(r, i)}" for i in range(n))
+                r: tuple(f"unix://{self.engine_socket(host, i)}" for i in range(n))
                 for r in config.policy_roles
-                if (n := config.agents[r].engine.started_servers)
+                if (n := config.agents[host := config.engine_of(r)].engine.started_servers)
             },
             weights=self.weights,
         )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from mgrpo.config import AgentView
 from mgrpo.config.run import SftConfig
+from mgrpo.errors import ConfigError
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.types import Int32, Probe, UInt8
 
@@ -101,6 +102,19 @@ class PolicyTrainer(ABC):
         which a trainer needs whose weights() are not those that it trains."""
         return None
 
+    def open_direct(self, servers: Sequence[str], report: Callable[[str], None]) -> None:
+        """Once, after load(), where agents.<role>.engine takes weights from the trainer itself: prepare to send them to
+        the servers at these addresses. report: takes a line for people, from the thread that calls this trainer. Raises
+        ConfigError where that cannot be."""
+        raise ConfigError(
+            f'{type(self).__name__} sends no weights to servers; choose another engine.sync than "nccl"'
+        )
+
+    def publish_direct(self, label: str) -> None:
+        """Bring the weights as they are now to all servers that answer, labelled. Those that do not get them in a later
+        heartbeat(). A collective of all ranks. Raises ConfigError for a server that never can take them."""
+        raise NotImplementedError(f"{type(self).__name__} sends no weights to servers")
+
     @abstractmethod
     def save(self, step: int) -> None:
         """Begin to write a checkpoint; saved() says when it is durable. The last one must be done."""
@@ -120,7 +134,8 @@ class PolicyTrainer(ABC):
         """Write the policy as a model folder in the layout of Hugging Face."""
 
     def heartbeat(self) -> None:  # noqa: B027 - optional: one process has nobody who waits
-        """To be called where rank 0 waits, so that the other ranks wait on."""
+        """To be called where rank 0 waits, so that the other ranks wait on, and servers that have missed a version get
+        it (publish_direct)."""
 
     def run_commands(self) -> None:
         """The life of a rank that is not main: do what rank 0 does until it closes."""

@@ -99,10 +99,10 @@ class WeightPublisher:
             known = {old: held for old, held in self._versions.items() if self._history.sums(old) is not None}
             self._versions = {**known, label: _Version(label, version, probe)}
 
-    def announce(self, label: str, version: int) -> None:
+    def announce(self, label: str, version: int, probe: Probe | None = None) -> None:
         """A version that the trainer has brought to the servers itself."""
         with self._lock:
-            self._versions = {label: _Version(label, version, None, direct=True)}
+            self._versions = {label: _Version(label, version, probe, direct=True)}
 
     @property
     def size(self) -> VersionSize | None:

@@ -33,13 +33,25 @@ class HfBackend(EngineBackend):
 
         engine, role = view.owner.engine, view.role
         assert isinstance(engine, HfEngineConfig)
-        policy = policy_from_files(files, role)
-        if engine.device != "cpu" or engine.dtype != "float32":
-            model = policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
-            # sdpa: the engine brings masks of its own, which packed attention does not take
-            policy = Policy(
-                model, policy.tokenizer, role, PolicyConfig(device=engine.device, attention="sdpa")
-            )
-        slots, length = view.rollout.slots, view.agent.max_length
-        made = HfEngine(policy, slots=slots, max_length=length, on_update=engine.on_update)
+        places = None
+        policy: Policy
+        if engine.adapters:
+            from mgrpo.engines.hf.adapters import open_adapter
+
+            policy = adapted = open_adapter(view, files)
+            places = adapted.adapter.places
+        else:
+            policy = policy_from_files(files, role)
+            if engine.device != "cpu" or engine.dtype != "float32":
+                model = policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
+                # sdpa: the engine brings masks of its own, which packed attention does not take
+                how = PolicyConfig(device=engine.device, attention="sdpa")
+                policy = Policy(model, policy.tokenizer, role, how)
+        made = HfEngine(
+            policy,
+            slots=view.rollout.slots,
+            max_length=view.agent.max_length,
+            on_update=engine.on_update,
+            places=places,
+        )
         return made, policy.tokenizer

@@ -10,19 +10,20 @@ last turn, or the one token it sampled before. Requests of similar width share a
   greedy. Logits are those of the tokenizer's tokens: spare rows of the head are never sampled.
 - A session keeps its slot between turns; only new tokens are fed. The least recently used idle session makes
   room when slots run out, and is fed afresh when it comes back.
-- `load` swaps weights between steps. Each token keeps the version that sampled it, and its log-prob. A request in
-  flight goes on in one of two ways. on_update "keep": on the keys and values of the old weights, which costs nothing;
-  what it samples from then on comes from a mixture, and its log-probs are those of no version. "recompute": its prompt
-  and what it sampled are fed again first, so every token has exactly the log-prob that its version gives. The noise is
-  the same in both. Every idle session is fed afresh on its next turn, so that a turn which no update interrupted has
-  exact log-probs either way.
+- `load` swaps weights between steps, in place (load.py). Each token keeps the version that sampled it, and its
+  log-prob. A request in flight goes on in one of two ways. on_update "keep": on the keys and values of the old weights,
+  which costs nothing; what it samples from then on comes from a mixture, and its log-probs are those of no version.
+  "recompute": its prompt and what it sampled are fed again first, so every token has exactly the log-prob that its
+  version gives. The noise is the same in both. Every idle session is fed afresh on its next turn, so that a turn which
+  no update interrupted has exact log-probs either way.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -35,11 +36,13 @@ from mgrpo.config.engine import OnUpdate
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.engines.hf.forward import check_served, feed
 from mgrpo.engines.hf.kv_cache import SlotCache
+from mgrpo.engines.hf.load import WeightLoader
 from mgrpo.engines.hf.scheduler import Stepper
 from mgrpo.engines.hf.slots import SlotArrays, sample
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.groups import Int64, width_groups
-from mgrpo.model.policy import Policy, load_policy, load_state, load_state_bytes, state_of
+from mgrpo.model.places import Shapes, places_of
+from mgrpo.model.policy import Policy, load_policy, state_from_bytes, state_of
 from mgrpo.weights.version import Weights
 
 FORWARD_COST = 64
@@ -70,6 +73,8 @@ class _Slot:
 class HfEngine(Engine):
     """Serves one policy in this process. Steps run on the event loop's own thread."""
 
+    takes_patches = True
+
     def __init__(
         self,
         policy: Policy,
@@ -79,11 +84,13 @@ class HfEngine(Engine):
         max_length: int | None = None,
         prefill_chunk: int = 256,
         on_update: OnUpdate = "recompute",
+        places: Callable[[Shapes], Mapping[str, Tensor]] | None = None,
     ) -> None:
         """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch. max_length:
         tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a row and forward.
-        on_update: what load() does with requests in flight (see the module's docstring). Raises ConfigError
-        for a model that this engine cannot serve (forward.py)."""
+        on_update: what load() does with requests in flight (see the module's docstring). places: what of the model
+        load() replaces (see WeightLoader); None: all of it. Raises ConfigError for a model that this engine cannot
+        serve (forward.py)."""
         context = policy.context_length
         max_length = context if max_length is None else max_length
         if max_length is None:
@@ -98,6 +105,7 @@ class HfEngine(Engine):
         check_served(policy, layers, max_length)
         self.policy, self.max_length, self.prefill_chunk = policy, max_length, prefill_chunk
         self._on_update = on_update
+        self._loader = WeightLoader(places or functools.partial(places_of, policy.model))
         self._version = version
         self._slots = [_Slot() for _ in range(slots)]
         self._by_session: dict[str, int] = {}
@@ -111,6 +119,11 @@ class HfEngine(Engine):
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def label(self) -> str:
+        """Of the weights that it holds, which a patch must lead on from; "" where they came without one."""
+        return self._loader.label
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
@@ -133,19 +146,20 @@ class HfEngine(Engine):
 
     async def load(self, path_or_state: object, version: int) -> None:
         """Swap the weights: a policy folder (str, Path), Weights, safetensors bytes or a state dict. See the module's
-        docstring for what becomes of cached keys and values. Raises ValueError or ConfigError and keeps the old weights
-        where the new do not fit."""
-        if isinstance(path_or_state, str | Path):
-            load_state(self.policy.model, state_of(load_policy(path_or_state).model))
-        elif isinstance(path_or_state, bytes | bytearray | memoryview | Weights):
-            data = path_or_state.data if isinstance(path_or_state, Weights) else bytes(path_or_state)
-            load_state_bytes(self.policy.model, data)
-        elif isinstance(path_or_state, Mapping):
-            load_state(self.policy.model, path_or_state)
+        docstring for what becomes of cached keys and values, and load.py for how they are replaced. Raises ValueError,
+        ConfigError or CorruptionError and keeps the old weights where the new do not fit."""
+        source = path_or_state
+        if isinstance(source, bytes | bytearray | memoryview):
+            source = state_from_bytes(bytes(source))
+        elif isinstance(source, str | Path):
+            source = state_of(load_policy(source).model)
+        if isinstance(source, Weights):
+            self._loader.load(source)
+            self._loader.confirm(self.policy, source)
+        elif isinstance(source, Mapping):
+            self._loader.copy(source)
         else:
-            raise TypeError(
-                f"cannot load weights from {type(path_or_state).__name__}: a path, bytes or state dict"
-            )
+            raise TypeError(f"cannot load weights from {type(source).__name__}: a path, bytes or state dict")
         self._version = version
         self._epoch += 1
         if self._on_update == "recompute":
@@ -230,6 +244,8 @@ class HfEngine(Engine):
         arrays.length[index], arrays.feeding[index] = 0, len(slot.feed)
 
     def _advance(self) -> bool:
+        if self._loader.torn:
+            raise InfrastructureError("its weights are torn, a load of a whole version has failed")
         arrays = self._arrays
         active = np.flatnonzero(arrays.running)
         if not len(active):

@@ -45,6 +45,7 @@ class _MetaInfo(msgspec.Struct):
     finish_reason: _FinishReason
     weight_version: str
     output_token_logprobs: list[Triple] = []
+    input_token_logprobs: list[tuple[float | None, int, str | None]] = []
     output_top_logprobs: list[list[Triple] | None] = []
 
 
@@ -145,6 +146,22 @@ class SglangClient(ServerClient):
         answer = await self._call("POST", "/generate", json=body)
         (top,) = msgspec.json.decode(answer, type=_Generated).meta_info.output_top_logprobs or [None]
         return [logprob for logprob, _, _ in top or []]
+
+    async def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
+        """See ServerClient."""
+        body = {
+            "input_ids": list(token_ids),
+            "sampling_params": sampling_body(SamplingParams(1, 1.0), 0),
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "stream": False,
+        }
+        answer = await self._call("POST", "/generate", json=body)
+        found = msgspec.json.decode(answer, type=_Generated).meta_info.input_token_logprobs[1:]
+        logprobs = [logprob for logprob, _, _ in found if logprob is not None]
+        if [token for _, token, _ in found] != list(token_ids[1:]) or len(logprobs) != len(found):
+            raise InfrastructureError(f"{self.url}: no log-probs of its prompt: {answer[:80]!r}")
+        return logprobs
 
     def _hint(self, path: str, status: int) -> str:
         return self.versions_hint if status == 404 and path not in ("/generate", "/health") else ""

@@ -32,6 +32,11 @@ class SglangFolderSync(FolderSync[SglangClient]):
     async def paused(self, server: SglangClient) -> bool:
         return (await server.weight_version()).startswith(UPDATING)
 
+    async def stop(self, server: SglangClient) -> None:
+        await server.post("/pause_generation", {"mode": "abort"})
+        label = (await server.weight_version()).removeprefix(UPDATING)
+        await self._set_version(server, f"{UPDATING}{label}")
+
     async def update(self, server: SglangClient, label: Label) -> None:
         weights = {"model_path": str(self.folder.path(label).resolve()), "abort_all_requests": False}
         await server.post("/pause_generation", {"mode": "abort"})

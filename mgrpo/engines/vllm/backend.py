@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mgrpo
 from mgrpo.config import AgentView
 from mgrpo.config.engine import VllmEngineConfig
 from mgrpo.engines.backend import ServerCommand
+from mgrpo.engines.client import check_healthy
 from mgrpo.engines.server_backend import ServerBackend
 from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.engines.vllm.plugin_client import held_version
 from mgrpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mgrpo.engines.weight_sync import WeightSync
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as --max-lora-rank
+IN_A_BATCH, HELD = (
+    2,
+    4,
+)  # adapters of one policy: newest and the one before; those kept (KEEP) and the next one
 MODEL = "policy"  # the name that requests ask for
 PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
@@ -30,21 +38,37 @@ class VllmBackend(ServerBackend):
     @classmethod
     def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
         """See ServerBackend."""
-        from mgrpo.engines.vllm.nccl import NcclSync
+        from mgrpo.engines.vllm.direct_sync import DirectSync
+        from mgrpo.engines.vllm.plugin_sync import PluginSync
         from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
+        from mgrpo.engines.weight_sync import TOLERANCE
 
         engine = _settings(view)
+        made: WeightSync[Any]
         if engine.sync == "lora":
-            return LoraSync(folder, engine.timeout, view.owner.policy.lora)
-        if engine.sync == "nccl":
-            return NcclSync(folder, engine.timeout, on_update=engine.on_update)
-        return VllmFolderSync(folder, engine.timeout, engine.on_update)
+            made = LoraSync(folder, engine.timeout, view.owner.policy.lora)
+        elif engine.direct:
+            made = DirectSync(folder, engine.timeout, engine.on_update)
+        elif engine.sync == "patch":
+            made = PluginSync(folder, engine.timeout, engine.on_update)
+        else:
+            made = VllmFolderSync(folder, engine.timeout, engine.on_update)
+        made.tolerance = TOLERANCE[engine.dtype]
+        return made
 
     @classmethod
     def check(cls, view: AgentView) -> None:
         """Also whether a server could be started here."""
         super().check(view)
         engine, where = _settings(view), f"agents.{view.role}.engine"
+        if engine.sync == "patch" and engine.running_servers:
+            servers = [VllmClient(url, engine.timeout) for url in engine.running_servers]
+            check_healthy(f"{where}.urls", servers, held_version)
+        if engine.sync == "nccl" and view.agent.policy.device != "cuda":
+            raise ConfigError(
+                f'{where}.sync="nccl" needs agents.{view.role}.policy.device="cuda", got '
+                f"{view.agent.policy.device!r}: the trainer sends from its GPUs"
+            )
         if not engine.started_servers:
             return
         cls.command(view, "unix:///socket")
@@ -67,7 +91,7 @@ class VllmBackend(ServerBackend):
         arguments = [
             *(engine.python, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(agent.model), "--served-model-name", MODEL, *_listen(address)),
-            *("--dtype", engine.dtype, "--max-model-len", str(view.longest)),
+            *("--dtype", engine.dtype, "--max-model-len", str(view.served_longest)),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
             *("--enable-scale-out", "--disable-log-stats", "--uvicorn-log-level", "warning"),
         ]
@@ -81,13 +105,30 @@ class VllmBackend(ServerBackend):
                 "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             }
         if engine.sync == "lora":
-            arguments += ["--enable-lora", "--max-lora-rank", str(_lora_rank(role, agent.policy.lora.rank))]
-            arguments += ["--max-loras", "2", "--max-cpu-loras", "4"]
+            arguments += ["--enable-lora", "--max-lora-rank", str(_lora_rank(view))]
+            policies = len(view.served)
+            arguments += ["--max-loras", str(policies * IN_A_BATCH), "--max-cpu-loras", str(policies * HELD)]
             variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        if engine.sync == "nccl":
-            arguments += ["--weight-transfer-config", '{"backend":"nccl"}']
+        else:
+            arguments += ["--worker-extension-cls", "mgrpo_plugin.WorkerExtension"]
+            variables |= plugin_variables(keep_plain=engine.sync == "patch")
         gpus = gpus_of(engine.arguments) if engine.device == "cuda" else 0
         return ServerCommand([*arguments, *engine.arguments], variables, gpus)
+
+
+def plugin_variables(*, keep_plain: bool) -> dict[str, str]:
+    """With which a server finds the plug-in of this very package; see plugin/bootstrap. keep_plain: see
+    plugin/cpu.py."""
+    from mgrpo import _C
+
+    package = Path(mgrpo.__file__).parent
+    folders = [str(package / "engines/vllm/plugin/bootstrap"), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
+        "MGRPO_PACKAGE": str(package),
+        "MGRPO_CORE": str(_C.__file__),
+        "MGRPO_KEEP_PLAIN": str(int(keep_plain)),
+    }
 
 
 def gpus_of(arguments: Sequence[str]) -> int:
@@ -116,7 +157,10 @@ def _listen(address: str) -> tuple[str, ...]:
     return ("--host", host, "--port", port)
 
 
-def _lora_rank(role: str, rank: int) -> int:
+def _lora_rank(view: AgentView) -> int:
+    """The largest that its adapters need, as vLLM takes it."""
+    role, agent = max(view.served.items(), key=lambda served: served[1].policy.lora.rank)
+    rank = agent.policy.lora.rank
     found = next((r for r in LORA_RANKS if r >= rank), None)
     if found is None:
         raise ConfigError(f"agents.{role}.policy.lora.rank={rank}: vLLM takes up to {LORA_RANKS[-1]}")

@@ -1,4 +1,5 @@
-"""What vLLM's routes and JSON are: the only file that knows them, with nccl.py and weight_sync.py for updates.
+"""What vLLM's routes and JSON are: the only file that knows them, with weight_sync.py and plugin_client.py
+for updates.
 
 Tokens go through `/inference/v1/generate`: ids in; ids, log-probs and spans of weight versions out, no text on the way.
 Every sampling parameter that could change the distribution is sent, so that no default of the server or of the model's
@@ -48,8 +49,13 @@ class _Choice(msgspec.Struct):
     weight_versions: list[_Span] | None = None
 
 
+class _Ranked(msgspec.Struct):
+    logprob: float
+
+
 class _Generated(msgspec.Struct):
     choices: list[_Choice]
+    prompt_logprobs: list[dict[str, _Ranked] | None] | None = None
 
 
 class VllmClient(ServerClient):
@@ -122,6 +128,22 @@ class VllmClient(ServerClient):
         (choice,) = msgspec.json.decode(answer, type=_Generated).choices
         (token,) = (choice.logprobs and choice.logprobs.content) or [_Token(0, 0.0)]
         return list({top.token_id: top.logprob for top in token.top_logprobs}.values())
+
+    async def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
+        """See ServerClient. The server computes them anew, whatever its prefix cache holds."""
+        sampling = sampling_body(SamplingParams(1, 1.0), 0) | {"prompt_logprobs": 0}
+        body = {"model": model, "token_ids": list(token_ids), "sampling_params": sampling, "stream": False}
+        if self.cache_salt is not None:
+            body["cache_salt"] = self.cache_salt
+        answer = await self._call("POST", "/inference/v1/generate", json=body)
+        try:
+            found = msgspec.json.decode(answer, type=_Generated).prompt_logprobs or []
+            return [
+                (ranked or {})[str(token)].logprob
+                for token, ranked in zip(token_ids[1:], found[1:], strict=True)
+            ]
+        except (msgspec.DecodeError, ValueError, KeyError) as error:
+            raise InfrastructureError(f"{self.url}: no log-probs of its prompt: {error!r}") from None
 
     def _hint(self, path: str, status: int) -> str:
         if status == 404 and not path.startswith(("/inference/", "/v1/", "/health")):

@@ -1,18 +1,19 @@
 """How new weights reach a vLLM server.
 
+    patch  plugin_sync.py: our plug-in in the server takes what changed in place, or a whole version
     fs     VllmFolderSync: a safetensors folder a version, which the server reads again
     lora   LoraSync: an adapter folder a version, loaded beside the others
-    nccl   mgrpo/engines/vllm/nccl.py: vLLM's weight transfer between GPUs
+    nccl, gloo  direct_sync.py: the trainer sends them to the servers itself
 
 fs goes in this order, which leaves no moment at which a token could come from mixed weights or be mislabelled:
 
-    /pause?mode=keep -> reload_weights -> /reset_prefix_cache (running requests included) -> /update_weight_version
-    -> /resume -> /weight_info equals the label
+    /pause?mode=keep -> mgrpo_load, or reload_weights where the server has no plug-in -> /reset_prefix_cache (running
+    requests included) -> /update_weight_version -> /resume -> /weight_info equals the label
 
 A request that is under way stays: its tokens so far keep their label, the tokens that follow carry the new one. Its
 keys and values are computed again with the new weights (on_update "recompute"), or stay:
 
-    on_update "keep"   /pause?mode=keep&clear_cache=false -> reload_weights -> /update_weight_version -> /resume
+    on_update "keep"   /pause?mode=keep&clear_cache=false -> mgrpo_load -> /update_weight_version -> /resume
 
 The prefix cache cannot be reset while a request holds blocks of it, so each request names the newest version that its
 client knows as `cache_salt`: what older weights computed is found by nobody who asks under the new name. (A client
@@ -32,13 +33,15 @@ from mgrpo.config.engine import OnUpdate
 from mgrpo.config.policy import LoraConfig
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.engines.vllm.plugin_client import NoPluginError, held_version, load_whole
 from mgrpo.engines.weight_folder import KEEP, adapter_files
 from mgrpo.engines.weight_sync import FolderSync, WeightSync
 from mgrpo.errors import InfrastructureError
+from mgrpo.weights.version import Weights
 
 
-class VllmFolderSync(FolderSync[VllmClient]):
-    """Whole weights through a folder (see the module's docstring)."""
+class VllmSync(WeightSync[VllmClient]):
+    """What ways have in common that pause the server and label its weights."""
 
     def __init__(self, folder: Path, timeout: float, on_update: OnUpdate = "recompute") -> None:
         super().__init__(folder, timeout)
@@ -50,11 +53,31 @@ class VllmFolderSync(FolderSync[VllmClient]):
     async def paused(self, server: VllmClient) -> bool:
         return await is_paused(server)
 
+    async def stop(self, server: VllmClient) -> None:
+        await server.post("/pause", mode="keep")
+
+
+class VllmFolderSync(FolderSync[VllmClient], VllmSync):
+    """Whole weights through a folder (see the module's docstring)."""
+
+    wrong_hint = (
+        "vLLM 0.32 does not reload the head of a tied model, or experts, on a CPU: "
+        'use sync = "patch" with the plug-in (docs/engines.md)'
+    )
+
     async def update(self, server: VllmClient, label: Label) -> None:
-        weights = str(self.folder.path(label).resolve())
-        call = {"method": "reload_weights", "kwargs": {"weights_path": weights}}
+        whole = self.folder.whole(label).resolve()
+        try:
+            await held_version(server)
+            plugin = True
+        except NoPluginError:
+            plugin = False
         await pause(server, label, self.on_update)
-        await server.post("/collective_rpc", call | {"timeout": self.timeout})
+        if plugin:
+            await load_whole(server, whole, label, self.timeout)
+        else:
+            call = {"method": "reload_weights", "kwargs": {"weights_path": str(whole.parent)}}
+            await server.post("/collective_rpc", call | {"timeout": self.timeout})
         await relabel_and_resume(server, label, self.on_update)
 
 
@@ -68,9 +91,9 @@ class LoraSync(WeightSync[VllmClient]):
         super().__init__(folder, timeout)
         self._lora = lora
 
-    async def _prepare(self, label: Label, data: bytes) -> None:
+    async def _prepare(self, label: Label, weights: Weights) -> None:
         if not self.folder.path(label).exists():
-            files = await asyncio.to_thread(adapter_files, data, self._lora)
+            files = await asyncio.to_thread(adapter_files, weights.data, self._lora)
             await asyncio.to_thread(self.folder.write, label, files)
 
     async def current_version(self, server: VllmClient) -> Label | None:
@@ -78,6 +101,9 @@ class LoraSync(WeightSync[VllmClient]):
 
     async def paused(self, server: VllmClient) -> bool:
         return False  # nothing is paused: an adapter is there or not
+
+    async def stop(self, server: VllmClient) -> None:
+        await server.post("/pause", mode="keep")
 
     async def update(self, server: VllmClient, label: Label) -> None:
         adapter = {"lora_name": str(label), "lora_path": str(self.folder.path(label).resolve())}

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from mgrpo.config import AgentView
+from mgrpo.config.engine import VllmEngineConfig
 from mgrpo.config.policy import LoraConfig
 from mgrpo.config.run import SftConfig
+from mgrpo.engines.vllm.plugin.buckets import BUCKET
 from mgrpo.losses.registry import find_loss
 from mgrpo.model.policy import Policy, load_policy, load_reference, save_policy
 from mgrpo.model.policy_files import policy_files
@@ -33,6 +35,8 @@ from mgrpo.trainers.torch.checkpoint import (
     restore_checkpoint,
     snapshot,
 )
+from mgrpo.trainers.torch.direct import DirectSender, Transfer
+from mgrpo.trainers.torch.direct_servers import DirectServers
 from mgrpo.trainers.torch.learner import Learner, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.sft import sft
@@ -41,6 +45,9 @@ from mgrpo.types import Probe
 
 class TorchTrainer(PolicyTrainer):
     """One rank's part of the policy; see PolicyTrainer."""
+
+    bucket_bytes = BUCKET
+    """Of weights that go straight to servers: what is under way at a time."""
 
     def __init__(self, view: AgentView, folder: Path, ranks: Ranks) -> None:
         """folder: the agent's, the same on all ranks (on several servers: a shared file system)."""
@@ -55,6 +62,7 @@ class TorchTrainer(PolicyTrainer):
         self._longest = view.longest
         self._streams: dict[bool, WeightStream] = {}  # by adapter_only
         self._reading: Reading | None = None  # the last one of rank 0, which may not have come to its end
+        self._direct: DirectSender | None = None
         self._closed = False
         self.is_main = ranks.is_main
 
@@ -66,6 +74,8 @@ class TorchTrainer(PolicyTrainer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._direct is not None:
+            self._direct.close()
         self._ranks.__exit__(kind, error, trace)
 
     # -- rank 0 ----------------------------------------------------------------------------------------------------
@@ -103,6 +113,8 @@ class TorchTrainer(PolicyTrainer):
         self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
     ) -> dict[str, float]:
         """See PolicyTrainer. lr None leaves the optimizer's."""
+        if self._direct is not None:
+            self._direct.change()
         size = self._ranks.size
         shards = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
         self._finish_reading()
@@ -117,6 +129,15 @@ class TorchTrainer(PolicyTrainer):
         ids = probe_ids(self._own.policy, self._longest)
         self._broadcast("probe", ids)
         return self._probe(ids)
+
+    def open_direct(self, servers: Sequence[str], report: Callable[[str], None]) -> None:
+        engine = self._direct_engine()
+        control = DirectServers(servers, engine.timeout, engine.on_update)
+        self._direct = self._new_sender(servers=control, report=report)
+
+    def publish_direct(self, label: str) -> None:
+        assert self._direct is not None, "open_direct() comes first"
+        self._direct.publish(label, self._command_direct)
 
     def save(self, step: int) -> None:
         prepare_folder(self._root, step)
@@ -134,11 +155,15 @@ class TorchTrainer(PolicyTrainer):
 
     def heartbeat(self) -> None:
         self._ranks.heartbeat()
+        if self._direct is not None:
+            self._direct.tend(self._command_direct)
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._broadcast("close")
+            if self._direct is not None:
+                self._direct.close()
 
     # -- the others ------------------------------------------------------------------------------------------------
 
@@ -157,6 +182,9 @@ class TorchTrainer(PolicyTrainer):
                 self._read(part).finish()
             elif command == "probe":
                 self._probe(part)
+            elif command == "direct":
+                self._direct = self._direct or self._new_sender()
+                self._direct.run(part)
             else:
                 assert command == "save", f"rank 0 sent {command!r}"
                 self._writer.saved(wait=True)
@@ -202,6 +230,18 @@ class TorchTrainer(PolicyTrainer):
 
         self._let_go()
         return stream.read(gather_to_main)
+
+    def _direct_engine(self) -> VllmEngineConfig:
+        engine = self._agent.engine
+        assert isinstance(engine, VllmEngineConfig), f"{engine.type} takes no weights from a trainer"
+        return engine
+
+    def _new_sender(self, **for_main: Any) -> DirectSender:
+        policy, engine = self._own.policy, self._direct_engine()
+        return DirectSender(policy, engine, self._ranks, limit=self.bucket_bytes, **for_main)
+
+    def _command_direct(self, transfer: Transfer) -> None:
+        self._broadcast("direct", transfer)
 
     def _probe(self, ids: tuple[int, ...]) -> Probe:
         found = probe(self._own.policy, ids)

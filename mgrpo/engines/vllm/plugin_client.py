@@ -1,0 +1,67 @@
+"""Calls of our plug-in in a server (plugin/loading.py), through /collective_rpc."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mgrpo.engines.labels import Label
+from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.errors import InfrastructureError
+
+if TYPE_CHECKING:
+    from mgrpo.engines.weight_folder import PatchFile
+
+EXTENSION = "mgrpo.engines.vllm.plugin.extension.WorkerExtension"
+
+
+class NoPluginError(InfrastructureError):
+    """The server was started without the plug-in."""
+
+
+async def held_version(server: VllmClient) -> str:
+    """Label of the version that all its workers hold through the plug-in; "" where there is none. Raises
+    NoPluginError."""
+    try:
+        answers = await _call(server, "mgrpo_info", {}, server.timeout)
+    except InfrastructureError as error:
+        if "status 500" not in str(error):
+            raise
+        # vLLM 0.32 does not say what was wrong, but this method cannot fail where it is there.
+        await server.healthy()
+        raise NoPluginError(
+            f"{server.url} has no plug-in of mgrpo; start it with --worker-extension-cls {EXTENSION}"
+        ) from error
+    held = {str(answer["label"]) for answer in answers}
+    return held.pop() if len(held) == 1 else ""
+
+
+async def load_whole(server: VllmClient, file: Path, label: Label, timeout: float) -> None:
+    """A whole version into a paused server. Raises InfrastructureError naming what it refused."""
+    arguments = {"file": str(file.resolve()), "label": str(label)}
+    if error := _error(await _call(server, "mgrpo_load", arguments, timeout)):
+        raise InfrastructureError(f"{server.url}: refused weights {label}: {error}")
+
+
+async def load_patch(server: VllmClient, patch: PatchFile, timeout: float) -> str:
+    """A patch into a paused server; what it refused, or ""."""
+    known = {"base": patch.base, "label": patch.label, "size": patch.size, "crc": patch.crc}
+    arguments = {"file": str(patch.path.resolve()), **known}
+    return _error(await _call(server, "mgrpo_patch", arguments, timeout))
+
+
+def _error(answers: list[dict[str, object]]) -> str:
+    return next((str(answer["error"]) for answer in answers if answer["error"]), "")
+
+
+async def _call(
+    server: VllmClient, method: str, arguments: Mapping[str, object], timeout: float
+) -> list[dict[str, object]]:
+    """The answer of each of the server's workers."""
+    body = {"method": method, "kwargs": dict(arguments), "timeout": timeout}
+    answer = await server.post("/collective_rpc", body)
+    results = answer.get("results") if isinstance(answer, dict) else None
+    if not results or not all(isinstance(one, dict) and {"label", "error"} <= one.keys() for one in results):
+        raise InfrastructureError(f"{server.url}: an answer to {method} that is none: {str(answer)[:80]}")
+    return list(results)
