@@ -130,14 +130,16 @@ def pair(model: str) -> Iterator[Pair]:
 
 def memory_rows(report: Report, p: Pair, rounds: int) -> None:
     """Nothing but what a run does: the first version whole, then patches."""
-    sent, got = p.publish(), p.fetched(patch=False)
+    p.publish()
+    got = p.fetched(patch=False)
+    tops = {"the first version, whole": [(p.trainer.do("peak")["peak"], got["top"])], "patches": []}
     assert got["whole"] and not p.differs()
-    tops = {"the first version, whole": [(sent["top"], got["top"])], "patches": []}
     for _ in range(rounds):
         p.step(RATES[0])
-        sent, got = p.publish(), p.fetched(patch=True)
+        p.publish()
+        got = p.fetched(patch=True)
+        tops["patches"].append((p.trainer.do("peak")["peak"], got["top"]))
         assert not got["whole"]
-        tops["patches"].append((max(sent["top"], sent["now"]), got["top"]))
     for what, found in tops.items():
         for side, name in enumerate(("trainer", "receiver")):
             value = max(p.beyond(side, top[side]) for top in found)
@@ -161,10 +163,13 @@ def round_of_ways(p: Pair, samples: Samples, lr: float, rivals: bool) -> int:
     take(samples, "patch", patch)
     wrong = int(p.differs())
     if rivals:
-        got = p.fetched(patch=False)
-        take(samples, "whole", {**got, "peaks": (0, got["peak"])})
-        got = p.receiver.do("through_folder", version=p.version)
-        take(samples, "folder", {**got, "peaks": (0, got["peak"])})
+        cast = p.trainer.do("cast")
+        for name, got in (
+            ("whole", p.fetched(patch=False)),
+            ("folder", p.receiver.do("through_folder", version=p.version)),
+        ):
+            seconds, peaks = cast["seconds"] | got["seconds"], (cast["peak"], got["peak"])
+            take(samples, name, {**got, "seconds": seconds, "peaks": peaks})
         take(samples, "gloo", p.both("broadcast"))
         wrong += int(p.differs())
         if has_room(p):
