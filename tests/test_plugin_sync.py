@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.plugin_sync import PluginSync
-from mgrpo.errors import ConfigError
+from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.types import Probe
 from mgrpo.weights.version import Weights
 from tests.fake_sglang import FakeSglang
@@ -130,6 +130,28 @@ def test_a_worker_that_dies_after_a_patch_leaves_what_the_next_one_finishes(tmp_
         server.rpcs.clear()
         await engine.load(step(1), 1)
         assert server.rpcs == ["mgrpo_info"] and server.label == "e1.v1"
+        assert (await engine.generate(PROMPT, SAMPLED, seed=3)).token_ids.tolist() == expected(full(1), 3)
+
+    on_fakes(FakePlugin, 1, test, tmp_path)
+
+
+def test_a_file_that_was_damaged_in_the_folder_is_asked_for_again(tmp_path: Path) -> None:
+    """A flipped byte under a server that needs it whole: named and removed; the whole version that follows heals it."""
+
+    async def test(bench: Bench[FakePlugin]) -> None:
+        (server,) = bench.servers
+        engine = bench.engine(watch=60.0)
+        await engine.load(first(), 0)
+        await server.stop()
+        await server.start()
+        file = tmp_path / "weights" / "e1.v0" / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(CorruptionError, match=r"refused weights e1\.v1: .*scale is damaged"):
+            await engine.load(step(1), 1)
+        assert not server.running.is_set()
+        await engine.load(full(1), 1)
         assert (await engine.generate(PROMPT, SAMPLED, seed=3)).token_ids.tolist() == expected(full(1), 3)
 
     on_fakes(FakePlugin, 1, test, tmp_path)

@@ -230,16 +230,16 @@ class VllmEngineConfig(ServerEngineConfig):
         return self.sync == "lora"
 
     @property
+    def direct(self) -> bool:
+        return self.sync in ("nccl", "gloo")
+
+    @property
     def adapter_setting(self) -> str:
         return 'sync = "lora"'
 
     @property
     def engine_of(self) -> str | None:
         return self.shared_with
-
-    @property
-    def direct(self) -> bool:
-        return self.sync in ("nccl", "gloo")
 
     @property
     def weights_dtype(self) -> Precision:

@@ -179,6 +179,17 @@ class WeightFolder:
             raise CorruptionError(f"{label}: {error.filename} is gone") from None
         return self.whole(label)
 
+    def drop_damaged(self, label: Label) -> bool:
+        """After a server has refused a version: remove its file if that is not what was written."""
+        file = self.whole(label)
+        try:
+            intact = _is_intact(file)
+        except FileNotFoundError:
+            return True
+        if not intact:
+            file.unlink(missing_ok=True)
+        return not intact
+
     # -- what is known of it ---------------------------------------------------------------------------------------
 
     def write_probe(self, label: Label, probe: Probe) -> None:
@@ -274,6 +285,21 @@ def _fresh(*targets: Path) -> Iterator[tuple[Path, ...]]:
     finally:
         for path in fresh:
             path.unlink(missing_ok=True)
+
+
+def _is_intact(file: Path) -> bool:
+    sums = np.fromfile(file.with_name(SUMS), "<u4")
+    with file.open("rb") as opened:
+        number = opened.fileno()
+        try:
+            layout = _layout_of(number)
+        except ValueError:
+            return False
+        begin = len(layout.header)
+        return len(sums) == len(layout.slices) and all(
+            checksum(bytes_of(os.pread(number, piece.nbytes, begin + piece.offset))) == sums[piece.index]
+            for piece in layout.slices
+        )
 
 
 def _layout_of(number: int) -> Layout:

@@ -61,14 +61,14 @@ class VllmBackend(ServerBackend):
         """Also whether a server could be started here."""
         super().check(view)
         engine, where = _settings(view), f"agents.{view.role}.engine"
-        if engine.sync == "patch" and engine.running_servers:
-            servers = [VllmClient(url, engine.timeout) for url in engine.running_servers]
-            check_healthy(f"{where}.urls", servers, held_version)
         if engine.sync == "nccl" and view.agent.policy.device != "cuda":
             raise ConfigError(
                 f'{where}.sync="nccl" needs agents.{view.role}.policy.device="cuda", got '
                 f"{view.agent.policy.device!r}: the trainer sends from its GPUs"
             )
+        if (engine.sync == "patch" or engine.direct) and engine.running_servers:
+            servers = [VllmClient(url, engine.timeout) for url in engine.running_servers]
+            check_healthy(f"{where}.urls", servers, held_version)
         if not engine.started_servers:
             return
         cls.command(view, "unix:///socket")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.errors import InfrastructureError
+from mgrpo.errors import CorruptionError, InfrastructureError
 
 if TYPE_CHECKING:
-    from mgrpo.engines.weight_folder import PatchFile
+    from mgrpo.engines.weight_folder import PatchFile, WeightFolder
 
 EXTENSION = "mgrpo.engines.vllm.plugin.extension.WorkerExtension"
 
@@ -37,11 +37,15 @@ async def held_version(server: VllmClient) -> str:
     return held.pop() if len(held) == 1 else ""
 
 
-async def load_whole(server: VllmClient, file: Path, label: Label, timeout: float) -> None:
-    """A whole version into a paused server. Raises InfrastructureError naming what it refused."""
-    arguments = {"file": str(file.resolve()), "label": str(label)}
+async def load_whole(server: VllmClient, folder: WeightFolder, label: Label, timeout: float) -> None:
+    """A whole version, of the folder, into a paused server. Raises InfrastructureError naming what it refused,
+    CorruptionError where the file has been damaged since it was written."""
+    arguments = {"file": str(folder.whole(label).resolve()), "label": str(label)}
     if error := _error(await _call(server, "mgrpo_load", arguments, timeout)):
-        raise InfrastructureError(f"{server.url}: refused weights {label}: {error}")
+        damaged = await asyncio.to_thread(folder.drop_damaged, label)
+        raise (CorruptionError if damaged else InfrastructureError)(
+            f"{server.url}: refused weights {label}: {error}"
+        )
 
 
 async def load_patch(server: VllmClient, patch: PatchFile, timeout: float) -> str:

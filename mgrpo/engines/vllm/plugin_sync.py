@@ -77,8 +77,8 @@ class PluginSync(VllmSync):
         return True
 
     async def _load(self, server: VllmClient, label: Label) -> None:
-        file = await asyncio.to_thread(self.folder.make_whole, label)
-        await load_whole(server, file, label, self.timeout)
+        await asyncio.to_thread(self.folder.make_whole, label)
+        await load_whole(server, self.folder, label, self.timeout)
 
     def _event(self, line: str) -> None:
         log.warning("%s", line)

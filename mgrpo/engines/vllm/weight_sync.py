@@ -61,12 +61,11 @@ class VllmFolderSync(FolderSync[VllmClient], VllmSync):
     """Whole weights through a folder (see the module's docstring)."""
 
     wrong_hint = (
-        "vLLM 0.32 does not reload the head of a tied model, or experts, on a CPU: "
-        'use sync = "patch" with the plug-in (docs/engines.md)'
+        "without our plug-in vLLM 0.32 does not reload the head of a tied model, or experts, on a CPU "
+        "(docs/engines.md)"
     )
 
     async def update(self, server: VllmClient, label: Label) -> None:
-        whole = self.folder.whole(label).resolve()
         try:
             await held_version(server)
             plugin = True
@@ -74,9 +73,12 @@ class VllmFolderSync(FolderSync[VllmClient], VllmSync):
             plugin = False
         await pause(server, label, self.on_update)
         if plugin:
-            await load_whole(server, whole, label, self.timeout)
+            await load_whole(server, self.folder, label, self.timeout)
         else:
-            call = {"method": "reload_weights", "kwargs": {"weights_path": str(whole.parent)}}
+            call = {
+                "method": "reload_weights",
+                "kwargs": {"weights_path": str(self.folder.path(label).resolve())},
+            }
             await server.post("/collective_rpc", call | {"timeout": self.timeout})
         await relabel_and_resume(server, label, self.on_update)
 

@@ -21,7 +21,7 @@ from mgrpo.engines.vllm.plugin.buckets import StreamTensor
 from mgrpo.errors import ConfigError
 from mgrpo.model.stream import Group, PublishedTensor, WeightStream, own_state
 from mgrpo.trainers.torch.ranks import Ranks
-from mgrpo.trainers.torch.shard import whole_tensor
+from mgrpo.trainers.torch.shard import gather_to_main
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Parts:
         for number in needed:
             if number not in self._converted:
                 group = self._stream.groups[number]
-                whole = {name: whole_tensor(self._state[name]).detach() for name in group.sources}
+                whole = {name: gather_to_main(self._state[name]).detach() for name in group.sources}
                 self._converted[number] = self._stream.convert(group, whole) if self._ranks.is_main else {}
 
     def held(self, number: int) -> Tensor:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mgrpo.config.engine import OnUpdate
+from mgrpo.engines.client import ServerDown
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
+from mgrpo.engines.vllm.plugin_client import EXTENSION
 from mgrpo.engines.vllm.weight_sync import is_paused, pause, relabel_and_resume, server_label
 from mgrpo.errors import ConfigError, InfrastructureError
 
@@ -97,7 +99,17 @@ class DirectServers:
         server.answered = True
         if current is None or current != server.given:  # new, or started again
             server.met = False
-        found = await self.call(server, "info")
+        try:
+            found = await self.call(server, "info")
+        except ServerDown:
+            raise
+        except InfrastructureError as error:
+            if "status 5" not in str(error):
+                raise
+            # The method itself cannot fail, and not every release says what was wrong.
+            raise ConfigError(
+                f"{server.url} has no plug-in of mgrpo; start it with --worker-extension-cls {EXTENSION}"
+            ) from error
         for number, info in enumerate(found):
             if info["dtype"] != dtype:
                 raise ConfigError(
@@ -110,17 +122,8 @@ class DirectServers:
     async def call(self, server: DirectServer, step: str, **arguments: object) -> list[dict[str, Any]]:
         """What each worker answers to mgrpo_direct_<step>. Raises InfrastructureError naming server, worker and
         step."""
-        method = f"mgrpo_direct_{step}"
-        body = {"method": method, "kwargs": arguments, "timeout": self.timeout}
-        try:
-            answer = await server.client.post("/collective_rpc", body)
-        except InfrastructureError as error:
-            if "attribute" in str(error) and method in str(error):
-                raise ConfigError(
-                    f"{server.url}: has no {method}; start it with --worker-extension-cls "
-                    "mgrpo.engines.vllm.plugin.extension.WorkerExtension"
-                ) from None
-            raise
+        body = {"method": f"mgrpo_direct_{step}", "kwargs": arguments, "timeout": self.timeout}
+        answer = await server.client.post("/collective_rpc", body)
         results = answer["results"] if isinstance(answer, dict) else []
         for number, result in enumerate(results):
             if not isinstance(result, dict) or "error" in result:
