@@ -20,6 +20,7 @@ weights and the base that it keeps, of the receiver beyond its model.
 from __future__ import annotations
 
 import json
+import math
 import socket
 import statistics
 import subprocess
@@ -30,7 +31,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from bench.common import Report, parser
-from bench.weights_parts import REAL, available
+from bench.weights_parts import REAL, available, shapes_of
 
 RATES = (1e-6, 1e-5, 1e-4)
 GB = 1e9
@@ -207,6 +208,10 @@ def way_rows(report: Report, p: Pair, lr: float, samples: Samples, wrong: int) -
 
 
 def model_rows(report: Report, model: str, rounds: int) -> None:
+    needed = 8 * sum(math.prod(shape) for _, shape in shapes_of(model)) + 2 * GB
+    if available() < needed:
+        print(f"{model}: needs {needed / GB:.0f} GB of memory, {available() / GB:.0f} are free")
+        return
     with pair(model) as p:
         memory_rows(report, p, rounds)
         for lr in RATES:
