@@ -47,7 +47,8 @@ class FakeVllm(FakeServer):
         if params.get("prompt_logprobs") == 0:
             await self.running.wait()
             self.probed += 1
-            ranked = [{str(i): {"logprob": logprob(self.weights, prompt[:n])}} for n, i in enumerate(prompt)]
+            of = adapter or self.weights
+            ranked = [{str(i): {"logprob": logprob(of, prompt[:n])}} for n, i in enumerate(prompt)]
             choice: dict[str, Any] = {"finish_reason": "length", "token_ids": [0]}
             return 200, {"choices": [choice], "prompt_logprobs": [None, *ranked[1:]]}
         self.bodies.append(body)
@@ -159,9 +160,8 @@ class FakeVllm(FakeServer):
         return {"status": "resumed"}
 
     def on_v1_load_lora_adapter(self, body: dict[str, Any], query: str) -> Any:
-        self.adapters[body["lora_name"]] = (
-            Path(body["lora_path"]) / "adapter_model.safetensors"
-        ).read_bytes()
+        data = (Path(body["lora_path"]) / "adapter_model.safetensors").read_bytes()
+        self.adapters[body["lora_name"]] = b"another adapter" if self.deaf else data
         return "Success"
 
     def on_v1_unload_lora_adapter(self, body: dict[str, Any], query: str) -> Any:

@@ -19,6 +19,7 @@ from mgrpo.engines.registry import open_engine
 from mgrpo.engines.vllm import backend
 from mgrpo.engines.vllm.backend import VllmBackend
 from mgrpo.engines.weight_folder import KEEP
+from mgrpo.engines.weight_sync import TOLERANCE
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy_files import policy_files
 from mgrpo.run.folder import RunFolder, started_engines
@@ -113,6 +114,13 @@ def test_each_role_asks_the_shared_server_for_its_own_adapter(tmp_path: Path) ->
                     await engine.close()
 
     asyncio.run(play())
+
+
+def test_a_rounded_base_widens_the_bound_of_the_comparison(tmp_path: Path) -> None:
+    """The server's base is as its folder has it; a trainer in bfloat16 says of its probe what a rounded base gives."""
+    for dtype, bound in (("float32", TOLERANCE["float32"]), ("bfloat16", TOLERANCE["bfloat16"])):
+        config = load_config(RELAY, [*LORA, *GUESTS, ENGINE, f"agents.left.policy.dtype={dtype}"])
+        assert VllmBackend.open_sync(view_of(config, "left"), tmp_path).tolerance == bound
 
 
 def test_a_cluster_has_the_hosts_servers_only(tmp_path: Path) -> None:

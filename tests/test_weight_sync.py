@@ -12,8 +12,11 @@ import torch
 from mgrpo.config.policy import LoraConfig
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
-from mgrpo.engines.weight_folder import KEEP
+from mgrpo.engines.weight_folder import KEEP, adapter_files
+from mgrpo.errors import ConfigError
+from mgrpo.types import Probe
 from mgrpo.weights.version import Weights
+from tests.fake_server import logprob
 from tests.fake_vllm import FakeVllm
 from tests.plugin_kit import state, whole
 from tests.server_bench import PROMPT, SAMPLED, Bench, expected, on_servers, until, weights
@@ -188,6 +191,38 @@ def test_adapters_of_two_roles_share_a_server(tmp_path: Path) -> None:
             out = await engines[role].generate(PROMPT, SAMPLED, seed=1)
             assert server.bodies[-1]["model"] == f"{role}.e1.v5" and out.versions.tolist() == [5] * 8
         assert list(server.adapters) == ["main.e1.v5", "sub.e1.v3", "sub.e1.v4", "sub.e1.v5"]
+
+    on_servers(1, test, tmp_path)
+
+
+def test_a_wrong_adapter_is_unloaded_and_leaves_the_other_role_served(tmp_path: Path) -> None:
+    """The server takes a name and holds something else under it: nobody is answered by it, the error has the figures,
+    and the role beside it goes on, on a server that is not paused."""
+
+    async def test(bench: Bench[FakeVllm]) -> None:
+        (server,) = bench.servers
+        config = LoraConfig(rank=2, alpha=4, targets=("q_proj",))
+        main, sub = (
+            bench.engine(LoraSync(tmp_path / "weights" / role, 30.0, config), watch=60.0)
+            for role in ("main", "sub")
+        )
+
+        def compared(role: str, version: int) -> Weights:
+            made = adapter(version, f"{role}.")
+            data = adapter_files(made.data, config)["adapter_model.safetensors"]
+            made.probe = Probe((3, 1, 4), tuple(logprob(data, [3, 1, 4][:n]) for n in (1, 2)))
+            return made
+
+        await main.load(compared("main", 1), 1)
+        await sub.load(compared("sub", 1), 1)
+        server.deaf = True
+        with pytest.raises(
+            ConfigError, match=r"than those of sub\.e1\.v2 .* nats .*; the adapter was unloaded"
+        ):
+            await sub.load(compared("sub", 2), 2)
+        assert list(server.adapters) == ["main.e1.v1", "sub.e1.v1"] and server.running.is_set()
+        assert (await main.generate(PROMPT, SAMPLED, seed=1)).versions.tolist() == [1] * 8
+        assert server.bodies[-1]["model"] == "main.e1.v1"
 
     on_servers(1, test, tmp_path)
 

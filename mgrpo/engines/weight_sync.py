@@ -65,6 +65,8 @@ class WeightSync(ABC, Generic[C]):
     """prepare() takes what changed since another version."""
     tolerance = TOLERANCE["bfloat16"]
     """Nats that a server may be off; see Gap.within."""
+    stopped = "it is paused"
+    """What stop() has done, in words."""
     wrong_hint = ""
     """What to do about a server whose weights are wrong."""
 
@@ -112,7 +114,7 @@ class WeightSync(ABC, Generic[C]):
         """Make the server serve the prepared version. Raises InfrastructureError naming server and step."""
 
     async def stop(self, server: C) -> None:
-        """Pause a server whose weights are wrong, as an update that was never ended does."""
+        """Make the wrong weights answer nobody: pause the server, as an update that was never ended does."""
 
     async def repair(self, server: C, label: Label) -> bool:
         """Bring a version in another way to a server that has taken it and is wrong; False where there is none."""
@@ -178,7 +180,7 @@ class WeightSync(ABC, Generic[C]):
                 raise ConfigError(
                     f"{server.url}: answers with other weights than those of {label} under its name: log-probs of the "
                     f"probe differ by {gap.mean:.2g} nats on average, {gap.largest:.2g} at most, from the trainer's "
-                    f"({gap.typical:.2g} in the nearer three quarters, bound {self.tolerance:g}); it is paused{hint}"
+                    f"({gap.typical:.2g} in the nearer three quarters, bound {self.tolerance:g}); {self.stopped}{hint}"
                 )
         self.folder.note(label, server.url, right=True)
         self._right.setdefault(server.url, set()).add(label)

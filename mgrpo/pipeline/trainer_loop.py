@@ -206,7 +206,7 @@ class TrainerLoop:
                 self._finish_checkpoint(wait=False)
             before, ended = ended, time.monotonic()
             times = step_times(ended - before, prepared, trained - began, published - applied)
-            self._reporter.submit(prepared.batches, learned, settings, times)
+            self._reporter.submit(prepared.batches, learned, settings, times | self._weight_metrics())
             if (
                 step < trainer.steps
             ):  # after the last one the run may be over before the final policy is written
@@ -259,6 +259,11 @@ class TrainerLoop:
             self._weights.publish(label, version, self._trainer.weights(), probe)
         for stream in self._streams:
             stream.store.status(version=version, step=version, checkpoint_step=self._checkpointed)
+
+    def _weight_metrics(self) -> dict[str, float]:
+        """What the newest version costs a receiver that holds the one before."""
+        size = self._weights.size
+        return {} if size is None else {"weights/bytes": size.nbytes, "weights/share": size.share}
 
     def _serve_until_over(self) -> None:
         """Workers still need the weights for the last evaluation."""

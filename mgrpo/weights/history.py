@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mgrpo.weights.layout import Layout, Slice
+from mgrpo.weights.layout import SIZES, Layout, Slice
 from mgrpo.weights.patch import Bytes, Change, Patch, checksum, difference
 
 if TYPE_CHECKING:
@@ -106,7 +106,10 @@ class History:
                 whole[start : start + len(data)] = data
             base.append(whole)
             found.append((name, dtype_name(dtype), tuple(tensor.shape)))
-        layout = Layout.of(found)
+            del tensor  # it may have been gathered, and the next one is before this name is bound again
+        # The widest first, so that each tensor of the file is aligned.
+        order = sorted(range(len(found)), key=lambda number: -SIZES[found[number][1]])
+        layout, base = Layout.of(found[number] for number in order), [base[number] for number in order]
         sums = np.zeros(len(layout.slices), np.uint32)
         for piece in layout.slices:
             sums[piece.index] = checksum(base[piece.tensor][piece.start : piece.stop])
@@ -130,19 +133,20 @@ class History:
         self, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[list[Slice], list[Bytes]]]:
         """Bucket after bucket: its slices, and the new bytes of each."""
-        count = 0
-        for number, (name, tensor) in enumerate(tensors):
-            count += 1
+        numbers = {info.name: number for number, info in enumerate(layout.tensors)}
+        for name, tensor in tensors:
             found = (name, dtype_name(self._travels_in(tensor)), tuple(tensor.shape))
-            expected = layout.tensors[number][:3] if number < len(layout.tensors) else None
-            if found != expected:
-                raise ValueError(f"weights have {found} as tensor {number}, the version before {expected}")
+            number = numbers.pop(name, None)
+            expected = layout.tensors[number][:3] if number is not None else None
+            if number is None or found != expected:
+                raise ValueError(f"weights have {found}, the version before {expected}")
             offset = layout.tensors[number].offset
             for start, data in self._buckets(tensor):
                 pieces = list(layout.slices_at(offset + start, offset + start + len(data)))
                 yield pieces, [data[p.start - start : p.stop - start] for p in pieces]
-        if count != len(layout.tensors):
-            raise ValueError(f"weights have {count} tensors, the version before {len(layout.tensors)}")
+            del tensor  # see above
+        if numbers:
+            raise ValueError(f"weights lack {min(numbers)}, which the version before has")
 
     def _put_slices(self, patch: Patch, sums: Sums, pieces: list[Slice], data: list[Bytes]) -> None:
         def one(piece: Slice, after: Bytes) -> Change | None:

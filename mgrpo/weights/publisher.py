@@ -18,6 +18,7 @@ from mgrpo.transport.codec import Buffer
 from mgrpo.transport.server import Handler, Park, Reply, Request
 from mgrpo.types import Probe
 from mgrpo.weights.history import History
+from mgrpo.weights.layout import Layout
 from mgrpo.weights.messages import FilesAre, GetChunk, GetFiles, GetWeights, Kind, PartIs, WeightsAre
 
 if TYPE_CHECKING:
@@ -35,6 +36,19 @@ class _Version:
     version: int
     probe: Probe | None
     direct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSize:
+    """Bytes that a version takes on the link. nbytes: for a receiver that holds the version before; whole: for one that
+    holds nothing."""
+
+    nbytes: int
+    whole: int
+
+    @property
+    def share(self) -> float:
+        return self.nbytes / self.whole
 
 
 @dataclass(slots=True)
@@ -89,6 +103,16 @@ class WeightPublisher:
         """A version that the trainer has brought to the servers itself."""
         with self._lock:
             self._versions = {label: _Version(label, version, probe, direct=True)}
+
+    @property
+    def size(self) -> VersionSize | None:
+        """Of the newest version; None where there is none, or where it came to the servers another way."""
+        with self._lock:
+            newest, layout = next(reversed(self._versions.values()), None), self._history.layout
+        if newest is None or newest.direct or layout is None:
+            return None
+        whole, patch = _whole_size(layout), self._history.patch(newest.label)
+        return VersionSize(whole if patch is None else min(len(patch), whole), whole)
 
     def _is_pulled(self, label: str) -> bool:
         with self._lock:
@@ -170,6 +194,11 @@ class WeightPublisher:
         with self._lock:
             held = self._files
         return memoryview(held[1])[start:stop] if held is not None and held[0].label == label else None
+
+
+def _whole_size(layout: Layout) -> int:
+    """A version's file and its checksums."""
+    return len(layout.header) + layout.size + 4 * len(layout.slices)
 
 
 def _peer(request: Request) -> str:

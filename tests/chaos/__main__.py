@@ -3,6 +3,7 @@ broken."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -19,6 +20,8 @@ from mgrpo.store.server import StoreServer
 from tests.chaos.kills import STATIONS, kill_store, kill_trainer
 from tests.chaos.proxy import proxy_faults
 from tests.chaos.runs import kill_run
+from tests.chaos.slow_link import slow_link
+from tests.chaos.weights import kill_weights
 from tests.chaos.wire import CannotBuild, lossy_run
 from tests.ledger_machine import LedgerMachine
 from tests.powercut import cuts, work
@@ -128,6 +131,19 @@ def streaming(folder: Path) -> Result:
     return bool(good and int(str(figures["oldest"])) <= 2 and not figures["left_behind"]), figures
 
 
+def weights(folder: Path, kills: int = 50) -> Result:
+    """Trainer, worker and link fail in the middle of transfers of weights; every token is recomputed."""
+    figures = kill_weights(folder, kills, seed=1)
+    good = not figures["wrong"] and figures["in_the_middle"] >= 0.8 * kills and figures["control_gap"] > 0.01
+    return good and figures["loads"].get("patch", 0) > 0, figures
+
+
+def slow(folder: Path) -> Result:
+    """500 MiB of weights over 10 MiB/s, whole and as a patch, and cut at half."""
+    figures = slow_link(500, 10.0)
+    return bool(figures.pop("held")), figures
+
+
 def network(folder: Path) -> Result:
     """A run across two network namespaces with 1 % loss and 50 ms delay each way, beside one on this machine."""
     train(RELAY, folder / "quiet")
@@ -139,17 +155,36 @@ def network(folder: Path) -> Result:
     return equal, {**figures, "bit_equal": equal}
 
 
-ALL: dict[str, Callable[[Path], Result]] = {
-    f.__name__: f for f in (ledger, schedules, powercut, store, trainer, proxy, fuzz, run, streaming, network)
+ALL: dict[str, Callable[..., Result]] = {
+    f.__name__: f
+    for f in (
+        ledger,
+        schedules,
+        powercut,
+        store,
+        trainer,
+        proxy,
+        fuzz,
+        run,
+        streaming,
+        weights,
+        slow,
+        network,
+    )
 }
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    p = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    p.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(ALL)}; all when left out")
+    p.add_argument("--kills", type=int, default=50, help="of `weights`")
+    args = p.parse_args(arguments)
     good = True
-    for name in names or list(ALL):
+    for name in args.names or list(ALL):
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
-            held, figures = ALL[name](Path(folder))
+            how = {"kills": args.kills} if name == "weights" else {}
+            held, figures = ALL[name](Path(folder), **how)
             good = good and held
             line = {"test": name, "held": held, **figures, "seconds": round(time.monotonic() - began, 1)}
             print(json.dumps(line), flush=True)

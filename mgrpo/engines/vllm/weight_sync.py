@@ -88,6 +88,7 @@ class LoraSync(WeightSync[VllmClient]):
     request is answered by the version it named to its end."""
 
     labels_tokens = False
+    stopped = "the adapter was unloaded"
 
     def __init__(self, folder: Path, timeout: float, lora: LoraConfig) -> None:
         super().__init__(folder, timeout)
@@ -105,7 +106,9 @@ class LoraSync(WeightSync[VllmClient]):
         return False  # nothing is paused: an adapter is there or not
 
     async def stop(self, server: VllmClient) -> None:
-        await server.post("/pause", mode="keep")
+        """Unload the newest adapter, which is the one that was compared: other agents may be served beside it."""
+        if (label := await self.current_version(server)) is not None:
+            await server.post("/v1/unload_lora_adapter", {"lora_name": str(label)})
 
     async def update(self, server: VllmClient, label: Label) -> None:
         adapter = {"lora_name": str(label), "lora_path": str(self.folder.path(label).resolve())}
