@@ -26,7 +26,7 @@ from bench.common import Report, interleave, parser, ratio
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.model.chat import ChatFormat
-from mgrpo.model.policy import Policy, load_policy, load_state_bytes, state_bytes
+from mgrpo.model.policy import Policy, load_policy
 from mgrpo.tasks.atlas.decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
 from mgrpo.trainers.batch import MicroBatch
 from mgrpo.trainers.torch.learner import logprobs_of
@@ -141,17 +141,6 @@ def train(report: Report, rounds: int) -> None:
     report.figure("training step over one padded forward", ratio(times, "padded", "hidden_before"), "x")
 
 
-def sync(report: Report, rounds: int) -> None:
-    """Weights out of one model and into another."""
-    source, target = policy().model, policy().model
-    data = state_bytes(source)
-    times = interleave(
-        {"out": lambda: state_bytes(source), "in": lambda: load_state_bytes(target, data)}, rounds
-    )
-    report.figure("weights to bytes", times["out"].median, "ms", note=f"{len(data)} bytes")
-    report.figure("weights from bytes", times["in"].median, "ms")
-
-
 TOPICS = ["tea", "rain", "ships", "copper", "bread", "music", "frogs", "glass", "trains", "maps"]
 ASKS = [
     "What is {}?",
@@ -250,7 +239,7 @@ def main() -> int:
         language_model(report, 1 if args.quick else 5, args.model)
         return report.finish(args)
     report = Report("bench_engine")
-    for part in (decode, turns, train, sync):
+    for part in (decode, turns, train):
         part(report, rounds)
     return report.finish(args)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mgrpo.model.policy import Policy
+from mgrpo.engines.hf.load import WeightLoader
+from mgrpo.model.places import check_fit, places_of
+from mgrpo.model.policy import Policy, state_from_bytes, trained_state
+from mgrpo.model.stream import WeightStream
 from mgrpo.tasks.atlas.decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
 
 Kind = Literal["shift", "llama"]
@@ -57,3 +63,29 @@ def tiny_model(kind: Kind, seed: int = 0) -> Any:
 
 def tiny_policy(kind: Kind = "shift", seed: int = 0) -> Policy:
     return Policy(tiny_model(kind, seed), tiny_tokenizer(), kind)
+
+
+def state_bytes(model: torch.nn.Module) -> bytes:
+    """A version as it is published, in safetensors format."""
+    return safetensors.torch.save(
+        {name: t.detach().contiguous().cpu() for name, t in WeightStream(model).read()}
+    )
+
+
+def load_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Into the model in place, as an engine does it. Raises ValueError where they do not fit."""
+    WeightLoader(functools.partial(places_of, model)).copy(state)
+
+
+def load_state_bytes(model: torch.nn.Module, data: bytes) -> None:
+    """Raises ValueError where they are not in safetensors format or do not fit."""
+    load_state(model, state_from_bytes(data))
+
+
+def load_trained_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """What of a model trains, from another one. Raises ValueError where names or shapes differ."""
+    own = trained_state(model)
+    check_fit(*({name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, state)))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])

@@ -16,13 +16,13 @@ from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.engines.registry import find_engine, open_engine
 from mgrpo.engines.server_engine import ServerEngine
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import state_bytes, state_of
+from mgrpo.model.policy import state_of
 from mgrpo.model.policy_files import policy_files
 from mgrpo.run import launch
 from mgrpo.weights.version import Weights
 from tests.fake_server import token
 from tests.fake_vllm import FakeVllm
-from tests.models import tiny_policy
+from tests.models import state_bytes, tiny_policy
 from tests.runs import RELAY
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.model.policy import Policy, save_policy, state_bytes, state_of
-from tests.models import VOCAB, tiny_policy
+from mgrpo.model.policy import Policy, save_policy, state_of
+from tests.models import VOCAB, state_bytes, tiny_policy
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(VOCAB, size=RNG.integers(1, 30)).tolist() for _ in range(50)]

@@ -18,19 +18,23 @@ from mgrpo.model.policy import (
     Policy,
     load_policy,
     load_reference,
-    load_state,
-    load_state_bytes,
-    load_trained_state,
     save_adapter,
     save_policy,
-    state_bytes,
     state_of,
     trained_state,
 )
 from mgrpo.model.policy_files import policy_files, policy_from_files
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
-from tests.models import VOCAB, tiny_model, tiny_tokenizer
+from tests.models import (
+    VOCAB,
+    load_state,
+    load_state_bytes,
+    load_trained_state,
+    state_bytes,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 RANK, ALPHA = 3, 12.0
 LORA = PolicyConfig(lora=LoraConfig(rank=RANK, alpha=ALPHA))

@@ -11,17 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import (
-    Policy,
-    load_policy,
-    load_state,
-    load_state_bytes,
-    save_policy,
-    state_bytes,
-    state_of,
-)
+from mgrpo.model.policy import Policy, load_policy, save_policy, state_of
 from tests.families import family
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import load_state, load_state_bytes, state_bytes, tiny_model, tiny_tokenizer
 
 MOE = ["Qwen3Moe", "Qwen2Moe", "Mixtral", "DeepseekV2", "DeepseekV3", "Olmoe", "GptOss"]
 IDS = torch.arange(12).reshape(2, 6)

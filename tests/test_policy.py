@@ -16,20 +16,18 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.groups import width_groups
-from mgrpo.model.policy import (
-    FORWARD_COST,
-    Policy,
-    load_policy,
-    load_state_bytes,
-    load_trained_state,
-    save_policy,
-    state_bytes,
-    state_of,
-    trained_state,
-)
+from mgrpo.model.policy import FORWARD_COST, Policy, load_policy, save_policy, state_of, trained_state
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner
-from tests.models import VOCAB, tiny_model, tiny_policy, tiny_tokenizer
+from tests.models import (
+    VOCAB,
+    load_state_bytes,
+    load_trained_state,
+    state_bytes,
+    tiny_model,
+    tiny_policy,
+    tiny_tokenizer,
+)
 from tests.rows import ROWS, rows_of
 from tests.test_learner import denominator_of, relative
 

@@ -7,10 +7,10 @@ import torch
 
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import NumericsError
-from mgrpo.model.policy import Policy, load_state, state_of
+from mgrpo.model.policy import Policy, state_of
 from mgrpo.model.probe import PROBE_TOKENS, probe, probe_ids
 from mgrpo.types import Probe
-from tests.models import VOCAB, tiny_model, tiny_tokenizer
+from tests.models import VOCAB, load_state, tiny_model, tiny_tokenizer
 
 LORA = LoraConfig(rank=3, alpha=12.0)
 

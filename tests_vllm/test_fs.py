@@ -20,7 +20,8 @@ from mgrpo.config.policy import PolicyConfig
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.vllm.weight_sync import server_label
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import Policy, state_bytes
+from mgrpo.model.policy import Policy
+from tests.models import state_bytes
 from tests_vllm.kit import Served, below, logprobs, ours, prompts, reference, served, wait_gone
 
 pytestmark = pytest.mark.timeout(900)  # a server may take its time to start on a busy machine

@@ -24,7 +24,7 @@ def places_of(model: Any, shapes: Shapes) -> dict[str, Tensor]:
     whole = model.state_dict()
     if lora.has_adapters(whole):
         raise ValueError(
-            "merged weights do not say what of them is adapter: load_trained_state restores adapters"
+            "merged weights do not say what of them is adapter: the adapter's own weights are needed"
         )
     known = list(names.layouts(model, own_state(model)))
     own = next((layout for layout in known if layout.keys() <= shapes.keys()), known[0])

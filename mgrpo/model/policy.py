@@ -33,7 +33,6 @@ from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
-from mgrpo.model.places import check_fit, places_of
 from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
@@ -380,40 +379,6 @@ def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:
     what trains where some of the model is frozen (adapters under their own names), else everything, tied ones once."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return _plain_state(model) if len(trained) == len(list(model.parameters())) else trained
-
-
-def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` (as of trained_state, of a model with the same frozen parts) into the model in place. Raises
-    ValueError as load_state."""
-    own = trained_state(model)
-    check_fit(*({name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, state)))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-
-
-def load_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` (as of state_of, from a model of the same architecture) into the model in place. Nothing is copied
-    unless everything fits.
-
-    Raises ValueError naming the first tensor that is missing, unexpected or of another shape.
-    """
-    places = places_of(model, {name: tensor.shape for name, tensor in state.items()})
-    with torch.no_grad():
-        for name, tensor in places.items():
-            tensor.copy_(state[name])
-
-
-def state_bytes(model: torch.nn.Module) -> bytes:
-    """The model's weights in safetensors format."""
-    return safetensors.torch.save(
-        {name: tensor.detach().contiguous().cpu() for name, tensor in state_of(model).items()}
-    )
-
-
-def load_state_bytes(model: torch.nn.Module, data: bytes) -> None:
-    """Copy weights written by state_bytes into the model in place. Raises ValueError if they do not fit."""
-    load_state(model, state_from_bytes(data))
 
 
 def state_from_bytes(data: bytes) -> dict[str, Tensor]:
