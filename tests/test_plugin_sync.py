@@ -82,7 +82,8 @@ def test_a_server_gets_what_it_has_missed(tmp_path: Path) -> None:
         two.rpcs.clear()
         two.refuse.clear()
         await until(lambda: two.label == "e1.v2" and two.running.is_set(), "its healing")
-        assert two.rpcs == ["mgrpo_info", "mgrpo_patch", "mgrpo_patch"]
+        # A look at it may have been under way when it began to answer again.
+        assert two.rpcs[-2:] == ["mgrpo_patch", "mgrpo_patch"] and "mgrpo_load" not in two.rpcs
         await two.stop()
         await two.start()
         await until(lambda: two.label == "e1.v2" and two.running.is_set(), "its return")

@@ -15,11 +15,11 @@ import torch
 from mgrpo.cli.cluster.plan import Site, make_plan
 from mgrpo.config import config_digest, dump_config, load_config, view_of
 from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.probe_gap import TOLERANCE
 from mgrpo.engines.registry import open_engine
 from mgrpo.engines.vllm import backend
 from mgrpo.engines.vllm.backend import VllmBackend
 from mgrpo.engines.weight_folder import KEEP
-from mgrpo.engines.weight_sync import TOLERANCE
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy_files import policy_files
 from mgrpo.run.folder import RunFolder, started_engines

@@ -2,11 +2,7 @@
 
 After every update, before an answer counts, the server is asked for the log-probs of the version's probe, and these are
 compared with the trainer's: a server may say that it serves a version and sample from something else (a head that was
-not updated, experts in another layout). A server that differs is paused, and named with the figures.
-
-How far a server that is right may be off is bounded for three quarters of the probe's tokens, on average (TOLERANCE),
-and four times as far for all: rare tokens' log-probs round much worse than others'. docs/engines.md says what was
-measured.
+not updated, experts in another layout). A server that differs (probe_gap.py) is paused, and named with the figures.
 """
 
 from __future__ import annotations
@@ -14,14 +10,12 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import numpy as np
-
 from mgrpo.engines.client import ServerClient
 from mgrpo.engines.labels import Label, label_of
+from mgrpo.engines.probe_gap import TOLERANCE, Gap
 from mgrpo.engines.weight_folder import WeightFolder
 from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.types import Probe
@@ -29,30 +23,11 @@ from mgrpo.weights.version import Weights
 
 C = TypeVar("C", bound=ServerClient)
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats, by what a server computes in
 PROBES = 64  # versions whose probe is remembered
 
 
 class Unconfirmed(InfrastructureError):
     """An answer of weights that nobody has compared, or can compare any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """How far a server's log-probs of a probe are from the trainer's, in nats. typical: mean of the smaller three
-    quarters."""
-
-    typical: float
-    mean: float
-    largest: float
-
-    @classmethod
-    def between(cls, theirs: list[float], probe: Probe) -> Gap:
-        gaps = np.sort(np.abs(np.asarray(theirs) - np.asarray(probe.logprobs)))
-        return cls(float(gaps[: len(gaps) - len(gaps) // 4].mean()), float(gaps.mean()), float(gaps[-1]))
-
-    def within(self, tolerance: float) -> bool:
-        return self.typical <= tolerance and self.mean <= 4 * tolerance  # false where one is NaN
 
 
 class WeightSync(ABC, Generic[C]):
@@ -178,9 +153,8 @@ class WeightSync(ABC, Generic[C]):
                 await self.stop(server)
                 hint = f"; {self.wrong_hint}" if self.wrong_hint else ""
                 raise ConfigError(
-                    f"{server.url}: answers with other weights than those of {label} under its name: log-probs of the "
-                    f"probe differ by {gap.mean:.2g} nats on average, {gap.largest:.2g} at most, from the trainer's "
-                    f"({gap.typical:.2g} in the nearer three quarters, bound {self.tolerance:g}); {self.stopped}{hint}"
+                    f"{server.url}: answers with other weights than those of {label} under its name: "
+                    f"{gap.words(self.tolerance)}; {self.stopped}{hint}"
                 )
         self.folder.note(label, server.url, right=True)
         self._right.setdefault(server.url, set()).add(label)

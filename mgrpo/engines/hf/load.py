@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mgrpo.engines.hf.memory import Memory, memory_of
+from mgrpo.engines.probe_gap import TOLERANCE, Gap
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.model.places import Shapes
 from mgrpo.model.policy import Policy
@@ -31,11 +32,6 @@ from mgrpo.weights.history import dtype_name
 from mgrpo.weights.layout import Layout
 from mgrpo.weights.patch import Change
 from mgrpo.weights.version import Weights
-
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.15,
-}  # nats, mean over the probe: what the engine's rounding may do
 
 
 class WeightLoader:
@@ -122,15 +118,13 @@ class WeightLoader:
         torn then."""
         if weights.probe is None:
             return
-        here = torch.tensor(probe(policy, weights.probe.token_ids).logprobs)
-        off = float((here - torch.tensor(weights.probe.logprobs)).abs().mean())
-        bound = TOLERANCE[policy.head_weight.dtype]
-        if not off <= bound:
+        gap = Gap.between(probe(policy, weights.probe.token_ids).logprobs, weights.probe)
+        bound = TOLERANCE[str(policy.head_weight.dtype).removeprefix("torch.")]
+        if not gap.within(bound):
             self.torn = True
             raise ConfigError(
-                f"{policy.name}: with {weights.label} the engine's log-probs of a fixed prompt differ by {off:.2g} "
-                f"nats on average from the trainer's (bound {bound:g}): agents.<role>.model on this machine is not "
-                "the base model that the trainer adapts"
+                f"{policy.name}: with {weights.label} the engine's {gap.words(bound)}: agents.<role>.model on this "
+                "machine is not the base model that the trainer adapts"
             )
 
 

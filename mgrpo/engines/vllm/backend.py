@@ -38,10 +38,10 @@ class VllmBackend(ServerBackend):
     @classmethod
     def open_sync(cls, view: AgentView, folder: Path) -> WeightSync[Any]:
         """See ServerBackend."""
+        from mgrpo.engines.probe_gap import TOLERANCE
         from mgrpo.engines.vllm.direct_sync import DirectSync
         from mgrpo.engines.vllm.plugin_sync import PluginSync
         from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
-        from mgrpo.engines.weight_sync import TOLERANCE
 
         engine = _settings(view)
         made: WeightSync[Any]
