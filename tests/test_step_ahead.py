@@ -126,7 +126,7 @@ class Loop(TrainerLoop):
         self._trainer = Trainer(during)  # type: ignore[assignment]
         self._stop_requested = False
         self._step = self._begun = self._checkpointed = 0
-        self._weights = SimpleNamespace(publish=lambda weights: None, size=VersionSize(5, 20))  # type: ignore[assignment]
+        self._weights = SimpleNamespace(publish=lambda *_: None, close=lambda: None, size=VersionSize(5, 20))  # type: ignore[assignment]
         self._streams = [stream]  # type: ignore[list-item]
         self._store = stream.store  # type: ignore[assignment]
         self._ahead, self._reporter = StepAhead(self._streams, steps), StepReporter(self._streams)
