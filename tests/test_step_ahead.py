@@ -15,6 +15,7 @@ from mgrpo.pipeline.step_ahead import Closed, StepAhead
 from mgrpo.pipeline.step_reporter import StepReporter
 from mgrpo.pipeline.trainer_loop import Shutdown, TrainerLoop, step_times
 from mgrpo.store.records import Control, World
+from mgrpo.weights.publisher import VersionSize
 from tests.runs import RELAY
 
 SECONDS = 60.0  # for what the other thread does at once
@@ -125,7 +126,7 @@ class Loop(TrainerLoop):
         self._trainer = Trainer(during)  # type: ignore[assignment]
         self._stop_requested = False
         self._step = self._begun = self._checkpointed = 0
-        self._weights = SimpleNamespace(publish=lambda weights: None)  # type: ignore[assignment]
+        self._weights = SimpleNamespace(publish=lambda *_: None, close=lambda: None, size=VersionSize(5, 20))  # type: ignore[assignment]
         self._streams = [stream]  # type: ignore[list-item]
         self._store = stream.store  # type: ignore[assignment]
         self._ahead, self._reporter = StepAhead(self._streams, steps), StepReporter(self._streams)
@@ -291,6 +292,7 @@ def test_times_add_up() -> None:
             row["main/time/step"], abs=1e-9
         )
         assert row["main/perf/idle"] == pytest.approx(row["main/time/wait_batch"] / row["main/time/step"])
+        assert (row["main/weights/bytes"], row["main/weights/share"]) == (5, 0.25)
         assert {f"main/time/hidden_{name}" for name in ("claim", "read", "build", "record")} <= row.keys()
 
 

@@ -25,7 +25,8 @@ class Bare(TrainerLoop):
         self._step = self._begun = self._checkpointed = begun
         self._stop_at = stop_at
         self._role, self._folder, self._task = "main", Path(), SimpleNamespace(chat=False)  # type: ignore[assignment]
-        self._agent = SimpleNamespace(frozen=False, model="folder")  # type: ignore[assignment]
+        engine = SimpleNamespace(direct=False)
+        self._agent = SimpleNamespace(frozen=False, model="folder", engine=engine)  # type: ignore[assignment]
         self._trainer = SimpleNamespace(  # type: ignore[assignment]
             load=lambda start: SimpleNamespace(step=begun, passed_over=()) if begun else None,
             policy_files=dict,

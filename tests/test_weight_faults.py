@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from mgrpo.transport.client import Client
+from mgrpo.weights.history import History
 from mgrpo.weights.publisher import WeightPublisher
 from tests.chaos.slow_link import slow_link
 from tests.chaos.weights import kill_weights
-from tests.test_weights import Receiver, after, label, model, served
+from tests.test_weights import Receiver, after, equal, label, model, served
 
 
 def test_no_token_carries_a_version_that_did_not_sample_it(tmp_path: Path) -> None:
@@ -29,6 +33,40 @@ def test_a_slow_link_carries_whole_versions_and_patches_once_and_goes_on_after_a
     assert found["held"], found
     assert found["whole"]["progress_reports"] >= 1
     assert found["whole"]["mib_that_crossed"] < 1.02 * found["whole"]["mib"] + 0.1
+
+
+def test_who_asks_while_a_version_is_published_does_not_stop_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The history asks the publisher who pulls, the publisher asks the history which patches there are; each under a
+    lock of its own. They come at the same moment."""
+    asked = threading.Event()
+    forget, patches = History._forget, History.patches
+
+    def late_forget(history: History, *arguments: Any) -> None:
+        asked.wait(10.0)
+        forget(history, *arguments)
+
+    def told_patches(history: History, *arguments: Any) -> Any:
+        asked.set()
+        return patches(history, *arguments)
+
+    first = model(1 << 16)
+    second = after(first, 1)
+    with (
+        served(first, second) as (weights, _, server),
+        Client(server.url, timeout=20) as client,
+        Client(server.url, timeout=20) as other,
+    ):
+        receiver = Receiver(client)
+        receiver.fetch(1)
+        weights.publish(label(2), 2, first.items())
+        monkeypatch.setattr(History, "_forget", late_forget)
+        monkeypatch.setattr(History, "patches", told_patches)
+        put = threading.Thread(target=weights.publish, args=(label(3), 3, second.items()), daemon=True)
+        put.start()
+        assert receiver.fetch(2) is not None
+        assert Receiver(other).fetch(3) is not None
+        put.join(20)
+        assert not put.is_alive() and equal(receiver.tensors(), first)
 
 
 def test_a_publisher_knows_what_its_newest_version_costs() -> None:

@@ -69,7 +69,9 @@ class WeightPublisher:
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         """dtype: what floating-point weights travel in, that of the engine; None: as they are."""
         self._history = History(dtype)
+        # Of two locks the upper one is taken first; the history's, which asks who pulls while it holds it, is between.
         self._lock = threading.Lock()
+        self._pulls_lock = threading.Lock()
         self._versions: dict[str, _Version] = {}  # by label, the newest last
         self._pulls: dict[str, _Pull] = {}  # by who pulls
         self._files: tuple[FilesAre, bytes] | None = None
@@ -94,8 +96,9 @@ class WeightPublisher:
         """Serve a version: (checkpoint name, tensor), in the same order each time. Raises ValueError where they are
         others than before, and what the iterator raises: then the version before stays the newest."""
         self._history.put(label, tensors, self._is_pulled)
-        with self._lock:
+        with self._pulls_lock:
             self._pulls = {peer: pull for peer, pull in self._pulls.items() if pull.is_alive()}
+        with self._lock:
             known = {old: held for old, held in self._versions.items() if self._history.sums(old) is not None}
             self._versions = {**known, label: _Version(label, version, probe)}
 
@@ -115,7 +118,7 @@ class WeightPublisher:
         return VersionSize(whole if patch is None else min(len(patch), whole), whole)
 
     def _is_pulled(self, label: str) -> bool:
-        with self._lock:
+        with self._pulls_lock:
             return any(pull.first == label and pull.is_alive() for pull in self._pulls.values())
 
     def close(self) -> None:
@@ -146,10 +149,7 @@ class WeightPublisher:
                     if known is None or known.version < wanted.at_least:
                         return None
                 parts = self._parts(known, wanted)
-                self._pulls.pop(_peer(request), None)
-                if parts:
-                    first = parts[0].base or known.label
-                    self._pulls[_peer(request)] = _Pull(first, known.label, time.monotonic())
+                self._pulled(_peer(request), known, parts)
             layout = self._history.layout
             probe = (list(known.probe.token_ids), list(known.probe.logprobs)) if known.probe else None
             return Reply(
@@ -157,6 +157,13 @@ class WeightPublisher:
             )
 
         return poll() or Park(poll, wanted.wait_s, Reply(WeightsAre("", -1)))
+
+    def _pulled(self, peer: str, known: _Version, parts: list[PartIs]) -> None:
+        with self._pulls_lock:
+            self._pulls.pop(peer, None)
+            if parts:
+                first = parts[0].base or known.label
+                self._pulls[peer] = _Pull(first, known.label, time.monotonic())
 
     def _parts(self, known: _Version, wanted: GetWeights) -> list[PartIs]:
         layout = self._history.layout
@@ -177,7 +184,7 @@ class WeightPublisher:
         wanted = request.decode(GetChunk)
         end = wanted.offset + min(wanted.length, CHUNK)
         data = self._bytes(wanted.kind, wanted.label, wanted.offset, end)
-        with self._lock:
+        with self._pulls_lock:
             if (pull := self._pulls.get(_peer(request))) is not None:
                 pull.asked = time.monotonic()
         return Reply("") if data is None else Reply(wanted.label, [data])
