@@ -389,13 +389,14 @@ def test_a_large_part_lies_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(version, "SPOOL", CHUNK)
     sent = model(5 * CHUNK)
     with served(sent) as (_, _, server), Client(server.url, timeout=30) as client:
-        weights = fetch_weights(client, "", 0, 1.0, Pull(folder=tmp_path))
-        assert weights is not None and weights.parts[0].spool._memory is None
+        folder = tmp_path / "run" / "weights"  # nobody has made it yet
+        weights = fetch_weights(client, "", 0, 1.0, Pull(folder=folder))
+        assert weights is not None and weights.parts[0].spool._memory is None and not list(folder.iterdir())
         weights.verify()
         assert equal(safetensors.torch.load(weights.data), sent)
         weights.write_safetensors(tmp_path / "model.safetensors")
         assert equal(safetensors.torch.load_file(tmp_path / "model.safetensors"), sent)
-        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "run"]
         again = Weights.of_file("main.e1.v0", 0, tmp_path / "model.safetensors")
         assert sum(len(data) for _, data in again.slices()) == weights.layout.size
         weights.close()

@@ -52,6 +52,7 @@ start_validation = 1
     ("sync", "policy"),
     [
         ("fs", "last_layers = 2"),
+        ("patch", "last_layers = 2"),
         ("gloo", "last_layers = 2"),
         ("lora", 'lora = { rank = 4, alpha = 8.0, targets = ["q_proj", "v_proj"] }'),
     ],

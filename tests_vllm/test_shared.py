@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,19 +151,24 @@ def test_every_token_is_of_its_own_roles_adapter(tmp_path: Path) -> None:
 
 
 def test_the_example_runs_on_one_server(tmp_path: Path) -> None:
-    """One step of the example: one server, both agents sampled by their own adapters of the step's version, as each
+    """Two steps of the example: one server, both agents sampled by their own adapters of the step's version, as each
     trainer's own log-probs say, and nothing is left."""
     out = tmp_path / "run"
     short = (
-        *("trainer.steps=1", "trainer.questions=1", "trainer.group_size=4", "trainer.old_logprobs=recompute"),
-        *("eval.validation=1", "eval.heldout=1", "eval.start_validation=1"),
+        *("trainer.steps=2", "trainer.questions=2", "trainer.group_size=4", "trainer.old_logprobs=recompute"),
+        *("eval.validation=1", "eval.heldout=1", "eval.start_validation=0"),
     )
     output = train(EXAMPLE, out, *SETS, *short, timeout=850)
     assert summary(out)["finished"], output
-    started = sorted(path.name for path in (out / "logs").iterdir() if path.name.startswith("engine-"))
-    assert [name.partition(".")[0] for name in started] == ["engine-main-0"]
-    rows = [row for row in records(out) if "main/reward/mean" in row]
-    assert [row["step"] for row in rows] == [1]
-    print(json.dumps({name: value for name, value in rows[0].items() if "mismatch" in name}))
-    assert 0 < rows[0]["main/policy/mismatch_kl"] < 1e-2
+    started = {path.name.partition(".")[0] for path in (out / "logs").iterdir()}
+    assert {name for name in started if name.startswith("engine-")} == {"engine-main-0"}
+    rows = [row for row in records(out) if "main/reward/mean" in row or "sub/reward/mean" in row]
+    assert {row["step"] for row in rows if "main/reward/mean" in row} == {1, 2}
+    for row in rows:
+        for role in ROLES:
+            if f"{role}/reward/mean" in row:
+                kl = row[f"{role}/policy/mismatch_kl"]
+                print(f"step {row['step']}, {role}: mismatch KL {kl:.1e}")
+                assert row[f"{role}/staleness/max"] == 0 and 0 <= kl < 1e-2
+    assert any("sub/reward/mean" in row for row in rows), output
     assert leftovers(out) == [] and not (out / "weights").exists()

@@ -35,6 +35,8 @@ class Spool:
         self._file: BinaryIO | None = None
         self._memory = bytearray(size) if size <= SPOOL else None
         if self._memory is None:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, prefix="mgrpo-weights-")  # noqa: SIM115 - lives on
             os.truncate(self._file.fileno(), size)
 
