@@ -37,8 +37,8 @@ RANDOM = {  # vocabulary, hidden, intermediate, layers, heads, key-value heads; 
     "random-120m": (49152, 768, 2048, 12, 12, 4),
     "random-1.2b": (128256, 2048, 8192, 16, 32, 8),  # the shapes of Llama-3.2-1B
 }
-WARM = 3  # gradients that Adam's moments have seen before the first step that is measured
-CHUNK = 1 << 20  # elements of a tensor that are stepped at a time, so that no moments are kept
+SEEN = 5  # gradients that Adam's moments have seen at each step, its own included
+CHUNK = 1 << 17  # elements of a tensor that are stepped at a time, so that no moments are kept
 BETAS, EPS = (0.9, 0.999), 1e-8
 BLOCK = 4 << 20
 
@@ -129,7 +129,7 @@ class Trainer(Part):
     def __init__(self, model: str, folder: str) -> None:
         super().__init__(model, folder)
         noise = torch.Generator().manual_seed(0)
-        self._pool = torch.randn(16 * CHUNK, generator=noise)  # gradients are windows of it
+        self._pool = torch.randn(1 << 24, generator=noise)  # gradients are windows of it
         self._steps = 0
         self.weights = dict(self._made(noise))
         self.publisher = WeightPublisher(torch.bfloat16)
@@ -150,8 +150,8 @@ class Trainer(Part):
         return {"url": self.server.url, "size": 2 * sum(t.numel() for t in self.weights.values())}
 
     def step(self, lr: float) -> None:
-        """One of Adam's, as of step WARM + n. A gradient is a direction that stays and noise of the same size. Moments
-        are computed again each time, for a few elements at a time: there is no room for those of all."""
+        """One of Adam's. A gradient is a direction that stays and noise of the same size. Moments are those of the last
+        SEEN gradients, computed for a few elements at a time: there is no room for those of all."""
         self._steps += 1
         for name, tensor in self.weights.items():
             flat = tensor.view(-1)
@@ -164,14 +164,14 @@ class Trainer(Part):
             at = random.Random(f"{place} {step}").randrange(len(self._pool) - size + 1)
             return self._pool[at : at + size]
 
-        (b1, b2), count = BETAS, WARM + self._steps
+        b1, b2 = BETAS
         first, second, direction = torch.zeros(size), torch.zeros(size), window(0)
-        for step in range(1, count + 1):
+        for step in range(self._steps + 1, self._steps + SEEN + 1):
             gradient = direction + window(step)
             first.lerp_(gradient, 1 - b1)
             second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        scale = second.div_(1 - b2**count).sqrt_().add_(EPS)
-        return first.div_(1 - b1**count).div_(scale)
+        scale = second.div_(1 - b2**SEEN).sqrt_().add_(EPS)
+        return first.div_(1 - b1**SEEN).div_(scale)
 
     def publish(self, version: int) -> dict[str, Any]:
         clock = Clock()

@@ -284,18 +284,22 @@ def scene(folder: Path, seed: int) -> Iterator[Scene]:
 
 
 def kill_weights(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """So many faults, each in the middle of a transfer; after each, a new version must be loaded and sampled from."""
-    kinds, middle = [FAULTS[i % len(FAULTS)] for i in range(kills)], 0
+    """Faults, so many of them in the middle of a transfer (some come when it has just ended); after each, a new version
+    must be loaded and sampled from."""
+    kinds, middle, happened = [FAULTS[i % len(FAULTS)] for i in range(3 * kills)], 0, Counter[str]()
     random.Random(seed).shuffle(kinds)
     with scene(folder, seed) as s:
         s.wait(lambda e: e["event"] == "sampled", "at the start")
         for number, kind in enumerate(kinds):
+            if middle == kills:
+                break
             middle += s.fault(kind)
+            happened[kind] += 1
             version = s.wait(lambda e: e["event"] == "loaded", f"fault {number}, {kind}")["label"]
             s.wait(lambda e, v=version: e["event"] == "sampled" and v in e["labels"], f"after fault {number}")  # type: ignore[misc]
     judge = s.judge
     return {
-        "faults": dict(Counter(kinds)), "in_the_middle": middle, "loads": dict(s.loads),
+        "faults": dict(happened), "in_the_middle": middle, "loads": dict(s.loads),
         "tokens": judge.tokens, "of_several_versions": judge.mixed, "worst_gap": judge.worst,
         "wrong": judge.wrong[:3], "control_gap": statistics.median(judge.control or [0.0]),
         "reports": dict(s.reports.most_common(5)),
