@@ -16,7 +16,7 @@ from tests.test_weights import MIB, Counted, Hooked, Receiver, Tensors, after, e
 
 
 def slow_link(size: int, rate: float) -> dict[str, Any]:
-    """size: MiB of a version in float32; the next one is a patch of about a seventh of that. rate: MiB/s."""
+    """size: MiB of a version in float32; the next one is a patch of about a thirteenth of that. rate: MiB/s."""
     generator = torch.Generator().manual_seed(0)
     first = {f"layer{i}": torch.randn(size * MIB // 40, generator=generator) for i in range(10)}
     versions = first, after(first, 1, share=0.1)
