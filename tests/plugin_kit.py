@@ -148,7 +148,7 @@ def patch(
         old, new = (np.array(f[begin + piece.offset : begin + piece.offset + piece.nbytes]) for f in files)
         if change := difference(piece, layout.tensors[piece.tensor].itemsize, old, new):
             made.changes[piece.index] = change
-    made.pack(layout)
+    made.pack()
     assert made.data is not None
     spool = spool_of(made.data.tobytes())
     return Weights(label, version, layout, (Part(base, label, spool),), probe)

@@ -95,7 +95,7 @@ class History:
             self.label = label
             self._forget(pulled)
         if patch in self._patches:
-            patch.pack(self.layout)
+            patch.pack()
 
     def _put_first(self, label: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         base, found = [], []

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import google_crc32c
@@ -157,13 +157,21 @@ class Patch:
     def nbytes(self) -> int:
         return 4 + sum(_HEAD.size + len(change.payload) for change in self.changes.values())
 
-    def pack(self, layout: Layout) -> None:
-        """Nothing will be added: bring it into one piece of memory, which the changes share."""
-        changes = list(self.changes.values())
-        heads = b"".join(_HEAD.pack(c.slice.index, c.encoding, len(c.payload), c.crc) for c in changes)
-        data = np.concatenate([bytes_of(_U32.pack(len(changes)) + heads), *(c.payload for c in changes)])
-        packed = parse_changes(lambda at, size: data[at : at + size], len(data), layout)
-        self.changes = {change.slice.index: change for change in packed}
+    def pack(self) -> None:
+        """Nothing will be added: bring it into one piece of memory, which the changes share from then on. Each moves by
+        itself, so that no second patch is in memory, and readers of `changes` always find it."""
+        self.changes = dict(sorted(self.changes.items()))  # threads have added them
+        heads = b"".join(
+            _HEAD.pack(c.slice.index, c.encoding, len(c.payload), c.crc) for c in self.changes.values()
+        )
+        data, at = np.empty(self.nbytes, np.uint8), 4 + len(heads)
+        data[:at] = bytes_of(_U32.pack(len(self.changes)) + heads)
+        for index in list(self.changes):
+            change = self.changes[index]
+            end = at + len(change.payload)
+            data[at:end] = change.payload
+            self.changes[index] = replace(change, payload=data[at:end])
+            at = end
         self.crc, self.data = checksum(data), data
 
 
