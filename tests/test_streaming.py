@@ -87,6 +87,17 @@ def test_weights_arrive_while_a_rollout_runs(made: list[Run], tmp_path: Path) ->
     assert found == [[0, 0, 1, 1]]
 
 
+def test_a_version_whose_pull_was_broken_off_is_followed_by_the_newest(
+    made: list[Run], tmp_path: Path
+) -> None:
+    """On a slow link the older one arrives to its end; nothing else is published that would bring the newest."""
+    run, worker = streaming(made, tmp_path)
+    worker.team.begun = [0]
+    worker.begin()
+    run.train()
+    worker.until(lambda: worker.team.engine.version == 1, "version 1 in the engine")
+
+
 def test_a_group_waits_for_the_weights_that_it_needs(made: list[Run], tmp_path: Path) -> None:
     """The store has admitted groups of version 1, whose weights are still on their way: they start when those are
     there, and no token of theirs is older."""

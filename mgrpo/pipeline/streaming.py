@@ -122,18 +122,21 @@ class Streaming:
             if status.version is None or status.label == label:
                 continue
             label, version = status.label, status.version
-            weights = await self._in_thread(self._context.team.fetch, role, version)
-            if weights is None:
-                continue
-            await self._until(lambda: not self._evaluating)  # its weights are held
-            self._loading += 1
-            try:
-                await self._context.team.load(role, weights)
-            finally:
-                self._loading -= 1
-            self._evaluate_if_due()
-            self._start_rollouts()
-            self._notify()
+            held = -1
+            while held < version:  # an older one comes first where it had begun to arrive
+                weights = await self._in_thread(self._context.team.fetch, role, version)
+                if weights is None:
+                    break
+                await self._until(lambda: not self._evaluating)  # its weights are held
+                self._loading += 1
+                try:
+                    await self._context.team.load(role, weights)
+                finally:
+                    self._loading -= 1
+                held = weights.version
+                self._evaluate_if_due()
+                self._start_rollouts()
+                self._notify()
 
     def _next_world(self, role: str, version: int) -> World:
         """The state of everything, as soon as this version is published, or after a moment: a trainer may have gone
