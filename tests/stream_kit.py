@@ -92,12 +92,11 @@ class ScriptedTeam:
 
     def fetch(self, role: str, at_least: int) -> Weights | None:
         assert self.open.wait(60) and self.published >= at_least
-        version = self.begun.pop(0) if self.begun else self.published
-        return (
-            None
-            if version == self.engine.version
-            else Weights(f"{role}.e1.v{version}", version, Layout(b"", ()))
-        )
+        version = self.begun[0] if self.begun else self.published
+        if version == self.engine.version and not self.begun:
+            return None
+        self.begun = self.begun[1:]
+        return Weights(f"{role}.e1.v{version}", version, Layout(b"", ()))
 
     async def load(self, role: str, weights: Weights) -> None:
         await self.engine.load(weights, weights.version)

@@ -92,8 +92,9 @@ def test_a_version_whose_pull_was_broken_off_is_followed_by_the_newest(
 ) -> None:
     """On a slow link the older one arrives to its end; nothing else is published that would bring the newest."""
     run, worker = streaming(made, tmp_path)
-    worker.team.begun = [0]
     worker.begin()
+    worker.until(lambda: len(worker.gates.ended) == len(SIX), "the end of what is admitted")
+    worker.team.begun = [0]
     run.train()
     worker.until(lambda: worker.team.engine.version == 1, "version 1 in the engine")
 
