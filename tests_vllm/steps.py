@@ -49,7 +49,7 @@ class Steps:
                 cut = slice(piece.start, piece.stop)
                 if change := difference(piece, info.itemsize, before[cut], after[cut]):
                     made.changes[piece.index] = change
-        made.pack(self.layout)
+        made.pack()
         assert made.data is not None
         spool = Spool(len(made.data))
         spool.write(0, made.data.tobytes())
