@@ -182,7 +182,7 @@ def test_a_server_that_samples_from_other_weights_than_it_says_is_refused(
         if server.plugin:
             assert server.rpcs[-2:] == ["mgrpo_load", "mgrpo_load"]  # tried again
         else:
-            assert server.rpcs[-2:] == ["mgrpo_info", "reload_weights"]
+            assert server.rpcs[-1] == "reload_weights"
 
     on_fakes(fake, 1, test, tmp_path)
 
@@ -239,6 +239,22 @@ def test_wrong_weights_of_another_workers_update_end_our_request_by_name(tmp_pat
         assert not server.running.is_set()
 
     on_servers(1, test, tmp_path)
+
+
+def test_a_server_whose_worker_was_just_killed_is_not_one_without_the_plugin(tmp_path: Path) -> None:
+    """Its front end answers status 500 for a moment, and is still healthy: it gets the version once it is back."""
+
+    async def test(bench: Bench[FakePlugin]) -> None:
+        (server,) = bench.servers
+        server.refuse["mgrpo_info"] = (500, "Call to collective_rpc method failed: cancelled")
+        engine = bench.engine()
+        task = asyncio.ensure_future(engine.load(first(), 0))
+        await until(lambda: "mgrpo_info" in server.rpcs, "the first question")
+        server.refuse.clear()
+        await task
+        assert server.label == "e1.v0"
+
+    on_fakes(FakePlugin, 1, test, tmp_path)
 
 
 def test_a_server_without_the_plugin_is_refused_by_name(tmp_path: Path) -> None:

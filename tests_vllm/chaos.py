@@ -29,6 +29,7 @@ from mgrpo.model.policy import Policy
 from tests_vllm.kit import Served, below, logprobs, prompts, reference, served
 from tests_vllm.steps import Steps
 
+REQUEST_SECONDS = 30.0  # a front end whose engine was killed waits for its requests before it ends
 WITHIN = 1e-3  # nats, at most: float32 in two orders of summation
 
 
@@ -73,7 +74,10 @@ def main() -> int:
     steps, before = Steps(reference()), reference()
     figures = {"kills": 0, "in_transfer": 0, "tokens": 0, "mislabelled": 0}
     largest, least = 0.0, float("inf")
-    with tempfile.TemporaryDirectory() as folder, served(Path(folder), "patch", "float32") as live:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served(Path(folder), "patch", "float32", timeout=REQUEST_SECONDS) as live,
+    ):
         live.children._children[
             "engine-main-0"
         ].healthy = 1.0  # it is ended from outside, as often as we like

@@ -83,15 +83,17 @@ class Served:
     """A server and an engine over it, with an event loop of their own."""
 
     def __init__(
-        self, folder: Path, sync: str, dtype: str, main: str, arguments: Sequence[str], model: Path = MODEL
-    ) -> None:
+        self, folder: Path, sync: str, dtype: str, main: str, arguments: Sequence[str], model: Path = MODEL,
+        timeout: float = START_SECONDS,
+    ) -> None:  # fmt: skip
+        """timeout: of one request, seconds."""
         text = CONFIG.format(
             model=model,
             length=LENGTH,
             sync=sync,
             dtype=dtype,
             main=main,
-            timeout=START_SECONDS,
+            timeout=timeout,
             python=ROOT / ".venv-vllm/bin/python",
             arguments=list(arguments),
         )
@@ -107,7 +109,7 @@ class Served:
         self.children.start("engine-main-0", arguments, healthy=START_SECONDS)
         self.sync = sync = VllmBackend.open_sync(view_of(self.config, "main"), self.run.weights / "main")
         sync.on_event = self.said.append
-        self.server = TimedClient(self.url, START_SECONDS)
+        self.server = TimedClient(self.url, timeout)
         self.engine = ServerEngine(
             EnginePool(
                 [self.server], sync, timeout=START_SECONDS, max_length=LENGTH, on_event=self.said.append
@@ -171,10 +173,11 @@ async def generate(
 
 @contextlib.contextmanager
 def served(
-    folder: Path, sync: str, dtype: str, main: str = "", arguments: Sequence[str] = (), model: Path = MODEL
-) -> Iterator[Served]:
+    folder: Path, sync: str, dtype: str, main: str = "", arguments: Sequence[str] = (), model: Path = MODEL,
+    timeout: float = START_SECONDS,
+) -> Iterator[Served]:  # fmt: skip
     """Started; its processes are gone when the block ends. arguments: of the server, beside those of the launcher."""
-    made = Served(folder, sync, dtype, main, arguments, model)
+    made = Served(folder, sync, dtype, main, arguments, model, timeout)
     try:
         with made.children, made.run.sockets(made.config):
             yield made

@@ -69,6 +69,8 @@ class VllmClient(ServerClient):
 
     cache_salt: str | None = None
     """Requests share cached keys and values with those of the same salt alone; see weight_sync.py."""
+    plugin: bool | None = None
+    """Whether it has our plug-in; None while nobody has asked (plugin_client.py)."""
 
     async def generate(
         self,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
+from mgrpo.engines.client import ServerDown
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
 from mgrpo.errors import CorruptionError, InfrastructureError
@@ -14,25 +15,45 @@ if TYPE_CHECKING:
     from mgrpo.engines.weight_folder import PatchFile, WeightFolder
 
 EXTENSION = "mgrpo.engines.vllm.plugin.extension.WorkerExtension"
+ATTEMPTS = 3  # of a healthy server, before it counts as one without the plug-in
+AGAIN_SECONDS = 1.0  # a front end notices the death of its engine within that
+T = TypeVar("T")
 
 
 class NoPluginError(InfrastructureError):
     """The server was started without the plug-in."""
 
 
+async def first_answer(server: VllmClient, ask: Callable[[], Awaitable[T]]) -> T:
+    """The answer of `ask`, the call that tells whether a server has the plug-in. Raises NoPluginError where it has not.
+    vLLM 0.32 answers status 500 where a method is missing, and where a worker has just been killed as well: the former
+    again and again, from a server that is healthy."""
+    missing = f"{server.url} has no plug-in of mgrpo; start it with --worker-extension-cls {EXTENSION}"
+    if server.plugin is False:
+        raise NoPluginError(missing)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            answer = await ask()
+        except ServerDown:
+            raise
+        except InfrastructureError as error:
+            if "status 500" not in str(error) or server.plugin:
+                raise
+            await server.healthy()
+            if attempt == ATTEMPTS:
+                server.plugin = False
+                raise NoPluginError(missing) from error
+            await asyncio.sleep(AGAIN_SECONDS)
+        else:
+            server.plugin = True
+            return answer
+    raise AssertionError("unreachable")
+
+
 async def held_version(server: VllmClient) -> str:
     """Label of the version that all its workers hold through the plug-in; "" where there is none. Raises
     NoPluginError."""
-    try:
-        answers = await _call(server, "mgrpo_info", {}, server.timeout)
-    except InfrastructureError as error:
-        if "status 500" not in str(error):
-            raise
-        # vLLM 0.32 does not say what was wrong, but this method cannot fail where it is there.
-        await server.healthy()
-        raise NoPluginError(
-            f"{server.url} has no plug-in of mgrpo; start it with --worker-extension-cls {EXTENSION}"
-        ) from error
+    answers = await first_answer(server, lambda: _call(server, "mgrpo_info", {}, server.timeout))
     held = {str(answer["label"]) for answer in answers}
     return held.pop() if len(held) == 1 else ""
 

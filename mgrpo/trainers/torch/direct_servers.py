@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mgrpo.config.engine import OnUpdate
-from mgrpo.engines.client import ServerDown
 from mgrpo.engines.labels import Label
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.engines.vllm.plugin_client import EXTENSION
+from mgrpo.engines.vllm.plugin_client import NoPluginError, first_answer
 from mgrpo.engines.vllm.weight_sync import is_paused, pause, relabel_and_resume, server_label
 from mgrpo.errors import ConfigError, InfrastructureError
 
@@ -100,16 +99,9 @@ class DirectServers:
         if current is None or current != server.given:  # new, or started again
             server.met = False
         try:
-            found = await self.call(server, "info")
-        except ServerDown:
-            raise
-        except InfrastructureError as error:
-            if "status 5" not in str(error):
-                raise
-            # The method itself cannot fail, and not every release says what was wrong.
-            raise ConfigError(
-                f"{server.url} has no plug-in of mgrpo; start it with --worker-extension-cls {EXTENSION}"
-            ) from error
+            found = await first_answer(client, lambda: self.call(server, "info"))
+        except NoPluginError as error:
+            raise ConfigError(str(error)) from None
         for number, info in enumerate(found):
             if info["dtype"] != dtype:
                 raise ConfigError(
