@@ -15,6 +15,9 @@ import torch
 import mgrpo
 from mgrpo import _C
 from mgrpo.config import load_config, view_of
+from mgrpo.engines import process
+from mgrpo.engines.backend import ServerCommand
+from mgrpo.engines.process import run_server
 from mgrpo.engines.vllm.backend import VllmBackend, plugin_variables
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import save_policy
@@ -143,3 +146,17 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_server_that_lives_without_listening_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A front end that has closed its socket and does not end by itself; one that has not begun to listen is left."""
+    monkeypatch.setattr(process, "SILENT_SECONDS", 1.0)
+    path = tmp_path / "s"
+    program = (
+        "import socket, time; time.sleep(2); s = socket.socket(socket.AF_UNIX); "
+        f"s.bind({str(path)!r}); s.listen(); time.sleep(1); s.close(); time.sleep(600)"
+    )
+    assert run_server(ServerCommand([sys.executable, "-c", program], {}, 0), path) == -signal.SIGTERM
+    assert not path.exists()

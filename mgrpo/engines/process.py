@@ -13,7 +13,9 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket as sockets
 import subprocess
+import time
 from pathlib import Path
 
 from mgrpo.engines.backend import ServerCommand
@@ -21,6 +23,8 @@ from mgrpo.errors import DeadlineError
 from mgrpo.waiting import wait_until
 
 STOP_SECONDS = 8.0  # of the 15 that the launcher gives a child
+SILENT_SECONDS = 20.0  # without a listener, once there was one
+POLL_SECONDS = 0.2
 
 
 def run_server(command: ServerCommand, socket: Path) -> int:
@@ -34,13 +38,40 @@ def run_server(command: ServerCommand, socket: Path) -> int:
         preexec_fn=_end_with_parent,
     )
     try:
-        os.waitid(
-            os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
-        )  # not reaped yet: the group's number stays ours
+        _wait(process.pid, socket)
     finally:
         _end_group(process)
         socket.unlink(missing_ok=True)
     return process.returncode
+
+
+def _wait(pid: int, socket: Path) -> None:
+    """Until the server has ended (it is not reaped yet: the group's number stays ours), or does not listen any more. A
+    front end of vLLM 0.32 whose worker was killed may close its socket and live on."""
+    heard: float | None = None
+    while _alive(pid):
+        now = time.monotonic()
+        if _listens(socket):
+            heard = now
+        elif heard is not None and now - heard > SILENT_SECONDS:
+            print(
+                f"error: the server lives, and has not listened at {socket} for {SILENT_SECONDS:g} s: ending it"
+            )
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _listens(socket: Path) -> bool:
+    """False where nobody does; a server that is too busy to accept counts as one that listens."""
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(socket))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
