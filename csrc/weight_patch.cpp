@@ -42,8 +42,7 @@ std::optional<SparseXor> sparse_of(const uint8_t* before, const uint8_t* after, 
     }
     if (planes[0].size() > limit) return std::nullopt;
   }
-  out.changed = planes[0].size();
-  out.values.reserve(out.changed * ITEM);
+  out.values.reserve(planes[0].size() * ITEM);
   for (const auto& plane : planes) out.values.insert(out.values.end(), plane.begin(), plane.end());
   return out;
 }

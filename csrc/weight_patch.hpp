@@ -17,8 +17,7 @@ namespace mgrpo {
 
 struct SparseXor {
   std::vector<uint8_t> gaps;
-  std::vector<uint8_t> values;  // itemsize planes of `changed` bytes
-  size_t changed = 0;
+  std::vector<uint8_t> values;  // one plane a byte of an element
 };
 
 // nullopt when more than `limit` of the n elements changed. Throws for an itemsize that is none of the above.

@@ -12,7 +12,7 @@ ORDER = [
     *("losses",),
     *("ops", "alignment", "credit", "algorithms"),
     *("batcher", "transport"),
-    *("model", "weights", "trajectory_log", "store", "record"),
+    *("weights", "model", "trajectory_log", "store", "record"),
     *("engines", "environments", "trainers"),
     *("pipeline",),
     *("tasks",),

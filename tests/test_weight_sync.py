@@ -12,7 +12,7 @@ import torch
 from mgrpo.config.policy import LoraConfig
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.vllm.weight_sync import LoraSync, VllmFolderSync
-from mgrpo.engines.weight_folder import KEEP, adapter_files
+from mgrpo.engines.weight_folder import KEEP, WeightFolder, adapter_files
 from mgrpo.errors import ConfigError
 from mgrpo.types import Probe
 from mgrpo.weights.version import Weights
@@ -249,3 +249,15 @@ def test_labels_are_ordered_by_epoch_first() -> None:
     assert Label(2, 3) > Label(1, 9) > Label(1, 8)
     for text in ("default", "3", "e1", "e1.v", "e-1.v2", " e1.v2", "e1.v2.v3"):
         assert parse_label(text) is None
+
+
+@pytest.mark.parametrize("at", [7, 9, -1], ids=["length", "header", "data"])
+def test_a_damaged_file_in_the_folder_is_removed(tmp_path: Path, at: int) -> None:
+    """Wherever a byte has changed, also where the length of the header stands; an intact file stays."""
+    folder, label = WeightFolder(tmp_path), Label(1, 1)
+    folder.add(Weights.of_bytes("e1.v1", 1, safetensors.torch.save({"w": torch.arange(4.0)})))
+    assert not folder.drop_damaged(label) and folder.whole(label).exists()
+    data = bytearray(folder.whole(label).read_bytes())
+    data[at] ^= 0xFF
+    folder.whole(label).write_bytes(data)
+    assert folder.drop_damaged(label) and not folder.whole(label).exists()

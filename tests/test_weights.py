@@ -402,7 +402,7 @@ def test_a_large_part_lies_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         weights.close()
 
 
-def test_what_is_no_safetensors_file_is_refused() -> None:
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Any) -> None:
     """Cut off, too long, overlapping tensors, an unknown dtype."""
     data = safetensors.torch.save({"w": torch.zeros(4)})
     for bad in (

@@ -177,6 +177,8 @@ class WeightFolder:
                 sums_file.write_bytes(sums.tobytes())
         except FileNotFoundError as error:  # a faster worker has removed what is old to it
             raise CorruptionError(f"{label}: {error.filename} is gone") from None
+        except ValueError as error:  # the header of the nearest whole
+            raise CorruptionError(f"{source}: {error}") from None
         return self.whole(label)
 
     def drop_damaged(self, label: Label) -> bool:
@@ -303,8 +305,7 @@ def _is_intact(file: Path) -> bool:
 
 
 def _layout_of(number: int) -> Layout:
-    head = int.from_bytes(os.pread(number, 8, 0), "little")
-    return Layout.parse(os.pread(number, 8 + head, 0))
+    return Layout.read(lambda at, size: os.pread(number, size, at), os.fstat(number).st_size)
 
 
 def _change(

@@ -13,23 +13,11 @@ import torch
 from torch import Tensor
 
 from mgrpo.model.stream import PublishedTensor
+from mgrpo.weights.dtypes import dtype_name
+from mgrpo.weights.layout import Layout
 
 FILE_BYTES = 5_000_000_000
 """The most data that one file holds, unless one tensor alone is larger."""
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 
 
 def write_weights(
@@ -76,20 +64,10 @@ def _write_file(
     file: BinaryIO, members: Sequence[PublishedTensor], coming: Iterator[tuple[str, Tensor]]
 ) -> None:
     # Wide types first, as the format's own writer has them, so that every tensor is aligned.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets: dict[str, int] = {}
-    at = 0
-    for t in sorted(members, key=lambda t: (-t.dtype.itemsize, t.name)):
-        offsets[t.name] = at
-        header[t.name] = {
-            "dtype": _CODES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [at, at + t.nbytes],
-        }
-        at += t.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    ordered = sorted(members, key=lambda t: (-t.dtype.itemsize, t.name))
+    layout = Layout.of((t.name, dtype_name(t.dtype), t.shape) for t in ordered)
+    offsets = {info.name: info.offset for info in layout.tensors}
+    file.write(layout.header)
     begin = file.tell()
     for t in members:
         name, tensor = next(coming, (None, None))

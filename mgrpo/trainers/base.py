@@ -107,7 +107,7 @@ class PolicyTrainer(ABC):
         the servers at these addresses. report: takes a line for people, from the thread that calls this trainer. Raises
         ConfigError where that cannot be."""
         raise ConfigError(
-            f'{type(self).__name__} sends no weights to servers; choose another engine.sync than "nccl"'
+            f'{type(self).__name__} sends no weights to servers; choose another engine.sync than "nccl" and "gloo"'
         )
 
     def publish_direct(self, label: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mgrpo.weights.dtypes import dtype_name
 from mgrpo.weights.layout import SIZES, Layout, Slice
 from mgrpo.weights.patch import Bytes, Change, Patch, checksum, difference
 
@@ -30,18 +31,7 @@ BUCKET = 128 << 20  # bytes that are cast and brought to main memory at a time
 VERSIONS = 4
 PATCHED = 0.75
 _THREADS = min(8, os.cpu_count() or 1)
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
-_NAMES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
-_NAMES |= {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
 Sums = np.ndarray[tuple[int], np.dtype[np.uint32]]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name of a dtype. Raises ValueError."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in _NAMES:
-        raise ValueError(f"weights of dtype {name} cannot travel; known are {', '.join(_NAMES)}")
-    return _NAMES[name]
 
 
 @dataclass(slots=True)

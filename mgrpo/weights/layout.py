@@ -12,7 +12,7 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -87,6 +87,12 @@ class Layout:
         text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return cls(len(text).to_bytes(_LENGTH, "little") + text, tuple(infos))
+
+    @classmethod
+    def read(cls, read: Callable[[int, int], bytes], size: int) -> Layout:
+        """From a safetensors file of `size` bytes. read(at, n): n of them. Raises ValueError for what is none."""
+        length = int.from_bytes(read(0, _LENGTH), "little")
+        return cls.parse(read(0, min(_LENGTH + length, size)))
 
     @classmethod
     def parse(cls, data: bytes | memoryview) -> Layout:

@@ -155,6 +155,8 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
+        if self.data is not None:
+            return len(self.data)
         return 4 + sum(_HEAD.size + len(change.payload) for change in self.changes.values())
 
     def pack(self) -> None:

@@ -168,10 +168,8 @@ def fetch_weights(
 def _weights(pull: Pull, newest: WeightsAre) -> Weights:
     parts = pull.finish()
     if parts and not parts[0].base:
-        spool = parts[0].spool
-        head = int.from_bytes(spool.read(0, 8).tobytes(), "little")
         try:
-            pull.layout = Layout.parse(spool.read(0, min(8 + head, spool.size)).tobytes())
+            pull.layout = parts[0].spool.layout()
         except ValueError as error:
             raise CorruptionError(f"{newest.label}: {error}") from None
         if pull.layout.digest != newest.layout:

@@ -60,6 +60,10 @@ class Spool:
             at, size = at + len(part), size - len(part)
         return bytes_of(parts[0] if len(parts) == 1 else b"".join(parts))
 
+    def layout(self) -> Layout:
+        """Of the safetensors file that the bytes are. Raises ValueError where they are none."""
+        return Layout.read(lambda at, size: self.read(at, size).tobytes(), self.size)
+
     def copy_to(self, path: Path, at: int = 0) -> None:
         """Write everything from byte `at` on into a new file."""
         with path.open("wb") as out:
@@ -125,8 +129,7 @@ class Weights:
             while block := file.read(_BLOCK):
                 spool.write(at, block)
                 at += len(block)
-        head = int.from_bytes(spool.read(0, 8).tobytes(), "little")
-        layout = Layout.parse(spool.read(0, 8 + min(head, size)).tobytes())
+        layout = spool.layout()
         if size != len(layout.header) + layout.size:
             raise ValueError(
                 f"{path}: {size} bytes are not in safetensors format: the header announces "

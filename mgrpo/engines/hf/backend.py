@@ -13,8 +13,7 @@ from mgrpo.engines.base import Engine
 from mgrpo.model.tokens import Tokenizer
 
 STREAMING_ADMISSION = 4
-"""Steps from one admission to the next where rollouts stream: as many forwards as in batches, for 1.5 steps of waiting
-a turn."""
+"""Steps from one admission to the next where rollouts stream: prompts share forwards, and wait 1.5 steps on average."""
 
 
 class HfBackend(EngineBackend):

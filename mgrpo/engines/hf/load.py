@@ -28,7 +28,7 @@ from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.model.places import Shapes
 from mgrpo.model.policy import Policy
 from mgrpo.model.probe import probe
-from mgrpo.weights.history import dtype_name
+from mgrpo.weights.dtypes import dtype_name
 from mgrpo.weights.layout import Layout
 from mgrpo.weights.patch import Change
 from mgrpo.weights.version import Weights

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mgrpo.weights.dtypes import bits_dtype
 from mgrpo.weights.layout import Slice
 from mgrpo.weights.patch import Bytes, Change
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 class Memory(ABC):
@@ -73,7 +72,7 @@ class Device(Memory):
 
     def apply(self, change: Change) -> None:
         where, bits = change.entries()
-        integers = _INTEGERS[self._size]
+        integers = bits_dtype(self._size)
         here = self._slice(change.slice).view(integers)
         index = torch.from_numpy(where).to(here.device)
         flips = torch.from_numpy(bits.astype(str(integers).removeprefix("torch."))).to(here.device)

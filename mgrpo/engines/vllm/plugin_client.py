@@ -31,7 +31,9 @@ async def first_answer(server: VllmClient, ask: Callable[[], Awaitable[T]]) -> T
     missing = f"{server.url} has no plug-in of mgrpo; start it with --worker-extension-cls {EXTENSION}"
     if server.plugin is False:
         raise NoPluginError(missing)
-    for attempt in range(1, ATTEMPTS + 1):
+    attempts = 0
+    while True:
+        attempts += 1
         try:
             answer = await ask()
         except ServerDown:
@@ -40,14 +42,13 @@ async def first_answer(server: VllmClient, ask: Callable[[], Awaitable[T]]) -> T
             if "status 500" not in str(error) or server.plugin:
                 raise
             await server.healthy()
-            if attempt == ATTEMPTS:
+            if attempts == ATTEMPTS:
                 server.plugin = False
                 raise NoPluginError(missing) from error
             await asyncio.sleep(AGAIN_SECONDS)
         else:
             server.plugin = True
             return answer
-    raise AssertionError("unreachable")
 
 
 async def held_version(server: VllmClient) -> str:

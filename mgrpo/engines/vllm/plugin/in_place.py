@@ -21,26 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgrpo.errors import CorruptionError
+from mgrpo.weights.dtypes import bits_dtype, torch_dtype
 from mgrpo.weights.layout import Layout, TensorInfo
 from mgrpo.weights.patch import Change
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-"""By safetensors' names."""
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes of an element: what XOR computes in."""
 
 
 class Unfit(Exception):
@@ -79,10 +62,11 @@ class InPlace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._finish(info, pieces)
 
     def _bits_of(self, info: TensorInfo, changes: list[Change]) -> torch.Tensor:
-        if info.dtype not in DTYPES:
-            raise Unfit(f"{info.name} is {info.dtype}, which has no patches")
-        bits = torch.zeros(info.shape, dtype=DTYPES[info.dtype], device=self._device)
-        flat = bits.view(-1).view(BITS[info.itemsize])
+        try:
+            bits = torch.zeros(info.shape, dtype=torch_dtype(info.dtype), device=self._device)
+        except ValueError as error:
+            raise Unfit(f"{info.name} has no patches: {error}") from None
+        flat = bits.view(-1).view(bits_dtype(info.itemsize))
         for change in changes:
             indices, values = change.entries()
             places = torch.from_numpy(indices + change.slice.start // info.itemsize).to(self._device)
@@ -120,7 +104,7 @@ class InPlace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"{self._name} is {source.dtype} {list(source.shape)} in the patch, {place.dtype} {list(place.shape)} "
                 "in the model"
             )
-        bits = BITS[place.element_size()]
+        bits = bits_dtype(place.element_size())
         place.view(bits).bitwise_xor_(source.view(bits))
         self.written += place.numel()
         self.storages.add(place.untyped_storage().data_ptr())

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from mgrpo.engines.vllm.plugin import cpu
-from mgrpo.engines.vllm.plugin.in_place import DTYPES, InPlace, Unfit
+from mgrpo.engines.vllm.plugin.in_place import InPlace, Unfit
 from mgrpo.engines.vllm.plugin.reload import apply_in_place, reloading
 from mgrpo.errors import CorruptionError
+from mgrpo.weights.dtypes import torch_dtype
 from mgrpo.weights.layout import Layout
 from mgrpo.weights.patch import Bytes, bytes_of, checksum, parse_changes
 
@@ -112,8 +113,7 @@ def open_whole(file: Path) -> tuple[Layout, mmap.mmap]:
         # Private and writable, since torch makes no tensors of read-only memory; nothing writes to it.
         data = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     try:
-        head = int.from_bytes(data[:8], "little")
-        layout = Layout.parse(data[: 8 + min(head, len(data))])
+        layout = Layout.read(lambda at, size: data[at : at + size], len(data))
     except ValueError as error:
         raise CorruptionError(f"{file}: {error}") from None
     begin = len(layout.header)
@@ -134,7 +134,7 @@ def open_whole(file: Path) -> tuple[Layout, mmap.mmap]:
 def tensors_of(layout: Layout, data: mmap.mmap) -> Iterator[tuple[str, torch.Tensor]]:
     """Views of a mapped file, in its order."""
     for info in layout.tensors:
-        dtype, count = DTYPES[info.dtype], info.nbytes // info.itemsize
+        dtype, count = torch_dtype(info.dtype), info.nbytes // info.itemsize
         if not count:
             yield info.name, torch.empty(info.shape, dtype=dtype)
             continue
