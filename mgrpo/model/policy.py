@@ -63,11 +63,15 @@ class Policy:
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
         self._dtype = head.weight.dtype
         self._half = self._offload = False
-        head_guard.check_head(model, self._trunk, head, self._states, name)
-        attention.check_padded(model, self._states, self.device, name)
+        self._set_up(head)
+
+    def _set_up(self, head: Any) -> None:
+        """Judge what the model computes, then choose what of it trains."""
+        head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
+        attention.check_padded(self.model, self._states, self.device, self.name)
         self._half = self.config.dtype == "bfloat16"
-        self.attention = attention.choose(model, self._states, self.config, self.device, name)
-        prepare(model, self.config, name)
+        self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
+        prepare(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
 
     @property
