@@ -97,7 +97,8 @@ class ShardedPolicy(Policy):
         prepare(self.model, self.config, self.name)
         if self._frozen:
             self.model.requires_grad_(False)
-        self._divide(head, init_device_mesh(self._home.type, (self._ranks.size,)))
+        self._tied = head.weight is self.model.get_input_embeddings().weight
+        divide(self.model, self._trunk, init_device_mesh(self._home.type, (self._ranks.size,)))
         allocate(self.model, self._home)
         together(self._ranks, lambda: self._blank.parts.read_into(self.model))
         begin_adapters(self.model)
@@ -109,21 +110,6 @@ class ShardedPolicy(Policy):
         self.attention = "sdpa" if kind == "rows" else kind
         self._offload = self.config.activation_offload
         self.let_go()
-
-    def _divide(self, head: Any, mesh: DeviceMesh) -> None:
-        embedding = self.model.get_input_embeddings()
-        self._tied = head.weight is embedding.weight
-        names = set(getattr(self.model, "_no_split_modules", None) or ())
-        for module in [m for m in self._trunk.modules() if type(m).__name__ in names]:
-            fully_shard(module, mesh=mesh)
-        fully_shard(self._trunk, mesh=mesh)
-        if self._tied:
-            head.weight = embedding.weight
-        else:
-            fully_shard(head, mesh=mesh)
-        for module in self._units():
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
     @contextlib.contextmanager
     def _with_whole_head(self, head: Any) -> Iterator[None]:
@@ -158,11 +144,8 @@ class ShardedPolicy(Policy):
 
     def let_go(self) -> None:
         """Keep this rank's part alone; a forward without a backward leaves some weights gathered."""
-        for module in self._units():
+        for module in _units(self.model):
             module.reshard()
-
-    def _units(self) -> list[Any]:
-        return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
 
 
 class _ShardedBase(WithoutAdapters, ShardedPolicy):
@@ -193,6 +176,28 @@ def gather_to_main(tensor: Tensor) -> Tensor:
     for sender, part in enumerate(parts[1:], 1):
         dist.recv(part, src=sender)
     return whole
+
+
+def divide(model: Any, backbone: Any, mesh: DeviceMesh) -> None:
+    """Have each rank of `mesh` hold its part of the parameters, which may lie on the meta device: a decoder layer is a
+    unit of its own, and so are the rest of the backbone and a head that is not tied."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in reversed([m for m in backbone.modules() if type(m).__name__ in names]):  # inner ones first
+        fully_shard(module, mesh=mesh)
+    fully_shard(backbone, mesh=mesh)
+    if tied:
+        head.weight = embedding.weight
+    else:
+        fully_shard(head, mesh=mesh)
+    for module in _units(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+
+
+def _units(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @torch.no_grad()
