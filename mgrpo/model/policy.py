@@ -20,7 +20,7 @@ import contextlib
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
 from mgrpo.model.precision import Precision, head_dtype
-from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
 from mgrpo.model.trained import choose_trained, decoder_layers, recompute_layers
@@ -52,8 +51,9 @@ class Policy:
     def __init__(
         self, model: Any, tokenizer: Any, name: str = "policy", config: PolicyConfig | None = None
     ) -> None:
-        """model: a transformers causal LM with float32 weights, on its device, taken over; tokenizer: its tokenizer; name: how
-        errors call this policy; config: how it is computed and what of it trains (default: everything, float32)."""
+        """model: a transformers causal LM with float32 weights, on its device, taken over; tokenizer: its tokenizer;
+        name: how errors call this policy; config: how it is computed and what of it trains (default: everything,
+        float32)."""
         head = head_guard.head_of(model, name)
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         remember_stops(tokenizer, getattr(model, "generation_config", None))
@@ -78,9 +78,9 @@ class Policy:
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H), the embedding itself where the model ties it."""
+        """(V, H), the embedding itself where the model ties it; in full_precision() float32."""
         weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        return weight.float() if self.precision.exact else weight
 
     @property
     def token_head(self) -> Tensor:
@@ -208,82 +208,6 @@ class WithoutAdapters(Policy):
     def _states(self, **arguments: Any) -> Tensor:
         with torch.no_grad(), lora.adapters_off(self.model):
             return super()._states(**arguments)
-
-
-def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
-    """The policy in the folder `path` (config.json, safetensors, tokenizer), held as `config` says (default: on the
-    CPU, float32, everything trains). Never goes to the network.
-
-    Raises ConfigError naming the folder and what is missing or unreadable in it, or the setting that cannot be met.
-    """
-    config = config or PolicyConfig()
-    check_device(config.device)
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"policy folder {folder} does not exist")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"policy folder {folder} has no config.json; expected a Hugging Face model folder")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    register_architecture(folder)
-    with quiet():
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
-        except (
-            *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
-            safetensors.SafetensorError,
-        ) as error:
-            raise ConfigError(
-                f"policy folder {folder}: no causal language model loads from it: {error}"
-            ) from error
-        if method := architecture.quantized(model.config.to_dict()):
-            raise ConfigError(
-                f"policy folder {folder}: its weights are quantised ({method}), and policies train in float32; take "
-                "the folder with the plain weights"
-            )
-        _check_complete(found, folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"policy folder {folder}: no tokenizer loads from it: {error}") from error
-    return Policy(model.to(config.device), tokenizer, str(folder), config)
-
-
-def _check_complete(found: Mapping[str, Any], folder: Path) -> None:
-    """transformers fills what the files do not give with noise, and says so in a warning."""
-    for name, there, expected in sorted(found["mismatched_keys"]):
-        raise ConfigError(
-            f"policy folder {folder}: {name} has shape {tuple(there)}, config.json says {tuple(expected)}"
-        )
-    if missing := sorted(found["missing_keys"]):
-        raise ConfigError(
-            f"policy folder {folder}: its weights lack {missing[0]} ({len(missing)} tensors are missing)"
-        )
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError where `device` is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f'policy.device is "cuda", but torch {torch.__version__} sees no GPU on this machine'
-        )
-
-
-def load_reference(policy: Policy, path: str | Path) -> Policy:
-    """The frozen reference of a KL term: the policy's own base where it has adapters, else what is in the folder
-    `path`, computed as the policy is. Raises as load_policy."""
-    if policy.config.lora.rank:
-        return policy.base()
-    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
-    reference = load_policy(path, policy.config.model_copy(update=plain))
-    reference.freeze()
-    return reference
 
 
 def save_policy(

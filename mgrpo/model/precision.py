@@ -2,18 +2,18 @@
 
 With dtype "bfloat16" the backbone computes in bfloat16 from end to end, as a sampler that is served in bfloat16 does:
 parameters take part as bfloat16 copies of their masters, and what enters a unit (a decoder layer, or the rest of the
-backbone) is rounded. What `model.parameters()` lists, what the optimizer, checkpoints and published weights see, are the
-masters. Where a model's own code computes in float32 (norms, a router's softmax, rotations) it does so here as well.
+backbone) is rounded. What `model.parameters()` lists, what the optimizer, checkpoints and published weights see, are
+the masters. Where a model's own code computes in float32 (norms, a router's softmax, rotations) it does so here too.
 
     one rank        a copy is made when its master has changed, once a step, and kept. Units put the copies in the place
                     of the masters while they run, also when gradient checkpointing runs them again. Each use of a copy
                     is linked to its master, so gradients arrive in float32 and add up in float32
     several ranks   FSDP2 casts what it gathers (`fsdp_policy`); the units find bfloat16 parameters and copy nothing
 
-Deviations: 1. A plain embedding is looked up in its master and rounded after, which is the same number without a copy of
-the table, and gives rows that occur often a float32 sum of gradients. 2. Parameters that the architecture keeps in
-float32 when it is loaded in bfloat16 (`_keep_in_fp32_modules_strict`) stay float32 (`float32_modules`). 3. Frozen
-matrices, embeddings and experts are kept in bfloat16 alone: there is nothing to update, so the master would say no more.
+Deviations: 1. A plain embedding is looked up in its master and rounded after: the same number without a copy of the
+table, and a float32 sum of gradients for tokens that occur often. 2. Parameters that the architecture keeps in float32
+when it is loaded in bfloat16 (`_keep_in_fp32_modules_strict`) stay float32 (`float32_modules`). 3. Frozen matrices,
+embeddings and experts are kept in bfloat16 alone: without updates a master says no more than its copy.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def kept_in_half(model: Any, config: PolicyConfig) -> list[nn.Parameter]:
     exact = {id(parameter) for parameter in _kept_in_float32(model)}
     if head_dtype(config) == torch.float32:
         exact.add(id(model.get_output_embeddings().weight))
-    return [
-        p for p in model.parameters() if p.dim() > 1 and p.is_floating_point() and id(p) not in exact
-    ]
+    return [p for p in model.parameters() if p.dim() > 1 and p.is_floating_point() and id(p) not in exact]
 
 
 def _kept_in_float32(model: Any) -> Iterator[nn.Parameter]:
@@ -103,7 +101,9 @@ class Precision:
         self._model, self._config = model, config
         self._exact = False
         self._masters: dict[tuple[int, str], Tensor] = {}  # of a sharded model, in full()
-        self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}  # id of a master: itself, its version, its copy
+        self._copies: dict[
+            int, tuple[Tensor, int, Tensor]
+        ] = {}  # id of a master: itself, its version, its copy
         if self.dtype == torch.float32:
             return
         self.freeze_in_half()
@@ -149,7 +149,9 @@ class Precision:
         finally:
             self._exact, self._masters = before, {}
 
-    def _run(self, places: list[tuple[nn.Module, str]], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(
+        self, places: list[tuple[nn.Module, str]], forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         dtype = torch.float32 if self._exact else self.dtype
         args, kwargs = _rounded(args, dtype), _rounded(kwargs, dtype)
         before: list[tuple[nn.Module, str, Any]] = []

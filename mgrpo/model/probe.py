@@ -43,4 +43,3 @@ def probe(policy: Policy, token_ids: tuple[int, ...]) -> Probe:
             "finite: the weights are damaged, so they are not published"
         )
     return Probe(token_ids, tuple(found.tolist()))
-
