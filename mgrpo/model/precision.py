@@ -149,6 +149,13 @@ class Precision:
         finally:
             self._exact, self._masters = before, {}
 
+    def whole(self, module: nn.Module, name: str = "weight") -> Tensor:
+        """In full(): a parameter whole, in float32. Takes every rank where it is sharded."""
+        parameter = module._parameters[name]
+        assert parameter is not None
+        other = self._stand_in(module, name, parameter)
+        return parameter if other is None else other
+
     def _run(
         self, places: list[tuple[nn.Module, str]], forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:

@@ -62,7 +62,8 @@ class ShardedPolicy(Policy):
         """(V, H), whole. With a tied head only after a forward."""
         module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
         if self.precision.exact:
-            return self.precision.whole(module)
+            whole: Tensor = self.precision.whole(module)
+            return whole
         weight: Tensor = module.weight
         if isinstance(weight, DTensor):
             whole: Tensor = weight.full_tensor(grad_placements=(Partial(),))
