@@ -218,7 +218,8 @@ def save_policy(
     stream = WeightStream(policy.model)
     config = policy.model.config
     config.architectures = [type(policy.model).__name__]
-    config.dtype = str(policy.model.dtype).removeprefix("torch.")
+    widest = max((p.dtype for p in policy.model.parameters()), key=lambda dtype: dtype.itemsize)
+    config.dtype = str(widest).removeprefix("torch.")  # frozen parts may be kept in less
 
     def write(fresh: Path) -> None:
         save_policy_files(policy, fresh)

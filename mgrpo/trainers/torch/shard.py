@@ -60,11 +60,14 @@ class ShardedPolicy(Policy):
     @property
     def head_weight(self) -> Tensor:
         """(V, H), whole. With a tied head only after a forward."""
-        module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
+        model = self.model
+        module: torch.nn.Module = (
+            model.get_input_embeddings() if self._tied else model.get_output_embeddings()
+        )
         if self.precision.exact:
-            whole: Tensor = self.precision.whole(module)
-            return whole
-        weight: Tensor = module.weight
+            return self.precision.whole(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         if isinstance(weight, DTensor):
             whole: Tensor = weight.full_tensor(grad_placements=(Partial(),))
             return whole
