@@ -23,7 +23,8 @@ from mgrpo.errors import ConfigError
 from mgrpo.model.head_guard import backbone_of
 from mgrpo.model.loading import blank_policy, load_policy
 from mgrpo.model.policy import Policy, save_policy
-from mgrpo.model.trained import prepare
+from mgrpo.model.precision import Precision
+from mgrpo.model.trained import choose_trained
 from mgrpo.model.weight_slices import WeightFiles
 from mgrpo.trainers.torch.shard import allocate, begin_adapters, divide
 from tests.families import FAMILIES, family
@@ -49,8 +50,9 @@ def read(folder: Path, mesh: Any, config: PolicyConfig | None = None) -> Any:
     """The model in `folder`, of which this rank has its part."""
     config = config or PolicyConfig()
     blank = blank_policy(folder, config)
-    prepare(blank.model, config, blank.name)
-    divide(blank.model, backbone_of(blank.model, blank.name), mesh)
+    choose_trained(blank.model, config, blank.name)
+    Precision(blank.model, config, blank.name)
+    divide(blank.model, backbone_of(blank.model, blank.name), mesh, config)
     allocate(blank.model, torch.device("cpu"))
     blank.parts.read_into(blank.model)
     begin_adapters(blank.model)

@@ -18,13 +18,15 @@ whose backward sums the ranks' gradients and gives each rank its part.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
@@ -35,8 +37,8 @@ from mgrpo.model import attention, head_guard, lora
 from mgrpo.model.loading import BlankPolicy, blank_policy
 from mgrpo.model.parts import part_of
 from mgrpo.model.policy import Policy, WithoutAdapters
-from mgrpo.model.probe import in_float32
-from mgrpo.model.trained import prepare
+from mgrpo.model.precision import float32_modules, fsdp_policy
+from mgrpo.model.trained import choose_trained, recompute_layers
 from mgrpo.trainers.torch.ranks import Ranks
 
 T = TypeVar("T")
@@ -94,41 +96,37 @@ class ShardedPolicy(Policy):
         del self._blank
 
     def _set_up(self, head: Any) -> None:
-        prepare(self.model, self.config, self.name)
+        model, name = self.model, self.name
+        choose_trained(model, self.config, name)
         if self._frozen:
-            self.model.requires_grad_(False)
-        self._tied = head.weight is self.model.get_input_embeddings().weight
-        divide(self.model, self._trunk, init_device_mesh(self._home.type, (self._ranks.size,)))
-        allocate(self.model, self._home)
-        together(self._ranks, lambda: self._blank.parts.read_into(self.model))
-        begin_adapters(self.model)
-        with in_float32(self), self._with_whole_head(head):
-            head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
-            attention.check_padded(self.model, self._states, self.device, self.name)
-        self._half = self.config.dtype == "bfloat16"
-        kind = attention.choose(self.model, self._states, self.config, self.device, self.name)
+            model.requires_grad_(False)
+        self._set_precision()
+        recompute_layers(model, self.config, name)
+        self._tied = head.weight is model.get_input_embeddings().weight
+        divide(model, self._trunk, init_device_mesh(self._home.type, (self._ranks.size,)), self.config)
+        allocate(model, self._home)
+        together(self._ranks, lambda: self._blank.parts.read_into(model))
+        begin_adapters(model)
+        with self.full_precision(), _with_whole_head(head) as weight:
+            head_guard.check_head(model, self._trunk, head, self._states, name, weight)
+            attention.check_padded(model, self._states, self.device, name)
+        self.let_go()
+        kind = attention.choose(model, self._states, self.config, self.device, name)
         self.attention = "sdpa" if kind == "rows" else kind
         self._offload = self.config.activation_offload
         self.let_go()
 
-    @contextlib.contextmanager
-    def _with_whole_head(self, head: Any) -> Iterator[None]:
-        """For a forward of the model itself, with its head: a tied one is no part of the backbone's forward."""
-        if not self._tied:
-            yield
-            return
-        own = head.weight
-        head.weight = nn.Parameter(own.full_tensor().detach(), requires_grad=False)
-        try:
-            yield
-        finally:
-            head.weight = own
-
     @property
     def head_weight(self) -> Tensor:
         """(V, H), whole. With a tied head only after a forward."""
-        module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
-        weight: Tensor = module.weight
+        model = self.model
+        module: torch.nn.Module = (
+            model.get_input_embeddings() if self._tied else model.get_output_embeddings()
+        )
+        if self.precision.exact:
+            return self.precision.whole(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         if isinstance(weight, DTensor):
             whole: Tensor = weight.full_tensor(grad_placements=(Partial(),))
             return whole
@@ -141,6 +139,12 @@ class ShardedPolicy(Policy):
     def base(self) -> Policy:
         """Where there are adapters, the policy without them: the same weights on the same ranks."""
         return _ShardedBase(self)
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        self.let_go()  # a unit's masters are gathered where they are sharded
+        with super().full_precision():
+            yield
 
     def let_go(self) -> None:
         """Keep this rank's part alone; a forward without a backward leaves some weights gathered."""
@@ -178,15 +182,17 @@ def gather_to_main(tensor: Tensor) -> Tensor:
     return whole
 
 
-def divide(model: Any, backbone: Any, mesh: DeviceMesh) -> None:
+def divide(model: Any, backbone: Any, mesh: DeviceMesh, config: PolicyConfig) -> None:
     """Have each rank of `mesh` hold its part of the parameters, which may lie on the meta device: a decoder layer is a
     unit of its own, and so are the rest of the backbone and a head that is not tied."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head.weight is embedding.weight
+    tied, how = head.weight is embedding.weight, fsdp_policy(config)
+    for module in float32_modules(model) if config.dtype != "float32" else ():
+        fully_shard(module, mesh=mesh)
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in reversed([m for m in backbone.modules() if type(m).__name__ in names]):  # inner ones first
-        fully_shard(module, mesh=mesh)
-    fully_shard(backbone, mesh=mesh)
+        fully_shard(module, mesh=mesh, mp_policy=how)
+    fully_shard(backbone, mesh=mesh, mp_policy=how)
     if tied:
         head.weight = embedding.weight
     else:
@@ -194,6 +200,17 @@ def divide(model: Any, backbone: Any, mesh: DeviceMesh) -> None:
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+
+
+@contextlib.contextmanager
+def _with_whole_head(head: Any) -> Iterator[Tensor]:
+    """For a forward of the model itself in float32: its head multiplies by the whole weight, which is given."""
+    weight = whole_tensor(head.weight).detach().float()
+    head.forward = functools.partial(F.linear, weight=weight)
+    try:
+        yield weight
+    finally:
+        del head.forward
 
 
 def _units(model: Any) -> list[Any]:
