@@ -100,6 +100,8 @@ class Precision:
         self.dtype = compute_dtype(config)
         self._model, self._config = model, config
         self._exact = False
+        self.keeps_copies = True
+        """Whether copies are kept from one forward to the next; not of what FSDP2 gathers anew."""
         self._masters: dict[tuple[int, str], Tensor] = {}  # of a sharded model, in full()
         self._copies: dict[
             int, tuple[Tensor, int, Tensor]
@@ -110,7 +112,7 @@ class Precision:
         self._float32 = {id(module) for module in float32_modules(model)}
         backbone = backbone_of(model, name)
         inside: set[int] = set()
-        for unit in (*decoder_layers(model, name), backbone):
+        for unit in (*decoder_layers(model, name), backbone, model.get_output_embeddings()):
             modules = [module for module in unit.modules() if id(module) not in inside]
             inside |= {id(module) for module in modules}
             forward = functools.partial(self._run, _places(modules), unit.forward)
@@ -195,7 +197,8 @@ class Precision:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():
             copy = master.detach().to(self.dtype)
-        self._copies[id(master)] = master, master._version, copy
+        if self.keeps_copies:
+            self._copies[id(master)] = master, master._version, copy
         return copy
 
     def _round(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
