@@ -11,7 +11,8 @@ All ranks must run the same number of forwards, so a micro-batch is one forward 
 many as there are lengths worth one, becomes "sdpa".
 
 The head weight is needed outside of any module's forward. Where it is the embedding it is what the backbone's forward
-has just gathered, and its gradient leaves with the backbone's. A head of its own is gathered by an autograd operation
+has just gathered, and its gradient leaves with the backbone's (where layers compute in bfloat16 the table is a unit of
+its own, in float32: see precision.py). A head of its own is gathered by an autograd operation
 whose backward sums the ranks' gradients and gives each rank its part.
 """
 
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
@@ -100,7 +101,8 @@ class ShardedPolicy(Policy):
         choose_trained(model, self.config, name)
         if self._frozen:
             model.requires_grad_(False)
-        self._set_precision()
+        self._round()
+        self.precision.keeps_copies = False
         recompute_layers(model, self.config, name)
         self._tied = head.weight is model.get_input_embeddings().weight
         divide(model, self._trunk, init_device_mesh(self._home.type, (self._ranks.size,)), self.config)
@@ -130,7 +132,7 @@ class ShardedPolicy(Policy):
         if isinstance(weight, DTensor):
             whole: Tensor = weight.full_tensor(grad_placements=(Partial(),))
             return whole
-        return weight
+        return weight.float() if self._dtype == torch.float32 else weight
 
     @property
     def device(self) -> torch.device:
@@ -187,8 +189,12 @@ def divide(model: Any, backbone: Any, mesh: DeviceMesh, config: PolicyConfig) ->
     unit of its own, and so are the rest of the backbone and a head that is not tied."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied, how = head.weight is embedding.weight, fsdp_policy(config)
-    for module in float32_modules(model) if config.dtype != "float32" else ():
-        fully_shard(module, mesh=mesh)
+    if config.dtype != "float32":
+        for module in float32_modules(model):
+            fully_shard(module, mesh=mesh)
+        if tied and type(embedding) is nn.Embedding:
+            # One float32 sum of both gradients, and a head in whatever it is multiplied.
+            fully_shard(embedding, mesh=mesh, reshard_after_forward=False)
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in reversed([m for m in backbone.modules() if type(m).__name__ in names]):  # inner ones first
         fully_shard(module, mesh=mesh, mp_policy=how)
