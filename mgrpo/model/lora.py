@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mgrpo.config.policy import LoraConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model.head_guard import language_model_of
 
 _ADAPTER = "default"
 _BASE = ".base_layer."
@@ -47,6 +48,7 @@ def add_adapters(model: Any, config: LoraConfig, name: str) -> None:
             if config.alpha.is_integer()
             else config.alpha,  # others expect an int
             target_modules=list(config.targets),
+            exclude_modules=sorted(_outside(model, name)) or None,
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -57,6 +59,18 @@ def add_adapters(model: Any, config: LoraConfig, name: str) -> None:
         parameter.requires_grad_(".lora_" in parameter_name)
         if parameter_name.endswith(_A):
             _start(parameter, parameter_name)
+
+
+def _outside(model: Any, name: str) -> set[str]:
+    """Paths of the linear layers that token ids do not go through: those of towers for images and sound."""
+    inside = {id(module) for module in language_model_of(model, name).modules()}
+    return {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and id(module) not in inside
+        and module is not model.get_output_embeddings()
+    }
 
 
 def _check_targets(model: Any, config: LoraConfig, name: str) -> None:
@@ -71,7 +85,7 @@ def _check_targets(model: Any, config: LoraConfig, name: str) -> None:
         path
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    } - _outside(model, name)
     mixed = {path.rpartition(".")[2] for path in linear if path.startswith(beside_experts)}
     plain = {path.rpartition(".")[2] for path in linear if not path.startswith(beside_experts)} - mixed
     experts = {
