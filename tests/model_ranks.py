@@ -3,7 +3,6 @@ all rows. Rank 0 leaves what it found in FOLDER/found.pt."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
-from tests.model_rows import STEPS, steps, trainer_of, weights
+from tests.model_rows import HALF, STEPS, steps, trainer_of, weights
 
 
 def train(trainer: TorchTrainer, folder: Path) -> dict[str, Any]:
@@ -35,10 +34,21 @@ def train(trainer: TorchTrainer, folder: Path) -> dict[str, Any]:
     return found
 
 
-def follow(trainer: TorchTrainer) -> None:
-    """The other rank's part: what rank 0 refuses it refuses too."""
-    with contextlib.suppress(ConfigError):
+def train_half(trainer: TorchTrainer, folder: Path) -> dict[str, Any]:
+    """Rank 0's part of a step in bfloat16."""
+    trainer.load(folder / "start")
+    found = {"half metrics": steps(trainer, 1), "half": weights(trainer)}
+    trainer.close()
+    return found
+
+
+def follow(trainer: TorchTrainer) -> bool:
+    """The other rank's part: what rank 0 refuses it refuses too, and False is returned."""
+    try:
         trainer.run_commands()
+    except ConfigError:
+        return False
+    return True
 
 
 def main(folder: Path, titles: Sequence[str]) -> None:
@@ -46,10 +56,13 @@ def main(folder: Path, titles: Sequence[str]) -> None:
     with Ranks(2) as ranks:
         for title in titles:
             trainer = trainer_of(folder / title / "two", ranks, "gradient_checkpointing=true")
+            half = trainer_of(folder / title / "two half", ranks, HALF)
             if ranks.is_main:
                 found[title] = train(trainer, folder / title)
-            else:
-                follow(trainer)
+                if "refused" not in found[title]:
+                    found[title] |= train_half(half, folder / title)
+            elif follow(trainer):
+                half.run_commands()
         if ranks.is_main:
             torch.save(found, folder / "found.pt")
 
