@@ -31,7 +31,7 @@ from torch import Tensor
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
-from mgrpo.model import architecture, attention, head_guard, lora, names
+from mgrpo.model import architecture, attention, head_guard, lora, moe, names
 from mgrpo.model.groups import width_groups
 from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
@@ -67,6 +67,10 @@ class Policy:
         head_guard.check_head(model, self._trunk, head, self._states, name)
         attention.check_padded(model, self._states, self.device, name)
         self._half = self.config.dtype == "bfloat16"
+        self.routing = moe.Routing(model)
+        moe.check(model, self.config, self.routing, name)
+        self.experts = moe.choose(model, self.config, name)
+        """How its experts multiply; None for a dense model."""
         self.attention = attention.choose(model, self._states, self.config, self.device, name)
         prepare(model, self.config, name)
         self._offload = self.config.activation_offload
@@ -134,6 +138,7 @@ class Policy:
         ids, lengths = input_ids[:, :-1], (lengths - 1).clamp(min=1)
         if self.attention == "rows":
             return self._grouped(ids, lengths, scored)
+        self.routing.expect(lengths, ids.shape[1] if self.attention == "sdpa" else None, self.device)
         if self.attention == "sdpa":
             return self._states(input_ids=ids.to(self.device))[scored.to(self.device)]
         packed = attention.pack(ids, lengths)
@@ -148,6 +153,7 @@ class Policy:
             width = int(lengths[rows].max())
             mask = scored[rows, :width]
             at = mask.flatten().nonzero().squeeze(1)
+            self.routing.expect(lengths[rows], width, self.device)
             parts.append(self._trunk_at(ids[rows, :width].to(self.device), at.to(self.device)))
             places.append((rows[:, None] * ids.shape[1] + torch.arange(width))[mask.cpu()])
         if len(parts) == 1:
