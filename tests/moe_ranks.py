@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.config.policy import PolicyConfig
+from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.model.policy import Policy
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
@@ -23,6 +23,9 @@ from tests.rows import ROWS, rows_of
 
 AUX = 0.25
 CUTS = ([range(ROWS)], [range(3), range(3, ROWS)], [[0], [1, 9], [2, 3, 4], [5, 8], [6, 7]])
+
+
+LORA = PolicyConfig(lora=LoraConfig(rank=2, targets=("o_proj", "experts.gate_up_proj", "experts.down_proj")))
 
 
 def moe_policy(config: PolicyConfig) -> Policy:
@@ -66,6 +69,10 @@ def main(folder: Path) -> None:
                 policy = ShardedPolicy(moe_policy(PolicyConfig(aux_loss_coef=aux)), ranks)
                 batch = cut(rows_of(3, near=True), parts, 2).shard(ranks.rank, 2)
                 found[f"{aux}/{number}"] = step(policy, batch, ranks, whole_tensor)
+        policy = ShardedPolicy(moe_policy(LORA), ranks)
+        found["adapters"] = step(
+            policy, cut(rows_of(3, near=True), CUTS[1], 2).shard(ranks.rank, 2), ranks, whole_tensor
+        )
         if ranks.is_main:
             torch.save(found, folder / "found.pt")
 

@@ -21,7 +21,7 @@ from mgrpo.trainers.batch import MicroBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.families import FAMILIES, family
 from tests.models import tiny_model, tiny_tokenizer
-from tests.moe_ranks import AUX, CUTS, cut, moe_policy, step
+from tests.moe_ranks import AUX, CUTS, LORA, cut, moe_policy, step
 from tests.rows import ROWS, rows_of
 from tests.runs import started
 from tests.test_run import free_ports
@@ -228,7 +228,7 @@ def test_how_experts_multiply_is_chosen_once(name: str) -> None:
 
 def test_two_ranks_report_and_learn_what_one_does(tmp_path: Path) -> None:
     """The routers of both ranks' tokens together: metrics and gradient of one process, for every cut; one rank has
-    micro-batches without rows."""
+    micro-batches without rows. Adapters of experts likewise."""
     (port,) = free_ports(1)
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with ExitStack() as stack:
@@ -253,3 +253,8 @@ def test_two_ranks_report_and_learn_what_one_does(tmp_path: Path) -> None:
                 if name.startswith("moe/"):
                     assert theirs[name] == pytest.approx(metrics[name], rel=1e-5), name
             assert largest([a - b for a, b in zip(grads, gradient, strict=True)]) < 1e-5 * largest(gradient)
+    metrics, gradient = step(moe_policy(LORA), cut(rows_of(3, near=True), CUTS[0]))
+    theirs, grads = found["adapters"]
+    assert theirs["moe/aux_loss"] == pytest.approx(metrics["moe/aux_loss"], rel=1e-5)
+    assert len(grads) == 2 * 3 * 2 and largest(gradient) > 1e-4  # B starts at 0, so only B has a gradient
+    assert largest([a - b for a, b in zip(grads, gradient, strict=True)]) < 1e-5 * largest(gradient)

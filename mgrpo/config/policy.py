@@ -20,8 +20,10 @@ class LoraConfig(Settings):
     alpha: float = Field(32.0, gt=0)
     """The adapters' output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Last parts of the names of the linear layers that get one. Experts, routers and what else stands beside experts
-    cannot get one; for a mixture of experts name its attention, e.g. ["q_proj", "k_proj", "v_proj", "o_proj"]."""
+    """Last parts of the names of the linear layers that get one. For a mixture of experts name its attention, e.g.
+    ["q_proj", "k_proj", "v_proj", "o_proj"], its fused experts, ["experts.gate_up_proj", "experts.down_proj"], or both.
+    Routers and shared experts cannot get one. Adapters of experts do not travel alone: they need an engine that takes
+    whole weights."""
 
     @field_validator("targets", mode="before")
     @classmethod

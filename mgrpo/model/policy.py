@@ -377,7 +377,7 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
 def _plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """state_of under the model's names in memory."""
     state = own_state(model)
-    return lora.merged(state, lora.scale_of(model)) if lora.has_adapters(state) else state
+    return lora.merged(state, model) if lora.has_adapters(state) else state
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:
