@@ -14,7 +14,8 @@ from mgrpo.config import load_config
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import Policy, load_policy, save_adapter, save_policy, state_of, trained_state
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import Policy, save_adapter, save_policy, state_of, trained_state
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from tests.families import family

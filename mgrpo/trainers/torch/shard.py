@@ -13,6 +13,8 @@ whose backward sums the ranks' gradients and gives each rank its part.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from mgrpo.model.policy import Policy, WithoutAdapters
+from mgrpo.model.precision import float32_modules, fsdp_policy
 from mgrpo.trainers.torch.ranks import Ranks
 
 
@@ -40,9 +43,12 @@ class ShardedPolicy(Policy):
         self._tied = head.weight is embedding.weight
         mesh = init_device_mesh(self._home.type, (ranks.size,))
         names = set(getattr(self.model, "_no_split_modules", None) or ())
-        for module in [m for m in backbone.modules() if type(m).__name__ in names]:
+        how = fsdp_policy(self.config)
+        for module in float32_modules(self.model) if self.config.dtype != "float32" else ():
             fully_shard(module, mesh=mesh)
-        fully_shard(backbone, mesh=mesh)
+        for module in [m for m in backbone.modules() if type(m).__name__ in names]:
+            fully_shard(module, mesh=mesh, mp_policy=how)
+        fully_shard(backbone, mesh=mesh, mp_policy=how)
         if self._tied:
             head.weight = embedding.weight
         else:
@@ -55,6 +61,9 @@ class ShardedPolicy(Policy):
     def head_weight(self) -> Tensor:
         """(V, H), whole. With a tied head only after a forward."""
         module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
+        if self.precision.exact:
+            whole: Tensor = self.precision.whole(module)
+            return whole
         weight: Tensor = module.weight
         if isinstance(weight, DTensor):
             whole: Tensor = weight.full_tensor(grad_placements=(Partial(),))
@@ -68,6 +77,12 @@ class ShardedPolicy(Policy):
     def base(self) -> Policy:
         """Where there are adapters, the policy without them: the same weights on the same ranks."""
         return _ShardedBase(self)
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        self.let_go()  # a unit's masters are gathered where they are sharded
+        with super().full_precision():
+            yield
 
     def let_go(self) -> None:
         """Keep this rank's part alone; a forward without a backward leaves some weights gathered."""

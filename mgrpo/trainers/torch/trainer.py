@@ -20,7 +20,8 @@ from mgrpo.config.policy import LoraConfig
 from mgrpo.config.run import SftConfig
 from mgrpo.engines.vllm.plugin.buckets import BUCKET
 from mgrpo.losses.registry import find_loss
-from mgrpo.model.policy import Policy, load_policy, load_reference, save_policy
+from mgrpo.model.loading import load_policy, load_reference
+from mgrpo.model.policy import Policy, save_policy
 from mgrpo.model.policy_files import policy_files
 from mgrpo.model.probe import probe, probe_ids
 from mgrpo.model.stream import Reading, WeightStream
