@@ -25,7 +25,14 @@ AUX = 0.25
 CUTS = ([range(ROWS)], [range(3), range(3, ROWS)], [[0], [1, 9], [2, 3, 4], [5, 8], [6, 7]])
 
 
-LORA = PolicyConfig(lora=LoraConfig(rank=2, targets=("o_proj", "experts.gate_up_proj", "experts.down_proj")))
+_FUSED = LoraConfig(rank=2, targets=("o_proj", "experts.gate_up_proj", "experts.down_proj"))
+OTHERS = {
+    "adapters": PolicyConfig(lora=_FUSED),
+    "adapters, half": PolicyConfig(
+        lora=_FUSED, dtype="bfloat16", aux_loss_coef=AUX, gradient_checkpointing=True
+    ),
+    "half": PolicyConfig(dtype="bfloat16", aux_loss_coef=AUX, gradient_checkpointing=True),
+}
 
 
 def moe_policy(config: PolicyConfig) -> Policy:
@@ -69,10 +76,10 @@ def main(folder: Path) -> None:
                 policy = ShardedPolicy(moe_policy(PolicyConfig(aux_loss_coef=aux)), ranks)
                 batch = cut(rows_of(3, near=True), parts, 2).shard(ranks.rank, 2)
                 found[f"{aux}/{number}"] = step(policy, batch, ranks, whole_tensor)
-        policy = ShardedPolicy(moe_policy(LORA), ranks)
-        found["adapters"] = step(
-            policy, cut(rows_of(3, near=True), CUTS[1], 2).shard(ranks.rank, 2), ranks, whole_tensor
-        )
+        for name, config in OTHERS.items():
+            policy = ShardedPolicy(moe_policy(config), ranks)
+            batch = cut(rows_of(3, near=True), CUTS[1], 2).shard(ranks.rank, 2)
+            found[name] = step(policy, batch, ranks, whole_tensor)
         if ranks.is_main:
             torch.save(found, folder / "found.pt")
 

@@ -152,6 +152,30 @@ def test_adapters_of_experts_learn_and_the_base_stays(dtype: str) -> None:
     assert state_bytes(fresh.model) == state_bytes(policy.model)
 
 
+def test_frozen_experts_are_kept_in_half_precision() -> None:
+    """With bfloat16 every frozen expert takes two bytes a parameter, adapted or not; what is published is the rounded
+    base plus the adapters in float32; in full precision the policy computes that, and leaves no trace."""
+    half = adapted("Qwen3Moe", config_of("q_proj", *EXPERTS, dtype="bfloat16"))
+    beside = adapted("Qwen3Moe", config_of("q_proj", dtype="bfloat16"))
+    for policy in (half, beside):
+        frozen = {
+            n: p for n, p in policy.model.named_parameters() if not p.requires_grad and ".experts." in n
+        }
+        assert len(frozen) == 2 * 2 and all(p.dtype == torch.bfloat16 for p in frozen.values())
+        assert all(p.dtype == torch.float32 for p in policy.parameters())
+    names = set(half.model.state_dict())
+    before = half.hidden(IDS)
+    merged = plain("Qwen3Moe")
+    load_state(merged, state_of(half.model))
+    assert merged.get_parameter("model.layers.0.mlp.experts.down_proj").dtype == torch.float32
+    exact = Policy(merged, tiny_tokenizer(100), "exact").hidden(IDS)
+    with half.full_precision(), torch.no_grad():
+        found = half.hidden(IDS)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+    assert 1e-3 < (before.float() - exact).abs().max() < 0.3
+    assert torch.equal(half.hidden(IDS), before) and set(half.model.state_dict()) == names
+
+
 def test_the_folder_is_a_plain_model_and_the_adapter_is_what_peft_reads(tmp_path: Path) -> None:
     """A saved policy has the names of a checkpoint and no adapters; peft puts the adapter alone onto the base."""
     from peft import PeftModel
