@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mgrpo.config import load_config, view_of
-from mgrpo.config.policy import PolicyConfig
+from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.errors import ConfigError
@@ -283,28 +283,34 @@ def attends(row: Row) -> str:
 
 
 def adapts(row: Row) -> str:
-    """A step with adapters on the default targets; where these are refused, on those that the error advises."""
+    """A step with adapters on the default targets; where these are refused, on all that the error advises."""
     try:
-        targets = _adapted(row, "lora={rank=2}")
+        _adapt(row, "lora={rank=2}", list(LoraConfig().targets))
     except ConfigError as error:
         words = str(error)
         assert "policy.lora.targets has" in words
-        named = re.search(r"targets = \[(.*)\]", words) or re.search(r"linear layers of \w+ are (.*)", words)
-        assert named is not None, words
-        wanted = [name.strip(' "') for name in named[1].split(",")]
-        targets = _adapted(row, f"lora={{rank=2,targets={wanted}}}".replace("'", '"'))
-        return " ".join(f"`{name}`" for name in sorted(targets))
+        named = re.findall(r"\[(.*?)\]", words) or re.findall(r"linear layers of \w+ are (.*)", words)
+        targets = [name.strip(' "') for names in named for name in names.split(",")]
+        assert targets, words
+        _adapt(row, f"lora={{rank=2,targets={targets}}}".replace("'", '"'), targets)
+        return " ".join(f"`{name}`" for name in targets)
     return "default targets"
 
 
-def _adapted(row: Row, setting: str) -> set[str]:
+def _adapt(row: Row, setting: str, targets: Sequence[str]) -> None:
+    """What is published keeps its names and its shapes, and changes where there is a target and nowhere else."""
     trainer = row.trainer("adapters", setting)
     trainer.load(row.start)
     before = weights(trainer)
     assert furthest(before, row.before) == 0  # B starts at 0
     steps(trainer, 1)
     after = weights(trainer)
-    return {n.split(".")[-2] for n, t in after.items() if not torch.equal(t, before[n])}
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    experts = any(target.startswith("experts.") for target in targets)
+    ours = [n for n in moved if n.split(".")[-2] in targets or (experts and ".experts." in n)]
+    assert moved == set(ours)
+    assert {t for t in targets if "." not in t} <= {n.split(".")[-2] for n in ours}
+    assert not experts or any(".experts." in n for n in ours)
 
 
 def publishes(row: Row) -> str:
