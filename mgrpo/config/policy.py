@@ -20,8 +20,10 @@ class LoraConfig(Settings):
     alpha: float = Field(32.0, gt=0)
     """The adapters' output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Last parts of the names of the linear layers that get one. Experts, routers and what else stands beside experts
-    cannot get one; for a mixture of experts name its attention, e.g. ["q_proj", "k_proj", "v_proj", "o_proj"]."""
+    """Last parts of the names of the linear layers that get one. For a mixture of experts name its attention, e.g.
+    ["q_proj", "k_proj", "v_proj", "o_proj"], its fused experts, ["experts.gate_up_proj", "experts.down_proj"], or both.
+    Routers and shared experts cannot get one. Adapters of experts do not travel alone: they need an engine that takes
+    whole weights."""
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -46,6 +48,13 @@ class PolicyConfig(Settings):
     """rows: sequences of similar length share a forward. varlen: packed rows through torch's variable-length attention
     (a loop over sequences on the CPU). flash: packed rows through the package flash-attn. sdpa: padded rows. auto:
     flash where the package works, else varlen, on a GPU; rows on the CPU."""
+    experts: Literal["auto", "grouped_mm", "batched_mm", "eager"] = "auto"
+    """How a mixture of experts multiplies. grouped_mm: one grouped product a layer. batched_mm: a copy of the chosen
+    expert for each token, for a handful of tokens. eager: one expert after the other. auto: grouped_mm, and eager where
+    the architecture has nothing else."""
+    aux_loss_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of the load-balancing loss of a mixture of experts, e.g. 1e-3; 0: none. It costs one more forward pass of
+    each minibatch, over which the load is counted first (docs/models.md)."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in the backward pass."""
     activation_offload: bool = False

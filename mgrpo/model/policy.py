@@ -32,7 +32,7 @@ from torch import Tensor
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
-from mgrpo.model import architecture, attention, head_guard, lora, names
+from mgrpo.model import architecture, attention, head_guard, lora, moe, names
 from mgrpo.model.groups import width_groups
 from mgrpo.model.precision import Precision, head_dtype
 from mgrpo.model.stops import remember_stops
@@ -72,11 +72,18 @@ class Policy:
         """Judge what the model computes, then choose what of it trains."""
         head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
         attention.check_padded(self.model, self._states, self.device, self.name)
+        self._set_up_experts()
         choose_trained(self.model, self.config, self.name)
         self._round()
         self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
         recompute_layers(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
+
+    def _set_up_experts(self) -> None:
+        self.routing = moe.Routing(self.model)
+        moe.check(self.model, self.config, self.routing, self.name)
+        self.experts = moe.choose(self.model, self.config, self.name)
+        """How its experts multiply; None for a dense model."""
 
     def _round(self) -> None:
         """From now on, compute in what the configuration says. Comes when what trains is chosen."""
@@ -152,6 +159,7 @@ class Policy:
         ids, lengths = input_ids[:, :-1], (lengths - 1).clamp(min=1)
         if self.attention == "rows":
             return self._grouped(ids, lengths, scored)
+        self.routing.expect(lengths, ids.shape[1] if self.attention == "sdpa" else None, self.device)
         if self.attention == "sdpa":
             return self._states(input_ids=ids.to(self.device))[scored.to(self.device)]
         packed = attention.pack(ids, lengths)
@@ -166,6 +174,7 @@ class Policy:
             width = int(lengths[rows].max())
             mask = scored[rows, :width]
             at = mask.flatten().nonzero().squeeze(1)
+            self.routing.expect(lengths[rows], width, self.device)
             parts.append(self._trunk_at(ids[rows, :width].to(self.device), at.to(self.device)))
             places.append((rows[:, None] * ids.shape[1] + torch.arange(width))[mask.cpu()])
         if len(parts) == 1:
@@ -308,7 +317,7 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
 def _plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """state_of under the model's names in memory."""
     state = own_state(model)
-    return lora.merged(state, lora.scale_of(model)) if lora.has_adapters(state) else state
+    return lora.merged(state, model) if lora.has_adapters(state) else state
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:
