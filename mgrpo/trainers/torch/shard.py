@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from mgrpo.model.policy import Policy, WithoutAdapters
+from mgrpo.trainers.torch.mesh import RankMesh, whole_head
 from mgrpo.trainers.torch.ranks import Ranks
 
 
@@ -38,7 +38,10 @@ class ShardedPolicy(Policy):
         backbone, head = policy.backbone, self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
         self._tied = head.weight is embedding.weight
-        mesh = init_device_mesh(self._home.type, (ranks.size,))
+        grid = RankMesh(self.config.mesh, ranks.size, self._home.type)
+        for experts in grid.cut(self.model):
+            fully_shard(experts, mesh=grid.experts)
+        mesh = grid.data
         names = set(getattr(self.model, "_no_split_modules", None) or ())
         for module in [m for m in backbone.modules() if type(m).__name__ in names]:
             fully_shard(module, mesh=mesh)
@@ -55,11 +58,7 @@ class ShardedPolicy(Policy):
     def head_weight(self) -> Tensor:
         """(V, H), whole. With a tied head only after a forward."""
         module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
-        weight: Tensor = module.weight
-        if isinstance(weight, DTensor):
-            whole: Tensor = weight.full_tensor(grad_placements=(Partial(),))
-            return whole
-        return weight
+        return whole_head(module.weight)
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +91,7 @@ def gather_to_main(tensor: Tensor) -> Tensor:
     hold no more than theirs, and get that. Any other tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    if tensor.placements != (Shard(0),):
+    if tensor.placements != (Shard(0),) or tensor.device_mesh.size() < dist.get_world_size():
         return tensor.full_tensor()
     own = tensor.to_local()
     rank, size = dist.get_rank(), dist.get_world_size()

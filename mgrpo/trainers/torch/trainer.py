@@ -20,6 +20,7 @@ from mgrpo.config.policy import LoraConfig
 from mgrpo.config.run import SftConfig
 from mgrpo.engines.vllm.plugin.buckets import BUCKET
 from mgrpo.losses.registry import find_loss
+from mgrpo.model.mesh import check_mesh
 from mgrpo.model.policy import Policy, load_policy, load_reference, save_policy
 from mgrpo.model.policy_files import policy_files
 from mgrpo.model.probe import probe, probe_ids
@@ -115,8 +116,10 @@ class TorchTrainer(PolicyTrainer):
         """See PolicyTrainer. lr None leaves the optimizer's."""
         if self._direct is not None:
             self._direct.change()
-        size = self._ranks.size
-        shards = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
+        same = self._agent.policy.mesh.tp  # ranks that compute a micro-batch together
+        size = self._ranks.size // same
+        parts = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
+        shards = [part for part in parts for _ in range(same)]
         self._finish_reading()
         self._ranks.broadcast("train", shards)
         return self._train(*shards[0])
@@ -199,6 +202,7 @@ class TorchTrainer(PolicyTrainer):
         return self._learner
 
     def _load(self, start: Path, checkpoint: Checkpoint | None) -> None:
+        check_mesh(start, self._agent.policy)
         policy = self._sharded(load_policy(start, self._agent.policy))
         reference = None
         if find_loss(self._agent.loss).needs_reference:
