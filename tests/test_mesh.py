@@ -13,8 +13,9 @@ import torch
 from mgrpo.config import view_of
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model.loading import load_policy
 from mgrpo.model.mesh import check_mesh
-from mgrpo.model.policy import load_policy, save_policy
+from mgrpo.model.policy import save_policy
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.mesh_ranks import MIDDLE, RANKS, VARIANTS, config_of, policy_of, train

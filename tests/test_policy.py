@@ -16,7 +16,8 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.groups import width_groups
-from mgrpo.model.policy import FORWARD_COST, Policy, load_policy, save_policy, state_of, trained_state
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import FORWARD_COST, Policy, save_policy, state_of, trained_state
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.models import (
@@ -143,7 +144,7 @@ def test_an_architecture_of_a_task_is_registered_when_a_folder_needs_it(tmp_path
     save_policy(tiny_policy("shift"), tmp_path / "shift")
     save_policy(tiny_policy("llama"), tmp_path / "llama")
     code = (
-        "import sys\nfrom mgrpo.model.policy import load_policy\n"
+        "import sys\nfrom mgrpo.model.loading import load_policy\n"
         "from mgrpo.model.policy_files import policy_from_files, policy_files, tokenizer_from_files\n"
         "load_policy(sys.argv[1] + '/llama')\nassert not any('atlas' in m for m in sys.modules)\n"
         "files = policy_files(load_policy(sys.argv[1] + '/shift'))\n"

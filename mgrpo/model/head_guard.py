@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mgrpo.errors import ConfigError
 from mgrpo.model import architecture
@@ -46,29 +47,41 @@ def head_of(model: Any, name: str) -> Any:
     return head
 
 
-@torch.no_grad()
-def check_head(model: Any, backbone: Any, head: Any, states: Callable[..., Tensor], name: str) -> None:
-    """states: backbone arguments -> final hidden states, as the trainer computes them. Raises ConfigError naming the
-    model and what stands between them and its logits."""
-    kind = type(model).__name__
-    refused = f"{name}: the logits of {kind} are not hidden @ head.T: "
+def check_structure(model: Any, backbone: Any, head: Any, name: str) -> None:
+    """What the configuration and the parameters say, which may lie on the meta device. Raises ConfigError as
+    check_head."""
+    refused = _refused(model, name)
     if setting := architecture.after_head(model.config.to_dict()):
         raise ConfigError(f"{refused}config.json has {setting}{_ADVICE}")
     if extra := _behind(model, backbone, head):
         raise ConfigError(f"{refused}it has {extra} behind its backbone{_ADVICE}")
+
+
+@torch.no_grad()
+def check_head(model: Any, backbone: Any, head: Any, states: Callable[..., Tensor], name: str) -> None:
+    """states: backbone arguments -> final hidden states, as the trainer computes them. Raises ConfigError naming the
+    model and what stands between them and its logits."""
+    check_structure(model, backbone, head, name)
+    kind, refused = type(model).__name__, _refused(model, name)
     ids = torch.arange(min(4, head.weight.shape[0]), device=head.weight.device)[None]
     try:
         logits, caller, output = _watched(model, backbone, ids)
         hidden = states(input_ids=ids)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise ConfigError(f"{name}: {kind} computes no logits from token ids alone: {error}") from error
-    _compare(hidden, logits, head.weight, refused)
+    # Of a model that is cut along its vocabulary the head is whole in no rank.
+    weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
+    _compare(hidden, logits, weight, refused)
     if caller is None:
         raise ConfigError(f"{refused}they do not come through its {type(backbone).__name__}{_ADVICE}")
-    largest = float((hidden @ head.weight.T).abs().max())
+    largest = float((hidden @ weight.T).abs().max())
     for magnitude in _MAGNITUDES if largest > 0 else ():
         scaled = hidden * (magnitude / largest)
-        _compare(scaled, _logits_of(model, caller, output, scaled, ids), head.weight, refused)
+        _compare(scaled, _logits_of(model, caller, output, scaled, ids), weight, refused)
+
+
+def _refused(model: Any, name: str) -> str:
+    return f"{name}: the logits of {type(model).__name__} are not hidden @ head.T: "
 
 
 def _watched(model: Any, backbone: Any, ids: Tensor) -> tuple[Tensor, Any, Any]:

@@ -19,7 +19,7 @@ import contextlib
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
-from mgrpo.model.register import register_architecture
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
 from mgrpo.model.trained import decoder_layers, prepare
@@ -64,11 +63,15 @@ class Policy:
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
         self._dtype = head.weight.dtype
         self._half = self._offload = False
-        head_guard.check_head(model, self._trunk, head, self._states, name)
-        attention.check_padded(model, self._states, self.device, name)
+        self._set_up(head)
+
+    def _set_up(self, head: Any) -> None:
+        """Judge what the model computes, then choose what of it trains."""
+        head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
+        attention.check_padded(self.model, self._states, self.device, self.name)
         self._half = self.config.dtype == "bfloat16"
-        self.attention = attention.choose(model, self._states, self.config, self.device, name)
-        prepare(model, self.config, name)
+        self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
+        prepare(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
 
     @property
@@ -204,82 +207,6 @@ class WithoutAdapters(Policy):
     def _states(self, **arguments: Any) -> Tensor:
         with torch.no_grad(), lora.adapters_off(self.model):
             return super()._states(**arguments)
-
-
-def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
-    """The policy in the folder `path` (config.json, safetensors, tokenizer), held as `config` says (default: on the
-    CPU, float32, everything trains). Never goes to the network.
-
-    Raises ConfigError naming the folder and what is missing or unreadable in it, or the setting that cannot be met.
-    """
-    config = config or PolicyConfig()
-    check_device(config.device)
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"policy folder {folder} does not exist")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"policy folder {folder} has no config.json; expected a Hugging Face model folder")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    register_architecture(folder)
-    with quiet():
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
-        except (
-            *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
-            safetensors.SafetensorError,
-        ) as error:
-            raise ConfigError(
-                f"policy folder {folder}: no causal language model loads from it: {error}"
-            ) from error
-        if method := architecture.quantized(model.config.to_dict()):
-            raise ConfigError(
-                f"policy folder {folder}: its weights are quantised ({method}), and policies train in float32; take "
-                "the folder with the plain weights"
-            )
-        _check_complete(found, folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"policy folder {folder}: no tokenizer loads from it: {error}") from error
-    return Policy(model.to(config.device), tokenizer, str(folder), config)
-
-
-def _check_complete(found: Mapping[str, Any], folder: Path) -> None:
-    """transformers fills what the files do not give with noise, and says so in a warning."""
-    for name, there, expected in sorted(found["mismatched_keys"]):
-        raise ConfigError(
-            f"policy folder {folder}: {name} has shape {tuple(there)}, config.json says {tuple(expected)}"
-        )
-    if missing := sorted(found["missing_keys"]):
-        raise ConfigError(
-            f"policy folder {folder}: its weights lack {missing[0]} ({len(missing)} tensors are missing)"
-        )
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError where `device` is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f'policy.device is "cuda", but torch {torch.__version__} sees no GPU on this machine'
-        )
-
-
-def load_reference(policy: Policy, path: str | Path) -> Policy:
-    """The frozen reference of a KL term: the policy's own base where it has adapters, else what is in the folder
-    `path`, computed as the policy is. Raises as load_policy."""
-    if policy.config.lora.rank:
-        return policy.base()
-    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
-    reference = load_policy(path, policy.config.model_copy(update=plain))
-    reference.model.requires_grad_(False)
-    return reference
 
 
 def save_policy(

@@ -40,7 +40,7 @@ def probe(policy: Policy, token_ids: tuple[int, ...]) -> Probe:
     """What `policy` says of the prompt `token_ids` now. A collective where the policy lies on several ranks. Raises
     NumericsError where a log-prob is not finite."""
     ids = torch.tensor(token_ids, device=policy.device)
-    with torch.no_grad(), _in_float32(policy):
+    with torch.no_grad(), in_float32(policy):
         hidden = policy.hidden(ids[None, :-1])[0]
         found = selective_logprob(hidden, policy.head_weight, ids[1:])[0]
     if not bool(found.isfinite().all()):
@@ -52,7 +52,7 @@ def probe(policy: Policy, token_ids: tuple[int, ...]) -> Probe:
 
 
 @contextlib.contextmanager
-def _in_float32(policy: Policy) -> Iterator[None]:
+def in_float32(policy: Policy) -> Iterator[None]:
     with policy.full_precision(), _WideLinear():
         yield
 

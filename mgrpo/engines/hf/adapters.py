@@ -25,8 +25,9 @@ from mgrpo.config import AgentView
 from mgrpo.config.engine import HfEngineConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model.loading import load_policy
 from mgrpo.model.places import Shapes, check_fit
-from mgrpo.model.policy import Policy, load_policy
+from mgrpo.model.policy import Policy
 from mgrpo.model.policy_files import tokenizer_from_files
 from mgrpo.model.trained import decoder_layers
 
