@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mgrpo.config import view_of
+from mgrpo.config import load_config, view_of
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.loading import load_policy
@@ -20,7 +20,7 @@ from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.mesh_ranks import MIDDLE, RANKS, VARIANTS, config_of, policy_of, train
 from tests.models import tiny_policy
-from tests.runs import started
+from tests.runs import RELAY, started
 from tests.test_fsdp import furthest
 from tests.test_run import free_ports
 
@@ -183,6 +183,19 @@ def test_a_model_that_cannot_be_cut_is_refused(
     (empty / "config.json").write_bytes(config.read_bytes())
     with pytest.raises(ConfigError, match=message):
         check_mesh(empty, PolicyConfig(mesh=mesh))  # type: ignore[arg-type]
+
+
+def test_weights_straight_from_a_mesh_are_refused() -> None:
+    """Ranks send their parts to servers where dp alone divides them."""
+    engine = (
+        'agents.main.engine={ type = "vllm", urls = ["http://127.0.0.1:1"], sync = "gloo", device = "cpu" }'
+    )
+    sets = [engine, "agents.main.policy.mesh={ dp = 2, tp = 2 }"]
+    with pytest.raises(
+        ConfigError, match=r"policy\.mesh tp=2, ep=1, replicate=1: ranks send weights straight"
+    ):
+        load_config(RELAY, sets)
+    load_config(RELAY, [engine, "agents.main.policy.mesh={ dp = 2 }"])
 
 
 def test_a_vocabulary_that_does_not_divide_is_refused(folder: Path, tmp_path: Path) -> None:
