@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple[str, Sequence[str]]] = {
     "sequences": ("llama", ('loss.type="gspo"', 'policy.attention="varlen"')),
     "own": ("shift", ('loss.type="tests.own_losses:OwnGrpo"', "loss.options.high=0.3")),
     "adapters": ("llama", ("policy.lora.rank=4", "loss.kl_coef=0.1")),
+    "half": ("llama", ('policy.dtype="bfloat16"', "policy.gradient_checkpointing=true")),
+    "half tied": ("shift", ('policy.dtype="bfloat16"',)),
     "last": ("llama", ("policy.last_layers=1", 'policy.dtype="bfloat16"')),
 }
 

@@ -257,13 +257,13 @@ def test_recomputing_layers_changes_no_bit(kind: str, attention: str):
 
 
 def test_bfloat16_computes_coarsely_and_trains_float32_weights():
-    """Hidden states are near those of float32 but not equal; the head is multiplied in float32; an update far below
-    bfloat16's spacing still arrives."""
+    """Hidden states are near those of float32 but not equal; what trains is float32, and an update far below bfloat16's
+    spacing still arrives."""
     exact, half = llama(), llama(dtype="bfloat16", attention="varlen")
     with torch.no_grad():
         difference = (half.hidden(IDS) - exact.hidden(IDS)).abs().max()
     assert 1e-4 < float(difference) < 0.2
-    assert half.hidden(IDS).dtype == half.head_weight.dtype == torch.float32
+    assert (half.hidden(IDS).dtype, half.head_weight.dtype) == (torch.bfloat16, torch.float32)
     found, expected = (step_gradient(p, WHOLE, GrpoLossConfig()) for p in (half, exact))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float32

@@ -74,7 +74,7 @@ def check_head(model: Any, backbone: Any, head: Any, states: Callable[..., Tenso
     _compare(hidden, logits, weight, refused)
     if caller is None:
         raise ConfigError(f"{refused}they do not come through its {type(backbone).__name__}{_ADVICE}")
-    largest = float((hidden @ weight.T).abs().max())
+    largest = float((hidden @ weight.to(hidden.dtype).T).abs().max())
     for magnitude in _MAGNITUDES if largest > 0 else ():
         scaled = hidden * (magnitude / largest)
         _compare(scaled, _logits_of(model, caller, output, scaled, ids), weight, refused)
@@ -120,7 +120,7 @@ def _logits_of(model: Any, backbone: Any, output: Any, states: Tensor, ids: Tens
 
 
 def _compare(states: Tensor, logits: Tensor, weight: Tensor, refused: str) -> None:
-    ours = states @ weight.T
+    ours = states @ weight.to(states.dtype).T
     if ours.shape != logits.shape:
         raise ConfigError(f"{refused}they have shape {tuple(logits.shape)}, not {tuple(ours.shape)}{_ADVICE}")
     size = float(ours.abs().max())

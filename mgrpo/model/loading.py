@@ -167,5 +167,5 @@ def load_reference(policy: Policy, path: str | Path) -> Policy:
         return policy.base()
     plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
     reference = load_policy(path, policy.config.model_copy(update=plain))
-    reference.model.requires_grad_(False)
+    reference.freeze()
     return reference

@@ -7,8 +7,9 @@ head that are no token of the tokenizer take no part (vocabulary.py).
 
 Dropout stays off in training as well: the trainer must reproduce the sampler's log-probs.
 
-With dtype "bfloat16" the decoder layers compute in bfloat16 (autocast) on float32 weights. The head stays float32: a
-logit in bfloat16 is rounded to 1/256 of itself, which a ratio of probabilities would feel.
+With dtype "bfloat16" the backbone computes in bfloat16 on copies of float32 weights (precision.py). Logits are float32
+whatever their operands are (ops/head.py): one in bfloat16 is rounded to 1/256 of itself, which a ratio of probabilities
+would feel.
 
 transformers is imported when a policy is loaded, not with this module.
 """
@@ -33,9 +34,10 @@ from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
+from mgrpo.model.precision import Precision, head_dtype
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
-from mgrpo.model.trained import decoder_layers, prepare
+from mgrpo.model.trained import choose_trained, decoder_layers, recompute_layers
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.model.weight_files import write_weights
 
@@ -49,8 +51,9 @@ class Policy:
     def __init__(
         self, model: Any, tokenizer: Any, name: str = "policy", config: PolicyConfig | None = None
     ) -> None:
-        """model: a transformers causal LM with float32 weights, on its device; tokenizer: its tokenizer; name: how
-        errors call this policy; config: how it is computed and what of it trains (default: everything, float32)."""
+        """model: a transformers causal LM with float32 weights, on its device, taken over; tokenizer: its tokenizer;
+        name: how errors call this policy; config: how it is computed and what of it trains (default: everything,
+        float32)."""
         head = head_guard.head_of(model, name)
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         remember_stops(tokenizer, getattr(model, "generation_config", None))
@@ -61,24 +64,31 @@ class Policy:
         self.config = config or PolicyConfig()
         self._trunk = head_guard.backbone_of(model, name)
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
-        self._dtype = head.weight.dtype
-        self._half = self._offload = False
+        self._dtype, self._offload = head.weight.dtype, False
+        self.precision = Precision(model, PolicyConfig(), name)
         self._set_up(head)
 
     def _set_up(self, head: Any) -> None:
         """Judge what the model computes, then choose what of it trains."""
         head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
         attention.check_padded(self.model, self._states, self.device, self.name)
-        self._half = self.config.dtype == "bfloat16"
+        choose_trained(self.model, self.config, self.name)
+        self._round()
         self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
-        prepare(self.model, self.config, self.name)
+        recompute_layers(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
+
+    def _round(self) -> None:
+        """From now on, compute in what the configuration says. Comes when what trains is chosen."""
+        self.precision = Precision(self.model, self.config, self.name)
+        if self.config.dtype != "float32" or self.config.head_dtype != "auto":
+            self._dtype = head_dtype(self.config)
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H), the embedding itself where the model ties it."""
+        """(V, H), the embedding itself where the model ties it; in full_precision() float32."""
         weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        return weight.float() if self.precision.exact else weight
 
     @property
     def token_head(self) -> Tensor:
@@ -105,6 +115,11 @@ class Policy:
         """This policy with its adapters off, sharing its weights: the reference of a KL term without a second model.
         Raises ValueError where there are no adapters."""
         return WithoutAdapters(self)
+
+    def freeze(self) -> None:
+        """Train nothing of it from now on."""
+        self.model.requires_grad_(False)
+        self.precision.freeze_in_half()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Trainable parameters, each once even when tied."""
@@ -167,32 +182,26 @@ class Policy:
         store = (
             torch.autograd.graph.save_on_cpu(pin_memory=True) if self._offload else contextlib.nullcontext()
         )
-        with self._precision(), store:
+        with store:
             states: Tensor = self._trunk(**arguments, use_cache=False).last_hidden_state
-        return states.to(self._dtype)
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._half else contextlib.nullcontext()
+        return states.to(torch.float32 if self.precision.exact else self._dtype)
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Inside the block nothing is rounded to half precision on its way through the layers."""
-        half, self._half = self._half, False
-        try:
+        """Inside the block what is computed in bfloat16 otherwise is computed in float32, hidden states and head_weight
+        are float32. A collective where the policy lies on several ranks."""
+        with self.precision.full():
             yield
-        finally:
-            self._half = half
 
     def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Hidden states (R, S, H) of new tokens on top of `cache`: 4-D additive mask, explicit positions."""
-        with self._precision():
-            states: Tensor = self._trunk(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+        states: Tensor = self._trunk(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
         return states.to(self._dtype)
 
 
@@ -217,7 +226,8 @@ def save_policy(
     stream = WeightStream(policy.model)
     config = policy.model.config
     config.architectures = [type(policy.model).__name__]
-    config.dtype = str(policy.model.dtype).removeprefix("torch.")
+    widest = max((p.dtype for p in policy.model.parameters()), key=lambda dtype: dtype.itemsize)
+    config.dtype = str(widest).removeprefix("torch.")  # frozen parts may be kept in less
 
     def write(fresh: Path) -> None:
         save_policy_files(policy, fresh)

@@ -11,7 +11,8 @@ All ranks must run the same number of forwards, so a micro-batch is one forward 
 many as there are lengths worth one, becomes "sdpa".
 
 The head weight is needed outside of any module's forward. Where it is the embedding it is what the backbone's forward
-has just gathered, and its gradient leaves with the backbone's. A head of its own is gathered by an autograd operation
+has just gathered, and its gradient leaves with the backbone's (where layers compute in bfloat16 the table is a unit of
+its own, gathered in float32). A head of its own is gathered by an autograd operation
 whose backward sums the ranks' gradients and gives each rank its part.
 """
 
@@ -35,8 +36,8 @@ from mgrpo.model.loading import BlankPolicy, blank_policy
 from mgrpo.model.mesh import check_mesh
 from mgrpo.model.parts import part_of
 from mgrpo.model.policy import Policy, WithoutAdapters
-from mgrpo.model.probe import in_float32
-from mgrpo.model.trained import prepare
+from mgrpo.model.precision import float32_modules, fsdp_policy
+from mgrpo.model.trained import choose_trained, recompute_layers
 from mgrpo.trainers.torch.mesh import RankMesh, whole_head
 from mgrpo.trainers.torch.ranks import Ranks
 
@@ -97,17 +98,19 @@ class ShardedPolicy(Policy):
         del self._blank
 
     def _set_up(self, head: Any) -> None:
-        prepare(self.model, self.config, self.name)
+        choose_trained(self.model, self.config, self.name)
         if self._frozen:
             self.model.requires_grad_(False)
+        self._round()
+        self.precision.keeps_copies = False
+        recompute_layers(self.model, self.config, self.name)
         self._divide(head, RankMesh(self.config.mesh, self._ranks.size, self._home.type))
         allocate(self.model, self._home)
         together(self._ranks, lambda: self._blank.parts.read_into(self.model))
         begin_adapters(self.model)
-        with in_float32(self), self._with_whole_head(head):
+        with self.full_precision(), self._with_whole_head(head):
             head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
             attention.check_padded(self.model, self._states, self.device, self.name)
-        self._half = self.config.dtype == "bfloat16"
         kind = attention.choose(self.model, self._states, self.config, self.device, self.name)
         self.attention = "sdpa" if kind == "rows" else kind
         self._offload = self.config.activation_offload
@@ -116,13 +119,18 @@ class ShardedPolicy(Policy):
     def _divide(self, head: Any, grid: RankMesh) -> None:
         embedding = self.model.get_input_embeddings()
         self._tied = head.weight is embedding.weight
-        for experts in grid.cut(self.model):
-            fully_shard(experts, mesh=grid.experts)
-        mesh = grid.data
         names = set(getattr(self.model, "_no_split_modules", None) or ())
+        how, mesh = fsdp_policy(self.config), grid.data
+        for experts in grid.cut(self.model):
+            fully_shard(experts, mesh=grid.experts, mp_policy=how)
+        if self.config.dtype != "float32":
+            for module in float32_modules(self.model):
+                fully_shard(module, mesh=mesh)
+            if self._tied:  # one float32 sum of both gradients, and a head in whatever it is multiplied
+                fully_shard(embedding, mesh=mesh, reshard_after_forward=False)
         for module in [m for m in self._trunk.modules() if type(m).__name__ in names]:
-            fully_shard(module, mesh=mesh)
-        fully_shard(self._trunk, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=how)
+        fully_shard(self._trunk, mesh=mesh, mp_policy=how)
         if self._tied:
             head.weight = embedding.weight
         else:
@@ -147,8 +155,15 @@ class ShardedPolicy(Policy):
     @property
     def head_weight(self) -> Tensor:
         """(V, H), whole. With a tied head only after a forward."""
-        module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
-        return whole_head(module.weight)
+        model = self.model
+        module: torch.nn.Module = (
+            model.get_input_embeddings() if self._tied else model.get_output_embeddings()
+        )
+        if self.precision.exact:
+            return self.precision.whole(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return whole_head(weight)
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +172,12 @@ class ShardedPolicy(Policy):
     def base(self) -> Policy:
         """Where there are adapters, the policy without them: the same weights on the same ranks."""
         return _ShardedBase(self)
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        self.let_go()  # a unit's masters are gathered where they are sharded
+        with super().full_precision():
+            yield
 
     def let_go(self) -> None:
         """Keep this rank's part alone; a forward without a backward leaves some weights gathered."""
