@@ -35,6 +35,9 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
     "frozen": ("qwen3", ("last_layers=1", "gradient_checkpointing=true"), "tp = 2"),
     "ep": ("qwen3_moe", (), "ep = 4"),
     "tp and ep": ("qwen3_moe", ("gradient_checkpointing=true",), "dp = 2, tp = 2, ep = 2"),
+    "half tp": ("llama", ('dtype="bfloat16"',), "dp = 2, tp = 2"),
+    "half frozen": ("qwen3", ('dtype="bfloat16"', "last_layers=1"), "tp = 2"),
+    "half both": ("qwen3_moe", ('dtype="bfloat16"',), "dp = 2, tp = 2, ep = 4"),
     "adapters": ("qwen3_moe", ("lora.rank=4", 'lora.targets=["q_proj", "o_proj"]'), "ep = 2"),
 }
 
@@ -97,7 +100,9 @@ def train(trainer: TorchTrainer, start: Path, save: bool = False) -> dict[str, A
         if save and step == MIDDLE:
             trainer.save(step)
     trainer.saved(wait=True)
-    return found | {"after": weights(trainer)}
+    probe = trainer.probe()
+    assert probe is not None
+    return found | {"after": weights(trainer), "probe": torch.tensor(probe.logprobs)}
 
 
 def main(folder: Path) -> None:

@@ -66,22 +66,33 @@ def together(folder: Path, alone: Found) -> Found:
     return found
 
 
-def compare(one: Found, mesh: Found) -> None:
-    """Weights and metrics of the steps that both took, within 1e-5."""
-    assert furthest(one["before"], mesh["before"]) == 0.0
-    assert furthest(one["after"], mesh["after"]) < 1e-5
-    assert furthest(one["after"], one["before"]) > 1e-4
-    for a, b in zip(one["metrics"], mesh["metrics"], strict=True):
-        assert a.keys() == b.keys() and "loss/pg" in a
-        for name, value in a.items():
-            assert b[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+def check_near(variant: str, found: Found, one: Found) -> None:
+    """The trained weights of both: within 1e-5; in bfloat16, where AdamW makes whole steps of what is rounded
+    otherwise, within a quarter of the way that they have gone."""
+    if not variant.startswith("half"):
+        assert furthest(found["after"], one["after"]) < 1e-5
+        return
+    a, b, begin = (
+        torch.cat([w[n].flatten() for n in sorted(w)]) for w in (found["after"], one["after"], one["before"])
+    )
+    assert float((a - b).norm()) < 0.25 * float((b - begin).norm())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mesh_takes_the_steps_of_one_process(alone: Found, together: Found, variant: str) -> None:
     """Three steps of two minibatches, empty micro-batches among them: losses, gradient norms and weights agree to
-    1e-5, and the weights go out under the names of one process."""
-    compare(alone[variant], together[f"run/{variant}"])
+    1e-5 (in bfloat16, to its precision), and the weights go out under the names of one process. What the trained
+    weights say of a prompt in float32 is what one process says of its own."""
+    one, mesh, half = alone[variant], together[f"run/{variant}"], variant.startswith("half")
+    assert furthest(one["before"], mesh["before"]) == 0.0
+    check_near(variant, mesh, one)
+    assert furthest(one["after"], one["before"]) > 1e-4
+    for a, b in zip(one["metrics"], mesh["metrics"], strict=True):
+        assert a.keys() == b.keys() and "loss/pg" in a
+        for name, value in a.items():
+            near = {"rel": 0.05, "abs": 0.02} if half else {"rel": 1e-4, "abs": 1e-5}
+            assert b[name] == pytest.approx(value, **near), name
+    torch.testing.assert_close(mesh["probe"], one["probe"], rtol=0, atol=0.05 if half else 1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -97,7 +108,7 @@ def test_a_checkpoint_fits_any_mesh(folder: Path, alone: Found, together: Found,
     assert mesh["from"] == begun[0]["from"] == begun[1]["from"] == MIDDLE
     assert furthest(mesh["before"], begun[0]["before"]) == 0.0
     for found in (mesh, *begun):
-        assert furthest(found["after"], alone[variant]["after"]) < 1e-5
+        check_near(variant, found, alone[variant])
 
 
 @pytest.mark.parametrize(("name", "written"), [("tp from dp", "dp"), ("ep from both", "tp and ep")])

@@ -111,11 +111,14 @@ def _behind(model: Any, backbone: Any, head: Any) -> str | None:
 def _logits_of(model: Any, backbone: Any, output: Any, states: Tensor, ids: Tensor) -> Tensor:
     """The model's logits of given hidden states: its backbone answers with them without computing."""
     given = (states, *output[1:]) if type(output) is tuple else type(output)(last_hidden_state=states)
+    wrapped = backbone.__dict__.get("forward")
     backbone.forward = lambda *_, **__: given
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
         del backbone.forward
+        if wrapped is not None:
+            backbone.forward = wrapped
     return logits
 
 

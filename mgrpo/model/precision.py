@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
+CUTS = ("tp", "ep")
+"""Sides of a mesh of ranks along which a model computes with parts of its weights (policy.mesh)."""
+
+
 def compute_dtype(config: PolicyConfig) -> torch.dtype:
     """What the backbone computes in."""
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -112,7 +116,9 @@ class Precision:
         self._float32 = {id(module) for module in float32_modules(model)}
         backbone = backbone_of(model, name)
         inside: set[int] = set()
-        for unit in (*decoder_layers(model, name), backbone, model.get_output_embeddings()):
+        # Experts that are spread over ranks are gathered by themselves, after their layer.
+        experts = [m for path, m in model.named_modules() if path.endswith(".experts") and config.mesh.ep > 1]
+        for unit in (*experts, *decoder_layers(model, name), backbone, model.get_output_embeddings()):
             modules = [module for module in unit.modules() if id(module) not in inside]
             inside |= {id(module) for module in modules}
             forward = functools.partial(self._run, _places(modules), unit.forward)
@@ -137,14 +143,12 @@ class Precision:
         """Inside the block the model computes in float32, from the masters, widening what is kept in bfloat16 alone,
         one unit at a time. A sharded model must be sharded when the block begins; each unit's masters are then
         gathered, which takes every rank."""
-        from torch.distributed.tensor import DTensor
-
         before, self._exact = self._exact, True
         self._masters = {
             (id(module), name): parameter.detach()
             for module in self._model.modules()
             for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(parameter, DTensor)
+            if _is_sharded(parameter)
         }
         try:
             yield
@@ -153,11 +157,11 @@ class Precision:
 
     def whole(self, module: nn.Module, name: str = "weight") -> Tensor:
         """In full(): a parameter whole, in float32. Takes every rank where it is sharded."""
+        if (master := self._masters.get((id(module), name))) is not None:
+            return master.full_tensor().float()  # type: ignore[attr-defined, no-any-return]
         parameter = module._parameters[name]
         assert parameter is not None
-        other = self._stand_in(module, name, parameter)
-        found: Tensor = parameter if other is None else other
-        return found.full_tensor() if hasattr(found, "full_tensor") else found
+        return parameter.float()
 
     def _run(
         self, places: list[tuple[nn.Module, str]], forward: Callable[..., Any], *args: Any, **kwargs: Any
@@ -178,12 +182,15 @@ class Precision:
 
     def _stand_in(self, module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         """What takes the parameter's place while its unit runs; None: itself."""
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() or _is_sharded(
+            parameter
+        ):  # that of a unit of its own within this one
             return None
         if self._exact:
-            if (master := self._masters.get((id(module), name))) is not None:
-                return _gathered(master).float()
-            return None if parameter.dtype == torch.float32 else parameter.float()
+            if parameter.dtype == torch.float32:
+                return None
+            master = self._masters.get((id(module), name))
+            return parameter.float() if master is None else _gathered(master, parameter)
         if parameter.dtype == self.dtype or type(module) is nn.Embedding or id(module) in self._float32:
             return None
         copy = self._copy_of(parameter)
@@ -206,19 +213,19 @@ class Precision:
         return output.float() if self._exact else output.to(self.dtype)
 
 
-def _gathered(master: Any) -> Tensor:
-    """A sharded master as FSDP2 gathers it: whole, but for what the model itself is cut along (policy.mesh)."""
+def _gathered(master: Any, place: Tensor) -> Tensor:
+    """A sharded master in float32 as FSDP2 gathers it to `place`: whole, but for what the model itself is cut along."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = master.device_mesh
     names = mesh.mesh_dim_names or ()
-    own = [name for name in names if name in ("tp", "ep")]
-    if not own:
-        whole: Tensor = master.full_tensor()
-        return whole
-    cut = [p if name in own else Replicate() for name, p in zip(names, master.placements, strict=True)]
-    local = master.redistribute(placements=cut).to_local()
-    return DTensor.from_local(local, mesh[own[0]], [cut[names.index(own[0])]], run_check=False)
+    cut = [p if name in CUTS else Replicate() for name, p in zip(names, master.placements, strict=True)]
+    found: Tensor = master.redistribute(placements=cut).to_local().float()
+    for name, placement in zip(names, cut, strict=True):
+        if name in CUTS and isinstance(place, DTensor):  # else its module computes with local tensors
+            return DTensor.from_local(found, mesh[name], [placement], run_check=False)
+    whole: Tensor = found if found.shape == place.shape else master.full_tensor().float()
+    return whole
 
 
 class _Linked(torch.autograd.Function):
@@ -232,6 +239,15 @@ class _Linked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.to(ctx.dtype), None
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP2 has yet to gather it; what is gathered may still be a part that the model is cut into."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor) and any(
+        name not in CUTS for name in tensor.device_mesh.mesh_dim_names or ("",)
+    )
 
 
 def _places(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:

@@ -12,7 +12,7 @@ many as there are lengths worth one, becomes "sdpa".
 
 The head weight is needed outside of any module's forward. Where it is the embedding it is what the backbone's forward
 has just gathered, and its gradient leaves with the backbone's (where layers compute in bfloat16 the table is a unit of
-its own, gathered in float32). A head of its own is gathered by an autograd operation
+its own, in float32: see precision.py). A head of its own is gathered by an autograd operation
 whose backward sums the ranks' gradients and gives each rank its part.
 """
 
@@ -126,7 +126,9 @@ class ShardedPolicy(Policy):
         if self.config.dtype != "float32":
             for module in float32_modules(self.model):
                 fully_shard(module, mesh=mesh)
-            if self._tied:  # one float32 sum of both gradients, and a head in whatever it is multiplied
+            if (
+                self._tied and type(embedding) is nn.Embedding
+            ):  # one float32 sum of both gradients, and a head in whatever it is multiplied
                 fully_shard(embedding, mesh=mesh, reshard_after_forward=False)
         for module in [m for m in self._trunk.modules() if type(m).__name__ in names]:
             fully_shard(module, mesh=mesh, mp_policy=how)
@@ -163,7 +165,8 @@ class ShardedPolicy(Policy):
             return self.precision.whole(module)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        return whole_head(weight)
+        found = whole_head(weight)
+        return found if isinstance(weight, DTensor) or self._dtype != torch.float32 else found.float()
 
     @property
     def device(self) -> torch.device:
