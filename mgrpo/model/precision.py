@@ -118,7 +118,7 @@ class Precision:
         inside: set[int] = set()
         # Experts that are spread over ranks are gathered by themselves, after their layer.
         experts = [m for path, m in model.named_modules() if path.endswith(".experts") and config.mesh.ep > 1]
-        for unit in (*experts, *decoder_layers(model, name), backbone, model.get_output_embeddings()):
+        for unit in (*experts, *decoder_layers(model, name), backbone):
             modules = [module for module in unit.modules() if id(module) not in inside]
             inside |= {id(module) for module in modules}
             forward = functools.partial(self._run, _places(modules), unit.forward)

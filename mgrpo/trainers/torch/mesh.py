@@ -70,7 +70,7 @@ class RankMesh:
         with _no_warnings():  # a plan names layers that not every model of its type has
             tp_plan, ep_plan, _ = model._resolve_parallel_plans(asked)
         if tp > 1:
-            apply_tensor_parallelism(model, self._tp, self._without_tied_head(model, tp_plan))
+            apply_tensor_parallelism(model, self._tp, _without_head(model, tp_plan))
         if ep > 1:
             apply_expert_parallelism(model, self._ep, self._tp, ep_plan, ep_implementation="all_to_all")
         modules = dict(model.named_modules())
@@ -79,14 +79,14 @@ class RankMesh:
             module.forward = functools.partial(_copied, module.forward)
         return experts
 
-    @staticmethod
-    def _without_tied_head(model: Any, plan: dict[str, str]) -> dict[str, str]:
-        """A tied head is cut as the embedding that it is."""
-        head = model.get_output_embeddings()
-        if head.weight is not model.get_input_embeddings().weight:
-            return plan
-        name = next(name for name, module in model.named_modules() if module is head)
-        return {rule: style for rule, style in plan.items() if rule not in (name, f"{name}.weight")}
+
+def _without_head(model: Any, plan: dict[str, str]) -> dict[str, str]:
+    """The head has no forward here (the loss multiplies by its weight); a tied one is cut as the embedding that it
+    is."""
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    out = {name, f"{name}.weight"} if head.weight is model.get_input_embeddings().weight else {name}
+    return {rule: style for rule, style in plan.items() if rule not in out}
 
 
 def _copied(forward: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
@@ -108,11 +108,9 @@ def _no_warnings() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def whole_head(weight: Tensor) -> Tensor:
+def whole_head(weight: DTensor) -> Tensor:
     """The head's weight (V, H), gathered. Its gradient, which every rank has for its own tokens, is summed over ranks
     with other tokens and not over those of a tp group, which have the same."""
-    if not isinstance(weight, DTensor):
-        return weight
     names = weight.device_mesh.mesh_dim_names or ()
     sums: list[Placement] = [Replicate() if name == "tp" else Partial() for name in names]
     whole: Tensor = weight.full_tensor(grad_placements=sums)
