@@ -11,18 +11,20 @@ code chooses by the device (an attention, a chunk of the head) is chosen by the 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._pytree import tree_iter
 
 from mgrpo.planning.live import LiveBytes
 
+_PROPAGATE = "_propagate_tensor_meta_non_cached"
 _STEERING = 1 << 24  # elements of an integer or a mask up to which it is real
 aten = torch.ops.aten
 
@@ -34,8 +36,29 @@ class FakeTensors(LiveBytes):
         super().__init__(scratch)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
+    def __enter__(self) -> FakeTensors:
+        super().__enter__()
+        self._propagate = propagate = getattr(ShardingPropagator, _PROPAGATE)
+
+        def uncounted(*args: Any, **kwargs: Any) -> Any:
+            before, self.counting = self.counting, False
+            try:
+                return propagate(*args, **kwargs)
+            finally:
+                self.counting = before
+
+        # A DTensor finds the shape of a result out by running the operation on whole tensors that nobody has.
+        setattr(ShardingPropagator, _PROPAGATE, uncounted)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        setattr(ShardingPropagator, _PROPAGATE, self._propagate)
+        super().__exit__(kind, error, trace)
+
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if "device" in kwargs and kwargs["device"] is not None:
+        if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         if any(isinstance(x, FakeTensor) for x in tensors):
@@ -49,6 +72,8 @@ class FakeTensors(LiveBytes):
             return _zero(args[0].dtype)
         if func is aten.allclose.default:
             return True
+        if func is aten._grouped_mm.default:
+            return self._grouped(*args, **kwargs)
         if func is aten.index.Tensor:
             args = (args[0], _numbered(args[1]))
         elif func in (aten.index_put.default, aten.index_put_.default):
@@ -62,6 +87,23 @@ class FakeTensors(LiveBytes):
         if made and all(_steers(x) for x in made):
             return func(*args, **kwargs)
         return fake
+
+    def _grouped(
+        self,
+        a: Tensor,
+        b: Tensor,
+        offs: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Products of groups of rows with a matrix each; torch's own shape function takes bfloat16 alone, its CPU
+        kernel any type."""
+        shape: tuple[int, ...] = (a.shape[-2], b.shape[-1])
+        if a.dim() == b.dim():
+            assert a.dim() == 3 or offs is not None
+            shape = (a.shape[0] if offs is None else offs.numel(), *shape)
+        with self._mode:
+            return torch.empty(shape, dtype=out_dtype or a.dtype)
 
     def _without_data(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:

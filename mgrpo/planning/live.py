@@ -27,6 +27,7 @@ class LiveBytes(TorchDispatchMode):
         for itself."""
         super().__init__()
         self.live = self.peak = 0
+        self.counting = True
         self._scratch = scratch or {}
         self._held: dict[int, int] = {}  # by the storage's id
         self._resize: Any = None
@@ -63,6 +64,8 @@ class LiveBytes(TorchDispatchMode):
 
     def count(self, func: Any, args: tuple[Any, ...], found: Any) -> Any:
         """Take in what an operation returned."""
+        if not self.counting:
+            return found
         for tensor in tree_iter(found):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
