@@ -26,7 +26,8 @@ from bench.common import Report, interleave, parser, ratio
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.model.chat import ChatFormat
-from mgrpo.model.policy import Policy, load_policy
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import Policy
 from mgrpo.tasks.atlas.decoder import ShiftDecoderConfig, ShiftDecoderForCausalLM
 from mgrpo.trainers.batch import MicroBatch
 from mgrpo.trainers.torch.learner import logprobs_of

@@ -121,3 +121,9 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
     scale = float(exact.abs().max())
     worst = float((got.double() - exact.double()).abs().max())
     return worst if scale == 0 else worst / scale
+
+
+def rms_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """sqrt(mean (got - exact)^2 / mean exact^2), which one lucky or unlucky rounding does not move."""
+    off = (got.double() - exact.double()).square().mean().sqrt()
+    return float(off / exact.double().square().mean().sqrt())

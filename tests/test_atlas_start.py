@@ -88,7 +88,7 @@ def test_built_policies_play_and_are_no_valid_start(tmp_path: Path) -> None:
     """Fresh policies load from their folders, speak the task's vocabulary, and are no valid start."""
     pytest.importorskip("transformers")
     from mgrpo.engines.hf.engine import HfEngine
-    from mgrpo.model.policy import load_policy
+    from mgrpo.model.loading import load_policy
 
     agents: dict[str, Agent] = {}
     for i, role in enumerate(TASK.roles):

@@ -17,7 +17,8 @@ from mgrpo.errors import ChatError, ConfigError
 from mgrpo.model.chat import ChatFormat
 from mgrpo.model.chat_check import ChatUse, check_chat
 from mgrpo.model.folder import check_chat_folder, check_folder
-from mgrpo.model.policy import Policy, load_policy, save_policy
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import Policy, save_policy
 from mgrpo.model.policy_files import policy_files, policy_from_files, tokenizer_from_files
 from mgrpo.run.launch import start
 from tests.chat_templates import COHERE, GLM4, GPT_OSS, LLAMA3, MISTRAL, QWEN3, QWEN25, Family

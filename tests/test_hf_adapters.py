@@ -23,7 +23,8 @@ from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.engines.registry import open_engine
 from mgrpo.errors import ConfigError, CorruptionError, InfrastructureError
 from mgrpo.model import lora
-from mgrpo.model.policy import Policy, load_policy, save_policy, state_of
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import Policy, save_policy, state_of
 from mgrpo.model.policy_files import policy_files
 from mgrpo.model.probe import probe, probe_ids
 from tests.models import tiny_policy

@@ -14,7 +14,7 @@ from mgrpo import linear_grpo_loss, selective_logprob
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.ops import head
 from mgrpo.ops.token_loss import METRICS
-from tests.loss_grid import TOLERANCE, configs, error, head_batch, run_head, run_logits, settings
+from tests.loss_grid import TOLERANCE, configs, error, head_batch, rms_error, run_head, run_logits, settings
 
 
 def name(config: GrpoLossConfig) -> str:
@@ -26,7 +26,8 @@ def name(config: GrpoLossConfig) -> str:
 def test_the_gradients_are_the_float64_references(config: GrpoLossConfig, dtype: torch.dtype) -> None:
     """d hidden and d weight through chunks of 5 rows, one-phase and two-phase, with and without old log-probs.
 
-    bf16 rounds its logits, so there the bound is torch's own error at bf16.
+    bf16: the root mean square error is at most 1.2 times that of torch's own bf16 head, which rounds its logits, and
+    no entry is off by more than a few roundings.
     """
     data = head_batch(517, 24, dtype)
     for old in (True, False):
@@ -36,7 +37,11 @@ def test_the_gradients_are_the_float64_references(config: GrpoLossConfig, dtype:
         torchs = run_head(data, config, dtype, "reference")
         got = run_head(data, config, dtype, "cpu", chunk=5)
         for mine, theirs, true in zip(got[2:], torchs[2:], exact[2:], strict=True):
-            assert error(mine, true) <= max(1.2 * error(theirs, true), TOLERANCE[torch.float32])
+            if dtype == torch.float32:
+                assert error(mine, true) <= max(1.2 * error(theirs, true), TOLERANCE[dtype])
+            else:
+                assert rms_error(mine, true) <= 1.2 * rms_error(theirs, true)
+                assert error(mine, true) <= TOLERANCE[dtype]
         if dtype == torch.float32:
             for key in METRICS:
                 torch.testing.assert_close(got[1][key].double(), exact[1][key].double(), rtol=1e-4, atol=1e-5)
@@ -54,14 +59,18 @@ def test_the_chunk_does_not_matter() -> None:
 
 
 def test_the_default_chunk_suits_device_and_vocabulary() -> None:
-    """On the CPU up to 32 MiB of logits, within 128 and 2048 rows; elsewhere 4096; a given chunk is taken as it is."""
+    """On the CPU up to 32 MiB of logits, within 128 and 2048 rows; elsewhere what fits 4 GiB with the gradient, 4096 at
+    most; a given chunk is taken as it is."""
 
     def rows(vocabulary: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> int:
-        return head.chunk_rows(None, torch.empty(vocabulary, 1, dtype=dtype, device=device))
+        hidden = torch.empty(1, 1, dtype=dtype, device=device)
+        return head.chunk_rows(None, hidden, torch.empty(vocabulary, 1, device=device))
 
     assert [rows(v) for v in (100, 12288, 49152, 151936)] == [2048, 672, 160, 128]
-    assert rows(49152, torch.bfloat16) == 320 and rows(49152, device="meta") == 4096
-    assert head.chunk_rows(7, torch.empty(49152, 1)) == 7
+    assert rows(49152, torch.bfloat16) == 160  # of float32 logits
+    assert [rows(v, torch.bfloat16, "meta") for v in (49152, 151936, 262144)] == [4096, 4096, 2688]
+    assert [rows(v, device="meta") for v in (49152, 262144)] == [4096, 4096]
+    assert head.chunk_rows(7, torch.empty(1, 1), torch.empty(49152, 1)) == 7
 
 
 ROOT = Path(__file__).parent.parent

@@ -14,15 +14,8 @@ from torch import Tensor
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import (
-    Policy,
-    load_policy,
-    load_reference,
-    save_adapter,
-    save_policy,
-    state_of,
-    trained_state,
-)
+from mgrpo.model.loading import load_policy, load_reference
+from mgrpo.model.policy import Policy, save_adapter, save_policy, state_of, trained_state
 from mgrpo.model.policy_files import policy_files, policy_from_files
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of

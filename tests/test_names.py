@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import Policy, load_policy, save_policy, state_of
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import Policy, save_policy, state_of
 from tests.families import family
 from tests.models import load_state, load_state_bytes, state_bytes, tiny_model, tiny_tokenizer
 

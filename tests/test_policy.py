@@ -16,7 +16,8 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.groups import width_groups
-from mgrpo.model.policy import FORWARD_COST, Policy, load_policy, save_policy, state_of, trained_state
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import FORWARD_COST, Policy, save_policy, state_of, trained_state
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.models import (
@@ -143,7 +144,7 @@ def test_an_architecture_of_a_task_is_registered_when_a_folder_needs_it(tmp_path
     save_policy(tiny_policy("shift"), tmp_path / "shift")
     save_policy(tiny_policy("llama"), tmp_path / "llama")
     code = (
-        "import sys\nfrom mgrpo.model.policy import load_policy\n"
+        "import sys\nfrom mgrpo.model.loading import load_policy\n"
         "from mgrpo.model.policy_files import policy_from_files, policy_files, tokenizer_from_files\n"
         "load_policy(sys.argv[1] + '/llama')\nassert not any('atlas' in m for m in sys.modules)\n"
         "files = policy_files(load_policy(sys.argv[1] + '/shift'))\n"
@@ -256,13 +257,13 @@ def test_recomputing_layers_changes_no_bit(kind: str, attention: str):
 
 
 def test_bfloat16_computes_coarsely_and_trains_float32_weights():
-    """Hidden states are near those of float32 but not equal; the head is multiplied in float32; an update far below
-    bfloat16's spacing still arrives."""
+    """Hidden states are near those of float32 but not equal; what trains is float32, and an update far below bfloat16's
+    spacing still arrives."""
     exact, half = llama(), llama(dtype="bfloat16", attention="varlen")
     with torch.no_grad():
         difference = (half.hidden(IDS) - exact.hidden(IDS)).abs().max()
     assert 1e-4 < float(difference) < 0.2
-    assert half.hidden(IDS).dtype == half.head_weight.dtype == torch.float32
+    assert (half.hidden(IDS).dtype, half.head_weight.dtype) == (torch.bfloat16, torch.float32)
     found, expected = (step_gradient(p, WHOLE, GrpoLossConfig()) for p in (half, exact))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float32

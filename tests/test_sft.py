@@ -11,7 +11,7 @@ import pytest
 from mgrpo.config import load_config
 from mgrpo.config.run import SftConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import load_policy
+from mgrpo.model.loading import load_policy
 from mgrpo.pipeline import trainer_loop
 from mgrpo.tasks.atlas.task import AtlasTask
 from mgrpo.trainers.torch.sft import sft

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mgrpo.config import RunConfig, load_config
 from mgrpo.environments.loader import load_task
-from mgrpo.model.policy import load_policy
+from mgrpo.model.loading import load_policy
 from mgrpo.run.folder import started_engines
 from tests.runs import train
 

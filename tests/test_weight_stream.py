@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mgrpo.model import names
+from mgrpo.model.loading import load_policy
 from mgrpo.model.lora import adapter_of
-from mgrpo.model.policy import Policy, load_policy, save_policy, state_of
+from mgrpo.model.policy import Policy, save_policy, state_of
 from mgrpo.model.stream import WeightStream
 from mgrpo.trainers.torch.ranks import Ranks
 from tests.families import FAMILIES, family

@@ -19,7 +19,8 @@ from mgrpo.engines.pool import EnginePool
 from mgrpo.engines.server_engine import ServerEngine
 from mgrpo.engines.vllm.backend import VllmBackend
 from mgrpo.engines.vllm.client import VllmClient
-from mgrpo.model.policy import Policy, load_policy
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import Policy
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.run.folder import RunFolder
 from mgrpo.run.supervisor import Supervisor

@@ -21,7 +21,8 @@ from mgrpo.engines.vllm.plugin_client import load_patch, load_whole
 from mgrpo.engines.vllm.weight_sync import is_paused, pause, relabel_and_resume
 from mgrpo.engines.weight_folder import PatchFile
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import Policy, load_policy
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import Policy
 from mgrpo.model.probe import probe
 from tests_vllm.kit import MODEL, Served, prompts, reference, served
 from tests_vllm.steps import Steps

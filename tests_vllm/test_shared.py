@@ -17,7 +17,8 @@ from mgrpo.config import RunConfig, dump_config, load_config
 from mgrpo.config.policy import LoraConfig
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.engines.registry import open_engine
-from mgrpo.model.policy import Policy, load_policy
+from mgrpo.model.loading import load_policy
+from mgrpo.model.policy import Policy
 from mgrpo.model.policy_files import policy_files
 from mgrpo.run.folder import RunFolder, started_engines
 from mgrpo.run.supervisor import Supervisor

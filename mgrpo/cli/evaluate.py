@@ -16,7 +16,7 @@ from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.environments.episode import Agent
 from mgrpo.environments.task import Split, Task
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import load_policy
+from mgrpo.model.loading import load_policy
 from mgrpo.pipeline.play import Accuracy, evaluate
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.processes import load_run_task

@@ -37,8 +37,11 @@ class PolicyConfig(Settings):
     device: Device = "cpu"
     """Where the trainer computes."""
     dtype: Precision = "float32"
-    """What it computes in. The weights that are trained stay float32 either way: small updates to bfloat16 weights
-    are lost to rounding."""
+    """What the backbone computes in. The weights that are trained stay float32 either way: small updates to bfloat16
+    weights are lost to rounding. Frozen matrices, embeddings and experts are kept in it."""
+    head_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What hidden states and head weight are rounded to before they are multiplied; logits, loss and the gradient of
+    the head weight are float32 either way. auto: as dtype. float32 on a GPU multiplies without its tensor cores."""
     attention: Literal["auto", "rows", "sdpa", "varlen", "flash"] = "auto"
     """rows: sequences of similar length share a forward. varlen: packed rows through torch's variable-length attention
     (a loop over sequences on the CPU). flash: packed rows through the package flash-attn. sdpa: padded rows. auto:

@@ -7,8 +7,9 @@ head that are no token of the tokenizer take no part (vocabulary.py).
 
 Dropout stays off in training as well: the trainer must reproduce the sampler's log-probs.
 
-With dtype "bfloat16" the decoder layers compute in bfloat16 (autocast) on float32 weights. The head stays float32: a
-logit in bfloat16 is rounded to 1/256 of itself, which a ratio of probabilities would feel.
+With dtype "bfloat16" the backbone computes in bfloat16 on copies of float32 weights (precision.py). Logits are float32
+whatever their operands are (ops/head.py): one in bfloat16 is rounded to 1/256 of itself, which a ratio of probabilities
+would feel.
 
 transformers is imported when a policy is loaded, not with this module.
 """
@@ -19,7 +20,7 @@ import contextlib
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, names
 from mgrpo.model.groups import width_groups
-from mgrpo.model.register import register_architecture
+from mgrpo.model.precision import Precision, head_dtype
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
-from mgrpo.model.trained import decoder_layers, prepare
+from mgrpo.model.trained import choose_trained, decoder_layers, recompute_layers
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.model.weight_files import write_weights
 
@@ -50,8 +51,9 @@ class Policy:
     def __init__(
         self, model: Any, tokenizer: Any, name: str = "policy", config: PolicyConfig | None = None
     ) -> None:
-        """model: a transformers causal LM with float32 weights, on its device; tokenizer: its tokenizer; name: how
-        errors call this policy; config: how it is computed and what of it trains (default: everything, float32)."""
+        """model: a transformers causal LM with float32 weights, on its device, taken over; tokenizer: its tokenizer;
+        name: how errors call this policy; config: how it is computed and what of it trains (default: everything,
+        float32)."""
         head = head_guard.head_of(model, name)
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         remember_stops(tokenizer, getattr(model, "generation_config", None))
@@ -62,20 +64,31 @@ class Policy:
         self.config = config or PolicyConfig()
         self._trunk = head_guard.backbone_of(model, name)
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
-        self._dtype = head.weight.dtype
-        self._half = self._offload = False
-        head_guard.check_head(model, self._trunk, head, self._states, name)
-        attention.check_padded(model, self._states, self.device, name)
-        self._half = self.config.dtype == "bfloat16"
-        self.attention = attention.choose(model, self._states, self.config, self.device, name)
-        prepare(model, self.config, name)
+        self._dtype, self._offload = head.weight.dtype, False
+        self.precision = Precision(model, PolicyConfig(), name)
+        self._set_up(head)
+
+    def _set_up(self, head: Any) -> None:
+        """Judge what the model computes, then choose what of it trains."""
+        head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
+        attention.check_padded(self.model, self._states, self.device, self.name)
+        choose_trained(self.model, self.config, self.name)
+        self._round()
+        self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
+        recompute_layers(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
+
+    def _round(self) -> None:
+        """From now on, compute in what the configuration says. Comes when what trains is chosen."""
+        self.precision = Precision(self.model, self.config, self.name)
+        if self.config.dtype != "float32" or self.config.head_dtype != "auto":
+            self._dtype = head_dtype(self.config)
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H), the embedding itself where the model ties it."""
+        """(V, H), the embedding itself where the model ties it; in full_precision() float32."""
         weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        return weight.float() if self.precision.exact else weight
 
     @property
     def token_head(self) -> Tensor:
@@ -102,6 +115,11 @@ class Policy:
         """This policy with its adapters off, sharing its weights: the reference of a KL term without a second model.
         Raises ValueError where there are no adapters."""
         return WithoutAdapters(self)
+
+    def freeze(self) -> None:
+        """Train nothing of it from now on."""
+        self.model.requires_grad_(False)
+        self.precision.freeze_in_half()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Trainable parameters, each once even when tied."""
@@ -164,32 +182,26 @@ class Policy:
         store = (
             torch.autograd.graph.save_on_cpu(pin_memory=True) if self._offload else contextlib.nullcontext()
         )
-        with self._precision(), store:
+        with store:
             states: Tensor = self._trunk(**arguments, use_cache=False).last_hidden_state
-        return states.to(self._dtype)
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._half else contextlib.nullcontext()
+        return states.to(torch.float32 if self.precision.exact else self._dtype)
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Inside the block nothing is rounded to half precision on its way through the layers."""
-        half, self._half = self._half, False
-        try:
+        """Inside the block what is computed in bfloat16 otherwise is computed in float32, hidden states and head_weight
+        are float32. A collective where the policy lies on several ranks."""
+        with self.precision.full():
             yield
-        finally:
-            self._half = half
 
     def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Hidden states (R, S, H) of new tokens on top of `cache`: 4-D additive mask, explicit positions."""
-        with self._precision():
-            states: Tensor = self._trunk(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+        states: Tensor = self._trunk(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
         return states.to(self._dtype)
 
 
@@ -206,82 +218,6 @@ class WithoutAdapters(Policy):
             return super()._states(**arguments)
 
 
-def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
-    """The policy in the folder `path` (config.json, safetensors, tokenizer), held as `config` says (default: on the
-    CPU, float32, everything trains). Never goes to the network.
-
-    Raises ConfigError naming the folder and what is missing or unreadable in it, or the setting that cannot be met.
-    """
-    config = config or PolicyConfig()
-    check_device(config.device)
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"policy folder {folder} does not exist")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"policy folder {folder} has no config.json; expected a Hugging Face model folder")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    register_architecture(folder)
-    with quiet():
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
-        except (
-            *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
-            safetensors.SafetensorError,
-        ) as error:
-            raise ConfigError(
-                f"policy folder {folder}: no causal language model loads from it: {error}"
-            ) from error
-        if method := architecture.quantized(model.config.to_dict()):
-            raise ConfigError(
-                f"policy folder {folder}: its weights are quantised ({method}), and policies train in float32; take "
-                "the folder with the plain weights"
-            )
-        _check_complete(found, folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"policy folder {folder}: no tokenizer loads from it: {error}") from error
-    return Policy(model.to(config.device), tokenizer, str(folder), config)
-
-
-def _check_complete(found: Mapping[str, Any], folder: Path) -> None:
-    """transformers fills what the files do not give with noise, and says so in a warning."""
-    for name, there, expected in sorted(found["mismatched_keys"]):
-        raise ConfigError(
-            f"policy folder {folder}: {name} has shape {tuple(there)}, config.json says {tuple(expected)}"
-        )
-    if missing := sorted(found["missing_keys"]):
-        raise ConfigError(
-            f"policy folder {folder}: its weights lack {missing[0]} ({len(missing)} tensors are missing)"
-        )
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError where `device` is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f'policy.device is "cuda", but torch {torch.__version__} sees no GPU on this machine'
-        )
-
-
-def load_reference(policy: Policy, path: str | Path) -> Policy:
-    """The frozen reference of a KL term: the policy's own base where it has adapters, else what is in the folder
-    `path`, computed as the policy is. Raises as load_policy."""
-    if policy.config.lora.rank:
-        return policy.base()
-    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
-    reference = load_policy(path, policy.config.model_copy(update=plain))
-    reference.model.requires_grad_(False)
-    return reference
-
-
 def save_policy(
     policy: Policy, path: str | Path, weights: Iterable[tuple[str, Tensor]] | None = None
 ) -> None:
@@ -290,7 +226,8 @@ def save_policy(
     stream = WeightStream(policy.model)
     config = policy.model.config
     config.architectures = [type(policy.model).__name__]
-    config.dtype = str(policy.model.dtype).removeprefix("torch.")
+    widest = max((p.dtype for p in policy.model.parameters()), key=lambda dtype: dtype.itemsize)
+    config.dtype = str(widest).removeprefix("torch.")  # frozen parts may be kept in less
 
     def write(fresh: Path) -> None:
         save_policy_files(policy, fresh)

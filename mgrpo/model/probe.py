@@ -7,13 +7,7 @@ difference, and over all rows of the head, as servers compute the log-probs of a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from mgrpo.errors import NumericsError
 from mgrpo.model.policy import Policy
@@ -40,7 +34,7 @@ def probe(policy: Policy, token_ids: tuple[int, ...]) -> Probe:
     """What `policy` says of the prompt `token_ids` now. A collective where the policy lies on several ranks. Raises
     NumericsError where a log-prob is not finite."""
     ids = torch.tensor(token_ids, device=policy.device)
-    with torch.no_grad(), _in_float32(policy):
+    with torch.no_grad(), policy.full_precision():
         hidden = policy.hidden(ids[None, :-1])[0]
         found = selective_logprob(hidden, policy.head_weight, ids[1:])[0]
     if not bool(found.isfinite().all()):
@@ -49,21 +43,3 @@ def probe(policy: Policy, token_ids: tuple[int, ...]) -> Probe:
             "finite: the weights are damaged, so they are not published"
         )
     return Probe(token_ids, tuple(found.tolist()))
-
-
-@contextlib.contextmanager
-def _in_float32(policy: Policy) -> Iterator[None]:
-    with policy.full_precision(), _WideLinear():
-        yield
-
-
-class _WideLinear(TorchFunctionMode):
-    """Frozen matrices that are kept in half precision take part in float32, one at a time."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.nn.functional.linear:
-            args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
-            kwargs = {k: x.float() if isinstance(x, Tensor) else x for k, x in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))

@@ -1,11 +1,10 @@
-"""Which of a policy's parameters train, in which precision they are kept, and what its backward pass keeps."""
+"""Which of a policy's parameters train, and what its backward pass keeps."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,14 +23,17 @@ def decoder_layers(model: Any, name: str) -> nn.ModuleList:
     raise ConfigError(f"{name}: {type(model).__name__} has no list of its {count} decoder layers")
 
 
-def prepare(model: Any, config: PolicyConfig, name: str) -> None:
-    """Choose what trains, and how much of a forward pass is kept. Raises ConfigError naming setting and bound."""
+def choose_trained(model: Any, config: PolicyConfig, name: str) -> None:
+    """Put adapters into `model` and freeze what does not train. Raises ConfigError naming setting and bound."""
     if config.lora.rank:
         lora.add_adapters(model, config.lora, name)
     elif config.last_layers:
         _freeze_all_but(model, config.last_layers, name)
-    if config.dtype == "bfloat16":
-        _halve_what_is_frozen(model)
+
+
+def recompute_layers(model: Any, config: PolicyConfig, name: str) -> None:
+    """With `gradient_checkpointing`, keep trained layers' inputs alone. Comes after whatever else wraps a layer's
+    forward: what is wrapped by then runs again too."""
     if config.gradient_checkpointing:
         for layer in decoder_layers(model, name):
             if any(p.requires_grad for p in layer.parameters()):
@@ -50,14 +52,6 @@ def _freeze_all_but(model: Any, last: int, name: str) -> None:
     if layers in children:
         for behind in children[children.index(layers) + 1 :]:
             behind.requires_grad_(True)
-
-
-def _halve_what_is_frozen(model: Any) -> None:
-    """Frozen matrices of the decoder layers in bfloat16, as autocast would round them in every forward: the same
-    numbers with half the memory. Trained weights stay float32, and so do norms, embeddings and the head."""
-    for module in decoder_layers(model, "policy").modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            module.to(torch.bfloat16)
 
 
 def _recompute(layer: nn.Module) -> None:

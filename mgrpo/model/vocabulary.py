@@ -41,8 +41,8 @@ class Vocabulary:
         return weight if self.size == self.rows else weight[: self.size]
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden @ head(weight).T without a copy of the weight."""
-        found = hidden @ weight[: self.end].T
+        """hidden @ head(weight).T without a copy of the weight, in the weight's dtype."""
+        found = hidden.to(weight.dtype) @ weight[: self.end].T
         return found if self._ids is None else found.index_select(-1, self._ids.to(found.device))
 
     def classes(self, ids: Tensor) -> Tensor:

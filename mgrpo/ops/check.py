@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MASTER_BESIDE = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
 _MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
 
@@ -60,10 +61,10 @@ def rewards(x: Tensor) -> None:
 
 
 def head(hidden: Tensor, weight: Tensor) -> None:
-    """hidden (T, H) and weight (V, H), one floating dtype, one device."""
+    """hidden (T, H) and weight (V, H) on one device, of one floating dtype or weight float32 beside half precision."""
     floating("hidden", hidden, (None, None), hidden)
     floating("weight", weight, (None, hidden.shape[1]), hidden)
-    if weight.dtype != hidden.dtype:
+    if weight.dtype != hidden.dtype and (weight.dtype, hidden.dtype) not in _MASTER_BESIDE:
         raise TypeError(f"weight: dtype {weight.dtype} differs from hidden's, {hidden.dtype}")
 
 

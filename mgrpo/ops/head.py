@@ -1,10 +1,15 @@
 """The vocabulary head without [T, V]: chunks of rows, three products, nothing for rows that cannot move a
 gradient.
 
-    for each chunk of active rows:   z = h W^T          (1)
-                                   z <- d loss / d z   in place (loss_rows)
-                                   dh = z W            (2)
-                                   dW += z^T h         (3), accumulated in float32
+    for each chunk of active rows:   z = h W^T          (1)  float32
+                                   g = d loss / d z     (loss_rows), in the place of z or as the operands are
+                                   dh = g W            (2)
+                                   dW += g^T h         (3), accumulated in float32
+
+float32 operands: everything is float32, and g takes the place of z. Half-precision operands (h and W; a float32 W is
+rounded to them): products of two of their entries are exact in float32, so z has no rounding but that of its sum; g is
+rounded to the operands' dtype, since it is one of (2) and (3). On a GPU the tensor cores do it so; on a CPU the same
+numbers come from products in float32, a block of columns at a time.
 
 Dead rows (masked, of weight 0, or of advantage 0 with no other term) never reach (1); rows whose gradient turned
 out to be 0, because the clip holds them or their logits are not finite, leave before (2) and (3) where the
@@ -14,8 +19,9 @@ count is known without a device synchronisation (on the CPU). Where a row's coef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,24 +32,49 @@ from mgrpo.ops.token_loss import Tokens, token_loss
 
 _COMPACT_BELOW = 7 / 8  # moving the rows of a chunk together pays when at least this part of it falls away
 CHUNK = 4096
-"""Rows of logits at one time on a GPU: every chunk reads and writes d weight in float32, which takes 7 % longer with
-half as many rows (docs/kernels.md)."""
+"""Rows of logits at one time on a GPU, at most: every chunk reads and writes d weight in float32, which takes 7 %
+longer with half as many rows (docs/kernels.md)."""
+_CHUNK_BYTES = (
+    4 << 30
+)  # of what is alive of a chunk on a GPU, which bounds the rows of vocabularies above 175,000
 _CPU_CHUNK_BYTES = 32 << 20  # of logits at one time on a CPU,
 _CPU_CHUNK_FLOOR = 128  # but at least these rows: products of fewer are markedly slower
 _CPU_CHUNK_CEILING = 2048  # and at most these
-_COLUMNS = 8192  # of dW converted to float32 at a time where a half-precision product cannot accumulate in it
+_COLUMNS = 8192  # of half-precision operands converted to float32 at a time on a CPU
+HALF = (torch.bfloat16, torch.float16)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def chunk_rows(chunk: int | None, weight: Tensor) -> int:
-    """`chunk`, or where it is None what suits the device and the vocabulary of weight (V, H); ValueError below 1."""
+def chunk_rows(chunk: int | None, hidden: Tensor, weight: Tensor) -> int:
+    """`chunk`, or where it is None what suits the device, the operands' dtype (hidden's) and the vocabulary of weight
+    (V, H); ValueError below 1."""
     if chunk is not None:
         if not chunk > 0:
             raise ValueError(f"chunk: {chunk} is not above 0")
         return chunk
+    logit = max(hidden.element_size(), 4)  # half-precision operands have float32 logits,
     if weight.device.type != "cpu":
-        return CHUNK
-    fit = _CPU_CHUNK_BYTES // max(weight.shape[0] * weight.element_size(), 1)
+        logit += (
+            hidden.element_size() if hidden.dtype in HALF else 0
+        )  # and a gradient of their own beside them
+        fit = _CHUNK_BYTES // max(weight.shape[0] * logit, 1)
+        return min(max(fit // 128 * 128, 128), CHUNK)
+    fit = _CPU_CHUNK_BYTES // max(weight.shape[0] * logit, 1)
     return min(max(fit // 32 * 32, _CPU_CHUNK_FLOOR), _CPU_CHUNK_CEILING)
+
+
+def _without_autocast(function: F) -> F:
+    """Autocast would round operands behind the back of what is written here."""
+
+    @functools.wraps(function)
+    def run(hidden: Tensor, *args: Any) -> Any:
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(hidden, *args)
+        with torch.autocast(device, enabled=False):
+            return function(hidden, *args)
+
+    return cast("F", run)
 
 
 class Needs(NamedTuple):
@@ -59,9 +90,9 @@ class Shard(Protocol):
     backend: str
 
     def loss_rows(
-        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, need_grad: bool
+        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, grad: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logp, entropy, has_grad) of a chunk; with need_grad its gradient overwrites `logits`."""
+        """(logp, entropy, has_grad) of a chunk, and its gradient in `grad`, which may be `logits`."""
 
     def logprob(
         self, logits: Tensor, target_ids: Tensor, temperature: float
@@ -82,9 +113,9 @@ class Local:
         self.backend = backend
 
     def loss_rows(
-        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, need_grad: bool
+        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, grad: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return rows(self.backend).loss_rows(logits, tokens, loss, logits if need_grad else None)[:3]
+        return rows(self.backend).loss_rows(logits, tokens, loss, grad)[:3]
 
     def logprob(
         self, logits: Tensor, target_ids: Tensor, temperature: float
@@ -111,6 +142,7 @@ def finish(
     return torch.where(good, logp, nan).float(), torch.where(good, entropy, nan).float(), maximum, total
 
 
+@_without_autocast
 def loss(
     hidden: Tensor,
     weight: Tensor,
@@ -123,18 +155,21 @@ def loss(
     """(loss, metrics, d hidden, d weight) where a row's coefficient is known row by row: gradient in forward."""
     t = hidden.shape[0]
     logp, entropy = (hidden.new_zeros(t, dtype=torch.float32) for _ in range(2))
-    products = _Products(hidden, weight, needs)
+    weight = weight.to(hidden.dtype)
+    products = _Products(hidden, weight, needs, shard.backend)
     for piece, h, z in _chunks(hidden, weight, tokens.active(loss), chunk):
-        part = tokens.rows(piece)
-        lp, en, has_grad = shard.loss_rows(z, part, loss, needs.hidden or needs.weight)
+        part, grad = tokens.rows(piece), products.room(z)
+        lp, en, has_grad = shard.loss_rows(z, part, loss, grad)
         logp[piece], entropy[piece] = lp, en
-        products.add(z, h, piece, has_grad)
+        if grad is not None:
+            products.add(grad, h, piece, has_grad)
     if needs.hidden:
         shard.reduce(products.hidden)
     value, metrics = token_loss(logp, entropy, tokens, loss)
     return value, metrics, *products.done()
 
 
+@_without_autocast
 def logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -147,13 +182,14 @@ def logprob(
     """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False."""
     out = [hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
     out[3].fill_(1.0)
-    for piece, _, z in _chunks(hidden, weight, active, chunk):
+    for piece, _, z in _chunks(hidden, weight.to(hidden.dtype), active, chunk):
         for whole, part in zip(out, shard.logprob(z, target_ids[piece], temperature), strict=True):
             whole[piece] = part
     logp, entropy, maximum, total = out
     return logp, entropy, maximum, total
 
 
+@_without_autocast
 def logprob_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -165,13 +201,16 @@ def logprob_backward(
     shard: Shard,
 ) -> tuple[Tensor, Tensor]:
     """(d hidden, d weight) of sum c logp + e entropy; coefficients: maximum, sum, entropy, c, e, each (T,)."""
-    products = _Products(hidden, weight, needs)
+    weight = weight.to(hidden.dtype)
+    products = _Products(hidden, weight, needs, shard.backend)
     *_, c, e = coefficients
     local = shard.local_ids(target_ids)
     for piece, h, z in _chunks(hidden, weight, (c != 0) | (e != 0), chunk):
         m, s, entropy, cc, ee = (x[piece] for x in coefficients)
-        rows(shard.backend).row_gradients(z, local[piece], (m, s, entropy, cc, ee), temperature, z)
-        products.add(z, h, piece, None)
+        grad = products.room(z)
+        if grad is not None:
+            rows(shard.backend).row_gradients(z, local[piece], (m, s, entropy, cc, ee), temperature, grad)
+            products.add(grad, h, piece, None)
     if needs.hidden:
         shard.reduce(products.hidden)
     return products.done()
@@ -191,25 +230,48 @@ def empty_like_needed(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Ten
 def _chunks(
     hidden: Tensor, weight: Tensor, active: Tensor, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(row indices, hidden rows, their logits) of the active rows; the logits' buffer is the same every time."""
+    """(row indices, hidden rows, their logits) of the active rows; the logits' buffer is the same every time. weight
+    has hidden's dtype."""
     index = active.nonzero().squeeze(1)
-    buffer = hidden.new_empty(min(chunk, index.numel()), weight.shape[0])
+    wide = torch.float32 if hidden.dtype in HALF else hidden.dtype
+    buffer = hidden.new_empty(min(chunk, index.numel()), weight.shape[0], dtype=wide)
     for piece in torch.split(index, chunk):
         h = hidden[piece]
         z = buffer[: piece.numel()]
-        torch.mm(h, weight.t(), out=z)
+        if wide == h.dtype:
+            torch.mm(h, weight.t(), out=z)
+        elif h.device.type == "cpu":
+            h32 = h.float()
+            for v in range(0, z.shape[1], _COLUMNS):
+                torch.mm(h32, weight[v : v + _COLUMNS].float().t(), out=z[:, v : v + _COLUMNS])
+        else:
+            torch.mm(h, weight.t(), out_dtype=torch.float32, out=z)
         yield piece, h, z
 
 
 class _Products:
     """Products (2) and (3), chunk after chunk in a fixed order."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs, backend: str) -> None:
+        """weight: in hidden's dtype."""
         self.needs = needs
         self.head = weight
         self.hidden, self.weight = empty_like_needed(hidden, weight, needs)
         self.hidden.zero_()
         self.untouched = True  # a first product that overwrites saves writing and reading zeros
+        self._in_place = hidden.dtype not in HALF or backend == "cpu"  # whose rows are of one dtype
+        self._room = hidden.new_empty(0)
+
+    def room(self, z: Tensor) -> Tensor | None:
+        """Where the gradient of the logits z of a chunk is written: over them, or beside them in the operands' dtype
+        (over float32 logits other threads would not have read theirs yet); None where it is not needed."""
+        if not (self.needs.hidden or self.needs.weight):
+            return None
+        if self._in_place:
+            return z
+        if not self._room.numel():  # the first chunk is the largest
+            self._room = torch.empty_like(z, dtype=self.head.dtype)
+        return self._room[: z.shape[0]]
 
     def done(self) -> tuple[Tensor, Tensor]:
         """(d hidden, d weight)."""
@@ -219,36 +281,43 @@ class _Products:
 
     def add(self, z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor | None) -> None:
         """z (n, V): the gradient of rows `piece`, whose hidden states are h; has_grad None: all of them."""
-        if not (self.needs.hidden or self.needs.weight):
-            return
         if has_grad is not None:
             z, h, piece = _drop(z, h, piece, has_grad)
+        if h.dtype in HALF and h.device.type == "cpu":
+            self._add_in_float32(z, h, piece)
+            return
         if self.needs.hidden:
             self.hidden[piece] = z @ self.head
         if self.needs.weight:
             self._add_weight(z, h)
+            self.untouched = False
 
     def _add_weight(self, z: Tensor, h: Tensor) -> None:
-        if z.dtype == torch.float32:
+        if z.dtype not in HALF:
             if self.untouched:
                 torch.mm(z.t(), h, out=self.weight)
             else:
                 self.weight.addmm_(z.t(), h)
-            self.untouched = False
-            return
-        if z.device.type == "cuda":
-            if self.untouched:
-                torch.mm(z.t(), h, out_dtype=torch.float32, out=self.weight)
-            else:
-                torch.addmm(self.weight, z.t(), h, out_dtype=torch.float32, out=self.weight)
-            self.untouched = False
+        elif self.untouched:
+            torch.mm(z.t(), h, out_dtype=torch.float32, out=self.weight)
         else:
-            if self.untouched:
-                self.weight.zero_()
-                self.untouched = False
-            h = h.float()
-            for v in range(0, z.shape[1], _COLUMNS):
-                self.weight[v : v + _COLUMNS].addmm_(z[:, v : v + _COLUMNS].float().t(), h)
+            torch.addmm(self.weight, z.t(), h, out_dtype=torch.float32, out=self.weight)
+
+    def _add_in_float32(self, z: Tensor, h: Tensor, piece: Tensor) -> None:
+        """What tensor cores do with half-precision operands: z, rounded as they are, times them in float32."""
+        if self.untouched:
+            self.weight.zero_()
+            self.untouched = False
+        h32 = h.float()
+        dh = torch.zeros_like(h32)
+        for v in range(0, z.shape[1], _COLUMNS):
+            part = z[:, v : v + _COLUMNS].to(h.dtype).float()
+            if self.needs.hidden:
+                dh.addmm_(part, self.head[v : v + _COLUMNS].float())
+            if self.needs.weight:
+                self.weight[v : v + _COLUMNS].addmm_(part.t(), h32)
+        if self.needs.hidden:
+            self.hidden[piece] = dh.to(h.dtype)
 
 
 def _drop(z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

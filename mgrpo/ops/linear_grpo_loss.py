@@ -34,14 +34,18 @@ def linear_grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo_loss` of logits = hidden weight^T, differentiable in hidden (T, H) and weight (V, H).
 
-    chunk: rows of logits that exist at one time; None: 4096 on a GPU, on the CPU as many as take 32 MiB (128 at
-    least, 2048 at most). tp_group: the ranks that hold the vocabulary in equal
+    hidden and weight are of one floating dtype, or hidden is bfloat16 or float16 and weight float32: it is then rounded
+    to hidden's dtype for the products, and its gradient is float32. Logits are float32 for half-precision operands
+    (but for impl "reference", which is torch's own head); torch.autocast changes nothing.
+
+    chunk: rows of logits that exist at one time; None: on a GPU as many as take 4 GiB, 4096 at most, on the CPU as many
+    as take 32 MiB (128 at least, 2048 at most). tp_group: the ranks that hold the vocabulary in equal
     shards, in rank order; `weight` is then this rank's shard and everything else is the same on every rank.
     Every other argument, the result and the errors are grpo_loss's.
     """
     check.head(hidden, weight)
     check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
-    chunk = head.chunk_rows(chunk, weight)
+    chunk = head.chunk_rows(chunk, hidden, weight)
     backend = choose(impl, hidden.device, hidden.dtype)
     loss = known_loss(config)
     tokens = prepare(hidden, target_ids, loss, backend, inputs)
@@ -50,7 +54,7 @@ def linear_grpo_loss(
 
         return tensor_parallel.loss(hidden, weight, tokens, loss, chunk, fast(backend), tp_group)
     if backend == "reference":
-        logits = hidden @ weight.t()
+        logits = hidden @ weight.to(hidden.dtype).t()
         return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, loss)
     from mgrpo.ops import library, library_head
 

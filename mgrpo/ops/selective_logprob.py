@@ -30,7 +30,7 @@ def selective_logprob(
 ) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy), each (T,) in nats; forward only. Row t of `hidden` scores target_ids[t].
 
-    hidden (T, H) and weight (V, H) of one floating dtype, target_ids int64 (T,). The result is float64 for
+    hidden (T, H) and weight (V, H) as in linear_grpo_loss, target_ids int64 (T,). The result is float64 for
     float64 input and float32 otherwise. A row whose logits hold NaN or +inf gives NaN in both. chunk: rows of logits
     that exist at one time; None as in linear_grpo_loss.
 
@@ -43,7 +43,7 @@ def selective_logprob(
     low, high = TEMPERATURES
     if not low <= temperature <= high:
         raise ValueError(f"temperature: {temperature} is outside [{low}, {high}]")
-    chunk = head.chunk_rows(chunk, weight)
+    chunk = head.chunk_rows(chunk, hidden, weight)
     backend = choose(impl, hidden.device, hidden.dtype)
     with torch.no_grad():
         if tp_group is not None:
@@ -67,7 +67,7 @@ def _reference(
     empty = hidden.new_zeros(0, dtype=compute_dtype(hidden))
     parts = [(empty, empty)]
     for h, ids in zip(torch.split(hidden, chunk), torch.split(target_ids, chunk), strict=True):
-        parts.append(row_logprob(h @ weight.t(), ids, temperature))
+        parts.append(row_logprob(h @ weight.to(h.dtype).t(), ids, temperature))
     logp, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
     return logp, entropy
 

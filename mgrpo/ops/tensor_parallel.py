@@ -56,10 +56,10 @@ class Sharded:
         return head.finish(m, s, b, t, temperature)
 
     def loss_rows(
-        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, need_grad: bool
+        self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, grad: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         logp, entropy, maximum, total = self.logprob(logits, tokens.target_ids, loss.config.temperature)
-        if not need_grad:
+        if grad is None:
             return logp, entropy, torch.ones_like(logp, dtype=torch.bool)
         with torch.enable_grad():  # the coefficients are the derivatives of the definition, on (n,) vectors
             leaves = [logp.clone().requires_grad_(), entropy.clone().requires_grad_()]
@@ -67,7 +67,7 @@ class Sharded:
             c, e = torch.autograd.grad(value, leaves, materialize_grads=True)
         local = self.local_ids(tokens.target_ids)
         rows(self.backend).row_gradients(
-            logits, local, (maximum, total, entropy, c, e), loss.config.temperature, logits
+            logits, local, (maximum, total, entropy, c, e), loss.config.temperature, grad
         )
         return logp, entropy, (c != 0) | (e != 0)
 
@@ -77,7 +77,10 @@ class Sharded:
         return torch.where((local >= 0) & (local < self.size), local, -1)
 
     def reduce(self, grad_hidden: Tensor) -> None:
-        dist.all_reduce(grad_hidden, group=self.group)
+        wide = grad_hidden.float() if grad_hidden.dtype in head.HALF else grad_hidden
+        dist.all_reduce(wide, group=self.group)
+        if wide is not grad_hidden:
+            grad_hidden.copy_(wide)
 
 
 def loss(

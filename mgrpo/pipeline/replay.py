@@ -25,7 +25,7 @@ from mgrpo.config import RunConfig
 from mgrpo.credit import trajectory_reward
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.losses.registry import find_loss
-from mgrpo.model.policy import load_policy, load_reference
+from mgrpo.model.loading import load_policy, load_reference
 from mgrpo.pipeline.batch import BatchBuilder, StepBatch, merge_streams
 from mgrpo.pipeline.step_record import step_body
 from mgrpo.record.reader import RecordedRollout, Recording

@@ -44,8 +44,9 @@ from mgrpo.engines.hf.scheduler import Stepper
 from mgrpo.engines.hf.slots import SlotArrays, sample
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.groups import Int64, width_groups
+from mgrpo.model.loading import load_policy
 from mgrpo.model.places import Shapes, places_of
-from mgrpo.model.policy import Policy, load_policy, state_from_bytes, state_of
+from mgrpo.model.policy import Policy, state_from_bytes, state_of
 from mgrpo.weights.version import Weights
 
 FORWARD_COST = 64
