@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,13 @@ from torch import Tensor
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import attention
+from mgrpo.model.loading import BlankPolicy
 from mgrpo.model.policy import Policy
 from mgrpo.model.register import register_architecture
+from mgrpo.trainers.torch.ranks import Ranks
+
+if TYPE_CHECKING:
+    from mgrpo.model.parts import Parts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -55,11 +60,27 @@ def fake_model(folder: Path, name: str) -> Any:
         raise ConfigError(f"{name}: no causal language model follows from {folder}: {error}") from error
 
 
-def fake_policy(folder: Path, config: PolicyConfig, name: str) -> Policy:
-    """One whole policy. config: with the device that it is planned for. Raises ConfigError as load_policy for a model
-    that cannot be trained; what needs numbers is not checked."""
+def fake_policy(folder: Path, config: PolicyConfig, ranks: Ranks, name: str, frozen: bool = False) -> Policy:
+    """The policy, whole or this rank's part. config: with the device that it is planned for. frozen: nothing of it
+    trains. Raises ConfigError as loading does for a model that cannot be trained; what needs numbers is not checked."""
     model = fake_model(folder, name)
-    return Policy(model, _tokenizer(folder, model), str(folder), on_cpu(config))
+    tokenizer, config = _tokenizer(folder, model), on_cpu(config)
+    if ranks.size == 1:
+        policy = Policy(model, tokenizer, str(folder), config)
+        if frozen:
+            policy.freeze()
+        return policy
+    from mgrpo.trainers.torch.shard import ShardedPolicy
+
+    blank = BlankPolicy(model, tokenizer, str(folder), config, cast("Parts", _NoParts()), "")
+    return ShardedPolicy(blank, ranks, frozen)
+
+
+class _NoParts:
+    """In the place of files: what they would fill has no data."""
+
+    def read_into(self, model: Any) -> None:
+        pass
 
 
 def _tokenizer(folder: Path, model: Any) -> Any:

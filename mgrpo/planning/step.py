@@ -29,7 +29,7 @@ from mgrpo.planning.fake import FakeTensors, fake_ranks
 from mgrpo.planning.live import bytes_of
 from mgrpo.planning.models import fake_policy, packed_in_one_call
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
-from mgrpo.trainers.torch.learner import Learner, new_learner
+from mgrpo.trainers.torch.learner import Learner, adamw_way, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +93,16 @@ class Head:
         self.before = 0  # bytes alive when it began
 
     def scratch(self, tensors: FakeTensors, args: tuple[Any, ...]) -> int:
-        """Bytes of one chunk of logits, and of its gradient where that is another tensor. args: hidden (T, H), weight
-        (V, H), ..."""
+        """Bytes of one chunk of logits, of their gradient and of the weight where these are tensors of their own (see
+        ops/head.py). args: hidden (T, H), weight (V, H), ..."""
         hidden, weight = args[0], args[1]
-        like = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        rows = min(head.chunk_rows(None, weight if self._device == "cpu" else like), hidden.shape[0])
-        found: int = rows * weight.shape[0] * weight.element_size()
+        like = torch.empty(weight.shape, dtype=weight.dtype, device=self._device)
+        rows = min(head.chunk_rows(None, hidden, like), hidden.shape[0])
+        half = hidden.dtype in head.HALF
+        beside = hidden.element_size() if half and self._device != "cpu" else 0
+        found: int = rows * weight.shape[0] * (max(hidden.element_size(), 4) + beside)
+        if weight.dtype != hidden.dtype:
+            found += weight.numel() * hidden.element_size()
         self.before = max(self.before, tensors.live)
         self.most = max(self.most, found)
         return found
@@ -129,13 +133,14 @@ def plan_step(folder: Path, view: AgentView, name: str) -> tuple[StepMemory, Par
             for op in ("mgrpo::linear_grpo_loss", "mgrpo::linear_logprob", "mgrpo::linear_logprob_backward")
         }
     )
+    ranks = PlannedRanks(view.ranks)
     with _ranks(view.ranks):
         with tensors:
-            policy = fake_policy(folder, view.agent.policy, name)
+            policy = fake_policy(folder, view.agent.policy, ranks, name)
             parameters = _parameters(policy)
         batch = _batch(policy, view)  # of real tensors, so outside
         with tensors:
-            learner = _learner(folder, view, policy, name)
+            learner = _learner(folder, view, policy, ranks, name)
             del policy
             found = _measure(learner, batch, view, tensors, watched)
     del learner
@@ -148,30 +153,21 @@ def _batch(policy: Policy, view: AgentView) -> MiniBatch:
     return MiniBatch([micro], float(len(micro.lengths)))
 
 
-def _learner(folder: Path, view: AgentView, policy: Policy, name: str) -> Learner:
-    ranks = PlannedRanks(view.ranks)
+def _learner(folder: Path, view: AgentView, policy: Policy, ranks: Ranks, name: str) -> Learner:
     reference: Policy | None = None
     if find_loss(view.agent.loss).needs_reference:
-        reference = policy.base() if policy.config.lora.rank else _reference(folder, view, name)
-    if view.ranks > 1:
-        from mgrpo.trainers.torch.shard import ShardedPolicy
-
-        policy = ShardedPolicy(policy, ranks)
-        if reference is not None:
-            reference = policy.base() if policy.config.lora.rank else ShardedPolicy(reference, ranks)
+        reference = policy.base() if policy.config.lora.rank else _reference(folder, view, ranks, name)
     learner = new_learner(view.agent, policy, reference, ranks)
-    if view.agent.policy.device == "cuda":
-        for group in learner.optimizer.param_groups:
-            group["fused"], group["foreach"] = True, False
+    way = {"foreach": False, "fused": False, **adamw_way(torch.device(view.agent.policy.device))}
+    for group in learner.optimizer.param_groups:
+        group.update(way)
     return learner
 
 
-def _reference(folder: Path, view: AgentView, name: str) -> Policy:
+def _reference(folder: Path, view: AgentView, ranks: Ranks, name: str) -> Policy:
     """As load_reference."""
     plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
-    reference = fake_policy(folder, view.agent.policy.model_copy(update=plain), name)
-    reference.model.requires_grad_(False)
-    return reference
+    return fake_policy(folder, view.agent.policy.model_copy(update=plain), ranks, name, frozen=True)
 
 
 def _measure(
