@@ -41,6 +41,14 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
     "adapters": ("qwen3_moe", ("lora.rank=4", 'lora.targets=["q_proj", "o_proj"]'), "ep = 2"),
 }
 
+RESUMED = (
+    "tp",
+    "frozen",
+    "tp and ep",
+    "half both",
+    "adapters",
+)  # those that resume one process's, and are resumed
+
 
 def model_of(kind: str) -> Any:
     """Two layers, random weights; a vocabulary with three rows that are no tokens."""
@@ -109,7 +117,7 @@ def main(folder: Path) -> None:
     with Ranks(RANKS) as ranks:
         found: dict[str, Any] = {}
         lives = [(f"run/{v}", v, f"mesh/{v}", True) for v in VARIANTS]
-        lives += [(f"from one/{v}", v, f"one/{v}", False) for v in VARIANTS]
+        lives += [(f"from one/{v}", v, f"one/{v}", False) for v in RESUMED]
         # a checkpoint of another mesh
         lives += [("tp from dp", "tp", "mesh/dp", False), ("ep from both", "ep", "mesh/tp and ep", False)]
         for name, variant, place, save in lives:

@@ -18,7 +18,7 @@ from mgrpo.model.mesh import check_mesh
 from mgrpo.model.policy import save_policy
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
-from tests.mesh_ranks import MIDDLE, RANKS, VARIANTS, config_of, policy_of, train
+from tests.mesh_ranks import MIDDLE, RANKS, RESUMED, VARIANTS, config_of, policy_of, train
 from tests.models import tiny_policy
 from tests.runs import RELAY, started
 from tests.test_fsdp import furthest
@@ -89,13 +89,13 @@ def test_a_mesh_takes_the_steps_of_one_process(alone: Found, together: Found, va
     assert furthest(one["after"], one["before"]) > 1e-4
     for a, b in zip(one["metrics"], mesh["metrics"], strict=True):
         assert a.keys() == b.keys() and "loss/pg" in a
-        for name, value in a.items():
+        for name in ("loss/pg", "policy/entropy", "policy/grad_norm") if half else a:
             near = {"rel": 0.05, "abs": 0.02} if half else {"rel": 1e-4, "abs": 1e-5}
-            assert b[name] == pytest.approx(value, **near), name
+            assert b[name] == pytest.approx(a[name], **near), name
     torch.testing.assert_close(mesh["probe"], one["probe"], rtol=0, atol=0.05 if half else 1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", RESUMED)
 def test_a_checkpoint_fits_any_mesh(folder: Path, alone: Found, together: Found, variant: str) -> None:
     """The mesh resumes what one process wrote, and the other way round: it begins with the writer's bits and ends where
     the undisturbed run does."""
