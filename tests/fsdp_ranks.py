@@ -110,7 +110,8 @@ def gradient(
 
 
 def main(folder: Path) -> None:
-    from mgrpo.trainers.torch.shard import ShardedPolicy, whole_tensor
+    from mgrpo.trainers.torch.shard import whole_tensor
+    from tests.sharded import sharded
 
     with Ranks(2) as ranks:
         found: dict[str, Any] = {}
@@ -127,13 +128,13 @@ def main(folder: Path) -> None:
                 trainer.run_commands()
         for kind in ("shift", "llama"):
             for number, parts in enumerate(CUTS):
-                policy = ShardedPolicy(tiny_policy(kind), ranks)  # type: ignore[arg-type]
+                place = folder / "sharded" / f"{kind}-{number}"
+                policy = sharded(tiny_policy(kind), place, ranks)  # type: ignore[arg-type]
                 batch = cut(rows_of(1, near=True), parts, 2)
                 found[f"gradient/{kind}/{number}"] = gradient(policy, batch, ranks, whole_tensor)
             policy, batch = padded(kind)
-            found[f"gradient/{kind}/padded"] = gradient(
-                ShardedPolicy(policy, ranks), batch, ranks, whole_tensor
-            )
+            policy = sharded(policy, folder / "sharded" / kind, ranks)
+            found[f"gradient/{kind}/padded"] = gradient(policy, batch, ranks, whole_tensor)
         if ranks.is_main:
             torch.save(found, folder / "found.pt")
 

@@ -105,16 +105,17 @@ def publish(trainer: TorchTrainer, start: Path, final: Path) -> dict[str, Any]:
     return found
 
 
-def peaks(ranks: Ranks) -> dict[str, tuple[int, int]]:
+def peaks(folder: Path, ranks: Ranks) -> dict[str, tuple[int, int]]:
     """(most bytes alive, bytes of a layer) while a sharded model is read; rank 0 rounds each tensor as a publisher
     does, the other takes part."""
-    from mgrpo.trainers.torch.shard import ShardedPolicy, gather_to_main
+    from mgrpo.trainers.torch.shard import gather_to_main
+    from tests.sharded import sharded
 
     found = {}
     for kind in ("Qwen2", "Qwen3Moe"):
         model = large_model(kind)
         layer = layer_bytes(model)
-        policy = ShardedPolicy(Policy(model, tiny_tokenizer(), kind), ranks)
+        policy = sharded(Policy(model, tiny_tokenizer(), kind), folder / "large" / kind, ranks)
         reading = WeightStream(policy.model).read(gather_to_main)
 
         def read(reading: Any = reading) -> None:
@@ -136,7 +137,7 @@ def main(folder: Path) -> None:
                 found[variant] = publish(trainer, folder / kind, folder / "two" / variant / "final")
             else:
                 trainer.run_commands()
-        found["peaks"] = peaks(ranks)
+        found["peaks"] = peaks(folder, ranks)
         torch.save(found, folder / f"found-{ranks.rank}.pt")
 
 

@@ -46,16 +46,22 @@ def head_of(model: Any, name: str) -> Any:
     return head
 
 
-@torch.no_grad()
-def check_head(model: Any, backbone: Any, head: Any, states: Callable[..., Tensor], name: str) -> None:
-    """states: backbone arguments -> final hidden states, as the trainer computes them. Raises ConfigError naming the
-    model and what stands between them and its logits."""
-    kind = type(model).__name__
-    refused = f"{name}: the logits of {kind} are not hidden @ head.T: "
+def check_structure(model: Any, backbone: Any, head: Any, name: str) -> None:
+    """What the configuration and the parameters say, which may lie on the meta device. Raises ConfigError as
+    check_head."""
+    refused = _refused(model, name)
     if setting := architecture.after_head(model.config.to_dict()):
         raise ConfigError(f"{refused}config.json has {setting}{_ADVICE}")
     if extra := _behind(model, backbone, head):
         raise ConfigError(f"{refused}it has {extra} behind its backbone{_ADVICE}")
+
+
+@torch.no_grad()
+def check_head(model: Any, backbone: Any, head: Any, states: Callable[..., Tensor], name: str) -> None:
+    """states: backbone arguments -> final hidden states, as the trainer computes them. Raises ConfigError naming the
+    model and what stands between them and its logits."""
+    check_structure(model, backbone, head, name)
+    kind, refused = type(model).__name__, _refused(model, name)
     ids = torch.arange(min(4, head.weight.shape[0]), device=head.weight.device)[None]
     try:
         logits, caller, output = _watched(model, backbone, ids)
@@ -65,10 +71,14 @@ def check_head(model: Any, backbone: Any, head: Any, states: Callable[..., Tenso
     _compare(hidden, logits, head.weight, refused)
     if caller is None:
         raise ConfigError(f"{refused}they do not come through its {type(backbone).__name__}{_ADVICE}")
-    largest = float((hidden @ head.weight.T).abs().max())
+    largest = float((hidden @ head.weight.to(hidden.dtype).T).abs().max())
     for magnitude in _MAGNITUDES if largest > 0 else ():
         scaled = hidden * (magnitude / largest)
         _compare(scaled, _logits_of(model, caller, output, scaled, ids), head.weight, refused)
+
+
+def _refused(model: Any, name: str) -> str:
+    return f"{name}: the logits of {type(model).__name__} are not hidden @ head.T: "
 
 
 def _watched(model: Any, backbone: Any, ids: Tensor) -> tuple[Tensor, Any, Any]:
@@ -98,16 +108,19 @@ def _behind(model: Any, backbone: Any, head: Any) -> str | None:
 def _logits_of(model: Any, backbone: Any, output: Any, states: Tensor, ids: Tensor) -> Tensor:
     """The model's logits of given hidden states: its backbone answers with them without computing."""
     given = (states, *output[1:]) if type(output) is tuple else type(output)(last_hidden_state=states)
+    wrapped = backbone.__dict__.get("forward")
     backbone.forward = lambda *_, **__: given
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
         del backbone.forward
+        if wrapped is not None:
+            backbone.forward = wrapped
     return logits
 
 
 def _compare(states: Tensor, logits: Tensor, weight: Tensor, refused: str) -> None:
-    ours = states @ weight.T
+    ours = states @ weight.to(states.dtype).T
     if ours.shape != logits.shape:
         raise ConfigError(f"{refused}they have shape {tuple(logits.shape)}, not {tuple(ours.shape)}{_ADVICE}")
     size = float(ours.abs().max())

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,10 @@ def add_adapters(model: Any, config: LoraConfig, name: str) -> None:
         wrapper.forward = functools.partial(_run_adapted, wrapper)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in parameter_name)
-        if parameter_name.endswith(_A):
-            _start(parameter, parameter_name)
+        start = start_of(parameter_name, parameter.shape)
+        if start is not None:
+            with torch.no_grad():
+                parameter.copy_(start)
 
 
 def _check_targets(model: Any, config: LoraConfig, name: str) -> None:
@@ -110,12 +112,15 @@ def _list(targets: set[str]) -> str:
     return "[" + ", ".join(f'"{target}"' for target in sorted(targets)) + "]"
 
 
-@torch.no_grad()
-def _start(a: Tensor, name: str) -> None:
-    """A (rank, H), uniform in +-1 / sqrt(H)."""
+def start_of(name: str, shape: Sequence[int]) -> Tensor | None:
+    """What the adapter matrix `name` begins with: A (rank, H) uniform in +-1 / sqrt(H), B 0; None for other names."""
+    if name.endswith(_B):
+        return torch.zeros(*shape)
+    if not name.endswith(_A):
+        return None
     numbers = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    bound = 1 / math.sqrt(a.shape[1])
-    a.copy_(torch.rand(a.shape, generator=numbers) * (2 * bound) - bound)
+    bound = 1 / math.sqrt(shape[1])
+    return torch.rand(*shape, generator=numbers) * (2 * bound) - bound
 
 
 def has_adapters(names: Mapping[str, object]) -> bool:

@@ -66,19 +66,27 @@ class Policy:
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
         self._dtype, self._offload = head.weight.dtype, False
         self.precision = Precision(model, PolicyConfig(), name)
-        head_guard.check_head(model, self._trunk, head, self._states, name)
-        attention.check_padded(model, self._states, self.device, name)
         self.routing = moe.Routing(model)
         moe.check(model, self.config, self.routing, name)
         self.experts = moe.choose(model, self.config, name)
         """How its experts multiply; None for a dense model."""
-        choose_trained(model, self.config, name)
-        self.precision = Precision(model, self.config, name)
+        self._set_up(head)
+
+    def _set_up(self, head: Any) -> None:
+        """Judge what the model computes, then choose what of it trains."""
+        head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
+        attention.check_padded(self.model, self._states, self.device, self.name)
+        choose_trained(self.model, self.config, self.name)
+        self._round()
+        self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
+        recompute_layers(self.model, self.config, self.name)
+        self._offload = self.config.activation_offload
+
+    def _round(self) -> None:
+        """From now on, compute in what the configuration says. Comes when what trains is chosen."""
+        self.precision = Precision(self.model, self.config, self.name)
         if self.config.dtype != "float32" or self.config.head_dtype != "auto":
             self._dtype = head_dtype(self.config)
-        self.attention = attention.choose(model, self._states, self.config, self.device, name)
-        recompute_layers(model, self.config, name)
-        self._offload = self.config.activation_offload
 
     @property
     def head_weight(self) -> Tensor:
@@ -186,9 +194,9 @@ class Policy:
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Inside the block a policy that computes in bfloat16 computes in float32, and its hidden states are float32.
-        A collective where it lies on several ranks."""
-        with self.precision.full() if self.precision.dtype != torch.float32 else contextlib.nullcontext():
+        """Inside the block what is computed in bfloat16 otherwise is computed in float32, hidden states and head_weight
+        are float32. A collective where the policy lies on several ranks."""
+        with self.precision.full():
             yield
 
     def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
@@ -224,7 +232,8 @@ def save_policy(
     stream = WeightStream(policy.model)
     config = policy.model.config
     config.architectures = [type(policy.model).__name__]
-    config.dtype = str(policy.model.dtype).removeprefix("torch.")
+    widest = max((p.dtype for p in policy.model.parameters()), key=lambda dtype: dtype.itemsize)
+    config.dtype = str(widest).removeprefix("torch.")  # frozen parts may be kept in less
 
     def write(fresh: Path) -> None:
         save_policy_files(policy, fresh)

@@ -100,6 +100,8 @@ class Precision:
         self.dtype = compute_dtype(config)
         self._model, self._config = model, config
         self._exact = False
+        self.keeps_copies = True
+        """Whether copies are kept from one forward to the next; not of what FSDP2 gathers anew."""
         self._masters: dict[tuple[int, str], Tensor] = {}  # of a sharded model, in full()
         self._copies: dict[
             int, tuple[Tensor, int, Tensor]
@@ -110,7 +112,7 @@ class Precision:
         self._float32 = {id(module) for module in float32_modules(model)}
         backbone = backbone_of(model, name)
         inside: set[int] = set()
-        for unit in (*decoder_layers(model, name), backbone):
+        for unit in (*decoder_layers(model, name), backbone, model.get_output_embeddings()):
             modules = [module for module in unit.modules() if id(module) not in inside]
             inside |= {id(module) for module in modules}
             forward = functools.partial(self._run, _places(modules), unit.forward)
@@ -135,14 +137,12 @@ class Precision:
         """Inside the block the model computes in float32, from the masters, widening what is kept in bfloat16 alone,
         one unit at a time. A sharded model must be sharded when the block begins; each unit's masters are then
         gathered, which takes every rank."""
-        from torch.distributed.tensor import DTensor
-
         before, self._exact = self._exact, True
         self._masters = {
             (id(module), name): parameter.detach()
             for module in self._model.modules()
             for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(parameter, DTensor)
+            if _is_sharded(parameter)
         }
         try:
             yield
@@ -151,10 +151,11 @@ class Precision:
 
     def whole(self, module: nn.Module, name: str = "weight") -> Tensor:
         """In full(): a parameter whole, in float32. Takes every rank where it is sharded."""
+        if (master := self._masters.get((id(module), name))) is not None:
+            return master.full_tensor().float()  # type: ignore[attr-defined, no-any-return]
         parameter = module._parameters[name]
         assert parameter is not None
-        other = self._stand_in(module, name, parameter)
-        return parameter if other is None else other
+        return parameter.float()
 
     def _run(
         self, places: list[tuple[nn.Module, str]], forward: Callable[..., Any], *args: Any, **kwargs: Any
@@ -175,12 +176,12 @@ class Precision:
 
     def _stand_in(self, module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         """What takes the parameter's place while its unit runs; None: itself."""
-        if not parameter.is_floating_point():
+        if not parameter.is_floating_point() or _is_sharded(
+            parameter
+        ):  # that of a unit of its own within this one
             return None
         if self._exact:
-            if (master := self._masters.get((id(module), name))) is not None:
-                return master.full_tensor().float()  # type: ignore[attr-defined, no-any-return]
-            return None if parameter.dtype == torch.float32 else parameter.float()
+            return None if parameter.dtype == torch.float32 else self.whole(module, name)
         if parameter.dtype == self.dtype or type(module) is nn.Embedding or id(module) in self._float32:
             return None
         copy = self._copy_of(parameter)
@@ -195,7 +196,8 @@ class Precision:
             return held[2]
         with torch.inference_mode(False), torch.no_grad():
             copy = master.detach().to(self.dtype)
-        self._copies[id(master)] = master, master._version, copy
+        if self.keeps_copies:
+            self._copies[id(master)] = master, master._version, copy
         return copy
 
     def _round(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
@@ -213,6 +215,12 @@ class _Linked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad.to(ctx.dtype), None
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def _places(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:

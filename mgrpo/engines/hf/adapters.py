@@ -4,8 +4,8 @@ An adapted layer computes W x + (alpha / rank) B A x. The base has W; each polic
 its second term, by a hook on the layer, in its own forwards alone. All forwards run on the event loop's thread, one
 after the other, so policies never mix.
 
-Adapters arrive alone, so the base comes from the folder agents.<role>.model of the worker's machine. Its matrices are
-rounded as the trainer rounds what it freezes (policy.dtype), so that both multiply by the same numbers. Agents share a
+Adapters arrive alone, so the base comes from the folder agents.<role>.model of the worker's machine. It is rounded as
+the trainer rounds what it freezes (policy.dtype, head_dtype), so that both multiply by the same numbers. Agents share a
 base where folder, device and dtypes are the same; it goes with the last engine that uses it.
 """
 
@@ -29,7 +29,7 @@ from mgrpo.model.loading import load_policy
 from mgrpo.model.places import Shapes, check_fit
 from mgrpo.model.policy import Policy
 from mgrpo.model.policy_files import tokenizer_from_files
-from mgrpo.model.trained import decoder_layers
+from mgrpo.model.precision import kept_in_half
 
 
 class Base:
@@ -114,20 +114,19 @@ def open_adapter(view: AgentView, files: Mapping[str, bytes]) -> AdaptedPolicy:
     assert isinstance(engine, HfEngineConfig)
     tokenizer, _ = tokenizer_from_files(files, role)
     folder = Path(owner.model or "")
-    rounded = owner.policy.dtype == "bfloat16"
-    key = (folder.resolve(), engine.device, engine.dtype, rounded)
+    key = (folder.resolve(), engine.device, engine.dtype, owner.policy.dtype, owner.policy.head_dtype)
     base = _bases.get(key)
     if (
         base is None or role in base.roles
     ):  # a role's second engine is of another run: the folder may be another too
-        base = _bases[key] = _load(view, folder, rounded)
+        base = _bases[key] = _load(view, folder)
     base.roles.add(role)
     # sdpa: the engine brings masks of its own, which packed attention does not take
     config = PolicyConfig(device=engine.device, attention="sdpa")
     return AdaptedPolicy(base, Adapter(base.model, owner.policy.lora, role), tokenizer, role, config)
 
 
-def _load(view: AgentView, folder: Path, rounded: bool) -> Base:
+def _load(view: AgentView, folder: Path) -> Base:
     engine = view.owner.engine
     assert isinstance(engine, HfEngineConfig)
     try:
@@ -137,16 +136,13 @@ def _load(view: AgentView, folder: Path, rounded: bool) -> Base:
             f"agents.{view.owner_role}.engine.adapters: the rollout worker takes the base model from "
             f"agents.{view.owner_role}.model, and {error}"
         ) from error
-    if rounded:
-        round_matrices(model)
+    round_frozen(model, view.owner.policy)
     model.requires_grad_(False)
     return Base(model.to(device=engine.device, dtype=getattr(torch, engine.dtype)))
 
 
 @torch.no_grad()
-def round_matrices(model: Any) -> None:
-    """As a trainer that computes in bfloat16 keeps the matrices that it freezes (mgrpo/model/trained.py)."""
-    for module in decoder_layers(model, "policy").modules():
-        if isinstance(module, nn.Linear):
-            for parameter in module.parameters(recurse=False):
-                parameter.copy_(parameter.bfloat16())
+def round_frozen(model: Any, config: PolicyConfig) -> None:
+    """Round what a trainer of this configuration keeps in half precision, since it freezes it."""
+    for parameter in kept_in_half(model, config):
+        parameter.copy_(parameter.bfloat16())

@@ -276,7 +276,10 @@ def restore_checkpoint(
     optimizer.state.clear()
     for name, parameter in policy.model.named_parameters():
         if name in moments:
-            optimizer.state[parameter] = dict(moments[name])
+            fields = moments[name]
+            if optimizer.defaults.get("fused"):  # which counts steps where the parameter is
+                fields = {field: tensor.to(parameter.device) for field, tensor in fields.items()}
+            optimizer.state[parameter] = dict(fields)
 
 
 def _check_names(checkpoint: Checkpoint, weights: State, held: dict[str, Any]) -> None:

@@ -201,13 +201,18 @@ def _blank() -> MicroBatch:
     )
 
 
+def adamw_way(device: torch.device) -> dict[str, bool]:
+    """How AdamW goes over the parameters: on a GPU fused, since foreach holds 4 bytes a parameter more at its peak."""
+    return {"fused": True} if device.type == "cuda" else {"foreach": True}
+
+
 def new_learner(
     agent: AgentConfig, policy: Policy, reference: Policy | None, ranks: Ranks | None = None
 ) -> Learner:
     """A learner with the optimizer that the agent's config asks for, before its first step."""
     o = agent.optimizer
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, foreach=True
+        policy.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, **adamw_way(policy.device)
     )
     return Learner(policy, optimizer, agent.loss, o.grad_clip, reference, ranks)
 

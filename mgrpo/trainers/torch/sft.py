@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from mgrpo.config.run import SftConfig
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.base import Demos
+from mgrpo.trainers.torch.learner import adamw_way
 from mgrpo.trainers.torch.schedule import share_of_lr
 
 
@@ -27,7 +28,7 @@ def sft(
 ) -> None:
     """Train in place; demos(step) gives the batch of a step, lr is the highest learning rate, progress(step, loss) is
     called at every 25th step."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=config.betas, foreach=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=config.betas, **adamw_way(policy.device))
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * share_of_lr(config, step, config.steps)

@@ -1,5 +1,9 @@
 """A policy divided over ranks with FSDP2: each rank holds its part of every weight, gradient and optimizer state.
 
+    config.json  ->  model without memory  ->  frozen, adapted, divided  ->  each rank's parts allocated  ->  read
+
+No rank has the whole model at any time: a rank reads from the files what it holds (parts.py).
+
 Each decoder layer is gathered when it is needed and let go again, and so is the rest of the backbone. Gradients are
 *sums* over the ranks, never means: the loss of every rank is divided by the denominator of the whole minibatch already.
 
@@ -7,48 +11,123 @@ All ranks must run the same number of forwards, so a micro-batch is one forward 
 many as there are lengths worth one, becomes "sdpa".
 
 The head weight is needed outside of any module's forward. Where it is the embedding it is what the backbone's forward
-has just gathered, and its gradient leaves with the backbone's. A head of its own is gathered by an autograd operation
+has just gathered, and its gradient leaves with the backbone's (where layers compute in bfloat16 the table is a unit of
+its own, in float32: see precision.py). A head of its own is gathered by an autograd operation
 whose backward sums the ranks' gradients and gives each rank its part.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from mgrpo.config.policy import PolicyConfig
+from mgrpo.errors import ConfigError
+from mgrpo.model import attention, head_guard, lora
+from mgrpo.model.loading import BlankPolicy, blank_policy
+from mgrpo.model.parts import part_of
 from mgrpo.model.policy import Policy, WithoutAdapters
 from mgrpo.model.precision import float32_modules, fsdp_policy
+from mgrpo.model.trained import choose_trained, recompute_layers
 from mgrpo.trainers.torch.ranks import Ranks
+
+T = TypeVar("T")
+
+
+def load_sharded(path: str | Path, config: PolicyConfig, ranks: Ranks, frozen: bool = False) -> ShardedPolicy:
+    """The policy in the folder `path`, which every rank reads its part of: a collective. frozen: nothing of it trains.
+
+    Raises ConfigError as load_policy does, on every rank where it is raised on one, and where ranks find other files.
+    """
+    blank = together(ranks, lambda: blank_policy(path, config))
+    for rank, found in enumerate(ranks.gather(blank.digest)):
+        if found != blank.digest:
+            raise ConfigError(
+                f"policy folder {path}: rank {rank} finds other files there (digest {found}) than rank {ranks.rank} "
+                f"({blank.digest}); give all ranks the same config.json and safetensors files"
+            )
+    return ShardedPolicy(blank, ranks, frozen)
+
+
+def load_sharded_reference(policy: Policy, path: str | Path, ranks: Ranks) -> Policy:
+    """As load_reference, divided as `policy` is: a collective."""
+    if policy.config.lora.rank:
+        return policy.base()
+    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
+    return load_sharded(path, policy.config.model_copy(update=plain), ranks, frozen=True)
+
+
+def together(ranks: Ranks, run: Callable[[], T]) -> T:
+    """What `run` returns on this rank. ConfigError of one rank is raised on all, so that none waits for another."""
+    result, error = None, ""
+    try:
+        result = run()
+    except ConfigError as raised:
+        error = str(raised)
+    for found in ranks.gather(error):
+        if found:
+            raise ConfigError(found)
+    assert result is not None or not error
+    return result  # type: ignore[return-value]
 
 
 class ShardedPolicy(Policy):
     """A policy whose weights lie on all ranks; what it computes is the same."""
 
-    def __init__(self, policy: Policy, ranks: Ranks) -> None:
-        """Takes `policy` over: its model is sharded in place. Every rank gives one with the same weights."""
-        self.__dict__.update(policy.__dict__)
-        self._home = policy.device
-        if self.attention == "rows":
-            self.attention = "sdpa"
-        backbone, head = policy.backbone, self.model.get_output_embeddings()
+    def __init__(self, blank: BlankPolicy, ranks: Ranks, frozen: bool = False) -> None:
+        """blank: the same on every rank; its model is divided in place and filled. Raises ConfigError as Policy."""
+        self._blank, self._ranks, self._frozen = blank, ranks, frozen
+        self._home = (
+            torch.device("cuda", torch.cuda.current_device())
+            if blank.config.device == "cuda"
+            else torch.device("cpu")
+        )
+        super().__init__(blank.model, blank.tokenizer, blank.name, blank.config)
+        del self._blank
+
+    def _set_up(self, head: Any) -> None:
+        choose_trained(self.model, self.config, self.name)
+        if self._frozen:
+            self.model.requires_grad_(False)
+        self._round()
+        self.precision.keeps_copies = False
+        recompute_layers(self.model, self.config, self.name)
+        self._divide(head, init_device_mesh(self._home.type, (self._ranks.size,)))
+        allocate(self.model, self._home)
+        together(self._ranks, lambda: self._blank.parts.read_into(self.model))
+        begin_adapters(self.model)
+        with self.full_precision(), self._with_whole_head(head):
+            head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
+            attention.check_padded(self.model, self._states, self.device, self.name)
+        kind = attention.choose(self.model, self._states, self.config, self.device, self.name)
+        self.attention = "sdpa" if kind == "rows" else kind
+        self._offload = self.config.activation_offload
+        self.let_go()
+
+    def _divide(self, head: Any, mesh: DeviceMesh) -> None:
         embedding = self.model.get_input_embeddings()
         self._tied = head.weight is embedding.weight
-        mesh = init_device_mesh(self._home.type, (ranks.size,))
         names = set(getattr(self.model, "_no_split_modules", None) or ())
         how = fsdp_policy(self.config)
-        for module in float32_modules(self.model) if self.config.dtype != "float32" else ():
-            fully_shard(module, mesh=mesh)
-        for module in [m for m in backbone.modules() if type(m).__name__ in names]:
+        if self.config.dtype != "float32":
+            for module in float32_modules(self.model):
+                fully_shard(module, mesh=mesh)
+            if (
+                self._tied and type(embedding) is nn.Embedding
+            ):  # one float32 sum of both gradients, and a head in whatever it is multiplied
+                fully_shard(embedding, mesh=mesh, reshard_after_forward=False)
+        for module in [m for m in self._trunk.modules() if type(m).__name__ in names]:
             fully_shard(module, mesh=mesh, mp_policy=how)
-        fully_shard(backbone, mesh=mesh, mp_policy=how)
+        fully_shard(self._trunk, mesh=mesh, mp_policy=how)
         if self._tied:
             head.weight = embedding.weight
         else:
@@ -57,18 +136,34 @@ class ShardedPolicy(Policy):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
+    @contextlib.contextmanager
+    def _with_whole_head(self, head: Any) -> Iterator[None]:
+        """For a forward of the model itself, with its head: a tied one is no part of the backbone's forward."""
+        if not self._tied:
+            yield
+            return
+        own = head.weight
+        head.weight = nn.Parameter(own.full_tensor().detach(), requires_grad=False)
+        try:
+            yield
+        finally:
+            head.weight = own
+
     @property
     def head_weight(self) -> Tensor:
         """(V, H), whole. With a tied head only after a forward."""
-        module = self.model.get_input_embeddings() if self._tied else self.model.get_output_embeddings()
+        model = self.model
+        module: torch.nn.Module = (
+            model.get_input_embeddings() if self._tied else model.get_output_embeddings()
+        )
         if self.precision.exact:
-            whole: Tensor = self.precision.whole(module)
-            return whole
-        weight: Tensor = module.weight
+            return self.precision.whole(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         if isinstance(weight, DTensor):
             whole: Tensor = weight.full_tensor(grad_placements=(Partial(),))
             return whole
-        return weight
+        return weight.float() if self._dtype == torch.float32 else weight
 
     @property
     def device(self) -> torch.device:
@@ -121,3 +216,33 @@ def gather_to_main(tensor: Tensor) -> Tensor:
     for sender, part in enumerate(parts[1:], 1):
         dist.recv(part, src=sender)
     return whole
+
+
+@torch.no_grad()
+def allocate(model: Any, device: torch.device) -> None:
+    """Memory for what of a model without any lies on this rank. Buffers that have some keep theirs, and what was one
+    tensor under several names stays one."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    first: dict[int, str] = {}
+    shared = {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }
+    model.to_empty(device=device)
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = buffer.to(device)
+    for name, other in shared.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, model.get_parameter(other))
+
+
+@torch.no_grad()
+def begin_adapters(model: Any) -> None:
+    """This rank's part of what adapters begin with."""
+    for name, parameter in model.named_parameters():
+        start = lora.start_of(name, parameter.shape)
+        if start is not None:
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            own.copy_(part_of(parameter, start))

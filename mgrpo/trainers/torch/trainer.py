@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgrpo.config import AgentView
 from mgrpo.config.engine import VllmEngineConfig
-from mgrpo.config.policy import LoraConfig
+from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.config.run import SftConfig
 from mgrpo.engines.vllm.plugin.buckets import BUCKET
 from mgrpo.losses.registry import find_loss
@@ -200,23 +200,26 @@ class TorchTrainer(PolicyTrainer):
         return self._learner
 
     def _load(self, start: Path, checkpoint: Checkpoint | None) -> None:
-        policy = self._sharded(load_policy(start, self._agent.policy))
-        reference = None
-        if find_loss(self._agent.loss).needs_reference:
-            reference = load_reference(policy, start)
-            if reference.model is not policy.model:
-                reference = self._sharded(reference)
+        policy = self._policy(start, self._agent.policy)
+        reference = self._reference(policy, start) if find_loss(self._agent.loss).needs_reference else None
         self._learner = new_learner(self._agent, policy, reference, self._ranks)
         self._streams.clear()
         if checkpoint is not None:
             restore_checkpoint(checkpoint, policy, self._learner.optimizer, self._ranks.files)
 
-    def _sharded(self, policy: Policy) -> Policy:
+    def _policy(self, folder: Path, config: PolicyConfig) -> Policy:
         if self._ranks.size == 1:
-            return policy
-        from mgrpo.trainers.torch.shard import ShardedPolicy
+            return load_policy(folder, config)
+        from mgrpo.trainers.torch.shard import load_sharded
 
-        return ShardedPolicy(policy, self._ranks)
+        return load_sharded(folder, config, self._ranks)
+
+    def _reference(self, policy: Policy, folder: Path) -> Policy:
+        if self._ranks.size == 1:
+            return load_reference(policy, folder)
+        from mgrpo.trainers.torch.shard import load_sharded_reference
+
+        return load_sharded_reference(policy, folder, self._ranks)
 
     def _train(self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None) -> dict[str, float]:
         return self._own.train(batches, recompute_old, lr)

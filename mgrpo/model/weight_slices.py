@@ -1,0 +1,131 @@
+"""The safetensors files of a model folder: headers first, then of each tensor the slice that its reader holds.
+
+Everything that can be said from names, shapes and sizes is said before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgrpo.errors import ConfigError
+from mgrpo.weights.dtypes import torch_dtype
+from mgrpo.weights.layout import Layout, TensorInfo
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that lies in a file. Indexing it reads what the index names, and no more."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    def get_shape(self) -> list[int]:
+        """As the slices of the package safetensors have it."""
+        return list(self.shape)
+
+    def blank(self) -> Tensor:
+        """As large, without data."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def __getitem__(self, index: tuple[slice, ...] | EllipsisType) -> Tensor:
+        """A new tensor in main memory. Slices have no steps."""
+        whole = tuple(slice(0, size) for size in self.shape)
+        index = whole if index is ... else (*index, *whole[len(index) :])
+        sizes = [len(range(*at.indices(size))) for at, size in zip(index, self.shape, strict=True)]
+        if 0 in sizes:
+            return torch.empty(sizes, dtype=self.dtype)
+        from safetensors import safe_open
+
+        # Not mapped: pages of a mapped file count as this process's memory, and a file that is replaced would
+        # change what has been read.
+        with safe_open(self.file, framework="pt", backend="pread") as opened:
+            found: Tensor = opened.get_slice(self.name)[index if index else ...]
+        return found
+
+
+class WeightFiles:
+    """What lies in a model folder's safetensors files, from their headers."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError naming the folder and the file that is missing, cut off or none, or a tensor that the
+        index has elsewhere."""
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        found = hashlib.sha256()
+        for file, expected in _files(folder):
+            layout = _layout(file, folder)
+            found.update(f"{file.name} {file.stat().st_size} ".encode() + layout.header)
+            by_name = {info.name: info for info in layout.tensors}
+            for name in expected if expected is not None else by_name:
+                if name not in by_name:
+                    raise ConfigError(
+                        f"policy folder {folder}: {_INDEX} has {name} in {file.name}, which lacks it"
+                    )
+                self.tensors[name] = _stored(by_name[name], file, folder)
+        for name in ("config.json", _INDEX):
+            if (folder / name).is_file():
+                found.update((folder / name).read_bytes())
+        self.digest = found.hexdigest()[:16]
+        """Of config.json, the index, and the files' names, sizes and headers."""
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, list[str] | None]]:
+    """The files that hold a model, with the names that the index has in each; None where there is no index."""
+    if (folder / _SINGLE).is_file():
+        yield folder / _SINGLE, None
+        return
+    index = folder / _INDEX
+    if not index.is_file():
+        raise ConfigError(
+            f"policy folder {folder} has neither {_SINGLE} nor {_INDEX}; a policy on several ranks is read from "
+            "safetensors files"
+        )
+    try:
+        weight_map: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        by_file: dict[str, list[str]] = {}
+        for name, file in weight_map.items():
+            by_file.setdefault(str(file), []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"policy folder {folder}: {_INDEX} is no index of weights ({error!r})") from None
+    for file, names in sorted(by_file.items()):
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ConfigError(
+                f"policy folder {folder}: {_INDEX} names {file} ({len(names)} tensors), which is not there"
+            )
+        yield folder / file, names
+
+
+def _layout(file: Path, folder: Path) -> Layout:
+    try:
+        with file.open("rb") as opened:
+            number, size = opened.fileno(), file.stat().st_size
+            layout = Layout.read(lambda at, count: os.pread(number, count, at), size)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy folder {folder}: {file.name} cannot be read: {error}") from None
+    if size != len(layout.header) + layout.size:
+        raise ConfigError(
+            f"policy folder {folder}: {file.name} has {size} bytes, its header says "
+            f"{len(layout.header) + layout.size}: it is cut off or damaged"
+        )
+    return layout
+
+
+def _stored(info: TensorInfo, file: Path, folder: Path) -> StoredTensor:
+    try:
+        return StoredTensor(info.name, info.shape, torch_dtype(info.dtype), file)
+    except ValueError as error:
+        raise ConfigError(f"policy folder {folder}: {info.name} in {file.name}: {error}") from None
