@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.folder import check_folder
+from mgrpo.model.folder import check_experts, check_folder
 from mgrpo.model.policy import save_policy
 from tests.models import VOCAB, tiny_policy
 
@@ -95,3 +96,23 @@ def test_what_is_wrong_is_named(
     damage(folder)
     with pytest.raises(ConfigError, match=f"^agents.main.model: .*{words}"):
         check_folder(folder, "agents.main.model", length, chat)
+
+
+def test_settings_of_experts_need_a_model_with_experts(folder: Path) -> None:
+    """Said by config.json, under whatever name, before anything is loaded; plain settings fit every model."""
+    adapters = LoraConfig(rank=2, targets=("q_proj", "experts.down_proj"))
+    settings = {
+        r"policy\.aux_loss_coef=0\.001 needs a mixture of experts; .* is a dense model": {
+            "aux_loss_coef": 1e-3
+        },
+        r'policy\.experts="eager" has no effect; .* is a dense model': {"experts": "eager"},
+        r"policy\.train_router=false has no effect; .* is a dense model": {"train_router": False},
+        r"policy\.lora\.targets has 'experts\.down_proj'; .* is a dense model": {"lora": adapters},
+    }
+    check_experts(folder, "agents.main.policy", PolicyConfig(lora=LoraConfig(rank=2)))
+    for words, setting in settings.items():
+        with pytest.raises(ConfigError, match=rf"agents\.main\.{words}"):
+            check_experts(folder, "agents.main.policy", PolicyConfig(**setting))
+    edit(folder / "config.json", lambda c: c.update(n_routed_experts=8))
+    for setting in settings.values():
+        check_experts(folder, "agents.main.policy", PolicyConfig(**setting))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from mgrpo.config import load_config, view_of
@@ -18,7 +19,7 @@ from mgrpo.model.mesh import check_mesh
 from mgrpo.model.policy import save_policy
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
-from tests.mesh_ranks import MIDDLE, RANKS, RESUMED, VARIANTS, config_of, policy_of, train
+from tests.mesh_ranks import MIDDLE, RANKS, RESUMED, VARIANTS, config_of, learn_demos, policy_of, train
 from tests.models import tiny_policy
 from tests.runs import RELAY, started
 from tests.test_fsdp import furthest
@@ -131,6 +132,17 @@ def test_the_final_policy_of_a_mesh_loads(folder: Path, together: Found) -> None
     assert max(float((state[name] - published[name]).abs().max()) for name in same) == 0.0
 
 
+def test_a_mesh_learns_demonstrations_as_one_process(folder: Path, together: Found) -> None:
+    """Supervised steps with tp = 2 and ep = 2: the start policy of one process within 1e-5."""
+    alone = TorchTrainer(view_of(config_of("tp and ep", 1), "main"), folder / "one" / "sft", Ranks())
+    learn_demos(alone, folder / "qwen3_moe", folder / "sft of one")
+    one, mesh, before = (
+        safetensors.torch.load_file(folder / name / "model.safetensors")
+        for name in ("sft of one", "sft of a mesh", "qwen3_moe")
+    )
+    assert furthest(one, mesh) < 1e-5 and furthest(one, before) > 5e-5
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -156,6 +168,10 @@ def test_ranks_are_the_product_of_the_mesh(settings: dict[str, Any], expected: t
         ({"ranks": 2, "mesh": {"cp": 2}}, r"mesh\.cp=2: sequences are not divided among ranks yet"),
         ({"mesh": {"dp": 4, "ep": 3}}, r"mesh\.ep=3 should be a multiple of tp=1 that divides dp \* tp = 4"),
         ({"mesh": {"dp": 2, "tp": 4, "ep": 2}}, r"mesh\.ep=2 should be a multiple of tp=4"),
+        (
+            {"mesh": {"dp": 2, "ep": 2}, "lora": {"rank": 4, "targets": ["experts.down_proj"]}},
+            r"mesh\.ep=2 and lora\.targets=\['experts.down_proj'\] exclude each other",
+        ),
         ({"mesh": {"tp": 2}, "lora": {"rank": 4}}, r"mesh\.tp=2 and lora\.rank=4 exclude each other"),
     ],
 )

@@ -28,6 +28,7 @@ from tests.runs import RELAY
 LAYERS = 6
 LORA = ("policy.lora.rank=4", "policy.lora.alpha=12.0")
 EXPERTS = ("policy.lora.rank=4", 'policy.lora.targets=["q_proj", "o_proj"]')
+FUSED = ("policy.lora.rank=4", 'policy.lora.targets=["q_proj", "experts.gate_up_proj", "experts.down_proj"]')
 
 # What is published -> (the policy it starts from, overrides of agents.main)
 VARIANTS: dict[str, tuple[str, Sequence[str]]] = {
@@ -38,6 +39,7 @@ VARIANTS: dict[str, tuple[str, Sequence[str]]] = {
     "adapters": ("llama", LORA),
     "adapters beside biases": ("qwen2", (*LORA, 'policy.dtype="bfloat16"')),
     "adapters beside experts": ("qwen3moe", (*EXPERTS, 'policy.dtype="bfloat16"')),
+    "adapters of experts": ("qwen3moe", FUSED),
     "adapter alone": ("llama", (*LORA, 'engine.type="vllm"', 'engine.sync="lora"')),
     "last layer": ("llama", ("policy.last_layers=1", 'policy.dtype="bfloat16"')),
 }

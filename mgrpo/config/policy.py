@@ -20,8 +20,10 @@ class LoraConfig(Settings):
     alpha: float = Field(32.0, gt=0)
     """The adapters' output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Last parts of the names of the linear layers that get one. Experts, routers and what else stands beside experts
-    cannot get one; for a mixture of experts name its attention, e.g. ["q_proj", "k_proj", "v_proj", "o_proj"]."""
+    """Last parts of the names of the linear layers that get one. For a mixture of experts name its attention, e.g.
+    ["q_proj", "k_proj", "v_proj", "o_proj"], its fused experts, ["experts.gate_up_proj", "experts.down_proj"], or both.
+    Routers and shared experts cannot get one. Adapters of experts do not travel alone: they need an engine that takes
+    whole weights."""
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -70,6 +72,15 @@ class PolicyConfig(Settings):
     """rows: sequences of similar length share a forward. varlen: packed rows through torch's variable-length attention
     (a loop over sequences on the CPU). flash: packed rows through the package flash-attn. sdpa: padded rows. auto:
     flash where the package works, else varlen, on a GPU; rows on the CPU."""
+    experts: Literal["auto", "grouped_mm", "batched_mm", "eager"] = "auto"
+    """How a mixture of experts multiplies. grouped_mm: one grouped product a layer. batched_mm: a copy of the chosen
+    expert for each token, for a handful of tokens. eager: one expert after the other. auto: grouped_mm, and eager where
+    the architecture has nothing else."""
+    aux_loss_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of the load-balancing loss of a mixture of experts, e.g. 1e-3; 0: none. It costs one more forward pass of
+    each minibatch, over which the load is counted first (docs/models.md)."""
+    train_router: bool = True
+    """false: the routers of a mixture of experts stay as they are. With adapters they do anyway."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in the backward pass."""
     activation_offload: bool = False
@@ -107,6 +118,11 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f"mesh.ep={mesh.ep} should be a multiple of tp={mesh.tp} that divides dp * tp = {inner}"
             )
+        if mesh.ep > 1 and self.lora.rank and (fused := [t for t in self.lora.targets if "." in t]):
+            raise ValueError(
+                f"mesh.ep={mesh.ep} and lora.targets={fused} exclude each other: adapters of fused experts stay on "
+                "their ranks; adapt the attention, or use mesh.dp"
+            )
         if mesh.tp > 1 and self.lora.rank:
             raise ValueError(
                 f"mesh.tp={mesh.tp} and lora.rank={self.lora.rank} exclude each other: the plans that cut a model into "
@@ -120,6 +136,8 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f"lora.rank={self.lora.rank} and last_layers={self.last_layers} exclude each other"
             )
+        if self.lora.rank and not self.train_router:
+            raise ValueError(f"train_router=false has no effect with lora.rank={self.lora.rank}")
         if self.activation_offload and self.device == "cpu":
             raise ValueError('activation_offload has no effect with device "cpu"')
         if self.attention == "flash" and self.device == "cpu":

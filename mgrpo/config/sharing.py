@@ -74,6 +74,11 @@ def _check_adapters(role: str, agent: AgentConfig) -> None:
         raise ValueError(
             f"agents.{role}.engine.{engine.adapter_setting} needs agents.{role}.policy.lora.rank of 1 or more"
         )
+    if fused := [target for target in agent.policy.lora.targets if "." in target]:
+        raise ValueError(
+            f"agents.{role}.engine.{engine.adapter_setting} cannot carry the adapters of experts, "
+            f"agents.{role}.policy.lora.targets has {fused[0]!r}; take an engine that gets whole weights"
+        )
     if engine.type == "hf" and agent.model is None:
         raise ValueError(
             f"agents.{role}.engine.{engine.adapter_setting} needs agents.{role}.model: the adapter alone is sent to "

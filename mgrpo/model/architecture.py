@@ -85,6 +85,11 @@ def layer_kinds(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(kind) for kind in listed)
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether it counts experts, under whatever name (num_experts, num_local_experts, n_routed_experts, ...)."""
+    return any("expert" in name and _count(value) for name, value in text_of(config).items())
+
+
 def quantized(config: Mapping[str, Any]) -> str | None:
     """The method by which the weights on disk are quantised; None for plain weights."""
     found = config.get("quantization_config") or text_of(config).get("quantization_config")

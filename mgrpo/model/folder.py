@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import architecture
 
@@ -56,6 +57,25 @@ def check_folder(folder: Path, name: str, length: int, chat: bool) -> None:
             f"{name}: the tokenizer of {folder} has no chat template; take an instruction-tuned model or put its "
             "chat_template.jinja into the folder"
         )
+
+
+def check_experts(folder: Path, name: str, policy: PolicyConfig) -> None:
+    """Whether settings of experts have a model with experts. name: of the table that has the settings. The folder has
+    passed check_folder. Raises ConfigError with setting and value."""
+    if architecture.has_experts(_read(folder / "config.json", name)):
+        return
+    if policy.aux_loss_coef:
+        raise ConfigError(
+            f"{name}.aux_loss_coef={policy.aux_loss_coef:g} needs a mixture of experts; {folder} is a dense model"
+        )
+    if not policy.train_router:
+        raise ConfigError(f"{name}.train_router=false has no effect; {folder} is a dense model")
+    if policy.experts != "auto":
+        raise ConfigError(f'{name}.experts="{policy.experts}" has no effect; {folder} is a dense model')
+    if fused := [
+        target for target in policy.lora.targets if policy.lora.rank and target.startswith("experts.")
+    ]:
+        raise ConfigError(f"{name}.lora.targets has {fused[0]!r}; {folder} is a dense model")
 
 
 def check_chat_folder(folder: Path, name: str, use: ChatUse) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
-from mgrpo.model import architecture, attention, head_guard, lora, names
+from mgrpo.model import architecture, attention, head_guard, lora, moe, names
 from mgrpo.model.groups import width_groups
 from mgrpo.model.precision import Precision, head_dtype
 from mgrpo.model.stops import remember_stops
@@ -66,6 +66,10 @@ class Policy:
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
         self._dtype, self._offload = head.weight.dtype, False
         self.precision = Precision(model, PolicyConfig(), name)
+        self.routing = moe.Routing(model)
+        moe.check(model, self.config, self.routing, name)
+        self.experts = moe.choose(model, self.config, name)
+        """How its experts multiply; None for a dense model."""
         self._set_up(head)
 
     def _set_up(self, head: Any) -> None:
@@ -152,6 +156,7 @@ class Policy:
         ids, lengths = input_ids[:, :-1], (lengths - 1).clamp(min=1)
         if self.attention == "rows":
             return self._grouped(ids, lengths, scored)
+        self.routing.expect(lengths, ids.shape[1] if self.attention == "sdpa" else None, self.device)
         if self.attention == "sdpa":
             return self._states(input_ids=ids.to(self.device))[scored.to(self.device)]
         packed = attention.pack(ids, lengths)
@@ -166,6 +171,7 @@ class Policy:
             width = int(lengths[rows].max())
             mask = scored[rows, :width]
             at = mask.flatten().nonzero().squeeze(1)
+            self.routing.expect(lengths[rows], width, self.device)
             parts.append(self._trunk_at(ids[rows, :width].to(self.device), at.to(self.device)))
             places.append((rows[:, None] * ids.shape[1] + torch.arange(width))[mask.cpu()])
         if len(parts) == 1:
@@ -308,7 +314,7 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
 def _plain_state(model: torch.nn.Module) -> dict[str, Tensor]:
     """state_of under the model's names in memory."""
     state = own_state(model)
-    return lora.merged(state, lora.scale_of(model)) if lora.has_adapters(state) else state
+    return lora.merged(state, model) if lora.has_adapters(state) else state
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:

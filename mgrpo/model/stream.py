@@ -89,7 +89,7 @@ class WeightStream:
     def _converted(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
         if self._adapter_only:
             return dict(state)
-        plain = lora.merged(state, lora.scale_of(self._model)) if lora.has_adapters(state) else state
+        plain = lora.merged(state, self._model) if lora.has_adapters(state) else state
         return names.published(self._model, plain)
 
     def _group(self, sources: list[str], found: Mapping[str, Any]) -> Group:

@@ -19,7 +19,7 @@ from mgrpo.config import RunConfig, check_same_run, dump_config, load_config, vi
 from mgrpo.engines.base import PATIENCE_SECONDS
 from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError, MgrpoError, StartValidationError
-from mgrpo.model.folder import check_chat_folder, check_folder
+from mgrpo.model.folder import check_chat_folder, check_experts, check_folder
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
 from mgrpo.run.interrupts import Interrupts
 from mgrpo.run.lock import take_lock
@@ -80,6 +80,7 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
         agent = view.agent
         if agent.model is not None:
             check_folder(Path(agent.model), f"{where}.model", view.longest, task.chat)
+            check_experts(Path(agent.model), f"{where}.policy", agent.policy)
             if task.chat:
                 check_chat_folder(Path(agent.model), f"{where}.model", task.chat_use)
         _check_gpu(agent.policy.device, f"{where}.policy.device")

@@ -8,7 +8,7 @@ rank steps through its own micro-batches, and the gradients are summed over the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ from mgrpo.config import AgentConfig
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.errors import NumericsError
 from mgrpo.losses.registry import find_loss
+from mgrpo.model import moe
 from mgrpo.model.policy import Policy
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.selective_logprob import selective_logprob
@@ -74,6 +75,7 @@ class Learner:
         self._every_row_acts = found.every_token_acts
         self.policy, self.optimizer, self.loss, self.grad_clip = policy, optimizer, loss, grad_clip
         self.reference, self.ranks = reference, ranks or Ranks()
+        self.aux_loss_coef = policy.config.aux_loss_coef
 
     def train(
         self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
@@ -103,22 +105,23 @@ class Learner:
         out["policy/is_ratio_min"] = min(r["ratio_min"] for r in results)
         out["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
         out["policy/logprob_diff_max"] = results[0]["logprob_diff_max"]
-        return out
+        return out | moe.means(results)
 
     def step(self, batch: MiniBatch) -> dict[str, float]:
         """One optimizer step; returns the loss metrics of the minibatch. A minibatch that cannot move the policy
         (no trajectory with an advantage) leaves weights and optimizer state untouched and returns {}."""
-        means = _Means()
+        means, load = _Means(), moe.RouterLoad()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in batch.micro:
-            rows = micro if self._every_row_acts else micro.rows(micro.with_advantage())
+        balance = self._count(batch, load) if self.aux_loss_coef else None
+        for rows in self._parts(batch):
             if len(rows.lengths):
-                means.add(self._backward(rows, batch.denominator))
-            elif self.ranks.size > 1:  # the others gather weights in this micro-step, which takes every rank
+                means.add(self._backward(rows, batch.denominator, load, balance))
+            else:  # the others gather weights in this micro-step, which takes every rank
                 self._backward(_blank(), batch.denominator)
         means.join(self.ranks, self.policy.config.mesh.tp)
         if not means.tokens:
             return {}
+        balance = balance or self._balance(load)
         norm = clip_gradient(list(self.policy.parameters()), self.grad_clip)
         result = means.result()
         if not torch.isfinite(norm) or result["nonfinite_rows"]:
@@ -127,12 +130,40 @@ class Learner:
                 "the step was not taken"
             )
         self.optimizer.step()
-        return result | {"grad_norm": float(norm)}
+        return result | {"grad_norm": float(norm)} | balance.metrics()
 
-    def _backward(self, rows: MicroBatch, denominator: float) -> tuple[int, dict[str, torch.Tensor]]:
+    def _parts(self, batch: MiniBatch) -> Iterator[MicroBatch]:
+        """The rows of each micro-batch that are computed; with several ranks every micro-batch, be it empty."""
+        for micro in batch.micro:
+            rows = micro if self._every_row_acts else micro.rows(micro.with_advantage())
+            if len(rows.lengths) or self.ranks.size > 1:
+                yield rows
+
+    def _count(self, batch: MiniBatch, load: moe.RouterLoad) -> moe.Balance:
+        """How the routers spread the minibatch, before it is trained on."""
+        for rows in self._parts(batch):
+            real = rows if len(rows.lengths) else _blank()
+            with torch.no_grad(), self.policy.routing.record(load if real is rows else None):
+                self.policy.hidden_before(real.ids, real.lengths, real.active().mask)
+        return self._balance(load)
+
+    def _balance(self, load: moe.RouterLoad) -> moe.Balance:
+        if not self.policy.routing.routers:
+            return moe.Balance([])
+        return moe.Balance(self.ranks.gather(load.packed())[:: self.policy.config.mesh.tp])
+
+    def _backward(
+        self,
+        rows: MicroBatch,
+        denominator: float,
+        load: moe.RouterLoad | None = None,
+        balance: moe.Balance | None = None,
+    ) -> tuple[int, dict[str, torch.Tensor]]:
+        """load: takes what the routers do, unless `balance` has it already, which is of the whole minibatch."""
         device = self.policy.device
         active = rows.active().to(device)
-        hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask)  # (T, H)
+        with self.policy.routing.record(load if balance is None else None, keep=balance is not None):
+            hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask)  # (T, H)
         loss, metrics = linear_grpo_loss(
             hidden,
             self.policy.token_head,
@@ -149,6 +180,8 @@ class Learner:
             denominator=denominator,
             config=self.loss,
         )
+        if balance is not None and (uneven := self.policy.routing.balance_loss(balance)) is not None:
+            loss = loss + self.aux_loss_coef * uneven
         loss.backward()  # type: ignore[no-untyped-call]
         return len(active.targets), metrics
 
