@@ -41,10 +41,24 @@ _LATENT: dict[str, Any] = {
     "first_k_dense_replace": 1,
 }
 _MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_LINEAR: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, "patch_size": 14}
 _EXPERTS: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1}
 _LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": _SHAPE,
+    "Mistral": {**_SHAPE, "sliding_window": None},
     "Qwen2": _SHAPE,
+    "Qwen3": {**_SHAPE, "head_dim": 8},
+    "Olmo2": _SHAPE,
+    "SmolLM3": {**_SHAPE, "no_rope_layer_interval": 2, "pad_token_id": None},
+    "Phi3": {**_SHAPE, "pad_token_id": None},
+    "Glm4": {**_SHAPE, "head_dim": 8, "pad_token_id": None},
     "Gemma2": {**_SHAPE, "head_dim": 8},
     "Gemma3Text": {**_SHAPE, "head_dim": 8, "sliding_window": 128},
     "Granite": {**_SHAPE, "logits_scaling": 8.0},
@@ -71,6 +85,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": CONTEXT,
     },
     "Bert": {**_SHAPE, "is_decoder": False},
+    "Olmo3": {**_SHAPE, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128},
+    "Ministral3": {**_SHAPE, "head_dim": 8},
+    "MiniMaxM2": {**_SHAPE, **_LOCAL_EXPERTS, "head_dim": 8, "rotary_dim": 4},
+    "Gemma3": {
+        "text_config": {**_SHAPE, "head_dim": 8, "sliding_window": 128, "pad_token_id": None},
+        "vision_config": {**_VISION, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "mm_tokens_per_image": 4,
+    },
+    "Qwen3_5": {
+        "text_config": {
+            **_SHAPE,
+            **_LINEAR,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        "vision_config": {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 32},
+    },
     "Llama4Text": {**_SHAPE, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
     "Bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "Mpt": {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
@@ -86,6 +117,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "FalconH1": {**_SHAPE, "head_dim": 8, "mamba_d_ssm": 64, **_MAMBA},
     "Bamba": {**_SHAPE, "attn_layer_indices": [1], **_MAMBA},
     "Lfm2": {**_SHAPE, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "Lfm2Moe": {
+        **_SHAPE,
+        **_EXPERTS,
+        "layer_types": ["conv", "full_attention"],
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+    },
+    "Qwen3Next": {
+        **_SHAPE,
+        **_EXPERTS,
+        **_LINEAR,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "Glm4Moe": {
+        **_SHAPE,
+        "head_dim": 8,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
     "GptOss": {**_SHAPE, **_LOCAL_EXPERTS, "head_dim": 8, "sliding_window": 128},
     "Qwen3Moe": {**_SHAPE, **_EXPERTS, "head_dim": 8, "moe_intermediate_size": 16},
     "Qwen2Moe": {
@@ -103,7 +160,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def family(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A causal language model of the architecture with the settings of FAMILIES and `changes`."""
+    """A causal language model of the architecture with the settings of FAMILIES and `changes`; one that sees too as it
+    is published, whole."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**{**FAMILIES[name], **changes})
+    settings = FAMILIES[name]
+    if "vision_config" in settings:
+        settings = {**settings, "text_config": {**settings["text_config"], **changes}}
+        config = getattr(transformers, f"{name}Config")(**settings)
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config).float().eval()
+    config = getattr(transformers, f"{name}Config")(**{**settings, **changes})
     return transformers.AutoModelForCausalLM.from_config(config).float().eval()

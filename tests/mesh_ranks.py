@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
     "tp": ("llama", (), "dp = 2, tp = 2"),
     "tied": ("qwen3", ('attention="varlen"',), "dp = 2, tp = 2"),
     "frozen": ("qwen3", ("last_layers=1", "gradient_checkpointing=true"), "tp = 2"),
-    "ep": ("qwen3_moe", (), "ep = 4"),
+    "ep": ("qwen3_moe", ("aux_loss_coef=0.1",), "ep = 4"),
     "tp and ep": (
         "qwen3_moe",
         ("gradient_checkpointing=true", "aux_loss_coef=0.1"),

@@ -120,8 +120,8 @@ class PolicyConfig(Settings):
             )
         if mesh.ep > 1 and self.lora.rank and (fused := [t for t in self.lora.targets if "." in t]):
             raise ValueError(
-                f"mesh.ep={mesh.ep} and lora.targets={fused} exclude each other: adapters of fused experts stay on "
-                "their ranks; adapt the attention, or use mesh.dp"
+                f"mesh.ep={mesh.ep} and lora.targets with {fused[0]!r} exclude each other: the plans that spread "
+                "experts know no adapters of theirs; adapt the attention, or use mesh.dp"
             )
         if mesh.tp > 1 and self.lora.rank:
             raise ValueError(

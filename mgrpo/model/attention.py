@@ -312,8 +312,7 @@ def _refuse_what_is_not_computed(module: Any, kwargs: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ConfigError(
-                f"{type(module).__name__} asks its attention for {name}, which packed rows do not compute; use "
-                'policy.attention "rows" or "sdpa"'
+                f"{type(module).__name__} asks its attention for {name}, which packed rows do not compute"
             )
     if kwargs.get("dropout"):
         raise ConfigError(

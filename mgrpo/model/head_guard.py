@@ -28,6 +28,14 @@ def backbone_of(model: Any, name: str) -> Any:
     raise ConfigError(f"{name}: {type(model).__name__} has no backbone below its head")
 
 
+def language_model_of(model: Any, name: str) -> Any:
+    """The part of the backbone that token ids go through: all of it, but for the towers of a model that sees or listens
+    too. Raises ConfigError."""
+    config, decoder = model.config.to_dict(), model.get_decoder()
+    alone = architecture.text_of(config) is config or decoder is model
+    return backbone_of(model, name) if alone or not isinstance(decoder, nn.Module) else decoder
+
+
 def head_of(model: Any, name: str) -> Any:
     """The module whose weight (V, H) makes the logits. Raises ConfigError where it is none that can be trained."""
     head = model.get_output_embeddings()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mgrpo.config.policy import LoraConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model.head_guard import language_model_of
 from mgrpo.model.moe import experts_of
 
 _ADAPTER = "default"
@@ -56,6 +57,7 @@ def add_adapters(model: Any, config: LoraConfig, name: str) -> None:
             else config.alpha,  # others expect an int
             target_modules=[target for target in config.targets if "." not in target] or None,
             target_parameters=experts or None,
+            exclude_modules=sorted(_outside(model, name)) or None,
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -72,6 +74,18 @@ def add_adapters(model: Any, config: LoraConfig, name: str) -> None:
                 parameter.copy_(start)
 
 
+def _outside(model: Any, name: str) -> set[str]:
+    """Paths of the linear layers that token ids do not go through: those of towers for images and sound."""
+    inside = {id(module) for module in language_model_of(model, name).modules()}
+    return {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and id(module) not in inside
+        and module is not model.get_output_embeddings()
+    }
+
+
 def _check_targets(model: Any, config: LoraConfig, name: str) -> None:
     """Every target is the name of plain linear layers, or of the fused experts of a layer. Linear layers beside experts
     (the router, shared experts) are neither: the same name would adapt some projections and leave out most."""
@@ -82,7 +96,7 @@ def _check_targets(model: Any, config: LoraConfig, name: str) -> None:
         path
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    } - _outside(model, name)
     mixed = {path.rpartition(".")[2] for path in linear if path.startswith(beside_experts)}
     plain = {path.rpartition(".")[2] for path in linear if not path.startswith(beside_experts)} - mixed
     fused = {

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import lora, moe
-from mgrpo.model.head_guard import backbone_of
+from mgrpo.model.head_guard import language_model_of
 
 
 def decoder_layers(model: Any, name: str) -> nn.ModuleList:
     """The decoder layers of a transformers model, first to last. Raises ConfigError where they are not a list."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in backbone_of(model, name).modules():
+    for module in language_model_of(model, name).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ConfigError(f"{name}: {type(model).__name__} has no list of its {count} decoder layers")
@@ -25,6 +25,7 @@ def decoder_layers(model: Any, name: str) -> nn.ModuleList:
 
 def choose_trained(model: Any, config: PolicyConfig, name: str) -> None:
     """Put adapters into `model` and freeze what does not train. Raises ConfigError naming setting and bound."""
+    _freeze_what_rows_do_not_reach(model, name)
     if config.lora.rank:
         lora.add_adapters(model, config.lora, name)
     elif config.last_layers:
@@ -43,6 +44,15 @@ def recompute_layers(model: Any, config: PolicyConfig, name: str) -> None:
                 _recompute(layer)
 
 
+def _freeze_what_rows_do_not_reach(model: Any, name: str) -> None:
+    """Towers for images and sound keep the weights that they came with, and have no optimizer state."""
+    language = language_model_of(model, name)
+    reached = {id(p) for p in (*language.parameters(), model.get_output_embeddings().weight)}
+    for parameter in model.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
+
+
 def _freeze_all_but(model: Any, last: int, name: str) -> None:
     """Only the last `last` decoder layers train, and what the backbone computes behind them (the final norm)."""
     layers = decoder_layers(model, name)
@@ -51,7 +61,7 @@ def _freeze_all_but(model: Any, last: int, name: str) -> None:
     model.requires_grad_(False)
     for layer in layers[-last:]:
         layer.requires_grad_(True)
-    children = list(backbone_of(model, name).children())
+    children = list(language_model_of(model, name).children())
     if layers in children:
         for behind in children[children.index(layers) + 1 :]:
             behind.requires_grad_(True)
