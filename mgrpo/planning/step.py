@@ -178,7 +178,7 @@ def _measure(
     recompute = view.trainer.old_logprobs == "recompute"
     one_call = packed_in_one_call(policy) if view.agent.policy.device == "cuda" else contextlib.nullcontext()
     with one_call:
-        _begin_in_the_middle(learner)
+        begin_in_the_middle(learner)
         gc.collect()
         tensors.peak = tensors.live
         learner.train([batch], recompute)
@@ -203,7 +203,7 @@ def _measure(
     return StepMemory(*state, rest, activations, watched.most, tensors.peak)
 
 
-def _begin_in_the_middle(learner: Learner) -> None:
+def begin_in_the_middle(learner: Learner) -> None:
     """The optimizer has taken a step, and a first micro-batch has left its gradient: what comes next is as much as
     ever comes together."""
     for parameter in learner.policy.parameters():
