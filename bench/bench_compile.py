@@ -236,8 +236,9 @@ def main() -> None:
         times = f"{p['memory']:9.2f}{p['instructions']:14.2f}{p['busiest']:>9}{p['total']:11.2f}"
         print(f"{p['variant']:34}{p['gpu']:>12}{times}")
     if args.json:
-        whole = {"kernels": [asdict(r) for r in reports], "predicted": found}
-        args.json.write_text(json.dumps(whole, indent=1) + "\n")
+        lines = [json.dumps(asdict(r)) for r in reports]
+        text = ",\n".join(lines), ",\n".join(json.dumps(p) for p in found)
+        args.json.write_text('{{"kernels": [\n{}\n],\n"predicted": [\n{}\n]}}\n'.format(*text))
     raise SystemExit(any(r.spill_bytes for r in reports))
 
 

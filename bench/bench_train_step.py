@@ -1,31 +1,44 @@
 """A whole optimizer step of a real-sized model without rollouts: forward, loss, backward, clip, AdamW.
 
-    python -m bench.bench_train_step [--model smollm2|llama-1b] [--tokens 16384] [--device cpu|cuda] [--json PATH]
+    python -m bench.bench_train_step [--model smollm2|llama-1b|qwen3-0.6b|qwen3-8b] [--tokens 16384] [--lora RANK]
+        [--checkpointing] [--ours-only] [--plan] [--device cpu|cuda] [--json PATH]
 
 Random weights in the model's shape; trajectories of 221 to 643 tokens of which 42 % are masked and 29 % have advantage
 0, as a step of examples/smollm2 has. Rival: transformers' own model on padded rows, log-softmax of all logits, autograd
-through it. On a GPU bfloat16 over float32 weights (autocast for both), wall time; on the CPU float32, process time. All
-ways start from the same weights and their gradients are compared before anything is timed.
+through it. On a GPU bfloat16 over float32 weights (the rival's by autocast), wall time; on the CPU float32, process
+time. All ways start from the same weights and their gradients are compared before anything is timed.
+
+--plan: beside the memory of the step, what `mgrpo plan` predicts for it (planned.py). qwen3-8b trained whole takes 131
+GB of weights, gradients and Adam's state, more than one GPU of 80 GB has: there give --lora 16 --checkpointing
+--ours-only.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from bench.common import Report, interleave, parser, ratio
+from bench.planned import planned_bytes
 from bench.rivals import PeakMemory, that_fit
 from mgrpo import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.model import attention
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
-from mgrpo.trainers.torch.learner import Learner
+from mgrpo.trainers.torch.learner import Learner, adamw_way
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -34,26 +47,45 @@ SHAPES: dict[str, dict[str, int]] = {
                 "num_key_value_heads": 3, "vocab_size": 49152},
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "vocab_size": 128256},
+    "tiny-qwen3": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512},
+    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
+UNTIED = ("qwen3-8b",)
+"""Whose head is no embedding."""
 PEAK_TFLOPS = {"NVIDIA H100": 989.0, "NVIDIA H200": 989.0, "NVIDIA A100": 312.0}
 """Dense bfloat16 products of a device; another device has no MFU."""
 LOSS = GrpoLossConfig(type="dapo", clip_eps_high=0.28)
 
 
 def make_model(name: str, device: str) -> Any:
-    """Random weights of the shape, float32, input and output embedding tied."""
+    """Random weights of the shape, float32."""
     torch.manual_seed(0)
+    more = {"max_position_embeddings": 2048, "tie_word_embeddings": name not in UNTIED}
     with torch.device(device):
-        return LlamaForCausalLM(
-            LlamaConfig(**SHAPES[name], max_position_embeddings=2048, tie_word_embeddings=True)
-        )
+        if "qwen3" in name:
+            return Qwen3ForCausalLM(Qwen3Config(**SHAPES[name], **more))
+        return LlamaForCausalLM(LlamaConfig(**SHAPES[name], **more))
 
 
-def make_policy(model: Any, device: str, kind: str) -> Policy:
+def settings_of(args: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """The agent's `policy` settings. kind: of attention."""
+    out: dict[str, Any] = {"device": args.device, "attention": kind}
+    out["dtype"] = "float32" if args.device == "cpu" else "bfloat16"
+    if args.lora:
+        out["lora"] = {"rank": args.lora, "alpha": 2.0 * args.lora}
+    if args.checkpointing:
+        out["gradient_checkpointing"] = True
+    return out
+
+
+def make_policy(model: Any, settings: dict[str, Any]) -> Policy:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(model.config.vocab_size)}, unk_token="w0"))
-    config = {"device": device, "attention": kind, "dtype": "float32" if device == "cpu" else "bfloat16"}
     return Policy(
-        model, PreTrainedTokenizerFast(tokenizer_object=words), "bench", PolicyConfig.model_validate(config)
+        model, PreTrainedTokenizerFast(tokenizer_object=words), "bench", PolicyConfig.model_validate(settings)
     )
 
 
@@ -102,24 +134,32 @@ def main() -> int:
     arguments.add_argument("--micro-batch", type=int, default=16384, help="padded tokens of a micro-batch")
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument(
+        "--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank alone"
+    )
+    arguments.add_argument("--checkpointing", action="store_true", help="compute activations twice")
+    arguments.add_argument("--ours-only", action="store_true", help="no rival, no padded rows")
+    arguments.add_argument("--plan", action="store_true", help="compare the memory with what mgrpo plan says")
     args = arguments.parse_args()
+    args.ours_only |= args.lora > 0  # the rival has no adapters
     cpu = args.device == "cpu"
     torch.set_num_threads(1)
     report = Report("bench_train_step")
     model = make_model(args.model, args.device)
-    packed, padded = make_policy(model, args.device, "auto"), make_policy(model, args.device, "sdpa")
+    packed = make_policy(model, settings_of(args, "auto"))
     rows = make_rows(args.tokens, model.config.vocab_size)
     micro = cut(rows, args.micro_batch)
     denominator = float(rows.loss_mask.sum())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True)
+    optimizer = torch.optim.AdamW(packed.parameters(), lr=1e-6, **adamw_way(packed.device))
     wait = (lambda: None) if cpu else torch.cuda.synchronize
 
-    def ours(policy: Policy) -> Callable[[], object]:
-        learner = Learner(policy, optimizer, LOSS, 1.0)
+    learner, best = Learner(packed, optimizer, LOSS, 1.0), packed.attention
 
+    def ours(kind: attention.Kind) -> Callable[[], object]:
         def step() -> None:
-            model.set_attn_implementation("sdpa")  # the two policies share the model
-            attention.use(model, policy.attention)
+            model.set_attn_implementation("sdpa")
+            attention.use(model, kind)
+            packed.attention = kind
             learner.step(MiniBatch(micro, denominator))
             wait()
 
@@ -129,23 +169,21 @@ def main() -> int:
         model.set_attn_implementation("sdpa")
         optimizer.zero_grad(set_to_none=True)
         for part in micro:
-            with torch.autocast(args.device, torch.bfloat16, enabled=not cpu):
+            with packed.full_precision(), torch.autocast(args.device, torch.bfloat16, enabled=not cpu):
                 loss = naive_loss(model, part, denominator, args.device)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         wait()
 
-    providers: dict[str, Callable[[], object]] = {
-        f"ours, {packed.attention}": ours(packed),
-        "ours, padded rows": ours(padded),
-        "naive Hugging Face": naive,
-    }
+    providers: dict[str, Callable[[], object]] = {f"ours, {best}": ours(best)}
+    if not args.ours_only:
+        providers |= {"ours, padded rows": ours("sdpa"), "naive Hugging Face": naive}
     if not cpu:
         providers = that_fit(providers)
     compare(report, model, providers, optimizer, cpu)
     times = interleave(providers, rounds=2 if args.quick else args.rounds, clock="process" if cpu else "wall")
-    flops = flops_of(model, rows)
+    flops = flops_of(model, rows, whole=not args.lora)
     for name, t in times.items():
         note = f"{args.model}, {int(rows.lengths.sum())} tokens, {t.spread:.0%} spread"
         report.figure(name, t.median, "ms", note=note)
@@ -156,10 +194,18 @@ def main() -> int:
         report.figure("MFU: ours", flops / times[mine].median / 1e9 / peak, note=f"of {peak:g} TFLOP/s")
     if "naive Hugging Face" in times:
         report.figure("naive / ours", ratio(times, "naive Hugging Face", mine), "x")
+    held = 0.0
     for name, provider in providers.items():
         with PeakMemory(args.device) as memory:
             provider()
         report.figure(f"peak memory above base: {name}", memory.bytes / 1e6, "MB")
+        if not cpu and name == mine:
+            held = torch.cuda.max_memory_allocated()
+            report.figure("memory of the step, weights and state included: ours", held / 1e9, "GB")
+    if args.plan and (planned := planned_bytes(model, settings_of(args, "auto"), args.micro_batch)):
+        report.figure("memory of the step, by mgrpo plan", planned / 1e9, "GB")
+        if not cpu:
+            report.figure("mgrpo plan / measured", planned / held, "x", at_least=0.9, at_most=1.1)
     return report.finish(args)
 
 
@@ -192,16 +238,22 @@ def compare(
         group["lr"] = rate
 
 
-def flops_of(model: Any, rows: MicroBatch) -> float:
+def flops_of(model: Any, rows: MicroBatch, whole: bool) -> float:
     """Forward and backward of the rows that have an advantage: backbone weights, causal attention, and the head for the
-    tokens that are scored. Each product counts 2 forward and 4 backward."""
+    tokens that are scored. Each product counts 2 forward and 4 backward, 2 backward where its weight is frozen (whole
+    is false: adapters train); what is computed twice counts once."""
     c = model.config
     kept = rows.rows(rows.advantages != 0)
     tokens, squares = float(kept.lengths.sum()), float(kept.lengths.double().square().sum())
-    backbone = sum(p.numel() for name, p in model.named_parameters() if "layers" in name and p.dim() == 2)
-    attention = 2 * c.num_hidden_layers * c.hidden_size * squares / 2
+    backbone = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if "layers" in name and "lora" not in name and p.dim() == 2
+    )
+    width = c.num_attention_heads * getattr(c, "head_dim", c.hidden_size // c.num_attention_heads)
+    attended = 2 * c.num_hidden_layers * width * squares / 2
     head = float(kept.loss_mask.sum()) * c.hidden_size * c.vocab_size
-    return 6 * (backbone * tokens + attention + head)
+    return (6 if whole else 4) * (backbone * tokens + head) + 6 * attended
 
 
 def peak_of(device: str) -> float | None:

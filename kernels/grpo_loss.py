@@ -141,8 +141,7 @@ def grpo_loss_kernel(
         active = active | (w != 0.0)
     logp = w * 0.0
     h = w * 0.0
-    c = w * 0.0
-    e = w * 0.0
+    c, e = w * 0.0, w * 0.0
     m = w * 0.0
     s = w * 0.0 + 1.0
     wanted = tl.load(target_ids + row)

@@ -63,6 +63,17 @@ class FakeCudaTensor(torch.Tensor):
         made.inner = inner
         return made  # type: ignore[no-any-return]
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # FakeCuda's is enough
+
+    @property
+    def data(self) -> FakeCudaTensor:  # type: ignore[override]
+        return FakeCudaTensor(self.inner.detach())
+
+    @data.setter
+    def data(self, value: FakeCudaTensor) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.inner = value.inner
+
     device = property(lambda self: CUDA)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
@@ -76,6 +87,8 @@ class FakeCudaTensor(torch.Tensor):
         if func.namespace == "mgrpo":  # an op of ours: its own code runs, on these tensors
             from torch._library.custom_ops import OPDEFS
 
+            if "_backward" in func.name():  # zeros that autograd makes for outputs without a gradient
+                args = tree_map(wrap, args)
             with _active[-1].again():
                 return OPDEFS[func.name().split(".")[0]]._init_fn(*args, **kwargs)
         _check_devices(func, args, kwargs)
@@ -83,6 +96,8 @@ class FakeCudaTensor(torch.Tensor):
         plain, plain_kwargs = tree_map(unwrap, args), tree_map(unwrap, kwargs)
         if func in (aten.mm.dtype_out, aten.mm.dtype, aten.addmm.dtype_out, aten.addmm.dtype):
             out = _half_product(func, plain, plain_kwargs)
+        elif func is aten.histc.default and not plain[0].is_floating_point():
+            out = func(plain[0].float(), *plain[1:], **plain_kwargs).to(plain[0].dtype)
         else:
             out = func(*plain, **plain_kwargs)
         out = tree_map(wrap, out)
@@ -221,22 +236,25 @@ class FakeCuda(TorchFunctionMode):
         tensor, rest = args[0], list(args[1:])
         here = isinstance(tensor, FakeCudaTensor)
         target: Any = {Tensor.cpu: "cpu", Tensor.cuda: "cuda"}.get(func, kwargs.pop("device", None))
-        for i, x in enumerate(rest):
-            if func is Tensor.to and isinstance(x, (str, torch.device)):
-                target = rest.pop(i)
-                break
-            if func is Tensor.to and isinstance(x, Tensor):
-                target, rest[i] = x.device, x.dtype
+        dtype = kwargs.pop("dtype", None)
+        flags = [x for x in rest if isinstance(x, bool)]  # non_blocking, copy
+        for x in rest if func is Tensor.to else ():
+            if isinstance(x, (str, torch.device)):
+                target = x
+            elif isinstance(x, torch.dtype):
+                dtype = x
+            elif isinstance(x, Tensor):
+                target, dtype = x.device, x.dtype
         there = here if target is None else _is_cuda(target)
-        asynchronous = kwargs.pop("non_blocking", False)
+        asynchronous = kwargs.pop("non_blocking", False) or (bool(flags) and flags[0])
         if there != here:
             if tensor.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError("a tensor with a gradient leaves its device")
             if not (there and asynchronous):
                 wait("to the device" if there else "to the host")
             tensor = wrap(tensor.detach().clone()) if there else tensor.inner.detach().clone()
-        if func is Tensor.to and (rest or kwargs):
-            return Tensor.to(tensor, *rest, **kwargs)
+        if dtype is not None or kwargs:
+            return Tensor.to(tensor, dtype=tensor.dtype if dtype is None else dtype, **kwargs)
         return tensor
 
 
@@ -310,6 +328,7 @@ def fake_cuda(monkeypatch: Any) -> Iterator[FakeCuda]:
     monkeypatch.setattr(device, "THREADS", 4)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     by_device = clip_grad._group_tensors_by_device_and_dtype
 
@@ -325,7 +344,9 @@ def fake_cuda(monkeypatch: Any) -> Iterator[FakeCuda]:
 
     monkeypatch.setattr(torch, "autocast", autocast)
     before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # else Module.to swaps C++ tensors below ours
+    torch.__future__.set_overwrite_module_params_on_conversion(
+        True
+    )  # else Module.to swaps C++ tensors below ours
     try:
         with FakeCuda() as mode:
             yield mode

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mgrpo.config import RunConfig, load_config, view_of
+from mgrpo.config.run import SftConfig
 from mgrpo.model.policy import Policy
 from mgrpo.run.torchrun import as_rank
+from mgrpo.trainers.base import Demos
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
@@ -33,13 +36,25 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
     "tp": ("llama", (), "dp = 2, tp = 2"),
     "tied": ("qwen3", ('attention="varlen"',), "dp = 2, tp = 2"),
     "frozen": ("qwen3", ("last_layers=1", "gradient_checkpointing=true"), "tp = 2"),
-    "ep": ("qwen3_moe", (), "ep = 4"),
-    "tp and ep": ("qwen3_moe", ("gradient_checkpointing=true",), "dp = 2, tp = 2, ep = 2"),
+    "ep": ("qwen3_moe", ("aux_loss_coef=0.1",), "ep = 4"),
+    "tp and ep": (
+        "qwen3_moe",
+        ("gradient_checkpointing=true", "aux_loss_coef=0.1"),
+        "dp = 2, tp = 2, ep = 2",
+    ),
     "half tp": ("llama", ('dtype="bfloat16"',), "dp = 2, tp = 2"),
     "half frozen": ("qwen3", ('dtype="bfloat16"', "last_layers=1"), "tp = 2"),
     "half both": ("qwen3_moe", ('dtype="bfloat16"',), "dp = 2, tp = 2, ep = 4"),
     "adapters": ("qwen3_moe", ("lora.rank=4", 'lora.targets=["q_proj", "o_proj"]'), "ep = 2"),
 }
+
+RESUMED = (
+    "tp",
+    "frozen",
+    "tp and ep",
+    "half both",
+    "adapters",
+)  # those that resume one process's, and are resumed
 
 
 def model_of(kind: str) -> Any:
@@ -105,16 +120,33 @@ def train(trainer: TorchTrainer, start: Path, save: bool = False) -> dict[str, A
     return found | {"after": weights(trainer), "probe": torch.tensor(probe.logprobs)}
 
 
+def learn_demos(trainer: TorchTrainer, fresh: Path, start: Path) -> None:
+    """Three supervised steps from the policy in `fresh` to one in `start`."""
+
+    def demos(step: int) -> Demos:
+        rows = rows_of(step)
+        return [
+            (ids[:length].numpy().astype(np.int32), mask[:length].numpy().astype(np.uint8))
+            for ids, mask, length in zip(rows.ids, rows.loss_mask, rows.lengths.tolist(), strict=True)
+        ]
+
+    trainer.sft(fresh, start, demos, SftConfig(steps=3, warmup_steps=0), 1e-4, lambda step, loss: None)
+
+
 def main(folder: Path) -> None:
     with Ranks(RANKS) as ranks:
         found: dict[str, Any] = {}
         lives = [(f"run/{v}", v, f"mesh/{v}", True) for v in VARIANTS]
-        lives += [(f"from one/{v}", v, f"one/{v}", False) for v in VARIANTS]
+        lives += [(f"from one/{v}", v, f"one/{v}", False) for v in RESUMED]
         # a checkpoint of another mesh
+        lives += [("sft", "tp and ep", "mesh/sft", False)]
         lives += [("tp from dp", "tp", "mesh/dp", False), ("ep from both", "ep", "mesh/tp and ep", False)]
         for name, variant, place, save in lives:
             trainer = TorchTrainer(view_of(config_of(variant, RANKS), "main"), folder / place, ranks)
-            if ranks.is_main:
+            if name == "sft" and ranks.is_main:
+                learn_demos(trainer, folder / VARIANTS[variant][0], folder / "sft of a mesh")
+                trainer.close()
+            elif ranks.is_main:
                 found[name] = train(trainer, folder / VARIANTS[variant][0], save=save)
                 if name == "run/tp and ep":
                     trainer.export(folder / "final")

@@ -66,11 +66,12 @@ class Counted(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = str(func)
-        if "allgather" in name or "all_gather" in name or "reduce_scatter" in name:
+        namespace, name = str(func).split(".")[:2]
+        if namespace in ("c10d", "_c10d_functional") and ("_base_" in name or "_tensor" in name):
             received = out if isinstance(out, torch.Tensor) else args[0]
             assert isinstance(received, torch.Tensor), name
-            self.bytes["gathered" if "gather" in name else "reduced"] += received.nbytes
+            if "gather" in name or "reduce_scatter" in name:
+                self.bytes["gathered" if "gather" in name else "reduced"] += received.nbytes
         return out
 
 

@@ -14,6 +14,7 @@ ORDER = [
     *("batcher", "transport"),
     *("weights", "model", "trajectory_log", "store", "record"),
     *("engines", "environments", "trainers"),
+    *("planning",),
     *("pipeline",),
     *("tasks",),
     *("run", "view"),

@@ -12,6 +12,7 @@ import typer
 from mgrpo.cli.cluster.command import launch as launch_run
 from mgrpo.cli.cluster.command import monitor as follow_run
 from mgrpo.cli.keys import app as keys_app
+from mgrpo.cli.plan import plan
 from mgrpo.cli.store import app as store_app
 from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
 
@@ -219,6 +220,7 @@ def engine(
     run_engine_process(config, agent, replica, out, overrides or [], parent)
 
 
+app.command()(plan)
 app.command(name="launch")(launch_run)
 app.command(name="monitor")(follow_run)
 

@@ -118,6 +118,11 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f"mesh.ep={mesh.ep} should be a multiple of tp={mesh.tp} that divides dp * tp = {inner}"
             )
+        if mesh.ep > 1 and self.lora.rank and (fused := [t for t in self.lora.targets if "." in t]):
+            raise ValueError(
+                f"mesh.ep={mesh.ep} and lora.targets with {fused[0]!r} exclude each other: the plans that spread "
+                "experts know no adapters of theirs; adapt the attention, or use mesh.dp"
+            )
         if mesh.tp > 1 and self.lora.rank:
             raise ValueError(
                 f"mesh.tp={mesh.tp} and lora.rank={self.lora.rank} exclude each other: the plans that cut a model into "

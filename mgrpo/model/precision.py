@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mgrpo.config.policy import PolicyConfig
+from mgrpo.model import moe
 from mgrpo.model.head_guard import backbone_of
 from mgrpo.model.trained import decoder_layers
 
@@ -117,8 +118,8 @@ class Precision:
         backbone = backbone_of(model, name)
         inside: set[int] = set()
         # Experts that are spread over ranks are gathered by themselves, after their layer.
-        experts = [m for path, m in model.named_modules() if path.endswith(".experts") and config.mesh.ep > 1]
-        for unit in (*experts, *decoder_layers(model, name), backbone):
+        experts = moe.experts_of(model) if config.mesh.ep > 1 else {}
+        for unit in (*experts.values(), *decoder_layers(model, name), backbone):
             modules = [module for module in unit.modules() if id(module) not in inside]
             inside |= {id(module) for module in modules}
             forward = functools.partial(self._run, _places(modules), unit.forward)

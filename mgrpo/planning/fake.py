@@ -29,7 +29,7 @@ _STEERING = 1 << 24  # elements of an integer or a mask up to which it is real
 aten = torch.ops.aten
 
 
-class FakeTensors(LiveBytes):
+class FakeTensors(LiveBytes):  # type: ignore[no-untyped-call]
     """Use as a context manager around everything that makes or touches the model."""
 
     def __init__(self, scratch: Mapping[str, Callable[[tuple[Any, ...]], int]] | None = None) -> None:

@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, scratch: Mapping[str, Callable[[tuple[Any, ...]], int]] | None = None) -> None:
         """scratch: name of an operator, e.g. "mgrpo::linear_grpo_loss" -> (its arguments) -> bytes that it allocates
         for itself."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.counting = True
         self._scratch = scratch or {}
@@ -43,19 +43,19 @@ class LiveBytes(TorchDispatchMode):
 
         # FSDP lets gathered weights go by resizing their storage, which no operation shows.
         torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign, assignment]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(is_traceable_wrapper_subclass(x) for x in tree_iter((args, kwargs))):
+        if any(_is_wrapper(x) for x in tree_iter((args, kwargs))):
             return NotImplemented  # a DTensor takes itself apart first, and its parts come by here
         return self.count(func, args, self.run(func, args, kwargs or {}))
 
@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         """Count the tensor's storage from now on, once."""
-        if is_traceable_wrapper_subclass(tensor):  # a DTensor: its parts are counted
+        if _is_wrapper(tensor):  # its parts are counted
             return
         storage = tensor.untyped_storage()
         key = id(storage)
@@ -91,6 +91,11 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live -= self._held.pop(key, 0)
+
+
+def _is_wrapper(value: object) -> bool:
+    """Whether it is a tensor made of others, such as a DTensor."""
+    return is_traceable_wrapper_subclass(value)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

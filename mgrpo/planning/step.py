@@ -32,6 +32,7 @@ from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, adamw_way, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
 
+
 @dataclass(frozen=True, slots=True)
 class StepMemory:
     """Bytes of tensors on one rank."""
@@ -177,7 +178,7 @@ def _measure(
     recompute = view.trainer.old_logprobs == "recompute"
     one_call = packed_in_one_call(policy) if view.agent.policy.device == "cuda" else contextlib.nullcontext()
     with one_call:
-        _begin_in_the_middle(learner)
+        begin_in_the_middle(learner)
         gc.collect()
         tensors.peak = tensors.live
         learner.train([batch], recompute)
@@ -191,7 +192,10 @@ def _measure(
         bytes_of(trained),
         bytes_of(p.grad for p in trained if p.grad is not None),
         bytes_of(
-            x for s in learner.optimizer.state.values() for x in s.values() if isinstance(x, Tensor) and x.dim()
+            x
+            for s in learner.optimizer.state.values()
+            for x in s.values()
+            if isinstance(x, Tensor) and x.dim()
         ),
     )
     rest = max(0, tensors.live - sum(state))
@@ -199,7 +203,7 @@ def _measure(
     return StepMemory(*state, rest, activations, watched.most, tensors.peak)
 
 
-def _begin_in_the_middle(learner: Learner) -> None:
+def begin_in_the_middle(learner: Learner) -> None:
     """The optimizer has taken a step, and a first micro-batch has left its gradient: what comes next is as much as
     ever comes together."""
     for parameter in learner.policy.parameters():

@@ -20,6 +20,7 @@ from mgrpo.engines.base import PATIENCE_SECONDS
 from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError, MgrpoError, StartValidationError
 from mgrpo.model.folder import check_chat_folder, check_experts, check_folder
+from mgrpo.planning.state import check_state
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
 from mgrpo.run.interrupts import Interrupts
 from mgrpo.run.lock import take_lock
@@ -86,6 +87,7 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
         _check_gpu(agent.policy.device, f"{where}.policy.device")
         _check_gpu(agent.engine.started_device, f"{where}.engine.device")
         find_engine(view).check(view)
+    check_state(config)
 
 
 def _check_gpu(device: str, name: str) -> None:

@@ -150,7 +150,8 @@ class Learner:
     def _balance(self, load: moe.RouterLoad) -> moe.Balance:
         if not self.policy.routing.routers:
             return moe.Balance([])
-        return moe.Balance(self.ranks.gather(load.packed()))
+        same = self.policy.config.mesh.tp  # ranks, side by side, that have the same tokens
+        return moe.Balance(self.ranks.gather(load.packed())[::same])
 
     def _backward(
         self,

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from mgrpo.config.policy import MeshConfig
+from mgrpo.errors import ConfigError
 
 
 class RankMesh:
@@ -75,6 +76,10 @@ class RankMesh:
             apply_expert_parallelism(model, self._ep, self._tp, ep_plan, ep_implementation="all_to_all")
         modules = dict(model.named_modules())
         experts = [modules[name] for name, style in ep_plan.items() if style == "ep_dispatch_experts"]
+        if ep > 1 and not experts:
+            raise ConfigError(
+                f"policy.mesh.ep={ep}: this {type(model).__name__} has no experts that its plan names"
+            )
         for module in experts if tp > 1 else ():
             module.forward = functools.partial(_copied, module.forward)
         return experts

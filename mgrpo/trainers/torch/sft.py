@@ -17,6 +17,7 @@ from mgrpo.config.run import SftConfig
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.base import Demos
 from mgrpo.trainers.torch.learner import adamw_way
+from mgrpo.trainers.torch.mesh import by_mesh, clip_gradient
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.schedule import share_of_lr
 
@@ -29,9 +30,8 @@ class Sft:
 
     def __init__(self, policy: Policy, config: SftConfig, lr: float, ranks: Ranks) -> None:
         self.policy, self._config, self._lr, self._ranks = policy, config, lr, ranks
-        self._optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=lr, betas=config.betas, **adamw_way(policy.device)
-        )
+        groups = [{"params": group} for group in by_mesh(policy.parameters())]
+        self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, **adamw_way(policy.device))
 
     def step(self, step: int, share: Share) -> float | None:
         """One update from this rank's share; the loss of the batch at every 25th step and the last."""
@@ -40,10 +40,10 @@ class Sft:
         loss = demo_loss(self.policy, *share)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0, foreach=True)
+        clip_gradient(list(self.policy.parameters()), 1.0)
         self._optimizer.step()
         if step % 25 == 24 or step == self._config.steps - 1:
-            return float(sum(self._ranks.gather(float(loss.detach()))))
+            return float(sum(self._ranks.gather(float(loss.detach()))[:: self.policy.config.mesh.tp]))
         return None
 
 

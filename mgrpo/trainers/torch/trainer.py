@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ from mgrpo.trainers.torch.learner import Learner, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.sft import Sft, shares
 from mgrpo.types import Probe
+
+T = TypeVar("T")
 
 
 class TorchTrainer(PolicyTrainer):
@@ -95,7 +97,7 @@ class TorchTrainer(PolicyTrainer):
         self._begin_sft(fresh, config, lr)
         assert self._sft is not None
         for step in range(config.steps):
-            parts = [(step, share) for share in shares(demos(step), self._ranks.size)]
+            parts = self._for_ranks([(step, share) for share in shares(demos(step), self._data_ranks)])
             self._ranks.broadcast("sft", parts)
             loss = self._sft.step(*parts[0])
             if loss is not None:
@@ -125,10 +127,10 @@ class TorchTrainer(PolicyTrainer):
         """See PolicyTrainer. lr None leaves the optimizer's."""
         if self._direct is not None:
             self._direct.change()
-        same = self._agent.policy.mesh.tp  # ranks that compute a micro-batch together
-        size = self._ranks.size // same
-        parts = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
-        shards = [part for part in parts for _ in range(same)]
+        size = self._data_ranks
+        shards = self._for_ranks(
+            [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
+        )
         self._finish_reading()
         self._ranks.broadcast("train", shards)
         return self._train(*shards[0])
@@ -289,6 +291,15 @@ class TorchTrainer(PolicyTrainer):
     def _save(self, step: int) -> None:
         self._let_go(self._own.policy)
         self._writer.begin(step, snapshot(self._own.policy, self._own.optimizer))
+
+    @property
+    def _data_ranks(self) -> int:
+        """Ranks with rows of their own; those of a tp group compute theirs together."""
+        return self._ranks.size // self._agent.policy.mesh.tp
+
+    def _for_ranks(self, parts: Sequence[T]) -> list[T]:
+        """What each rank gets where parts[i] is for the i-th of _data_ranks."""
+        return [part for part in parts for _ in range(self._ranks.size // len(parts))]
 
     def _begin_reading(self, adapter_only: bool) -> Reading:
         self._broadcast("weights", adapter_only)
