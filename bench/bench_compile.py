@@ -1,6 +1,7 @@
-"""Registers, shared memory and spills of every Triton kernel on sm_80, sm_90 and sm_100, compiled without a GPU.
+"""Registers, shared memory and spills of every Triton kernel on sm_80, sm_90 and sm_100, compiled without a GPU; then
+the instructions of the loss kernel's sweeps a logit, and the times these and the bytes predict on GPUs (sass.py).
 
-    python -m bench.bench_compile [--json FILE] [--arch 80 90 100]
+    python -m bench.bench_compile [--json FILE] [--arch 80 90 100] [--only TEXT]
 
 Every variant is compiled with the hints real calls have: pointers, row strides and vocabularies divisible by
 16 (and one with an odd vocabulary).
@@ -13,7 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import sass
 from mgrpo.kernels import group_advantage, grpo_loss, logprob
 from mgrpo.ops import device
 
@@ -49,15 +51,20 @@ class Report:
     registers: int
     shared_bytes: int
     spill_bytes: int
+    sweeps: dict[str, sass.Sweep] = field(default_factory=dict)  # of a loss kernel on aligned rows
+
+
+PREDICTED = (16384, 151936)
+"""Rows and vocabulary of the predicted times."""
 
 
 def variants() -> list[Variant]:
     """Every kernel at the shipped block sizes, in the specialisations training uses and the widest ones."""
     out: list[Variant] = []
-    loss = {"VEC": device.VEC, "BLOCK_N": device.GROUP_BLOCK, "NEED_GRAD": True, "ESTIMATOR": 0}
+    loss = {"BLOCK_N": device.GROUP_BLOCK, "NEED_GRAD": True, "ESTIMATOR": 0}
     plain = {"LOSS": 0, "KL": 0, "ENTROPY": False, "CORRECTION": 0, "GROUPS": False, "WEIGHTED": False}
     full = {"KL": 3, "ENTROPY": True, "CORRECTION": 2, "GROUPS": True, "WEIGHTED": True}
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("bf16", "fp32", "fp32 to bf16"):
         cases = {
             "plain": plain | {"HAS_OLD": True},
             "groups": plain | {"GROUPS": True, "WEIGHTED": True, "HAS_OLD": True},
@@ -81,7 +88,7 @@ def variants() -> list[Variant]:
                 _row_variant(f"grpo_loss {dtype} {case}", kernel, dtype, loss | constants, aligned=False)
             )
         out.append(_row_variant(f"gradient {dtype}", logprob.gradient_kernel, dtype, {}))
-        rows = {"VEC": device.VEC, "HAS_ACTIVE": True}
+        rows = {"HAS_ACTIVE": True}
         out.append(_row_variant(f"partials {dtype}", logprob.partials_kernel, dtype, rows))
         block = {"BLOCK": device.SCALE_BLOCK}
         out.append(_variant(f"scale {dtype}", logprob.scale_kernel, dtype, block, warps=8))
@@ -108,8 +115,10 @@ def _row_variant(
     name: str, kernel: Any, dtype: str, constants: dict[str, Any], aligned: bool = True
 ) -> Variant:
     """A kernel of whole rows, launched as the ops launch it."""
-    launch = device.row_launch(aligned)
-    variant = _variant(name, kernel, dtype, constants | {"BLOCK": launch.block}, launch.warps)
+    launch = device.row_launch(aligned, 2 if dtype == "bf16" else 4)
+    sizes = {"BLOCK": launch.block, "VEC": launch.vec, "TILES": launch.tiles}
+    constants = constants | {k: v for k, v in sizes.items() if k in kernel.arg_names}
+    variant = _variant(name, kernel, dtype, constants, launch.warps)
     return replace(variant, registers=launch.registers, aligned=aligned)
 
 
@@ -123,7 +132,8 @@ def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], warp
         elif argument in _SCALARS:
             types[argument] = "fp32"
         elif argument in ("logits", "grad", "x"):
-            types[argument] = f"*{dtype}"
+            read, _, written = dtype.partition(" to ")
+            types[argument] = f"*{written or read}" if argument == "grad" else f"*{read}"
         elif argument == "out" and name == "batch_deviation":
             types[argument] = "*fp64"
         else:
@@ -145,12 +155,20 @@ def build(variant: Variant, arch: int, max_registers: int | None = None) -> Repo
     target = GPUTarget("cuda", arch, 32)
     options = {"num_warps": variant.warps, "maxnreg": max_registers or variant.registers}
     compiled = triton.compile(source, target=target, options=options)
-    registers, spills = _assemble(compiled.asm["ptx"])
-    return Report(variant.name, arch, registers, compiled.metadata.shared, spills)
+    registers, spills, code = _assemble(compiled.asm["ptx"])
+    counted = {}
+    if variant.name.startswith("grpo_loss") and variant.aligned:
+        counted = sass.sweeps(code, _read_bytes(variant))
+    return Report(variant.name, arch, registers, compiled.metadata.shared, spills, counted)
 
 
-def _assemble(ptx: str) -> tuple[int, int]:
-    """(registers, bytes of spill stores and loads) from ptxas -v for the PTX's own target."""
+def _read_bytes(variant: Variant) -> int:
+    """Of a logit."""
+    return 2 if variant.types["logits"] == "*bf16" else 4
+
+
+def _assemble(ptx: str) -> tuple[int, int, str]:
+    """(registers, bytes of spill stores and loads, machine code) from ptxas -v for the PTX's own target."""
     found = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
     if found is None:
         raise RuntimeError("the PTX names no target")
@@ -159,13 +177,41 @@ def _assemble(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "kernel.ptx"
         path.write_text(ptx)
-        command = [tool, "-v", f"--gpu-name={found[1]}", path, "-o", Path(scratch) / "kernel.cubin"]
+        cubin = Path(scratch) / "kernel.cubin"
+        command = [tool, "-v", f"--gpu-name={found[1]}", path, "-o", cubin]
         log = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stderr
+        code = sass.disassemble(cubin)
     registers = max(int(x) for x in re.findall(r"Used (\d+) registers", log))
     spills = [int(x) for x in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     if not spills:
         raise RuntimeError(f"ptxas reported no spill figures: {log}")
-    return registers, sum(spills)
+    return registers, sum(spills), code
+
+
+def print_counts(reports: list[Report]) -> None:
+    """Instructions a logit of each sweep, by pipe."""
+    header = f"{'instructions a logit':34}{'target':>8}{'sweep':>12}{'all':>8}"
+    print("\n" + header + "".join(f"{pipe:>9}" for pipe in sass.PIPES))
+    for r in reports:
+        for name, sweep in r.sweeps.items():
+            counts = "".join(f"{sweep.counts[pipe]:9.2f}" for pipe in sass.PIPES)
+            print(f"{r.variant:34}{'sm_' + str(r.arch):>8}{name:>12}{sweep.total:8.2f}{counts}")
+
+
+def predictions(reports: list[Report]) -> list[dict[str, Any]]:
+    """Times of the plain loss, forward and gradient, on every GPU, from what its machine code holds."""
+    out = []
+    written = {"bf16": 2, "fp32": 4, "fp32 to bf16": 2}
+    for r in reports:
+        dtype = r.variant.removeprefix("grpo_loss ").removesuffix(" plain")
+        if dtype not in written or len(r.sweeps) < 2:
+            continue
+        moved = 2 * (2 if dtype == "bf16" else 4) + written[dtype]
+        for gpu in sass.GPUS:
+            if gpu.arch == r.arch:
+                found = sass.predict(gpu, r.sweeps, *PREDICTED, moved)
+                out.append({"variant": r.variant, **asdict(found), "total": found.total})
+    return out
 
 
 def main() -> None:
@@ -175,13 +221,23 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the reports here")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS))
+    parser.add_argument("--only", default="", help="variants whose name holds this")
     args = parser.parse_args()
-    reports = [build(v, arch) for v in variants() for arch in args.arch]
-    print(f"{'kernel':34}{'target':>8}{'registers':>11}{'shared B':>10}{'spills B':>10}")
+    reports = [build(v, arch) for v in variants() if args.only in v.name for arch in args.arch]
+    print(f"{'kernel':40}{'target':>8}{'registers':>11}{'shared B':>10}{'spills B':>10}")
     for r in reports:
-        print(f"{r.variant:34}{'sm_' + str(r.arch):>8}{r.registers:11}{r.shared_bytes:10}{r.spill_bytes:10}")
+        print(f"{r.variant:40}{'sm_' + str(r.arch):>8}{r.registers:11}{r.shared_bytes:10}{r.spill_bytes:10}")
+    print_counts(reports)
+    rows, vocabulary = PREDICTED
+    print(f"\npredicted, not measured: T={rows}, V={vocabulary}, statistics and gradient, milliseconds")
+    print(f"{'kernel':34}{'GPU':>12}{'memory':>9}{'instructions':>14}{'busiest':>9}{'predicted':>11}")
+    found = predictions(reports)
+    for p in found:
+        times = f"{p['memory']:9.2f}{p['instructions']:14.2f}{p['busiest']:>9}{p['total']:11.2f}"
+        print(f"{p['variant']:34}{p['gpu']:>12}{times}")
     if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+        whole = {"kernels": [asdict(r) for r in reports], "predicted": found}
+        args.json.write_text(json.dumps(whole, indent=1) + "\n")
     raise SystemExit(any(r.spill_bytes for r in reports))
 
 

@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,15 +97,16 @@ def run(case: Case, folder: Path) -> Measured:
     late = sum(float(line[4]) for line in lines) / sum(float(line[3]) for line in lines) - 1
     planned = case.steps * case.questions * K
     assert len(rollouts) >= planned, f"{len(rollouts)} rollouts in the log, expected {planned}"
-    first, last = steady_part(((index // case.questions, start) for index, start, _ in rollouts), SKIP)
+    first, last = steady_part(planned_starts(case, ((index, start) for index, start, _ in rollouts)), SKIP)
     spans = [(start, start + seconds) for _, start, seconds in rollouts]
     trained = [m for m in read_metrics(out) if "main/time/step" in m]
     step_s = statistics.median(m["main/time/step"] - m["main/time/wait_batch"] for m in trained)
     sync_s = max(0.0, turnaround(case, rollouts) - step_s)
     outcome = simulate(case, step_s, sync_s)
+    steady = steady_part(planned_starts(case, ((f.index, f.start) for f in outcome.flights)), SKIP)
     needed = [seconds for index, _, seconds in rollouts if index < case.steps * case.questions]
     return Measured(
-        case, busy_share(spans, SLOTS, first, last), outcome.busy(*outcome.steady(SKIP)),
+        case, busy_share(spans, SLOTS, first, last), outcome.busy(*steady),
         max(end for _, end in spans) - min(start for start, _ in spans), sum(needed) / SLOTS,
         least_seconds(case.questions, K, SLOTS, case.max_lag, case.steps, case.sigma, MEDIAN),
         sum(m["main/time/wait_batch"] for m in trained) / sum(m["main/time/step"] for m in trained),
@@ -114,6 +115,12 @@ def run(case: Case, folder: Path) -> Measured:
         step_s,
         sync_s,
     )  # fmt: skip
+
+
+def planned_starts(case: Case, starts: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+    """(step, start) of the rollouts that the run trains on, of (group, start) of all: the store admits groups beyond
+    the last step, which a run that ends has begun or not."""
+    return ((i // case.questions, start) for i, start in starts if i < case.steps * case.questions)
 
 
 def turnaround(case: Case, rollouts: Sequence[tuple[int, float, float]]) -> float:

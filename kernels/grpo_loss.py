@@ -64,7 +64,7 @@ def kl_slope(diff, bound, KL: tl.constexpr):
 @triton.jit(do_not_specialize=["n"])
 def grpo_loss_kernel(
     logits,  # (T, V)
-    grad,  # (T, V), may be the logits; not written without NEED_GRAD
+    grad,  # (T, V), may be the logits (of a type of its own where it is not); not written without NEED_GRAD
     target_ids,  # int64 (T,)
     seq_id,  # int64 (T,), trajectory of each row
     policy_weight,  # float32 (T,), mask x sequence weight x normaliser x what is known of the correction
@@ -107,6 +107,7 @@ def grpo_loss_kernel(
     NEED_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -147,7 +148,7 @@ def grpo_loss_kernel(
     wanted = tl.load(target_ids + row)
     row_ptr = logits + row * stride
     if active:
-        m, s, b = row_statistics(row_ptr, vocabulary, k, BLOCK, VEC)
+        m, s, b = row_statistics(row_ptr, vocabulary, k, BLOCK, VEC, TILES)
         here = (wanted >= 0) & (wanted < vocabulary)
         z = tl.load(row_ptr + wanted, mask=here, other=float("nan")).to(tl.float32)
         log_sum = tl.log(s)
@@ -198,6 +199,7 @@ def grpo_loss_kernel(
                 e * inverse_temperature,
                 ENTROPY,
                 BLOCK,
+                TILES,
             )
         else:
             write_zeros(out_ptr, vocabulary, BLOCK)

@@ -115,3 +115,57 @@ def _compare(
     torch.testing.assert_close(got[0].double(), exact[0].double(), rtol=1e-3, atol=1e-3)
     for name in METRICS:
         torch.testing.assert_close(got[1][name].double(), exact[1][name].double(), rtol=1e-3, atol=1e-3)
+
+
+FAR = tuple(sign * gap for gap in (50.0, 88.0, 89.0, 95.0, 200.0, 1e3, 1e4) for sign in (1.0, -1.0))
+"""Log-ratios around and beyond 88.7, where exp overflows in float32."""
+
+
+def far_configs() -> list[GrpoLossConfig]:
+    """Every loss type at both ends of log_ratio_clip, each correction and KL estimator with some."""
+    out: list[GrpoLossConfig] = []
+    corrections, estimators = get_args(Correction), (None, *get_args(KlEstimator))
+    for i, (loss_type, bound) in enumerate((t, b) for t in LOSS_TYPES for b in (20.0, 60.0)):
+        more = {"log_ratio_clip": bound, "correction": corrections[i % 5]}
+        if estimator := estimators[i % 4]:
+            more |= {"kl_coef": 0.1, "kl_estimator": estimator}
+        if loss_type in CLIPPED and i % 3 == 0:
+            more["delta"] = 4.0
+        out += [settings(loss_type, **more), settings(loss_type, log_ratio_clip=bound)]
+    return out
+
+
+def check_far(impls: tuple[str, ...], configs: list[GrpoLossConfig]) -> None:
+    """Log-ratios of 50 to 1e4 nats of both signs, under advantages of both: loss, metrics and every gradient (d weight
+    too, which one row that is not finite would spoil) are finite, no row counts as one that is not, and where the clip
+    holds a token its gradient is 0."""
+    n = 2 * len(FAR)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, 5, generator=g)
+    weight = torch.randn(9, 5, generator=g)
+    ids = torch.randint(0, 9, (n,), generator=g)
+    logp = (hidden @ weight.t()).double().log_softmax(1).gather(1, ids[:, None]).squeeze(1)
+    gap = torch.tensor(FAR * 2, dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0]).repeat_interleave(len(FAR))
+    held = (gap > 0) == (advantages > 0)
+    for number, config in enumerate(configs):
+        data = {
+            "hidden": hidden,
+            "weight": weight,
+            "target_ids": ids,
+            "cu_seqlens": torch.arange(n + 1, dtype=torch.int32),
+            "advantages": advantages,
+            "ref_logprobs": (logp + gap.flip(0)).float(),
+            "rollout_logprobs": (logp - gap - gap.roll(1)).float(),
+        }
+        if number % 4 != 3:
+            data["old_logprobs"] = (logp - gap).float()
+        for impl in impls:
+            loss, metrics, *grads = run_head(data, config, torch.float32, impl)
+            case = (impl, config, "old_logprobs" in data)
+            assert bool(loss.isfinite()) and all(bool(x.isfinite().all()) for x in grads), case
+            assert all(bool(metrics[name].isfinite()) for name in METRICS), (case, metrics)
+            assert int(metrics["nonfinite_rows"]) == 0, case
+            plain = config.kl_coef == 0 and config.type in CLIPPED
+            if plain and "old_logprobs" in data:
+                assert not grads[0][held].any(), case

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mgrpo.config import load_config
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.config.policy import LoraConfig, PolicyConfig
+from mgrpo.config.policy import LoraConfig, MeshConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.loading import load_policy
 from mgrpo.model.policy import Policy, save_adapter, save_policy, state_of, trained_state
@@ -232,3 +232,10 @@ def test_they_do_not_travel_alone(engine: str) -> None:
     ]
     with pytest.raises(ConfigError, match=r"cannot carry the adapters of experts, .*'experts\.down_proj'"):
         load_config(RELAY, sets)
+
+
+def test_they_are_not_spread_over_ranks() -> None:
+    """With experts on ranks of their own adapters are for the attention."""
+    with pytest.raises(ValueError, match=r"mesh\.ep=2 and lora\.targets with 'experts\.down_proj' exclude"):
+        config_of("q_proj", "experts.down_proj", mesh=MeshConfig(dp=2, ep=2))
+    config_of("q_proj", mesh=MeshConfig(dp=2, ep=2))

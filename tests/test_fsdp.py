@@ -200,7 +200,7 @@ def test_the_batcher_deals_a_step_out_to_the_ranks(recorded: Path) -> None:
         parts = []
         for role in ("main", "left"):
             body = recording.steps[role, 1].body()
-            body.settings.ranks = ranks
+            body.settings.ranks = body.settings.data_ranks = ranks
             batch, whole = replayer._build(role, 1, body)
             assert batch is not None and whole
             parts.append(batch)

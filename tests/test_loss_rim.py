@@ -16,7 +16,7 @@ from mgrpo.losses.builtin import KINDS, Grpo
 from mgrpo.ops import check, encoding, native
 from mgrpo.ops.token_loss import kl_term
 from tests.loss_grid import CLIPPED, LOSS_TYPES, grid_batch, run_logits, settings
-from tests.loss_rim import check_rim, rim_configs
+from tests.loss_rim import check_far, check_rim, far_configs, rim_configs
 
 IMPLS = ("reference", "cpu")
 NAMES = ("type", "ratio_level", "kl_estimator", "correction", "estimator")
@@ -25,6 +25,11 @@ NAMES = ("type", "ratio_level", "kl_estimator", "correction", "estimator")
 def test_the_rim_is_finite_and_the_float64_references() -> None:
     """Every loss type, correction and KL estimator of the config, over log-ratios of 400 to -400 nats."""
     check_rim(IMPLS, rim_configs())
+
+
+def test_log_ratios_beyond_float32s_exponent() -> None:
+    """No NaN, and no gradient where the clip holds the token, in any backend."""
+    check_far(IMPLS, far_configs())
 
 
 def one_token(log_ratio: float, advantage: float, dtype: torch.dtype, impl: str, **more: Any) -> Any:

@@ -13,12 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mgrpo.config.policy import LoraConfig, PolicyConfig
+from mgrpo.config.policy import LoraConfig, MeshConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.head_guard import backbone_of
 from mgrpo.model.loading import blank_policy, load_policy
@@ -26,6 +25,7 @@ from mgrpo.model.policy import Policy, save_policy
 from mgrpo.model.precision import Precision
 from mgrpo.model.trained import choose_trained
 from mgrpo.model.weight_slices import WeightFiles
+from mgrpo.trainers.torch.mesh import RankMesh
 from mgrpo.trainers.torch.shard import allocate, begin_adapters, divide
 from tests.families import FAMILIES, family
 from tests.live_bytes import peak_bytes
@@ -38,10 +38,10 @@ RANK_OF = {2: 1, 3: 0, 4: 2}
 
 @contextmanager
 def as_one_of(size: int) -> Iterator[Any]:
-    """The mesh of `size` ranks as one of them sees it; nothing is sent."""
+    """The grid of `size` ranks as one of them sees it; nothing is sent."""
     dist.init_process_group("fake", store=FakeStore(), rank=RANK_OF[size], world_size=size)
     try:
-        yield init_device_mesh("cpu", (size,))
+        yield RankMesh(MeshConfig(), size, "cpu")
     finally:
         dist.destroy_process_group()
 

@@ -20,7 +20,7 @@ MAY_CHANGE = (
     *("store", "link", "rollout", "eval", "record", "metrics"),
     *("trainer.steps", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
     *("trainer.stop_timeout", "trainer.threads"),
-    *("agents.<role>.url", "agents.<role>.policy.ranks"),
+    *("agents.<role>.url", "agents.<role>.policy.ranks", "agents.<role>.policy.mesh"),
     *(f"agents.<role>.engine.{key}" for key in ("urls", "replicas", "python", "folder", "timeout")),
 )
 """Settings and sections that a resumed run may change: how long, where and by how many processes it is computed, how

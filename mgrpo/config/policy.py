@@ -31,6 +31,30 @@ class LoraConfig(Settings):
         return tuple(value) if isinstance(value, list) else value  # TOML has no tuples
 
 
+class MeshConfig(Settings):
+    """What the ranks of one trainer divide among them: replicate x dp x cp x tp ranks, those of one tp group side by
+    side. What a model cannot be cut into is refused when it is loaded."""
+
+    dp: int = Field(0, ge=0)
+    """Ranks with micro-batches of their own, over which every weight is sharded (FSDP2). 0: as many as policy.ranks
+    leaves for it."""
+    tp: int = Field(1, ge=1)
+    """Ranks that compute each micro-batch together, each with its part of the attention heads, the feed-forward blocks
+    and the vocabulary, after the tensor-parallel plan that transformers has for the model."""
+    ep: int = Field(1, ge=1)
+    """Ranks that a mixture's experts are spread over, tokens being sent to them (all-to-all). They are those of dp and
+    tp: a multiple of tp that divides dp * tp."""
+    cp: int = Field(1, ge=1)
+    """Ranks that divide each sequence among them. Only 1 so far."""
+    replicate: int = Field(1, ge=1)
+    """Copies of the sharded weights (HSDP): a weight is gathered within one copy, its gradient summed over all."""
+
+    @property
+    def copies(self) -> int:
+        """Ranks that a rank of the dp dimension counts for."""
+        return self.replicate * self.cp * self.tp
+
+
 class PolicyConfig(Settings):
     """How the trainer holds and computes one agent's policy."""
 
@@ -55,6 +79,8 @@ class PolicyConfig(Settings):
     aux_loss_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of the load-balancing loss of a mixture of experts, e.g. 1e-3; 0: none. It costs one more forward pass of
     each minibatch, over which the load is counted first (docs/models.md)."""
+    train_router: bool = True
+    """false: the routers of a mixture of experts stay as they are. With adapters they do anyway."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in the backward pass."""
     activation_offload: bool = False
@@ -63,7 +89,46 @@ class PolicyConfig(Settings):
     """Train only the last n decoder layers and the final norm; 0: everything."""
     lora: LoraConfig = LoraConfig()
     ranks: int = Field(1, ge=1)
-    """Processes of this agent's trainer: the policy is sharded over them (FSDP2), the batch divided among them."""
+    """Processes of this agent's trainer: the policy is sharded over them, the batch divided among them, as policy.mesh
+    says. Not given, it is the product of mesh.replicate, mesh.dp, mesh.cp and mesh.tp."""
+    mesh: MeshConfig = MeshConfig()
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks with micro-batches of their own; each batch is computed by ranks / data_ranks of them together."""
+        return self.ranks // (self.mesh.cp * self.mesh.tp)
+
+    @model_validator(mode="after")
+    def _ranks_of_the_mesh(self) -> PolicyConfig:
+        mesh, ranks = self.mesh, self.ranks
+        product = mesh.copies * max(1, mesh.dp)
+        if "ranks" not in self.model_fields_set:
+            object.__setattr__(self, "ranks", ranks := product)
+        if ranks != product if mesh.dp else ranks % product:
+            shape = f"replicate={mesh.replicate}{f' * dp={mesh.dp}' if mesh.dp else ''} * cp={mesh.cp} * tp={mesh.tp}"
+            raise ValueError(
+                f"ranks={ranks} should be {'' if mesh.dp else 'a multiple of '}mesh {shape} = {product}"
+            )
+        if mesh.cp > 1:
+            raise ValueError(
+                f"mesh.cp={mesh.cp}: sequences are not divided among ranks yet; use 1, and mesh.tp or mesh.dp"
+            )
+        inner = ranks // mesh.replicate
+        if mesh.ep > 1 and (mesh.ep % mesh.tp or inner % mesh.ep):
+            raise ValueError(
+                f"mesh.ep={mesh.ep} should be a multiple of tp={mesh.tp} that divides dp * tp = {inner}"
+            )
+        if mesh.ep > 1 and self.lora.rank and (fused := [t for t in self.lora.targets if "." in t]):
+            raise ValueError(
+                f"mesh.ep={mesh.ep} and lora.targets with {fused[0]!r} exclude each other: the plans that spread "
+                "experts know no adapters of theirs; adapt the attention, or use mesh.dp"
+            )
+        if mesh.tp > 1 and self.lora.rank:
+            raise ValueError(
+                f"mesh.tp={mesh.tp} and lora.rank={self.lora.rank} exclude each other: the plans that cut a model into "
+                "heads know no adapters; use mesh.dp"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_choice_of_parameters(self) -> PolicyConfig:
@@ -71,6 +136,8 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f"lora.rank={self.lora.rank} and last_layers={self.last_layers} exclude each other"
             )
+        if self.lora.rank and not self.train_router:
+            raise ValueError(f"train_router=false has no effect with lora.rank={self.lora.rank}")
         if self.activation_offload and self.device == "cpu":
             raise ValueError('activation_offload has no effect with device "cpu"')
         if self.attention == "flash" and self.device == "cpu":

@@ -416,6 +416,11 @@ class RunConfig(Settings):
         owner = self.agents[self.policy_of(role)]
         return 1 if owner.frozen else owner.policy.ranks
 
+    def data_ranks(self, role: str) -> int:
+        """Of those, the ranks that get micro-batches of their own."""
+        owner = self.agents[self.policy_of(role)]
+        return 1 if owner.frozen else owner.policy.data_ranks
+
     @property
     def policy_roles(self) -> tuple[str, ...]:
         """The roles with a policy, and so a trainer, of their own."""

@@ -60,6 +60,7 @@ def check_engines(agents: Mapping[str, AgentConfig]) -> None:
     for role, agent in agents.items():
         if agent.shares is None:
             _check_adapters(role, agent)
+            _check_direct(role, agent)
             if agent.engine.engine_of is not None:
                 _check_guest(agents, role, agent.engine.engine_of)
             _check_urls(agents, role, users)
@@ -82,6 +83,15 @@ def _check_adapters(role: str, agent: AgentConfig) -> None:
         raise ValueError(
             f"agents.{role}.engine.{engine.adapter_setting} needs agents.{role}.model: the adapter alone is sent to "
             "the rollout workers, which take the base model from there"
+        )
+
+
+def _check_direct(role: str, agent: AgentConfig) -> None:
+    mesh = agent.policy.mesh
+    if agent.engine.direct and (mesh.tp, mesh.ep, mesh.replicate) != (1, 1, 1):
+        raise ValueError(
+            f"agents.{role}.policy.mesh tp={mesh.tp}, ep={mesh.ep}, replicate={mesh.replicate}: ranks send weights "
+            f'straight to servers only where dp alone divides them; use agents.{role}.engine.sync "fs" or "patch"'
         )
 
 

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
+CUTS = ("tp", "ep")
+"""Sides of a mesh of ranks along which a model computes with parts of its weights (policy.mesh)."""
+
+
 def compute_dtype(config: PolicyConfig) -> torch.dtype:
     """What the backbone computes in."""
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -112,7 +116,9 @@ class Precision:
         self._float32 = {id(module) for module in float32_modules(model)}
         backbone = backbone_of(model, name)
         inside: set[int] = set()
-        for unit in (*decoder_layers(model, name), backbone, model.get_output_embeddings()):
+        # Experts that are spread over ranks are gathered by themselves, after their layer.
+        experts = [m for path, m in model.named_modules() if path.endswith(".experts") and config.mesh.ep > 1]
+        for unit in (*experts, *decoder_layers(model, name), backbone):
             modules = [module for module in unit.modules() if id(module) not in inside]
             inside |= {id(module) for module in modules}
             forward = functools.partial(self._run, _places(modules), unit.forward)
@@ -181,7 +187,10 @@ class Precision:
         ):  # that of a unit of its own within this one
             return None
         if self._exact:
-            return None if parameter.dtype == torch.float32 else self.whole(module, name)
+            if parameter.dtype == torch.float32:
+                return None
+            master = self._masters.get((id(module), name))
+            return parameter.float() if master is None else _gathered(master, parameter)
         if parameter.dtype == self.dtype or type(module) is nn.Embedding or id(module) in self._float32:
             return None
         copy = self._copy_of(parameter)
@@ -204,6 +213,21 @@ class Precision:
         return output.float() if self._exact else output.to(self.dtype)
 
 
+def _gathered(master: Any, place: Tensor) -> Tensor:
+    """A sharded master in float32 as FSDP2 gathers it to `place`: whole, but for what the model itself is cut along."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = master.device_mesh
+    names = mesh.mesh_dim_names or ()
+    cut = [p if name in CUTS else Replicate() for name, p in zip(names, master.placements, strict=True)]
+    found: Tensor = master.redistribute(placements=cut).to_local().float()
+    for name, placement in zip(names, cut, strict=True):
+        if name in CUTS and isinstance(place, DTensor):  # else its module computes with local tensors
+            return DTensor.from_local(found, mesh[name], [placement], run_check=False)
+    whole: Tensor = found if found.shape == place.shape else master.full_tensor().float()
+    return whole
+
+
 class _Linked(torch.autograd.Function):
     """A master's copy, whose gradient goes to the master in the master's dtype."""
 
@@ -218,9 +242,12 @@ class _Linked(torch.autograd.Function):
 
 
 def _is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP2 has yet to gather it; what is gathered may still be a part that the model is cut into."""
     from torch.distributed.tensor import DTensor
 
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor) and any(
+        name not in CUTS for name in tensor.device_mesh.mesh_dim_names or ("",)
+    )
 
 
 def _places(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:

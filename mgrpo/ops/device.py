@@ -18,10 +18,12 @@ from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops.encoding import code, term_code
 from mgrpo.ops.token_loss import Tokens
 
-BLOCK = 8192
-"""Logits a program holds at a time."""
-VEC = 8
-"""Neighbouring logits that a thread takes at a time: 16 bytes of bfloat16."""
+THREADS = 1024
+"""Of a program on a row whose vocabulary and strides are multiples of 16."""
+VEC_BYTES = 16
+"""Neighbouring logits that a thread loads at a time: what one instruction loads."""
+TILE_BYTES = 32
+"""Of a thread's logits on their way at a time, where the row is long enough."""
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024
 GROUP_BLOCK = 32
 """Rewards a program reduces at a time; with 64 the loss spills on sm_100."""
@@ -82,7 +84,7 @@ def loss_rows(
     config = loss.config
     low, high = config.correction_bounds
     out = logits if grad is None else grad
-    launch = _launch(v, logits.stride(0), out.stride(0))
+    launch = _launch(logits, v, out.stride(0))
     with _on(logits):
         if t:
             loss_kernels.grpo_loss_kernel[(t,)](
@@ -131,7 +133,8 @@ def loss_rows(
                 HAS_OLD=tokens.old_logprobs is not None,
                 NEED_GRAD=grad is not None,
                 BLOCK=launch.block,
-                VEC=VEC,
+                VEC=launch.vec,
+                TILES=launch.tiles,
                 BLOCK_N=GROUP_BLOCK,
                 num_warps=launch.warps,
                 maxnreg=launch.registers,
@@ -142,26 +145,35 @@ def loss_rows(
 
 
 class Launch(NamedTuple):
-    """How a kernel of whole rows is launched: BLOCK, warps, and the registers a thread may take."""
+    """How a kernel of whole rows is launched: logits of all its threads at a time (BLOCK), of one thread (VEC), BLOCKs
+    that are loaded together (TILES), warps, and the registers a thread may take."""
 
     block: int
+    vec: int
+    tiles: int
     warps: int
     registers: int
 
 
-def row_launch(aligned: bool) -> Launch:
-    """aligned: vocabulary and row strides are multiples of 16, so that a thread loads 16 bytes at a time.
+def row_launch(aligned: bool, element_size: int) -> Launch:
+    """aligned: vocabulary and row strides are multiples of 16, so that a thread loads 16 bytes at a time. element_size:
+    bytes of a logit.
 
     A multiprocessor works on one row, with all its threads: of the few rows in flight more is still in the L2 cache
-    when the gradient sweep reads them again than with 8 warps and four times the rows (docs/kernels.md has the times).
-    Rows that are not aligned take more registers than 32 warps have. Left to choose the registers, ptxas squeezes some
-    kernels for a second row on the multiprocessor, and spills.
+    when the gradient sweep reads them again than with 8 warps and four times the rows. Rows that are not aligned take
+    more registers than 32 warps have. Left to choose the registers, ptxas squeezes some kernels for a second row on the
+    multiprocessor, and spills.
     """
-    return Launch(BLOCK, 32, 64) if aligned else Launch(max(BLOCK // 2, VEC), 16, 128)
+    vec = VEC_BYTES // element_size
+    tiles = TILE_BYTES // VEC_BYTES
+    if aligned:
+        return Launch(THREADS * vec, vec, tiles, 32, 64)
+    return Launch(max(THREADS // 2, 1) * vec, vec, 1, 16, 128)
 
 
-def _launch(*sizes: int) -> Launch:
-    return row_launch(all(size % 16 == 0 for size in sizes))
+def _launch(logits: Tensor, *sizes: int) -> Launch:
+    aligned = all(size % 16 == 0 for size in (logits.stride(0), *sizes))
+    return row_launch(aligned, logits.element_size())
 
 
 def row_partials(
@@ -172,7 +184,7 @@ def row_partials(
     maximum = torch.empty(t, dtype=torch.float32, device=logits.device)
     out = (maximum, torch.empty_like(maximum), torch.empty_like(maximum), torch.empty_like(maximum))
     active_rows = target_ids if active is None else active.to(torch.uint8)
-    launch = _launch(v, logits.stride(0))
+    launch = _launch(logits, v)
     with _on(logits):
         if t:
             row_kernels.partials_kernel[(t,)](
@@ -185,7 +197,8 @@ def row_partials(
                 math.log2(math.e) / temperature,
                 HAS_ACTIVE=active is not None,
                 BLOCK=launch.block,
-                VEC=VEC,
+                VEC=launch.vec,
+                TILES=launch.tiles,
                 num_warps=launch.warps,
                 maxnreg=launch.registers,
             )
@@ -201,7 +214,7 @@ def row_gradients(
 ) -> None:
     """As native.row_gradients."""
     t, v = logits.shape
-    launch = _launch(v, logits.stride(0), grad.stride(0))
+    launch = _launch(logits, v, grad.stride(0))
     with _on(logits):
         if t:
             row_kernels.gradient_kernel[(t,)](
@@ -215,6 +228,7 @@ def row_gradients(
                 math.log2(math.e) / temperature,
                 1.0 / temperature,
                 BLOCK=launch.block,
+                TILES=launch.tiles,
                 num_warps=launch.warps,
                 maxnreg=launch.registers,
             )

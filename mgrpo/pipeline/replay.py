@@ -149,7 +149,8 @@ class Replayer:
             if len(rollouts) < recorded.k:
                 return None, False
             groups.append(_claimed(self._config, role, query, index, rollouts, tokens))
-        builder = BatchBuilder(self._config, role, tokens, recorded.settings.ranks)
+        settings = recorded.settings
+        builder = BatchBuilder(self._config, role, tokens, settings.data_ranks or settings.ranks)
         return builder.build(step, groups), tokens.whole
 
     @staticmethod

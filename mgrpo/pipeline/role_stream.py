@@ -49,7 +49,7 @@ class RoleStream:
             key=client_keys(addresses, role),
             timeout=config.store.timeout,
         )
-        self.builder = BatchBuilder(config, role, self.trajectory_log, config.ranks(role))
+        self.builder = BatchBuilder(config, role, self.trajectory_log, config.data_ranks(role))
         self.recorder = StepRecorder(config.record, folder / "record", role, self._log)
 
     def claim(self, step: int, is_wanted: Callable[[], bool]) -> list[ClaimedGroup]:

@@ -190,7 +190,8 @@ class TrainerLoop:
             prepared = self._ahead.take(step, self._check_stop)
             began = time.monotonic()
             lr = learning_rate(self._agent.optimizer, step, trainer.steps)
-            settings = StepSettings(lr, trainer.threads, self._config.ranks(self._role))
+            ranks, data_ranks = self._config.ranks(self._role), self._config.data_ranks(self._role)
+            settings = StepSettings(lr, trainer.threads, ranks, data_ranks)
             recompute = trainer.old_logprobs == "recompute"
             learned = self._trainer.train(merge_streams(prepared.batches), recompute, lr)
             trained = time.monotonic()

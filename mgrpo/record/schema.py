@@ -118,6 +118,7 @@ class StepSettings(msgspec.Struct, gc=False):
     lr: float
     threads: int  # of the trainer process
     ranks: int  # processes of the trainer
+    data_ranks: int = 0  # of those, with micro-batches of their own; 0: all, as in older records
 
 
 class StepBody(msgspec.Struct, gc=False):

@@ -21,6 +21,7 @@ from mgrpo.model.policy import Policy
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.selective_logprob import selective_logprob
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
+from mgrpo.trainers.torch.mesh import by_mesh, clip_gradient
 from mgrpo.trainers.torch.ranks import Ranks
 
 _NAMES = {  # what the loss reports -> what the run calls it
@@ -117,13 +118,11 @@ class Learner:
                 means.add(self._backward(rows, batch.denominator, load, balance))
             else:  # the others gather weights in this micro-step, which takes every rank
                 self._backward(_blank(), batch.denominator)
-        means.join(self.ranks)
+        means.join(self.ranks, self.policy.config.mesh.tp)
         if not means.tokens:
             return {}
         balance = balance or self._balance(load)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.grad_clip, foreach=True)
-        if self.ranks.size > 1:
-            norm = norm.full_tensor()  # type: ignore[attr-defined]  # of the gradient on all ranks
+        norm = clip_gradient(list(self.policy.parameters()), self.grad_clip)
         result = means.result()
         if not torch.isfinite(norm) or result["nonfinite_rows"]:
             raise NumericsError(
@@ -151,7 +150,8 @@ class Learner:
     def _balance(self, load: moe.RouterLoad) -> moe.Balance:
         if not self.policy.routing.routers:
             return moe.Balance([])
-        return moe.Balance(self.ranks.gather(load.packed()))
+        same = self.policy.config.mesh.tp  # ranks, side by side, that have the same tokens
+        return moe.Balance(self.ranks.gather(load.packed())[::same])
 
     def _backward(
         self,
@@ -211,8 +211,9 @@ def new_learner(
 ) -> Learner:
     """A learner with the optimizer that the agent's config asks for, before its first step."""
     o = agent.optimizer
+    groups = [{"params": group} for group in by_mesh(policy.parameters())]
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, **adamw_way(policy.device)
+        groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, **adamw_way(policy.device)
     )
     return Learner(policy, optimizer, agent.loss, o.grad_clip, reference, ranks)
 
@@ -228,11 +229,11 @@ class _Means:
         self.tokens += part[0]
         self._parts.append(part)
 
-    def join(self, ranks: Ranks) -> None:
-        """Take in what the other ranks have, in the order of ranks."""
+    def join(self, ranks: Ranks, same: int) -> None:
+        """Take in what the other ranks have, in the order of ranks. same: ranks, side by side, that have the same."""
         if ranks.size > 1:
             mine = [(n, {name: float(value) for name, value in part.items()}) for n, part in self._parts]
-            self._parts = [part for parts in ranks.gather(mine) for part in parts]
+            self._parts = [part for parts in ranks.gather(mine)[::same] for part in parts]
             self.tokens = sum(n for n, _ in self._parts)
 
     def result(self) -> dict[str, float]:

@@ -28,18 +28,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import attention, head_guard, lora
 from mgrpo.model.loading import BlankPolicy, blank_policy
+from mgrpo.model.mesh import check_mesh
 from mgrpo.model.parts import part_of
 from mgrpo.model.policy import Policy, WithoutAdapters
 from mgrpo.model.precision import float32_modules, fsdp_policy
 from mgrpo.model.trained import choose_trained, recompute_layers
+from mgrpo.trainers.torch.mesh import RankMesh, whole_head
 from mgrpo.trainers.torch.ranks import Ranks
 
 T = TypeVar("T")
@@ -48,8 +49,10 @@ T = TypeVar("T")
 def load_sharded(path: str | Path, config: PolicyConfig, ranks: Ranks, frozen: bool = False) -> ShardedPolicy:
     """The policy in the folder `path`, which every rank reads its part of: a collective. frozen: nothing of it trains.
 
-    Raises ConfigError as load_policy does, on every rank where it is raised on one, and where ranks find other files.
+    Raises ConfigError as load_policy does, on every rank where it is raised on one, and where ranks find other files or
+    the model cannot be cut as policy.mesh asks.
     """
+    together(ranks, lambda: check_mesh(Path(path), config))
     blank = together(ranks, lambda: blank_policy(path, config))
     for rank, found in enumerate(ranks.gather(blank.digest)):
         if found != blank.digest:
@@ -106,7 +109,7 @@ class ShardedPolicy(Policy):
         self.precision.keeps_copies = False
         recompute_layers(model, self.config, name)
         self._tied = head.weight is model.get_input_embeddings().weight
-        divide(model, self._trunk, init_device_mesh(self._home.type, (self._ranks.size,)), self.config)
+        divide(model, self._trunk, RankMesh(self.config.mesh, self._ranks.size, self._home.type), self.config)
         allocate(model, self._home)
         together(self._ranks, lambda: self._blank.parts.read_into(model))
         begin_adapters(model)
@@ -131,8 +134,7 @@ class ShardedPolicy(Policy):
         weight = module.weight
         assert isinstance(weight, Tensor)
         if isinstance(weight, DTensor):
-            whole: Tensor = weight.full_tensor(grad_placements=(Partial(),))
-            return whole
+            return whole_head(weight)
         return weight.float() if self._dtype == torch.float32 else weight
 
     @property
@@ -169,7 +171,7 @@ def gather_to_main(tensor: Tensor) -> Tensor:
     hold no more than theirs, and get that. Any other tensor as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    if tensor.placements != (Shard(0),):
+    if tensor.placements != (Shard(0),) or tensor.device_mesh.size() < dist.get_world_size():
         return tensor.full_tensor()
     own = tensor.to_local()
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -185,17 +187,20 @@ def gather_to_main(tensor: Tensor) -> Tensor:
     return whole
 
 
-def divide(model: Any, backbone: Any, mesh: DeviceMesh, config: PolicyConfig) -> None:
-    """Have each rank of `mesh` hold its part of the parameters, which may lie on the meta device: a decoder layer is a
+def divide(model: Any, backbone: Any, grid: RankMesh, config: PolicyConfig) -> None:
+    """Have each rank of `grid` hold its part of the parameters, which may lie on the meta device: a decoder layer is a
     unit of its own, and so are the rest of the backbone and a head that is not tied."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied, how = head.weight is embedding.weight, fsdp_policy(config)
+    tied, how, mesh = head.weight is embedding.weight, fsdp_policy(config), grid.data
+    for experts in grid.cut(model):
+        fully_shard(experts, mesh=grid.experts, mp_policy=how)
     if config.dtype != "float32":
         for module in float32_modules(model):
             fully_shard(module, mesh=mesh)
-        if tied and type(embedding) is nn.Embedding:
-            # One float32 sum of both gradients, and a head in whatever it is multiplied.
-            fully_shard(embedding, mesh=mesh, reshard_after_forward=False)
+        if (
+            type(embedding) is nn.Embedding
+        ):  # looked up in float32, as on one rank; a tied head needs it until the end
+            fully_shard(embedding, mesh=mesh, reshard_after_forward=not tied)
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in reversed([m for m in backbone.modules() if type(m).__name__ in names]):  # inner ones first
         fully_shard(module, mesh=mesh, mp_policy=how)

@@ -125,8 +125,10 @@ class TorchTrainer(PolicyTrainer):
         """See PolicyTrainer. lr None leaves the optimizer's."""
         if self._direct is not None:
             self._direct.change()
-        size = self._ranks.size
-        shards = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
+        same = self._agent.policy.mesh.tp  # ranks that compute a micro-batch together
+        size = self._ranks.size // same
+        parts = [([batch.shard(rank, size) for batch in batches], recompute_old, lr) for rank in range(size)]
+        shards = [part for part in parts for _ in range(same)]
         self._finish_reading()
         self._ranks.broadcast("train", shards)
         return self._train(*shards[0])

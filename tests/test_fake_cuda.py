@@ -1,0 +1,205 @@
+"""Every path of the trainer that a GPU would run, on tensors that pass for a GPU's (fake_cuda.py): nothing lies on the
+wrong device or in the wrong dtype, results are the CPU's, and the host waits for the device where docs/kernels.md says
+so and nowhere else.
+
+Triton's interpreter is chosen when the kernels are imported, so the tests run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mgrpo.config.policy import PolicyConfig
+from mgrpo.model.policy import Policy
+from mgrpo.model.probe import probe, probe_ids
+from mgrpo.model.stream import WeightStream
+from mgrpo.trainers.batch import MiniBatch
+from mgrpo.trainers.torch.learner import Learner, logprobs_of
+from mgrpo.weights.publisher import WeightPublisher
+from tests.families import family
+from tests.loss_grid import settings
+from tests.models import tiny_tokenizer
+from tests.rows import rows_of
+from tests.test_attention import MODELS
+
+ROOT = Path(__file__).parent.parent
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETING, reason="run by test_device_paths_without_a_device")
+numpy_warns = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+seen: Counter[str] = Counter()
+"""Every wait of the tests of this process."""
+
+
+@pytest.mark.skipif(INTERPRETING, reason="is the process that it starts")
+@pytest.mark.timeout(1200)
+def test_device_paths_without_a_device() -> None:
+    """Run this file's tests with TRITON_INTERPRET=1; their failures are printed."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1150)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from tests.fake_cuda import fake_cuda
+
+    torch.set_num_threads(1)
+    with fake_cuda(monkeypatch) as device:
+        yield device
+        seen.update(device.waits)
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    return (MODELS[name]() if name in MODELS else family(name)).eval()
+
+
+def policy_of(name: str, device: str, **more: Any) -> Policy:
+    from tests.fake_cuda import put
+
+    config = PolicyConfig.model_validate({"device": device, **more})
+    model = model_of(name)
+    return Policy(put(model) if device == "cuda" else model, tiny_tokenizer(), name, config)
+
+
+def minibatch() -> MiniBatch:
+    rows = rows_of(1, near=True)
+    parts = [rows.rows(torch.arange(len(rows.lengths)) % 2 == i) for i in range(2)]
+    return MiniBatch(parts, float(rows.weights.sum()))
+
+
+def trained(policy: Policy, loss: Any, reference: Policy | None) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """Metrics of one step with recomputed log-probs, and the parameters after it."""
+    from tests.fake_cuda import unwrap
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, foreach=True)
+    learner = Learner(policy, optimizer, loss, 1.0, reference)
+    metrics = learner.train([minibatch()], recompute_old=True)
+    return metrics, [unwrap(p.detach()).clone() for p in policy.model.parameters()]
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama, padded": ("llama-gqa", {"attention": "sdpa"}, {}),
+    "qwen3, packed": ("qwen3", {"attention": "varlen", "dtype": "bfloat16"}, {}),
+    "qwen3, KL and two phases": ("qwen3", {"attention": "sdpa"}, {"type": "gspo", "kl_coef": 0.1}),
+    "mixture of experts": ("Qwen3Moe", {"attention": "sdpa"}, {}),
+    "adapters": ("qwen3", {"attention": "sdpa", "lora": {"rank": 2}}, {"kl_coef": 0.1}),
+}
+
+
+@inside
+@numpy_warns
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_step(case: str, cuda: Any) -> None:
+    """Recomputed log-probs, forward, loss, backward, clip and optimizer step: metrics and weights are the CPU's."""
+    name, options, terms = CASES[case]
+    loss = settings(terms.get("type", "dapo"), **{k: v for k, v in terms.items() if k != "type"})
+
+    def reference(device: str, policy: Policy) -> Policy | None:
+        if not terms.get("kl_coef"):
+            return None
+        return policy.base() if "lora" in options else policy_of(name, device, attention="sdpa")
+
+    policy = policy_of(name, "cuda", **options)
+    there = reference("cuda", policy)
+    cuda.waits.clear()  # those of loading
+    metrics, weights = trained(policy, loss, there)
+    here = policy_of(name, "cpu", **options)
+    expected, exact = trained(here, loss, reference("cpu", here))
+    tolerance = 2e-2 if options.get("dtype") == "bfloat16" else 1e-4
+    assert metrics.keys() == expected.keys()
+    for key, value in expected.items():
+        assert metrics[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
+    # Adam's first step is the learning rate in the gradient's direction, whatever its size: where a gradient is all
+    # but 0 its sign is rounding's.
+    off = torch.cat([(a - b).abs().flatten() for a, b in zip(weights, exact, strict=True)])
+    assert float(off.max()) <= 2.1e-3 and float((off > 1e-4).float().mean()) < 0.02
+
+
+@inside
+@numpy_warns
+def test_a_step_waits_as_often_as_the_page_says(cuda: Any) -> None:
+    """One step of two micro-batches, with recomputed log-probs: the counts of the page's table, and no place that it
+    does not name."""
+    policy = policy_of("qwen3", "cuda", attention="varlen", dtype="bfloat16")
+    cuda.waits.clear()
+    trained(policy, settings("dapo"), None)
+    table = waits_on_the_page()
+    counted = {place: table[place][0] for place in cuda.waits if place in table}
+    assert dict(cuda.waits) == counted, "docs/kernels.md, Waiting for the device: every place, and how often"
+
+
+@inside
+@numpy_warns
+def test_publishing(cuda: Any) -> None:
+    """The weight stream and the publisher send what the CPU's send, in the engine's dtype; each tensor is copied to the
+    host once."""
+    there, here = policy_of("qwen3", "cuda"), policy_of("qwen3", "cpu")
+    cuda.waits.clear()
+    sums = []
+    for policy in (there, here):
+        publisher = WeightPublisher(torch.bfloat16)
+        try:
+            publisher.publish("a", 1, WeightStream(policy.model).read())
+            sums.append(publisher._history.sums("a"))
+        finally:
+            publisher.close()
+    assert sums[0] is not None and sums[0] == sums[1]
+    tensors = len(WeightStream(here.model).tensors)
+    assert sum(cuda.waits.values()) == tensors, cuda.waits
+
+
+@inside
+@numpy_warns
+def test_log_probs_and_the_probe(cuda: Any) -> None:
+    """What replay compares and what a server's weights are judged by."""
+    there, here = policy_of("llama-gqa", "cuda"), policy_of("llama-gqa", "cpu")
+    cuda.waits.clear()
+    rows = rows_of(3)
+    torch.testing.assert_close(logprobs_of(there, rows, 0.7).cpu(), logprobs_of(here, rows, 0.7))
+    found = probe(there, probe_ids(here, 24))
+    assert found.logprobs == pytest.approx(probe(here, found.token_ids).logprobs, abs=1e-5)
+
+
+@inside
+def test_the_fake_device_refuses_and_counts(cuda: Any) -> None:
+    """It would fail where a GPU does: tensors of two devices, numpy on the device; and each kind of wait is seen."""
+    x = torch.ones(3, device="cuda")
+    cuda.waits.clear()
+    assert x.device.type == "cuda" and (x + 1).is_cuda and not x.cpu().is_cuda
+    with pytest.raises(RuntimeError, match="expected all tensors to be on cuda:0"):
+        x + torch.ones(3)
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
+    assert float((x * torch.tensor(2.0)).sum()) == 6.0 and bool(x.any()) and x.tolist() == [1.0] * 3
+    x[x > 0].nonzero()
+    torch.ones(2).to("cuda")
+    kinds = Counter(place.rpartition(": ")[2] for place in cuda.waits.elements())
+    assert kinds == {"to the host": 2, "a number": 2, "nonzero": 2, "to the device": 1}
+    cuda.waits.clear()
+
+
+@inside
+def test_every_wait_is_on_the_page_with_its_reason() -> None:
+    """The last test of the file: what all the others met, and what the page lists, are the same places."""
+    table = waits_on_the_page()
+    assert all(reason for _, reason in table.values())
+    assert sorted(seen) == sorted(table), "docs/kernels.md, Waiting for the device"
+
+
+def waits_on_the_page() -> dict[str, tuple[int, str]]:
+    """place: (times in the step that is counted, reason), from docs/kernels.md."""
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| (\d+) \| ([^|]+) \|$", text, re.MULTILINE)
+    return {f"mgrpo.{place}: {what.strip()}": (int(n), why.strip()) for place, what, n, why in rows}
