@@ -14,7 +14,8 @@ from mgrpo.errors import ConfigError
 from mgrpo.model.loading import load_policy
 from mgrpo.pipeline import trainer_loop
 from mgrpo.tasks.atlas.task import AtlasTask
-from mgrpo.trainers.torch.sft import sft
+from mgrpo.trainers.torch.ranks import Ranks
+from mgrpo.trainers.torch.sft import Sft, shares
 
 ATLAS = Path(__file__).parent.parent / "examples" / "atlas" / "atlas.toml"
 
@@ -27,7 +28,8 @@ def test_a_step_is_as_long_as_the_learning_rate(tmp_path: Path) -> None:
         policy = load_policy(tmp_path / "p")
         before = [p.detach().clone() for p in policy.parameters()]
         config = SftConfig(steps=1, warmup_steps=0, decay=0.0)
-        sft(policy, lambda step: task.demo_batch("main", step, 8, 1), config, lr, lambda step, loss: None)
+        (share,) = shares(task.demo_batch("main", 0, 8, 1), 1)
+        Sft(policy, config, lr, Ranks()).step(0, share)
         moved = max(
             float((p.detach() - b).abs().max()) for p, b in zip(policy.parameters(), before, strict=True)
         )

@@ -57,24 +57,32 @@ def check_structure(model: Any, backbone: Any, head: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def check_head(model: Any, backbone: Any, head: Any, states: Callable[..., Tensor], name: str) -> None:
-    """states: backbone arguments -> final hidden states, as the trainer computes them. Raises ConfigError naming the
-    model and what stands between them and its logits."""
+def check_head(
+    model: Any,
+    backbone: Any,
+    head: Any,
+    states: Callable[..., Tensor],
+    name: str,
+    weight: Tensor | None = None,
+) -> None:
+    """states: backbone arguments -> final hidden states, as the trainer computes them; weight: the head's, where the
+    head does not hold it whole. Raises ConfigError naming the model and what stands between them and its logits."""
     check_structure(model, backbone, head, name)
     kind, refused = type(model).__name__, _refused(model, name)
-    ids = torch.arange(min(4, head.weight.shape[0]), device=head.weight.device)[None]
+    weight = head.weight if weight is None else weight
+    ids = torch.arange(min(4, weight.shape[0]), device=weight.device)[None]
     try:
         logits, caller, output = _watched(model, backbone, ids)
         hidden = states(input_ids=ids)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise ConfigError(f"{name}: {kind} computes no logits from token ids alone: {error}") from error
-    _compare(hidden, logits, head.weight, refused)
+    _compare(hidden, logits, weight, refused)
     if caller is None:
         raise ConfigError(f"{refused}they do not come through its {type(backbone).__name__}{_ADVICE}")
-    largest = float((hidden @ head.weight.to(hidden.dtype).T).abs().max())
+    largest = float((hidden @ weight.to(hidden.dtype).T).abs().max())
     for magnitude in _MAGNITUDES if largest > 0 else ():
         scaled = hidden * (magnitude / largest)
-        _compare(scaled, _logits_of(model, caller, output, scaled, ids), head.weight, refused)
+        _compare(scaled, _logits_of(model, caller, output, scaled, ids), weight, refused)
 
 
 def _refused(model: Any, name: str) -> str:
@@ -108,14 +116,14 @@ def _behind(model: Any, backbone: Any, head: Any) -> str | None:
 def _logits_of(model: Any, backbone: Any, output: Any, states: Tensor, ids: Tensor) -> Tensor:
     """The model's logits of given hidden states: its backbone answers with them without computing."""
     given = (states, *output[1:]) if type(output) is tuple else type(output)(last_hidden_state=states)
-    wrapped = backbone.__dict__.get("forward")
+    before = backbone.__dict__.get("forward")  # where its class's own is wrapped
     backbone.forward = lambda *_, **__: given
     try:
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
         del backbone.forward
-        if wrapped is not None:
-            backbone.forward = wrapped
+        if before is not None:
+            backbone.forward = before
     return logits
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +22,20 @@ from mgrpo.errors import ConfigError
 from mgrpo.weights.dtypes import torch_dtype
 from mgrpo.weights.layout import Layout, TensorInfo
 
+_BLOCK = 1 << 30  # bytes that are read in one call
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that lies in a file. Indexing it reads what the index names, and no more."""
+    """A tensor that lies in a file. Indexing it reads what the index names."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
+    at: int
+    """Its first byte in the file."""
 
     def get_shape(self) -> list[int]:
         """As the slices of the package safetensors have it."""
@@ -42,19 +46,28 @@ class StoredTensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def __getitem__(self, index: tuple[slice, ...] | EllipsisType) -> Tensor:
-        """A new tensor in main memory. Slices have no steps."""
-        whole = tuple(slice(0, size) for size in self.shape)
-        index = whole if index is ... else (*index, *whole[len(index) :])
-        sizes = [len(range(*at.indices(size))) for at, size in zip(index, self.shape, strict=True)]
-        if 0 in sizes:
-            return torch.empty(sizes, dtype=self.dtype)
-        from safetensors import safe_open
+        """A new tensor in main memory. Slices have no steps; rows that the first one does not name are not read. Raises
+        ConfigError where the file has become shorter."""
+        index = () if index is ... else index
+        rows = range(*index[0].indices(self.shape[0])) if index else range(*self.shape[:1])
+        shape = (len(rows), *self.shape[1:]) if self.shape else ()
+        found = torch.empty(shape, dtype=self.dtype)
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        # Not mapped: pages of a mapped file count as this process's memory, and a file that is replaced would change
+        # what has been read.
+        self._read(self.at + row * rows.start, found)
+        return found[(slice(None), *index[1:])] if index else found
 
-        # Not mapped: pages of a mapped file count as this process's memory, and a file that is replaced would
-        # change what has been read.
-        with safe_open(self.file, framework="pt", backend="pread") as opened:
-            found: Tensor = opened.get_slice(self.name)[index if index else ...]
-        return found
+    def _read(self, at: int, into: Tensor) -> None:
+        left = memoryview(into.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        with self.file.open("rb", buffering=0) as opened:
+            while left:
+                count = os.preadv(opened.fileno(), [left[:_BLOCK]], at)
+                if not count:
+                    raise ConfigError(
+                        f"{self.file} ends at byte {at}, before the end of {self.name}: it was changed"
+                    )
+                left, at = left[count:], at + count
 
 
 class WeightFiles:
@@ -75,7 +88,7 @@ class WeightFiles:
                     raise ConfigError(
                         f"policy folder {folder}: {_INDEX} has {name} in {file.name}, which lacks it"
                     )
-                self.tensors[name] = _stored(by_name[name], file, folder)
+                self.tensors[name] = _stored(by_name[name], file, len(layout.header), folder)
         for name in ("config.json", _INDEX):
             if (folder / name).is_file():
                 found.update((folder / name).read_bytes())
@@ -124,8 +137,8 @@ def _layout(file: Path, folder: Path) -> Layout:
     return layout
 
 
-def _stored(info: TensorInfo, file: Path, folder: Path) -> StoredTensor:
+def _stored(info: TensorInfo, file: Path, begin: int, folder: Path) -> StoredTensor:
     try:
-        return StoredTensor(info.name, info.shape, torch_dtype(info.dtype), file)
+        return StoredTensor(info.name, info.shape, torch_dtype(info.dtype), file, begin + info.offset)
     except ValueError as error:
         raise ConfigError(f"policy folder {folder}: {info.name} in {file.name}: {error}") from None

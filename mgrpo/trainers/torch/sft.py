@@ -2,11 +2,12 @@
 
 Loss: mean cross-entropy of the action tokens of a batch (loss_mask 1). AdamW; its rate is that of schedule.py. RL
 selects among strategies that have some probability; this is where they come from.
+
+With several ranks each takes its share of a batch. All divide by the action tokens of the whole batch, and gradients
+are summed over the ranks, so the share changes rounding and nothing else.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,38 +17,57 @@ from mgrpo.config.run import SftConfig
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.base import Demos
 from mgrpo.trainers.torch.learner import adamw_way
+from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.schedule import share_of_lr
 
+Share = tuple[Demos, int | None]
+"""A rank's part of a batch, and the action tokens of the whole batch; None: the part is the whole."""
 
-def sft(
-    policy: Policy,
-    demos: Callable[[int], Demos],
-    config: SftConfig,
-    lr: float,
-    progress: Callable[[int, float], None],
-) -> None:
-    """Train in place; demos(step) gives the batch of a step, lr is the highest learning rate, progress(step, loss) is
-    called at every 25th step."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=config.betas, **adamw_way(policy.device))
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * share_of_lr(config, step, config.steps)
-        loss = demo_loss(policy, demos(step))
-        optimizer.zero_grad(set_to_none=True)
+
+class Sft:
+    """A policy in SFT. With several ranks each has one, and all take the same steps: step() is a collective."""
+
+    def __init__(self, policy: Policy, config: SftConfig, lr: float, ranks: Ranks) -> None:
+        self.policy, self._config, self._lr, self._ranks = policy, config, lr, ranks
+        self._optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=lr, betas=config.betas, **adamw_way(policy.device)
+        )
+
+    def step(self, step: int, share: Share) -> float | None:
+        """One update from this rank's share; the loss of the batch at every 25th step and the last."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr * share_of_lr(self._config, step, self._config.steps)
+        loss = demo_loss(self.policy, *share)
+        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        if step % 25 == 24 or step == config.steps - 1:
-            progress(step + 1, float(loss.detach()))
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0, foreach=True)
+        self._optimizer.step()
+        if step % 25 == 24 or step == self._config.steps - 1:
+            return float(sum(self._ranks.gather(float(loss.detach()))))
+        return None
 
 
-def demo_loss(policy: Policy, demos: Demos) -> torch.Tensor:
-    """Cross-entropy of the action tokens, averaged over the batch. Masked tokens never reach the vocabulary."""
+def shares(demos: Demos, size: int) -> list[Share]:
+    """A batch divided over `size` ranks. A rank without any takes one with nothing to learn, since all gather the
+    policy's weights."""
+    if size == 1:
+        return [(demos, None)]
+    total = sum(int((mask[1:] != 0).sum()) for _, mask in demos)
+    blank = [(demos[0][0], np.zeros_like(demos[0][1]))]
+    return [(demos[rank::size] or blank, total) for rank in range(size)]
+
+
+def demo_loss(policy: Policy, demos: Demos, total: int | None = None) -> torch.Tensor:
+    """Cross-entropy of the action tokens, averaged over the batch, or summed over them and divided by `total`. Masked
+    tokens never reach the vocabulary."""
     tokens, mask, lengths = pad(demos)  # (R, S)
     active = mask[:, 1:]
     hidden = policy.hidden_before(tokens, lengths, active)  # (T, H)
     targets = policy.vocabulary.classes(tokens[:, 1:][active])
-    return F.cross_entropy(policy.vocabulary.logits(hidden, policy.head_weight), targets.to(hidden.device))
+    logits = policy.vocabulary.logits(hidden, policy.head_weight)
+    if total is None:
+        return F.cross_entropy(logits, targets.to(hidden.device))
+    return F.cross_entropy(logits, targets.to(hidden.device), reduction="sum") / total
 
 
 def pad(demos: Demos) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

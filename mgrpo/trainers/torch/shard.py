@@ -19,12 +19,14 @@ whose backward sums the ranks' gradients and gives each rank its part.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -95,59 +97,26 @@ class ShardedPolicy(Policy):
         del self._blank
 
     def _set_up(self, head: Any) -> None:
-        choose_trained(self.model, self.config, self.name)
+        model, name = self.model, self.name
+        choose_trained(model, self.config, name)
         if self._frozen:
-            self.model.requires_grad_(False)
+            model.requires_grad_(False)
         self._round()
         self.precision.keeps_copies = False
-        recompute_layers(self.model, self.config, self.name)
-        self._divide(head, init_device_mesh(self._home.type, (self._ranks.size,)))
-        allocate(self.model, self._home)
-        together(self._ranks, lambda: self._blank.parts.read_into(self.model))
-        begin_adapters(self.model)
-        with self.full_precision(), self._with_whole_head(head):
-            head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
-            attention.check_padded(self.model, self._states, self.device, self.name)
-        kind = attention.choose(self.model, self._states, self.config, self.device, self.name)
+        recompute_layers(model, self.config, name)
+        self._tied = head.weight is model.get_input_embeddings().weight
+        divide(model, self._trunk, init_device_mesh(self._home.type, (self._ranks.size,)), self.config)
+        allocate(model, self._home)
+        together(self._ranks, lambda: self._blank.parts.read_into(model))
+        begin_adapters(model)
+        with self.full_precision(), _with_whole_head(head) as weight:
+            head_guard.check_head(model, self._trunk, head, self._states, name, weight)
+            attention.check_padded(model, self._states, self.device, name)
+        self.let_go()
+        kind = attention.choose(model, self._states, self.config, self.device, name)
         self.attention = "sdpa" if kind == "rows" else kind
         self._offload = self.config.activation_offload
         self.let_go()
-
-    def _divide(self, head: Any, mesh: DeviceMesh) -> None:
-        embedding = self.model.get_input_embeddings()
-        self._tied = head.weight is embedding.weight
-        names = set(getattr(self.model, "_no_split_modules", None) or ())
-        how = fsdp_policy(self.config)
-        if self.config.dtype != "float32":
-            for module in float32_modules(self.model):
-                fully_shard(module, mesh=mesh)
-            if (
-                self._tied and type(embedding) is nn.Embedding
-            ):  # one float32 sum of both gradients, and a head in whatever it is multiplied
-                fully_shard(embedding, mesh=mesh, reshard_after_forward=False)
-        for module in [m for m in self._trunk.modules() if type(m).__name__ in names]:
-            fully_shard(module, mesh=mesh, mp_policy=how)
-        fully_shard(self._trunk, mesh=mesh, mp_policy=how)
-        if self._tied:
-            head.weight = embedding.weight
-        else:
-            fully_shard(head, mesh=mesh)
-        for module in self._units():
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
-
-    @contextlib.contextmanager
-    def _with_whole_head(self, head: Any) -> Iterator[None]:
-        """For a forward of the model itself, with its head: a tied one is no part of the backbone's forward."""
-        if not self._tied:
-            yield
-            return
-        own = head.weight
-        head.weight = nn.Parameter(own.full_tensor().detach(), requires_grad=False)
-        try:
-            yield
-        finally:
-            head.weight = own
 
     @property
     def head_weight(self) -> Tensor:
@@ -181,11 +150,8 @@ class ShardedPolicy(Policy):
 
     def let_go(self) -> None:
         """Keep this rank's part alone; a forward without a backward leaves some weights gathered."""
-        for module in self._units():
+        for module in _units(self.model):
             module.reshard()
-
-    def _units(self) -> list[Any]:
-        return [m for m in self.model.modules() if isinstance(m, FSDPModule)]
 
 
 class _ShardedBase(WithoutAdapters, ShardedPolicy):
@@ -216,6 +182,46 @@ def gather_to_main(tensor: Tensor) -> Tensor:
     for sender, part in enumerate(parts[1:], 1):
         dist.recv(part, src=sender)
     return whole
+
+
+def divide(model: Any, backbone: Any, mesh: DeviceMesh, config: PolicyConfig) -> None:
+    """Have each rank of `mesh` hold its part of the parameters, which may lie on the meta device: a decoder layer is a
+    unit of its own, and so are the rest of the backbone and a head that is not tied."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied, how = head.weight is embedding.weight, fsdp_policy(config)
+    if config.dtype != "float32":
+        for module in float32_modules(model):
+            fully_shard(module, mesh=mesh)
+        if (
+            type(embedding) is nn.Embedding
+        ):  # looked up in float32, as on one rank; a tied head needs it until the end
+            fully_shard(embedding, mesh=mesh, reshard_after_forward=not tied)
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in reversed([m for m in backbone.modules() if type(m).__name__ in names]):  # inner ones first
+        fully_shard(module, mesh=mesh, mp_policy=how)
+    fully_shard(backbone, mesh=mesh, mp_policy=how)
+    if tied:
+        head.weight = embedding.weight
+    else:
+        fully_shard(head, mesh=mesh)
+    for module in _units(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+
+
+@contextlib.contextmanager
+def _with_whole_head(head: Any) -> Iterator[Tensor]:
+    """For a forward of the model itself in float32: its head multiplies by the whole weight, which is given."""
+    weight = whole_tensor(head.weight).detach().float()
+    head.forward = functools.partial(F.linear, weight=weight)
+    try:
+        yield weight
+    finally:
+        del head.forward
+
+
+def _units(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from mgrpo.trainers.torch.direct import DirectSender, Transfer
 from mgrpo.trainers.torch.direct_servers import DirectServers
 from mgrpo.trainers.torch.learner import Learner, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
-from mgrpo.trainers.torch.sft import sft
+from mgrpo.trainers.torch.sft import Sft, shares
 from mgrpo.types import Probe
 
 
@@ -60,6 +60,7 @@ class TorchTrainer(PolicyTrainer):
             self._root, view.trainer.keep_checkpoints, ranks.files, is_main=ranks.is_main
         )
         self._learner: Learner | None = None
+        self._sft: Sft | None = None
         self._longest = view.longest
         self._streams: dict[bool, WeightStream] = {}  # by adapter_only
         self._reading: Reading | None = None  # the last one of rank 0, which may not have come to its end
@@ -90,11 +91,19 @@ class TorchTrainer(PolicyTrainer):
         lr: float,
         progress: Callable[[int, float], None],
     ) -> None:
-        everything = self._agent.policy.model_copy(update={"lora": LoraConfig(), "last_layers": 0})
-        policy = load_policy(fresh, everything)
-        if config.steps:
-            sft(policy, demos, config, lr, progress)
-        save_policy(policy, start)
+        self._broadcast("begin sft", (fresh, config, lr))
+        self._begin_sft(fresh, config, lr)
+        assert self._sft is not None
+        for step in range(config.steps):
+            parts = [(step, share) for share in shares(demos(step), self._ranks.size)]
+            self._ranks.broadcast("sft", parts)
+            loss = self._sft.step(*parts[0])
+            if loss is not None:
+                progress(step + 1, loss)
+        policy = self._sft.policy
+        self._broadcast("end sft")
+        self._reading = self._end_sft()
+        save_policy(policy, start, self._reading)
 
     def load(self, start: Path) -> Checkpoint | None:
         checkpoint = latest_checkpoint(self._root)
@@ -177,6 +186,13 @@ class TorchTrainer(PolicyTrainer):
                 break
             if command == "load":
                 self._load(*part)
+            elif command == "begin sft":
+                self._begin_sft(*part)
+            elif command == "sft":
+                assert self._sft is not None
+                self._sft.step(*part)
+            elif command == "end sft":
+                self._end_sft().finish()
             elif command == "train":
                 self._train(*part)
             elif command == "weights":
@@ -198,6 +214,16 @@ class TorchTrainer(PolicyTrainer):
     def _own(self) -> Learner:
         assert self._learner is not None, "load() comes first"
         return self._learner
+
+    def _begin_sft(self, fresh: Path, config: SftConfig, lr: float) -> None:
+        everything = self._agent.policy.model_copy(update={"lora": LoraConfig(), "last_layers": 0})
+        self._sft = Sft(self._policy(fresh, everything), config, lr, self._ranks)
+
+    def _end_sft(self) -> Reading:
+        """The weights that SFT has made; nothing else of it stays."""
+        assert self._sft is not None
+        policy, self._sft = self._sft.policy, None
+        return self._reading_of(WeightStream(policy.model), policy)
 
     def _load(self, start: Path, checkpoint: Checkpoint | None) -> None:
         policy = self._policy(start, self._agent.policy)
@@ -227,12 +253,14 @@ class TorchTrainer(PolicyTrainer):
     def _read(self, adapter_only: bool) -> Reading:
         if adapter_only not in self._streams:
             self._streams[adapter_only] = WeightStream(self._own.policy.model, adapter_only)
-        stream = self._streams[adapter_only]
+        return self._reading_of(self._streams[adapter_only], self._own.policy)
+
+    def _reading_of(self, stream: WeightStream, policy: Policy) -> Reading:
         if self._ranks.size == 1:
             return stream.read()
         from mgrpo.trainers.torch.shard import gather_to_main
 
-        self._let_go()
+        self._let_go(policy)
         return stream.read(gather_to_main)
 
     def _direct_engine(self) -> VllmEngineConfig:
@@ -249,15 +277,15 @@ class TorchTrainer(PolicyTrainer):
 
     def _probe(self, ids: tuple[int, ...]) -> Probe:
         found = probe(self._own.policy, ids)
-        self._let_go()
+        self._let_go(self._own.policy)
         return found
 
-    def _let_go(self) -> None:
+    def _let_go(self, policy: Policy) -> None:
         if self._ranks.size > 1:
-            self._own.policy.let_go()  # type: ignore[attr-defined]
+            policy.let_go()  # type: ignore[attr-defined]
 
     def _save(self, step: int) -> None:
-        self._let_go()
+        self._let_go(self._own.policy)
         self._writer.begin(step, snapshot(self._own.policy, self._own.optimizer))
 
     def _begin_reading(self, adapter_only: bool) -> Reading:
