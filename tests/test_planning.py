@@ -55,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small policies by kind."""
     folder = tmp_path_factory.mktemp("models")
     for kind, (name, changes) in KINDS.items():
-        save_policy(Policy(family(name, **changes), tiny_tokenizer(VOCAB), kind), folder / kind)
+        save_policy(Policy(family(name, **changes), tiny_tokenizer(VOCAB - 8), kind), folder / kind)
     return folder
 
 

@@ -102,6 +102,9 @@ class Head:
         half = hidden.dtype in head.HALF
         beside = hidden.element_size() if half and self._device != "cpu" else 0
         found: int = rows * weight.shape[0] * (max(hidden.element_size(), 4) + beside)
+        found += (
+            3 * rows * hidden.shape[1] * max(hidden.element_size(), 4)
+        )  # its rows, those that move, their gradient
         if weight.dtype != hidden.dtype:
             found += weight.numel() * hidden.element_size()
         self.before = max(self.before, tensors.live)
