@@ -91,6 +91,7 @@ def test_every_architecture_is_read_in_parts(name: str, tmp_path: Path) -> None:
 
     folder = saved(family(name), tmp_path / "model", max_shard_size="20KB")
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    choose_trained(whole, PolicyConfig(), name)
     for size in RANK_OF:
         with as_one_of(size) as mesh:
             assert_parts(read(folder, mesh), whole)
