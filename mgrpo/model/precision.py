@@ -123,6 +123,7 @@ class Precision:
 
     def freeze_in_half(self) -> None:
         """Keep what is frozen now in bfloat16 alone."""
+        self._copies.clear()
         for parameter in kept_in_half(self._model, self._config):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.dtype)
@@ -218,6 +219,8 @@ class _Linked(torch.autograd.Function):
 
 
 def _is_sharded(tensor: Tensor) -> bool:
+    if type(tensor) in (Tensor, nn.Parameter):  # most are; the import takes a while
+        return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
