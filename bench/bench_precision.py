@@ -48,7 +48,7 @@ def head(report: Report, rows: int, width: int, vocabulary: int) -> None:
         leaves = [x.clone().requires_grad_() for x in (a, b)]
         ends, one = torch.tensor([0, rows], dtype=torch.int32), torch.ones(1)
         loss, _ = linear_grpo_loss(
-            *leaves, ids, config=GrpoLossConfig(), cu_seqlens=ends, advantages=one, impl=impl
+            leaves[0], leaves[1], ids, config=GrpoLossConfig(), cu_seqlens=ends, advantages=one, impl=impl
         )
         return torch.autograd.grad(loss, leaves)
 
@@ -105,11 +105,11 @@ def policy(report: Report, folder: str) -> None:
         return states.float()
 
     def of(model: Any) -> Callable[[Tensor], Tensor]:
-        return lambda row: model.base_model(row).last_hidden_state  # type: ignore[no-any-return]
+        return lambda row: model.base_model(row).last_hidden_state
 
     found = {"autocast, float32 head": logprobs(autocast, exact.lm_head.weight)}
     for name in ("auto", "float32"):
-        own = load_policy(folder, PolicyConfig(dtype="bfloat16", head_dtype=name, attention="sdpa"))  # type: ignore[arg-type]
+        own = load_policy(folder, PolicyConfig(dtype="bfloat16", head_dtype=name, attention="sdpa"))
         found[f"policy, head {name}"] = logprobs(own.hidden, own.head_weight)
     others = {
         "float32": logprobs(of(exact), exact.lm_head.weight),
@@ -127,7 +127,6 @@ def policy(report: Report, folder: str) -> None:
 def main() -> int:
     options = parser(__doc__ or "")
     options.add_argument("--model", help="folder of a policy")
-    options.add_argument("--quick", action="store_true", help="a small head")
     args: argparse.Namespace = options.parse_args()
     torch.set_num_threads(1)
     report = Report("bench_precision")

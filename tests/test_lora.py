@@ -215,7 +215,7 @@ def test_adapters_learn(dtype: str) -> None:
         assert torch.equal(policy.model.get_parameter(name), tensor)
 
 
-def test_frozen_matrices_in_half_precision_are_what_autocast_makes_of_them() -> None:
+def test_frozen_matrices_in_half_precision_are_what_is_published() -> None:
     """With bfloat16 the base's matrices take half the memory, and published weights are the ones that were trained
     with: rounded base plus adapters in float32."""
     config = PolicyConfig(dtype="bfloat16", lora=LoraConfig(rank=RANK, alpha=ALPHA))

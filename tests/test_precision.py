@@ -49,7 +49,9 @@ def hidden_of(policy: Policy) -> torch.Tensor:
         return policy.hidden(IDS)
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_model("llama"), lambda: tiny_model("shift"), moe], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: tiny_model("llama"), lambda: tiny_model("shift"), moe], ids=["llama", "shift", "moe"]
+)
 def test_hidden_states_are_those_of_a_bfloat16_model(make: Any) -> None:
     """To the bit what the model gives whose weights were cast, as a server in bfloat16 holds them; the masters stay."""
     policy, cast = policy_of(make()), cast_to_half(make())

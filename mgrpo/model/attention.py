@@ -218,7 +218,7 @@ def _varlen(
     query, key = (
         query.to(value.dtype),
         key.to(value.dtype),
-    )  # under autocast the rotation leaves them in float32
+    )  # a rotation may leave them in float32
     if query.device.type == "cpu":
         parts = [
             _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, window)

@@ -130,6 +130,7 @@ class Precision:
 
     def freeze_in_half(self) -> None:
         """Keep what is frozen now in bfloat16 alone."""
+        self._copies.clear()
         for parameter in kept_in_half(self._model, self._config):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.dtype)
@@ -243,7 +244,12 @@ class _Linked(torch.autograd.Function):
 
 
 def _is_sharded(tensor: Tensor) -> bool:
+<<<<<<< HEAD
     """Whether FSDP2 has yet to gather it; what is gathered may still be a part that the model is cut into."""
+=======
+    if type(tensor) in (Tensor, nn.Parameter):  # most are; the import takes a while
+        return False
+>>>>>>> p-precision
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor) and any(
