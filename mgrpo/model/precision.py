@@ -244,12 +244,9 @@ class _Linked(torch.autograd.Function):
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-<<<<<<< HEAD
     """Whether FSDP2 has yet to gather it; what is gathered may still be a part that the model is cut into."""
-=======
     if type(tensor) in (Tensor, nn.Parameter):  # most are; the import takes a while
         return False
->>>>>>> p-precision
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor) and any(
