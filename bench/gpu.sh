@@ -80,10 +80,10 @@ if [ "$DEVICE" = cuda ]; then
   fi
 else
   bench 300 group_advantage group_advantage --quick
-  bench 300 step_tiny train_step --model tiny-qwen3 --tokens 1024 --micro-batch 1024 --quick --plan
-  bench 300 step_tiny_lora train_step --model tiny-qwen3 --lora 2 --checkpointing --tokens 1024 --micro-batch 1024 \
+  bench 300 step_tiny train_step --model tiny-qwen3 --tokens 2048 --micro-batch 2048 --quick --plan
+  bench 300 step_tiny_lora train_step --model tiny-qwen3 --lora 2 --checkpointing --tokens 2048 --micro-batch 2048 \
     --quick
-  bench 300 two_ranks ranks --model tiny-qwen3 --tokens 1024 --mebibytes 1
+  bench 300 two_ranks ranks --model tiny-qwen3 --tokens 2048 --mebibytes 1
 fi
 
 "$PYTHON" - "$out" "$DEVICE" "${JSON:-}" "${failed[*]:-}" <<'PY' || failed+=("table")

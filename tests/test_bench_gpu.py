@@ -29,3 +29,8 @@ def test_the_command_for_a_gpu_host_goes_through(tmp_path: Path) -> None:
     for name in ("group_advantage", "step_tiny", "step_tiny_lora", "two_ranks"):
         assert found[name]["figures"], name
         assert all(f["value"] == f["value"] for f in found[name]["figures"]), name
+    for name in ("step_tiny", "step_tiny_lora"):
+        work = [f["value"] for f in found[name]["figures"] if f["item"].startswith("TFLOP/s")]
+        assert work and work[0] > 0, f"{name} trained on nothing"
+    planned = [f for f in found["step_tiny"]["figures"] if "mgrpo plan" in f["item"]]
+    assert planned and planned[0]["value"] > 0
