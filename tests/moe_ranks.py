@@ -67,17 +67,19 @@ def step(
 
 
 def main(folder: Path) -> None:
-    from mgrpo.trainers.torch.shard import ShardedPolicy, whole_tensor
+    from mgrpo.trainers.torch.shard import whole_tensor
+    from tests.sharded import sharded
 
     with Ranks(2) as ranks:
         found = {}
         for aux in (0.0, AUX):
             for number, parts in enumerate(CUTS):
-                policy = ShardedPolicy(moe_policy(PolicyConfig(aux_loss_coef=aux)), ranks)
+                start = moe_policy(PolicyConfig(aux_loss_coef=aux))
+                policy = sharded(start, folder / f"{aux}-{number}", ranks)
                 batch = cut(rows_of(3, near=True), parts, 2).shard(ranks.rank, 2)
                 found[f"{aux}/{number}"] = step(policy, batch, ranks, whole_tensor)
         for name, config in OTHERS.items():
-            policy = ShardedPolicy(moe_policy(config), ranks)
+            policy = sharded(moe_policy(config), folder / name, ranks)
             batch = cut(rows_of(3, near=True), CUTS[1], 2).shard(ranks.rank, 2)
             found[name] = step(policy, batch, ranks, whole_tensor)
         if ranks.is_main:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.config.policy import PolicyConfig
+from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.moe import experts_of, routers_of
-from mgrpo.model.policy import Policy
+from mgrpo.model.policy import Policy, state_of, trained_state
 from mgrpo.trainers.batch import MicroBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.families import FAMILIES, family
@@ -36,6 +36,10 @@ WITH_EXPERTS = {
     "DeepseekV2": 1,
     "DeepseekV3": 1,
     "Olmoe": 2,
+    "MiniMaxM2": 2,
+    "Qwen3Next": 2,
+    "Glm4Moe": 1,
+    "Lfm2Moe": 1,
 }
 DENSE = [name for name in FAMILIES if name not in WITH_EXPERTS and name not in ("Llama4Text", "Bert")]
 
@@ -210,9 +214,32 @@ def test_what_does_not_fit_a_dense_model_is_refused() -> None:
         ConfigError, match=r'tiny: policy\.experts="eager" has no effect: Llama\w+ has no fused'
     ):
         Policy(tiny_model("llama"), tiny_tokenizer(), "tiny", PolicyConfig(experts="eager"))
+    with pytest.raises(
+        ConfigError, match=r"tiny: policy\.train_router=false has no effect: Llama\w+ has no router"
+    ):
+        Policy(tiny_model("llama"), tiny_tokenizer(), "tiny", PolicyConfig(train_router=False))
     policy = Policy(tiny_model("llama"), tiny_tokenizer(), "tiny")
     assert policy.experts is None
     assert not any(name.startswith("moe/") for name in step(policy, cut(rows_of(3), CUTS[0]))[0])
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "DeepseekV3", "GptOss"])
+def test_routers_can_stay_as_they_are(name: str) -> None:
+    """Everything else moves; a checkpoint holds what trains; the published weights are whole."""
+    policy = Policy(family(name), tiny_tokenizer(), name, PolicyConfig(train_router=False))
+    before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
+    routers = {
+        f"{router.name}.{n}" for router in policy.routing.routers for n, _ in router.module.named_parameters()
+    }
+    learner = Learner(policy, torch.optim.AdamW(policy.parameters(), lr=1e-3), GrpoLossConfig(), 1.0)
+    learner.step(cut(rows_of(3, near=True), CUTS[0]))
+    after = dict(policy.model.named_parameters())
+    assert routers and {n for n, p in after.items() if not p.requires_grad} == routers
+    assert {n for n in after if torch.equal(after[n], before[n])} == routers
+    assert trained_state(policy.model).keys() == after.keys() - routers
+    assert state_of(policy.model).keys() == state_of(family(name)).keys()
+    with pytest.raises(ValueError, match=r"train_router=false has no effect with lora\.rank=2"):
+        PolicyConfig(train_router=False, lora=LoraConfig(rank=2))
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)

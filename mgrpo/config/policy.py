@@ -55,6 +55,8 @@ class PolicyConfig(Settings):
     aux_loss_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of the load-balancing loss of a mixture of experts, e.g. 1e-3; 0: none. It costs one more forward pass of
     each minibatch, over which the load is counted first (docs/models.md)."""
+    train_router: bool = True
+    """false: the routers of a mixture of experts stay as they are. With adapters they do anyway."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in the backward pass."""
     activation_offload: bool = False
@@ -71,6 +73,8 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f"lora.rank={self.lora.rank} and last_layers={self.last_layers} exclude each other"
             )
+        if self.lora.rank and not self.train_router:
+            raise ValueError(f"train_router=false has no effect with lora.rank={self.lora.rank}")
         if self.activation_offload and self.device == "cpu":
             raise ValueError('activation_offload has no effect with device "cpu"')
         if self.attention == "flash" and self.device == "cpu":

@@ -135,6 +135,7 @@ class Balance:
         """parts: of each rank, in the order of ranks; one without tokens has no routers."""
         self.tokens = sum(tokens for tokens, _ in parts)
         self._routers: list[tuple[int, Tensor]] = []
+        self._factors: list[Tensor] | None = None
         for same in zip(*(routers for _, routers in parts if routers), strict=True):
             self._routers.append((same[0][0], torch.stack([sums for _, sums in same]).sum(0)))
 
@@ -152,13 +153,16 @@ class Balance:
             total["aux_loss"] += float(counts @ probabilities) * experts / (chosen * self.tokens**2)
         return {f"moe/{name}": value / len(self._routers) for name, value in total.items() if self._routers}
 
-    def factors(self, router: int, device: torch.device) -> Tensor:
-        """f32 (E,): what a token's probabilities of this router are multiplied with in L."""
-        chosen, sums = self._routers[router]
-        experts = len(sums) // 2
-        scale = experts / (chosen * self.tokens**2 * len(self._routers))
-        factors: Tensor = (sums[:experts] * scale).float().to(device)
-        return factors
+    def factors(self, device: torch.device) -> list[Tensor]:
+        """Of each router f32 (E,): what a token's probabilities are multiplied with in L. They are brought to the
+        device once."""
+        if self._factors is None:
+            self._factors = []
+            for chosen, sums in self._routers:
+                experts = len(sums) // 2
+                scale = experts / (chosen * self.tokens**2 * len(self._routers))
+                self._factors.append((sums[:experts] * scale).float().to(device))
+        return self._factors
 
 
 class Routing:
@@ -208,7 +212,7 @@ class Routing:
         total: Tensor | None = None
         for number, logits, real in self._kept or ():
             p = self.routers[number].probabilities(logits)
-            each = p @ balance.factors(number, p.device)
+            each = p @ balance.factors(p.device)[number]
             part = each.sum() if real is None else (each * real).sum()
             total = part if total is None else total + part
         self._kept = None
@@ -234,6 +238,10 @@ def check(model: nn.Module, config: PolicyConfig, routing: Routing, name: str) -
         raise ConfigError(
             f"{name}: policy.aux_loss_coef={config.aux_loss_coef:g} needs a mixture of experts whose routers "
             f"transformers records; {kind} has none"
+        )
+    if not config.train_router and not routing.routers:
+        raise ConfigError(
+            f"{name}: policy.train_router=false has no effect: {kind} has no routers that transformers records"
         )
     if config.experts != "auto" and not experts_of(model):
         raise ConfigError(

@@ -24,7 +24,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.model.stream import own_state
 from mgrpo.model.weight_slices import StoredTensor, WeightFiles
 
-_BASE = "base_layer"  # what peft puts before the last part of an adapted layer's name
+_BASE = "base_layer"  # what peft puts before the last part of an adapted layer's name, twice in fused experts
 
 
 @dataclass(slots=True)
@@ -204,4 +204,4 @@ def _along_first(place: Tensor) -> bool:
 def _memory(model: Any) -> dict[str, Tensor]:
     """Parameters and buffers under the names of the model without adapters."""
     found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name.replace(f".{_BASE}.", "."): tensor for name, tensor in found.items()}
+    return {name.replace(f".{_BASE}", ""): tensor for name, tensor in found.items()}

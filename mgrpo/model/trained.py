@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model import lora
+from mgrpo.model import lora, moe
 from mgrpo.model.head_guard import language_model_of
 
 
@@ -30,6 +30,9 @@ def choose_trained(model: Any, config: PolicyConfig, name: str) -> None:
         lora.add_adapters(model, config.lora, name)
     elif config.last_layers:
         _freeze_all_but(model, config.last_layers, name)
+    if not config.train_router:
+        for router in moe.routers_of(model):
+            router.module.requires_grad_(False)
 
 
 def recompute_layers(model: Any, config: PolicyConfig, name: str) -> None:
