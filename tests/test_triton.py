@@ -116,6 +116,25 @@ def test_interpreted_scale(small_blocks: None) -> None:
 
 
 @numpy_warns
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_interpreted_head_of_half_precision(dtype: torch.dtype, small_blocks: None) -> None:
+    """float32 logits and a gradient of the operands' dtype in a buffer of its own, one phase and two, against float64.
+
+    The interpreter cuts bfloat16 off where a GPU rounds, so each entry of d logits is up to 2^-7 of itself too small:
+    6e-3 of the root mean square, where rounding costs half of that.
+    """
+    from tests.loss_grid import head_batch, rms_error, run_head, settings
+
+    bound = 6e-3 if dtype == torch.bfloat16 else 1e-3
+    data = head_batch(37, 8, dtype)
+    for config in (settings("dapo", kl_coef=0.1), settings("gspo")):
+        exact = run_head(data, config, torch.float64, "reference")
+        got = run_head(data, config, dtype, "triton", chunk=6)
+        for mine, true in zip(got[2:], exact[2:], strict=True):
+            assert rms_error(mine, true) <= bound, (config, rms_error(mine, true))
+
+
+@numpy_warns
 def test_interpreted_own_loss(small_blocks: None) -> None:
     """A term that the kernels do not know, through their log-probs and their gradient rows."""
     from mgrpo import GrpoLossConfig

@@ -112,7 +112,7 @@ class Precision:
         self._float32 = {id(module) for module in float32_modules(model)}
         backbone = backbone_of(model, name)
         inside: set[int] = set()
-        for unit in (*decoder_layers(model, name), backbone, model.get_output_embeddings()):
+        for unit in (*decoder_layers(model, name), backbone):
             modules = [module for module in unit.modules() if id(module) not in inside]
             inside |= {id(module) for module in modules}
             forward = functools.partial(self._run, _places(modules), unit.forward)

@@ -77,6 +77,12 @@ def _without_autocast(function: F) -> F:
     return cast("F", run)
 
 
+@_without_autocast
+def plain_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The reference's: one product of torch's own in hidden's dtype, differentiable."""
+    return hidden @ weight.to(hidden.dtype).t()
+
+
 class Needs(NamedTuple):
     """Which gradients the caller wants."""
 

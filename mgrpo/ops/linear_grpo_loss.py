@@ -54,7 +54,7 @@ def linear_grpo_loss(
 
         return tensor_parallel.loss(hidden, weight, tokens, loss, chunk, fast(backend), tp_group)
     if backend == "reference":
-        logits = hidden @ weight.to(hidden.dtype).t()
+        logits = head.plain_logits(hidden, weight)
         return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, loss)
     from mgrpo.ops import library, library_head
 

@@ -67,7 +67,7 @@ def _reference(
     empty = hidden.new_zeros(0, dtype=compute_dtype(hidden))
     parts = [(empty, empty)]
     for h, ids in zip(torch.split(hidden, chunk), torch.split(target_ids, chunk), strict=True):
-        parts.append(row_logprob(h @ weight.to(h.dtype).t(), ids, temperature))
+        parts.append(row_logprob(head.plain_logits(h, weight), ids, temperature))
     logp, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
     return logp, entropy
 

@@ -192,9 +192,10 @@ def divide(model: Any, backbone: Any, mesh: DeviceMesh, config: PolicyConfig) ->
     if config.dtype != "float32":
         for module in float32_modules(model):
             fully_shard(module, mesh=mesh)
-        if tied and type(embedding) is nn.Embedding:
-            # One float32 sum of both gradients, and a head in whatever it is multiplied.
-            fully_shard(embedding, mesh=mesh, reshard_after_forward=False)
+        if (
+            type(embedding) is nn.Embedding
+        ):  # looked up in float32, as on one rank; a tied head needs it until the end
+            fully_shard(embedding, mesh=mesh, reshard_after_forward=not tied)
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in reversed([m for m in backbone.modules() if type(m).__name__ in names]):  # inner ones first
         fully_shard(module, mesh=mesh, mp_policy=how)
