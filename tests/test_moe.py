@@ -36,6 +36,10 @@ WITH_EXPERTS = {
     "DeepseekV2": 1,
     "DeepseekV3": 1,
     "Olmoe": 2,
+    "MiniMaxM2": 2,
+    "Qwen3Next": 2,
+    "Glm4Moe": 1,
+    "Lfm2Moe": 1,
 }
 DENSE = [name for name in FAMILIES if name not in WITH_EXPERTS and name not in ("Llama4Text", "Bert")]
 

@@ -66,24 +66,21 @@ class Policy:
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
         self._dtype, self._offload = head.weight.dtype, False
         self.precision = Precision(model, PolicyConfig(), name)
+        self.routing = moe.Routing(model)
+        moe.check(model, self.config, self.routing, name)
+        self.experts = moe.choose(model, self.config, name)
+        """How its experts multiply; None for a dense model."""
         self._set_up(head)
 
     def _set_up(self, head: Any) -> None:
         """Judge what the model computes, then choose what of it trains."""
         head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
         attention.check_padded(self.model, self._states, self.device, self.name)
-        self._set_up_experts()
         choose_trained(self.model, self.config, self.name)
         self._round()
         self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
         recompute_layers(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
-
-    def _set_up_experts(self) -> None:
-        self.routing = moe.Routing(self.model)
-        moe.check(self.model, self.config, self.routing, self.name)
-        self.experts = moe.choose(self.model, self.config, self.name)
-        """How its experts multiply; None for a dense model."""
 
     def _round(self) -> None:
         """From now on, compute in what the configuration says. Comes when what trains is chosen."""

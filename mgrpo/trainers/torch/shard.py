@@ -101,7 +101,6 @@ class ShardedPolicy(Policy):
 
     def _set_up(self, head: Any) -> None:
         model, name = self.model, self.name
-        self._set_up_experts()
         choose_trained(model, self.config, name)
         if self._frozen:
             model.requires_grad_(False)
