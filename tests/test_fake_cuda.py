@@ -96,7 +96,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, padded": ("llama-gqa", {"attention": "sdpa"}, {}),
     "qwen3, packed": ("qwen3", {"attention": "varlen", "dtype": "bfloat16"}, {}),
     "qwen3, KL and two phases": ("qwen3", {"attention": "sdpa"}, {"type": "gspo", "kl_coef": 0.1}),
-    "mixture of experts": ("Qwen3Moe", {"attention": "sdpa"}, {}),
+    "mixture of experts": ("Qwen3Moe", {"attention": "sdpa", "aux_loss_coef": 0.1}, {}),
     "adapters": ("qwen3", {"attention": "sdpa", "lora": {"rank": 2}}, {"kl_coef": 0.1}),
 }
 
