@@ -196,8 +196,7 @@ def test_command(models: Path) -> None:
     """`mgrpo plan` prints JSON for a config with overrides, on as many GPUs as asked, without a GPU; bad options are
     refused by name."""
     sets = [text for s in overrides(models, "dense", 'dtype="bfloat16"') for text in ("--set", s)]
-    frozen = ["--set", "agents.sub.frozen=true"]
-    command = ["plan", str(RELAY), *sets, *frozen, "--what-if", "gpus=4", "--host-memory", "1TB", "--json"]
+    command = ["plan", str(RELAY), *sets, "--what-if", "gpus=4", "--host-memory", "1TB", "--json"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     (agent,) = json.loads(result.output)["agents"]
