@@ -52,7 +52,6 @@ def load_sharded(path: str | Path, config: PolicyConfig, ranks: Ranks, frozen: b
 
     Raises ConfigError as load_policy does, on every rank where it is raised on one, and where ranks find other files.
     """
-    _return_freed_memory()
     blank = together(ranks, lambda: blank_policy(path, config))
     for rank, found in enumerate(ranks.gather(blank.digest)):
         if found != blank.digest:
@@ -103,6 +102,7 @@ class ShardedPolicy(Policy):
             if blank.config.device == "cuda"
             else torch.device("cpu")
         )
+        _return_freed_memory()
         super().__init__(blank.model, blank.tokenizer, blank.name, blank.config)
         del self._blank
 
