@@ -55,7 +55,6 @@ def load_sharded(path: str | Path, config: PolicyConfig, ranks: Ranks, frozen: b
     the model cannot be cut as policy.mesh asks.
     """
     together(ranks, lambda: check_mesh(Path(path), config))
-    _return_freed_memory()
     blank = together(ranks, lambda: blank_policy(path, config))
     for rank, found in enumerate(ranks.gather(blank.digest)):
         if found != blank.digest:
@@ -106,6 +105,7 @@ class ShardedPolicy(Policy):
             if blank.config.device == "cuda"
             else torch.device("cpu")
         )
+        _return_freed_memory()
         super().__init__(blank.model, blank.tokenizer, blank.name, blank.config)
         del self._blank
 
