@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from tests.model_rows import COLUMNS, ROWS, Row, compare_ranks, make, run
-from tests.runs import started
-from tests.test_run import free_ports
+from tests.ranks import ranks_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 HEAD = ("model", "class", *COLUMNS, "two ranks")
@@ -25,24 +24,16 @@ BEGIN, END = "<!-- python -m tests.model_table --write -->\n", "<!-- end of the 
 
 
 @contextmanager
-def ranks_of(folder: Path, titles: Sequence[str]) -> Iterator[Callable[[], dict[str, Any]]]:
+def at_work(folder: Path, titles: Sequence[str]) -> Iterator[Callable[[], dict[str, Any]]]:
     """Two ranks at work on the rows in `folder`; called, it waits for what they found."""
-    (port,) = free_ports(1)
-    with ExitStack() as stack:
-        processes = []
-        for rank in range(2):
-            env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, "-m", "tests.model_ranks", str(folder), *titles]
-            processes.append(stack.enter_context(started(command, env)))
+    with ranks_of("tests.model_ranks", str(folder), *titles) as wait:
 
-        def wait() -> dict[str, Any]:
-            for process in processes:
-                output, _ = process.communicate(timeout=800)
-                assert process.returncode == 0, output
-            found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=True)
-            return found
+        def found() -> dict[str, Any]:
+            wait()
+            result: dict[str, Any] = torch.load(folder / "found.pt", weights_only=True)
+            return result
 
-        yield wait
+        yield found
 
 
 def prepare(folder: Path, titles: Sequence[str]) -> list[Row]:
@@ -55,7 +46,7 @@ def prepare(folder: Path, titles: Sequence[str]) -> list[Row]:
 def all_rows(folder: Path) -> list[Row]:
     """Every row with its cells, or with the error that its checks met."""
     rows = prepare(folder, list(ROWS))
-    with ranks_of(folder, list(ROWS)) as wait:
+    with at_work(folder, list(ROWS)) as wait:
         for row in rows:
             with row.keeping_errors():
                 run(row)

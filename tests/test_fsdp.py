@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.fsdp_ranks import CUTS, MIDDLE, TOKENS, VARIANTS, config_of, cut, gradient, padded, start_of, train
 from tests.models import tiny_policy
+from tests.ranks import run_ranks
 from tests.rows import rows_of
 from tests.runs import (
     RELAY,
@@ -39,18 +37,11 @@ from tests.runs import (
     summary,
     wait_for,
 )
-from tests.test_run import free_ports
 
 Found = dict[str, Any]
 BOUNDS = {"last": 2e-3, "half": 2e-3, "half tied": 2e-3}
 """Of weights and losses, where they are computed in bfloat16: another shape of a forward may round otherwise. The
 forwards are of one shape here, and these weights agreed to 3e-7 when they were last looked at."""
-
-
-def rank(number: int, port: int, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
-    """One of two ranks as torchrun would start it; it does not outlive the test."""
-    env = {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return started([sys.executable, "-m", "tests.fsdp_ranks", *arguments], env)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +66,7 @@ def alone(folder: Path) -> Found:
 @pytest.fixture(scope="module")
 def together(folder: Path, alone: Found) -> Found:
     """What two ranks found, see tests/fsdp_ranks.py."""
-    (port,) = free_ports(1)
-    with ExitStack() as stack:
-        processes = [stack.enter_context(rank(r, port, str(folder))) for r in range(2)]
-        for process in processes:
-            output, _ = process.communicate(timeout=800)
-            assert process.returncode == 0, output
+    run_ranks("tests.fsdp_ranks", str(folder))
     found: Found = torch.load(folder / "found.pt", weights_only=True)
     return found
 

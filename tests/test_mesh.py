@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,9 @@ from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.mesh_ranks import MIDDLE, RANKS, RESUMED, VARIANTS, config_of, learn_demos, policy_of, train
 from tests.models import tiny_policy
-from tests.runs import RELAY, started
+from tests.ranks import run_ranks
+from tests.runs import RELAY
 from tests.test_fsdp import furthest
-from tests.test_run import free_ports
 
 Found = dict[str, Any]
 KINDS = ("llama", "qwen3", "qwen3_moe")
@@ -52,17 +50,7 @@ def alone(folder: Path) -> Found:
 @pytest.fixture(scope="module")
 def together(folder: Path, alone: Found) -> Found:
     """What four ranks found, see tests/mesh_ranks.py."""
-    (port,) = free_ports(1)
-    with ExitStack() as stack:
-        processes = []
-        for rank in range(RANKS):
-            env = {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            command = [sys.executable, "-m", "tests.mesh_ranks", str(folder)]
-            processes.append(stack.enter_context(started(command, env)))
-        for process in processes:
-            output, _ = process.communicate(timeout=800)
-            assert process.returncode == 0, output
+    run_ranks("tests.mesh_ranks", str(folder), size=RANKS)
     found: Found = torch.load(folder / "found.pt", weights_only=True)
     return found
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,8 @@ from mgrpo.trainers.torch.learner import Learner
 from tests.families import FAMILIES, family
 from tests.models import tiny_model, tiny_tokenizer
 from tests.moe_ranks import AUX, CUTS, OTHERS, cut, moe_policy, step
+from tests.ranks import run_ranks
 from tests.rows import ROWS, rows_of
-from tests.runs import started
-from tests.test_run import free_ports
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -260,18 +257,7 @@ def test_how_experts_multiply_is_chosen_once(name: str) -> None:
 def test_two_ranks_report_and_learn_what_one_does(tmp_path: Path) -> None:
     """The routers of both ranks' tokens together: metrics and gradient of one process, for every cut; one rank has
     micro-batches without rows. Adapters of experts likewise."""
-    (port,) = free_ports(1)
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                started([sys.executable, "-m", "tests.moe_ranks", str(tmp_path)], env | {"RANK": str(r)})
-            )
-            for r in range(2)
-        ]
-        for process in processes:
-            output, _ = process.communicate(timeout=400)
-            assert process.returncode == 0, output
+    run_ranks("tests.moe_ranks", str(tmp_path))
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     for aux in (0.0, AUX):
         metrics, gradient = step(

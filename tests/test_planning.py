@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,8 @@ from tests.families import family
 from tests.live_bytes import peak_bytes
 from tests.models import tiny_tokenizer
 from tests.plan_ranks import measure
-from tests.runs import RELAY, started
-from tests.test_run import free_ports
+from tests.ranks import run_ranks
+from tests.runs import RELAY
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 600
@@ -97,21 +95,7 @@ def test_peak_is_that_of_a_real_step(models: Path, kind: str, policy: tuple[str,
 def test_peak_on_two_ranks_is_that_of_a_real_step(models: Path, tmp_path: Path) -> None:
     """The same for one of two ranks over gloo, whose twin is fake in the prediction."""
     sets = overrides(models, "dense", "ranks=2", 'dtype="bfloat16"', "gradient_checkpointing=true")
-    port = free_ports(1)[0]
-    with ExitStack() as stack:
-        ranks = []
-        for number in range(2):
-            env = {
-                "RANK": str(number),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            command = [sys.executable, "-m", "tests.plan_ranks", str(RELAY), str(tmp_path / "out"), *sets]
-            ranks.append(stack.enter_context(started(command, env)))
-        for process in ranks:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output
+    run_ranks("tests.plan_ranks", str(RELAY), str(tmp_path / "out"), *sets)
     measured = json.loads((tmp_path / "out").read_text())
     view = view_of(load_config(RELAY, sets), "main")
     predicted, found = plan_step(models / "dense", view, "agents.main.model")

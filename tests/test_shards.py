@@ -3,8 +3,6 @@ takes the steps of one."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.families import family
 from tests.models import VOCAB, tiny_policy, tiny_tokenizer
-from tests.runs import started
+from tests.ranks import run_ranks
 from tests.shard_ranks import LAYERS, SFT, demos, view_for
-from tests.test_run import free_ports
 
 Found = dict[str, Any]
 
@@ -44,16 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(folder: Path) -> list[Found]:
     """What each of two ranks found, see tests/shard_ranks.py."""
-    (port,) = free_ports(1)
-    with ExitStack() as stack:
-        processes = []
-        for r in range(2):
-            env = {"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            arguments = [sys.executable, "-m", "tests.shard_ranks", str(folder)]
-            processes.append(stack.enter_context(started(arguments, env)))
-        for process in processes:
-            output, _ = process.communicate(timeout=800)
-            assert process.returncode == 0, output
+    run_ranks("tests.shard_ranks", str(folder))
     return [torch.load(folder / f"found-{r}.pt", weights_only=True) for r in range(2)]
 
 

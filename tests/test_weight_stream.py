@@ -3,8 +3,6 @@ whether the policy is whole or lies on two ranks."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ from mgrpo.trainers.torch.ranks import Ranks
 from tests.families import FAMILIES, family
 from tests.live_bytes import peak_bytes
 from tests.models import tiny_model, tiny_tokenizer
-from tests.runs import started
-from tests.test_run import free_ports
+from tests.ranks import run_ranks
 from tests.weight_ranks import (
     LAYERS,
     VARIANTS,
@@ -53,16 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(folder: Path) -> list[Found]:
     """What each of two ranks found, see tests/weight_ranks.py."""
-    (port,) = free_ports(1)
-    with ExitStack() as stack:
-        processes = []
-        for r in range(2):
-            env = {"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            arguments = [sys.executable, "-m", "tests.weight_ranks", str(folder)]
-            processes.append(stack.enter_context(started(arguments, env)))
-        for process in processes:
-            output, _ = process.communicate(timeout=800)
-            assert process.returncode == 0, output
+    run_ranks("tests.weight_ranks", str(folder))
     return [torch.load(folder / f"found-{r}.pt", weights_only=True) for r in range(2)]
 
 

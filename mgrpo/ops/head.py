@@ -34,13 +34,12 @@ _COMPACT_BELOW = 7 / 8  # moving the rows of a chunk together pays when at least
 CHUNK = 4096
 """Rows of logits at one time on a GPU, at most: every chunk reads and writes d weight in float32, which takes 7 %
 longer with half as many rows (docs/kernels.md)."""
-_CHUNK_BYTES = (
-    4 << 30
-)  # of what is alive of a chunk on a GPU, which bounds the rows of vocabularies above 175,000
+_CHUNK_BYTES = 4 << 30  # of what is alive of a chunk on a GPU: bounds the rows of vocabularies above 175,000
 _CPU_CHUNK_BYTES = 32 << 20  # of logits at one time on a CPU,
 _CPU_CHUNK_FLOOR = 128  # but at least these rows: products of fewer are markedly slower
 _CPU_CHUNK_CEILING = 2048  # and at most these
-_COLUMNS = 8192  # of half-precision operands converted to float32 at a time on a CPU
+COLUMNS = 8192
+"""Columns of half-precision operands that are converted to float32 at a time on a CPU."""
 HALF = (torch.bfloat16, torch.float16)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -248,8 +247,8 @@ def _chunks(
             torch.mm(h, weight.t(), out=z)
         elif h.device.type == "cpu":
             h32 = h.float()
-            for v in range(0, z.shape[1], _COLUMNS):
-                torch.mm(h32, weight[v : v + _COLUMNS].float().t(), out=z[:, v : v + _COLUMNS])
+            for v in range(0, z.shape[1], COLUMNS):
+                torch.mm(h32, weight[v : v + COLUMNS].float().t(), out=z[:, v : v + COLUMNS])
         else:
             torch.mm(h, weight.t(), out_dtype=torch.float32, out=z)
         yield piece, h, z
@@ -316,12 +315,12 @@ class _Products:
             self.untouched = False
         h32 = h.float()
         dh = torch.zeros_like(h32)
-        for v in range(0, z.shape[1], _COLUMNS):
-            part = z[:, v : v + _COLUMNS].to(h.dtype).float()
+        for v in range(0, z.shape[1], COLUMNS):
+            part = z[:, v : v + COLUMNS].to(h.dtype).float()
             if self.needs.hidden:
-                dh.addmm_(part, self.head[v : v + _COLUMNS].float())
+                dh.addmm_(part, self.head[v : v + COLUMNS].float())
             if self.needs.weight:
-                self.weight[v : v + _COLUMNS].addmm_(part.t(), h32)
+                self.weight[v : v + COLUMNS].addmm_(part.t(), h32)
         if self.needs.hidden:
             self.hidden[piece] = dh.to(h.dtype)
 

@@ -106,7 +106,7 @@ class Head:
             3 * rows * hidden.shape[1] * max(hidden.element_size(), 4)
         )  # its rows, those that move, their gradient
         if half and self._device == "cpu":  # a block of columns of gradient and weight, widened
-            columns = min(weight.shape[0], head._COLUMNS)
+            columns = min(weight.shape[0], head.COLUMNS)
             found += columns * (rows * (hidden.element_size() + 4) + hidden.shape[1] * 4)
         if weight.dtype != hidden.dtype:
             found += weight.numel() * hidden.element_size()
