@@ -226,14 +226,17 @@ def test_launcher_refuses_what_cannot_fit(models: Path, monkeypatch: pytest.Monk
 
 
 def test_launcher_refuses_what_no_gpu_holds(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for a GPU, with the number of ranks that would be enough; where the driver does not say, nothing is
-    refused."""
+    """The same for a GPU, with the number of ranks that would be enough; a copy of the shards (HSDP) saves nothing;
+    where the driver does not say, nothing is refused."""
     config = config_of(models, "dense", 'device="cuda"')
     found = state._state(str(models / "dense"), config.agents["main"].policy, 1, frozen=False)
     assert found is not None
     monkeypatch.setattr(state, "gpu_memory", lambda: found.nbytes / 3)
     with pytest.raises(ConfigError, match=r"agents\.main\.policy: .*on each of ranks=1.*policy\.ranks to 4"):
         state.check_state(config)
+    copies = config_of(models, "dense", 'device="cuda"', "mesh={replicate=2}")
+    with pytest.raises(ConfigError, match=rf" {found.nbytes / 1e9:.1f} GB on each of ranks=2"):
+        state.check_state(copies)  # each copy has all of it
     monkeypatch.setattr(state, "gpu_memory", lambda: None)
     state.check_state(config)
 

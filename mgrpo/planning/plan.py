@@ -85,11 +85,10 @@ def plan_agent(config: RunConfig, role: str, limits: Limits) -> AgentPlan:
     """The policy of `role`. Raises ConfigError for one that cannot be trained."""
     view = view_of(config, role)
     policy = view.agent.policy
-    mesh = getattr(policy, "mesh", None)
     for name in ("tp", "ep", "cp"):
-        if getattr(mesh, name, 1) > 1:
+        if (size := getattr(policy.mesh, name)) > 1:
             raise ConfigError(
-                f"agents.{role}.policy.mesh.{name}={getattr(mesh, name)}: plans know data-parallel ranks alone"
+                f"agents.{role}.policy.mesh.{name}={size}: plans know data-parallel ranks alone"
             )
     with tempfile.TemporaryDirectory() as made:
         folder = view.agent.model

@@ -2,8 +2,8 @@
 nothing, so the launcher looks at it before every run.
 
 Counted are 16 bytes for each parameter that trains (float32 master, gradient, Adam's two moments), and for each that is
-frozen its own bytes, divided by the ranks. Activations, the head and everything else come on top, so a run that is
-refused here could not have taken its first step.
+frozen its own bytes, divided by the ranks of one copy (mesh.replicate). Activations, the head and everything else come
+on top, so a run that is refused here could not have taken its first step.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _state(model: str | None, policy: PolicyConfig, ranks: int, frozen: bool) ->
         first = _layers(config) - policy.last_layers
         trained = sum(n for name, n in sizes.items() if (at := _layer(name)) is not None and at >= first)
     kept = 2 if policy.dtype == "bfloat16" else 4
-    return State(total, trained, (trained * TRAINED + (total - trained) * kept) / ranks)
+    shards = ranks / policy.mesh.replicate
+    return State(total, trained, (trained * TRAINED + (total - trained) * kept) / shards)
 
 
 def _sizes(folder: Path, config: Mapping[str, object]) -> dict[str, int]:
