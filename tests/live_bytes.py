@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -9,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes of CPU tensors that `run` holds at any time beside those that were there before."""
+    gc.collect()  # what earlier code has left would be freed meanwhile, and be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -60,16 +60,17 @@ def test_a_bad_file_on_one_rank_is_refused_on_both(together: list[Found]) -> Non
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_rank_has_the_whole_model(together: list[Found], rank: int) -> None:
-    """At most half of the float32 weights and a few layers while a policy is loaded, judged and its step computed; a
-    model that keeps what it has gathered is seen to hold all of it."""
+    """Half of the float32 weights and a few layers while a policy is loaded and judged; less than all of the gradient
+    in a step, half of which stays (8 to 10 layers of 12). How many layers are under way at a time depends on the ranks'
+    pace. A model that keeps what it has gathered is seen to hold all of it."""
     model = large_model()
     every = 4 * sum(p.numel() for p in model.parameters())
     layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
     found = together[rank]["memory"]
-    assert every / 2 <= found["load"] < every / 2 + 3 * layer
+    assert every / 2 <= found["load"] < every / 2 + 5 * layer < every
     assert found["forward"] < 3 * layer  # gathered in bfloat16: half of this is the next layer
     assert found["kept"] > every / 2
-    assert found["step"] < every / 2 + 4 * layer  # half of the gradient, too
+    assert found["step"] < every
 
 
 @pytest.mark.parametrize("rank", [0, 1])
