@@ -28,7 +28,7 @@ from bench.bench_train_step import LOSS, SHAPES, cut, make_model, make_rows
 from bench.common import Report, parser
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.trainers.batch import MiniBatch
-from mgrpo.trainers.torch.learner import Learner, adamw_way
+from mgrpo.trainers.torch.learner import Learner, adamw
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.shard import load_sharded
 
@@ -103,7 +103,7 @@ def step(args: argparse.Namespace, ranks: Ranks) -> list[tuple[str, float, str]]
         config |= {"dtype": "bfloat16", "attention": "auto"}
         torch.cuda.reset_peak_memory_stats()
     policy = load_sharded(args.folder / "model", PolicyConfig.model_validate(config), ranks)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, **adamw_way(policy.device))
+    optimizer = adamw(policy, 1e-6)
     learner = Learner(policy, optimizer, LOSS, 1.0, ranks=ranks)
     micro = cut(make_rows(args.tokens, policy.vocab_size), args.tokens)
     batch = MiniBatch(micro, float(micro[0].loss_mask.sum()) * ranks.size)

@@ -38,7 +38,7 @@ from mgrpo.config.policy import PolicyConfig
 from mgrpo.model import attention
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
-from mgrpo.trainers.torch.learner import Learner, adamw_way
+from mgrpo.trainers.torch.learner import Learner, adamw
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -150,7 +150,7 @@ def main() -> int:
     rows = make_rows(args.tokens, model.config.vocab_size)
     micro = cut(rows, args.micro_batch)
     denominator = float(rows.loss_mask.sum())
-    optimizer = torch.optim.AdamW(packed.parameters(), lr=1e-6, **adamw_way(packed.device))
+    optimizer = adamw(packed, 1e-6)
     wait = (lambda: None) if cpu else torch.cuda.synchronize
 
     learner, best = Learner(packed, optimizer, LOSS, 1.0), packed.attention

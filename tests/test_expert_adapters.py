@@ -19,7 +19,14 @@ from mgrpo.model.policy import Policy, save_adapter, save_policy, state_of, trai
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from tests.families import family
-from tests.models import load_state, load_trained_state, state_bytes, tiny_model, tiny_tokenizer
+from tests.models import (
+    load_state,
+    load_trained_state,
+    move_adapters,
+    state_bytes,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tests.moe_ranks import CUTS, cut, step
 from tests.rows import rows_of
 from tests.runs import RELAY
@@ -46,10 +53,7 @@ def adapted(name: str, config: PolicyConfig, moved: bool = True) -> Policy:
     """A tiny model with adapters, which have moved away from their start."""
     policy = Policy(plain(name), tiny_tokenizer(100), "tiny", config)
     if moved:
-        g = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
+        move_adapters(policy)
     return policy
 
 

@@ -25,7 +25,7 @@ from mgrpo.model.policy import Policy
 from mgrpo.model.probe import probe, probe_ids
 from mgrpo.model.stream import WeightStream
 from mgrpo.trainers.batch import MiniBatch
-from mgrpo.trainers.torch.learner import Learner, adamw_way, logprobs_of
+from mgrpo.trainers.torch.learner import Learner, adamw, logprobs_of
 from mgrpo.weights.publisher import WeightPublisher
 from tests.families import family
 from tests.loss_grid import settings
@@ -86,7 +86,7 @@ def trained(
     """Metrics of one step with recomputed log-probs, and the parameters after it."""
     from tests.fake_cuda import unwrap
 
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, **adamw_way(policy.device))
+    optimizer = adamw(policy, 1e-3)
     learner = Learner(policy, optimizer, loss, 1.0, reference)
     metrics = learner.train([minibatch()], recompute_old=True)
     return metrics, [unwrap(p.detach()).clone() for p in policy.model.parameters()]

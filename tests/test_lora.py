@@ -24,6 +24,7 @@ from tests.models import (
     load_state,
     load_state_bytes,
     load_trained_state,
+    move_adapters,
     state_bytes,
     tiny_model,
     tiny_tokenizer,
@@ -41,10 +42,7 @@ def adapted(config: PolicyConfig = LORA, moved: bool = True) -> Policy:
     """A tiny Llama with adapters, which have moved away from their start."""
     policy = Policy(tiny_model("llama"), tiny_tokenizer(), "tiny", config)
     if moved:
-        g = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=g))
+        move_adapters(policy)
     return policy
 
 

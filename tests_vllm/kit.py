@@ -214,7 +214,8 @@ def logprobs(
     position is ahead of out's."""
     ids = torch.tensor([[*prompt, *out.token_ids.tolist()]])
     states = policy.hidden(ids)[0, len(prompt) - 1 : -1]
-    logits = states.float() @ policy.head_weight.to(states.dtype).float().T / temperature  # as the head does it
+    weight = policy.head_weight.to(states.dtype).float()  # rounded as the head rounds it
+    logits = states.float() @ weight.T / temperature
     all_of = logits.log_softmax(-1)
     chosen = all_of.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
     return chosen, all_of.max(-1).values - chosen

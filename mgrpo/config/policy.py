@@ -49,11 +49,6 @@ class MeshConfig(Settings):
     replicate: int = Field(1, ge=1)
     """Copies of the sharded weights (HSDP): a weight is gathered within one copy, its gradient summed over all."""
 
-    @property
-    def copies(self) -> int:
-        """Ranks that a rank of the dp dimension counts for."""
-        return self.replicate * self.cp * self.tp
-
 
 class PolicyConfig(Settings):
     """How the trainer holds and computes one agent's policy."""
@@ -101,7 +96,7 @@ class PolicyConfig(Settings):
     @model_validator(mode="after")
     def _ranks_of_the_mesh(self) -> PolicyConfig:
         mesh, ranks = self.mesh, self.ranks
-        product = mesh.copies * max(1, mesh.dp)
+        product = mesh.replicate * max(1, mesh.dp) * mesh.cp * mesh.tp
         if "ranks" not in self.model_fields_set:
             object.__setattr__(self, "ranks", ranks := product)
         if ranks != product if mesh.dp else ranks % product:

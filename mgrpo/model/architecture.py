@@ -85,6 +85,10 @@ def layer_kinds(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(kind) for kind in listed)
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""How configurations call the number of experts of a layer."""
+
+
 def has_experts(config: Mapping[str, Any]) -> bool:
     """Whether it counts experts, under whatever name (num_experts, num_local_experts, n_routed_experts, ...)."""
     return any("expert" in name and _count(value) for name, value in text_of(config).items())

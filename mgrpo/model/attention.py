@@ -215,10 +215,8 @@ def _varlen(
         return _unpacked(module, query, key, value, attention_mask, **kwargs)
     _refuse_what_is_not_computed(module, kwargs)
     scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
-    query, key = (
-        query.to(value.dtype),
-        key.to(value.dtype),
-    )  # a rotation may leave them in float32
+    # A rotation may leave them in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu":
         parts = [
             _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scale, window)

@@ -165,7 +165,13 @@ def load_reference(policy: Policy, path: str | Path) -> Policy:
     `path`, computed as the policy is. Raises as load_policy."""
     if policy.config.lora.rank:
         return policy.base()
-    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
-    reference = load_policy(path, policy.config.model_copy(update=plain))
+    reference = load_policy(path, reference_config(policy.config))
     reference.freeze()
     return reference
+
+
+def reference_config(config: PolicyConfig) -> PolicyConfig:
+    """How the reference of a policy without adapters is held: computed as the policy is, without what is there for a
+    backward pass."""
+    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
+    return config.model_copy(update=plain)

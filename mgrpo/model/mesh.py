@@ -13,6 +13,7 @@ from typing import Any
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model.architecture import EXPERTS
 from mgrpo.model.register import register_architecture
 
 STYLES = frozenset(
@@ -24,7 +25,6 @@ STYLES = frozenset(
 """How a tensor-parallel plan may treat a layer here; each leaves a rank one contiguous part of a weight, or all."""
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _WIDTHS = ("hidden_size", "intermediate_size", "shared_expert_intermediate_size", "vocab_size")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_mesh(folder: Path, policy: PolicyConfig) -> None:
@@ -62,10 +62,9 @@ def _tensor(config: Any, policy: PolicyConfig) -> Iterator[str]:
         return
     experts = getattr(config, "base_model_ep_plan", None) or {}
     for name, style in plan.items():
-        if style in STYLES and not any(name.startswith(f"{rule}.") or name == rule for rule in experts):
+        of_experts = any(name == rule or name.startswith(f"{rule}.") for rule in experts)
+        if policy.mesh.ep > 1 if of_experts else style in STYLES:  # with ep whole experts are spread instead
             continue
-        if policy.mesh.ep > 1 and any(name.startswith(f"{rule}.") or name == rule for rule in experts):
-            continue  # whole experts are spread instead
         advice = f"set policy.mesh.ep to a multiple of {tp}" if experts else "use policy.mesh.dp"
         yield f"{asked}: the plan of {kind!r} cuts {name} as {style!r}, of which no checkpoint is written; {advice}"
     for setting in (*_HEADS, *_WIDTHS):
@@ -85,7 +84,7 @@ def _expert(config: Any, policy: PolicyConfig) -> Iterator[str]:
             f"{asked}: transformers has no expert-parallel plan for model type {kind!r}; use policy.mesh.dp"
         )
         return
-    for setting in _EXPERTS:
+    for setting in EXPERTS:
         number = getattr(config, setting, None)
         if isinstance(number, int) and number % ep:
             yield f"{asked} does not divide {setting}={number} of {kind!r}"

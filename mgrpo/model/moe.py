@@ -94,9 +94,8 @@ class RouterLoad:
     def __init__(self) -> None:
         self.tokens = 0
         """Tokens that entered the model."""
-        self._sums: dict[
-            int, Tensor
-        ] = {}  # router -> f64 (2 E + 1,): tokens and probabilities of experts, entropy
+        # Router -> f64 (2 E + 1,): tokens and probabilities of its experts, entropy.
+        self._sums: dict[int, Tensor] = {}
         self._chosen: dict[int, int] = {}  # router -> k
 
     @torch.no_grad()

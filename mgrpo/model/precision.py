@@ -108,9 +108,8 @@ class Precision:
         self.keeps_copies = True
         """Whether copies are kept from one forward to the next; not of what FSDP2 gathers anew."""
         self._masters: dict[tuple[int, str], Tensor] = {}  # of a sharded model, in full()
-        self._copies: dict[
-            int, tuple[Tensor, int, Tensor]
-        ] = {}  # id of a master: itself, its version, its copy
+        # By the id of a master: itself, its version, its copy.
+        self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}
         if self.dtype == torch.float32:
             return
         self.freeze_in_half()
@@ -184,9 +183,7 @@ class Precision:
 
     def _stand_in(self, module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
         """What takes the parameter's place while its unit runs; None: itself."""
-        if not parameter.is_floating_point() or _is_sharded(
-            parameter
-        ):  # that of a unit of its own within this one
+        if not parameter.is_floating_point() or _is_sharded(parameter):  # sharded: of a unit within this one
             return None
         if self._exact:
             if parameter.dtype == torch.float32:

@@ -53,9 +53,7 @@ def chunk_rows(chunk: int | None, hidden: Tensor, weight: Tensor) -> int:
         return chunk
     logit = max(hidden.element_size(), 4)  # half-precision operands have float32 logits,
     if weight.device.type != "cpu":
-        logit += (
-            hidden.element_size() if hidden.dtype in HALF else 0
-        )  # and a gradient of their own beside them
+        logit += hidden.element_size() if hidden.dtype in HALF else 0  # and a gradient beside them
         fit = _CHUNK_BYTES // max(weight.shape[0] * logit, 1)
         return min(max(fit // 128 * 128, 128), CHUNK)
     fit = _CPU_CHUNK_BYTES // max(weight.shape[0] * logit, 1)

@@ -22,7 +22,9 @@ from torch import Tensor
 from mgrpo.config import AgentView
 from mgrpo.errors import ConfigError
 from mgrpo.losses.registry import find_loss
+from mgrpo.model.architecture import EXPERTS
 from mgrpo.model.attention import PACKED
+from mgrpo.model.loading import reference_config
 from mgrpo.model.policy import Policy
 from mgrpo.ops import head
 from mgrpo.planning.fake import FakeTensors, fake_ranks
@@ -102,9 +104,8 @@ class Head:
         half = hidden.dtype in head.HALF
         beside = hidden.element_size() if half and self._device != "cpu" else 0
         found: int = rows * weight.shape[0] * (max(hidden.element_size(), 4) + beside)
-        found += (
-            3 * rows * hidden.shape[1] * max(hidden.element_size(), 4)
-        )  # its rows, those that move, their gradient
+        # Its rows, those that move, their gradient.
+        found += 3 * rows * hidden.shape[1] * max(hidden.element_size(), 4)
         if half and self._device == "cpu":  # a block of columns of gradient and weight, widened
             columns = min(weight.shape[0], head.COLUMNS)
             found += columns * (rows * (hidden.element_size() + 4) + hidden.shape[1] * 4)
@@ -173,8 +174,7 @@ def _learner(folder: Path, view: AgentView, policy: Policy, ranks: Ranks, name: 
 
 def _reference(folder: Path, view: AgentView, ranks: Ranks, name: str) -> Policy:
     """As load_reference."""
-    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
-    return fake_policy(folder, view.agent.policy.model_copy(update=plain), ranks, name, frozen=True)
+    return fake_policy(folder, reference_config(view.agent.policy), ranks, name, frozen=True)
 
 
 def _measure(
@@ -224,7 +224,7 @@ def _parameters(policy: Policy) -> Parameters:
     config = policy.model.config.get_text_config()
     experts = sum(p.numel() for name, p in named.items() if ".experts." in name)
     chosen = getattr(config, "num_experts_per_tok", None) or 0
-    there = next((n for key in _EXPERTS if (n := getattr(config, key, None))), 0)
+    there = next((n for key in EXPERTS if (n := getattr(config, key, None))), 0)
     active = total - experts + (experts * chosen // there if there else 0)
     return Parameters(
         total,
@@ -235,9 +235,6 @@ def _parameters(policy: Policy) -> Parameters:
         policy.head_weight.shape[1],
         max(p.numel() for p in named.values()),
     )
-
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @contextlib.contextmanager

@@ -206,15 +206,22 @@ def adamw_way(device: torch.device) -> dict[str, bool]:
     return {"fused": True} if device.type == "cuda" else {"foreach": True}
 
 
+def adamw(
+    policy: Policy, lr: float, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.01
+) -> torch.optim.AdamW:
+    """AdamW over what trains of `policy`, on however many ranks; torch's own defaults."""
+    groups = [{"params": group} for group in by_mesh(policy.parameters())]
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=betas, weight_decay=weight_decay, **adamw_way(policy.device)
+    )
+
+
 def new_learner(
     agent: AgentConfig, policy: Policy, reference: Policy | None, ranks: Ranks | None = None
 ) -> Learner:
     """A learner with the optimizer that the agent's config asks for, before its first step."""
     o = agent.optimizer
-    groups = [{"params": group} for group in by_mesh(policy.parameters())]
-    optimizer = torch.optim.AdamW(
-        groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, **adamw_way(policy.device)
-    )
+    optimizer = adamw(policy, o.lr, betas=o.betas, weight_decay=o.weight_decay)
     return Learner(policy, optimizer, agent.loss, o.grad_clip, reference, ranks)
 
 

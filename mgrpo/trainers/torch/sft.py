@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from mgrpo.config.run import SftConfig
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.base import Demos
-from mgrpo.trainers.torch.learner import adamw_way
-from mgrpo.trainers.torch.mesh import by_mesh, clip_gradient
+from mgrpo.trainers.torch.learner import adamw
+from mgrpo.trainers.torch.mesh import clip_gradient
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.schedule import share_of_lr
 
@@ -30,8 +30,7 @@ class Sft:
 
     def __init__(self, policy: Policy, config: SftConfig, lr: float, ranks: Ranks) -> None:
         self.policy, self._config, self._lr, self._ranks = policy, config, lr, ranks
-        groups = [{"params": group} for group in by_mesh(policy.parameters())]
-        self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=config.betas, **adamw_way(policy.device))
+        self._optimizer = adamw(policy, lr, betas=config.betas)
 
     def step(self, step: int, share: Share) -> float | None:
         """One update from this rank's share; the loss of the batch at every 25th step and the last."""

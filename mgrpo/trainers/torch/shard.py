@@ -23,7 +23,7 @@ import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor, Shard
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import attention, head_guard, lora
-from mgrpo.model.loading import BlankPolicy, blank_policy
+from mgrpo.model.loading import BlankPolicy, blank_policy, reference_config
 from mgrpo.model.mesh import check_mesh
 from mgrpo.model.parts import part_of
 from mgrpo.model.policy import Policy, WithoutAdapters
@@ -69,8 +69,7 @@ def load_sharded_reference(policy: Policy, path: str | Path, ranks: Ranks) -> Po
     """As load_reference, divided as `policy` is: a collective."""
     if policy.config.lora.rank:
         return policy.base()
-    plain = {"last_layers": 0, "gradient_checkpointing": False, "activation_offload": False}
-    return load_sharded(path, policy.config.model_copy(update=plain), ranks, frozen=True)
+    return load_sharded(path, reference_config(policy.config), ranks, frozen=True)
 
 
 def _return_freed_memory() -> None:
@@ -90,8 +89,7 @@ def together(ranks: Ranks, run: Callable[[], T]) -> T:
     for found in ranks.gather(error):
         if found:
             raise ConfigError(found)
-    assert result is not None or not error
-    return result  # type: ignore[return-value]
+    return cast("T", result)
 
 
 class ShardedPolicy(Policy):
@@ -206,9 +204,8 @@ def divide(model: Any, backbone: Any, grid: RankMesh, config: PolicyConfig) -> N
     if config.dtype != "float32":
         for module in float32_modules(model):
             fully_shard(module, mesh=mesh)
-        if (
-            type(embedding) is nn.Embedding
-        ):  # looked up in float32, as on one rank; a tied head needs it until the end
+        # Looked up in float32, as on one rank; a tied head needs it until the end.
+        if type(embedding) is nn.Embedding:
             fully_shard(embedding, mesh=mesh, reshard_after_forward=not tied)
     names = set(getattr(model, "_no_split_modules", None) or ())
     for module in reversed([m for m in backbone.modules() if type(m).__name__ in names]):  # inner ones first
