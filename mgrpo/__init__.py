@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
     from mgrpo.store.connect import connect
+    from mgrpo.store.records import RunParams
     from mgrpo.types import Rollout, Trajectory
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _PUBLIC = {  # name -> module that defines it
     "Batcher": "mgrpo.batcher",
     "Plan": "mgrpo.batcher",
     "connect": "mgrpo.store.connect",
+    "RunParams": "mgrpo.store.records",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "GrpoLossConfig",
     "Plan",
     "Rollout",
+    "RunParams",
     "Trajectory",
     "__version__",
     "align",
