@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,6 +170,31 @@ def test_unbiased_divides_by_the_sample_deviation(estimator: str) -> None:
     wanted = (rewards - rewards.mean(1, keepdim=True)) / (std + 1e-4)
     np.testing.assert_allclose(got[:16], wanted.flatten().numpy(), rtol=1e-12, atol=1e-13)
     assert got[16] == 0.0
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "batch"])
+def test_the_op_gives_the_same(estimator: str) -> None:
+    """mgrpo.group_advantage of the kept rows in float64, up to its sums' rounding, with either deviation."""
+    for seed, unbiased in ((3, False), (4, True), (5, True)):
+        if unbiased and estimator in ("dr_grpo", "rloo"):
+            continue
+        rows = team(seed)
+        got = assign(rows, estimator=estimator, unbiased=unbiased)
+        ids = torch.tensor([int(q[0]) for q in rows["query"]])
+        kept, weight = got.kept, torch.from_numpy(got.weight)
+        rewards = torch.tensor(rows["reward"], dtype=torch.float64)
+        op = mgrpo.group_advantage(rewards, ids, weight, estimator=estimator, unbiased=unbiased)
+        np.testing.assert_allclose(got.advantage, op.numpy(), rtol=1e-12, atol=1e-14)
+        assert not got.advantage[~kept].any()
+
+
+def test_the_page_of_the_alignment_runs() -> None:
+    """docs/alignment.md's example, as it stands."""
+    page = Path(__file__).parent.parent / "docs" / "alignment.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(page), "exec"), names)
+    assert names["assigned"].kept.all()
 
 
 @limits(max_examples=60, deadline=None)
