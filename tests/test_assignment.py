@@ -293,6 +293,9 @@ def test_wrong_groups_are_refused_by_name(change: dict[str, Any], words: str) ->
         ({"invocation": [True, True, True, True]}, "^invocation: bool"),
         ({"query": [1.5, 1, 1, 1]}, "1.5"),
         ({"query": "qqqr"}, "^query: 'qqqr' is one name"),
+        ({"role": ["main", "main", None, "main"]}, "^role: None in row 2 is a NoneType"),
+        ({"tokens": [1.0, 2.0, 3.0, 4.0]}, "^tokens: float64"),
+        ({"d_max": {"sub": 2.5}}, "float"),
     ],
 )
 def test_columns_of_another_type_are_refused(change: dict[str, Any], words: str) -> None:
