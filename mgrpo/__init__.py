@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mgrpo.alignment import Alignment, align
+    from mgrpo.assignment import Assigned, assign
     from mgrpo.batcher import Batcher, Plan
     from mgrpo.config.loss import GrpoLossConfig
     from mgrpo.ops.group_advantage import group_advantage
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
     from mgrpo.store.connect import connect
+    from mgrpo.store.records import RunParams
     from mgrpo.types import Rollout, Trajectory
 
 __version__ = "0.1.0"
@@ -33,20 +35,26 @@ _PUBLIC = {  # name -> module that defines it
     "loss_denominator": "mgrpo.ops.token_loss",
     "align": "mgrpo.alignment",
     "Alignment": "mgrpo.alignment",
+    "assign": "mgrpo.assignment",
+    "Assigned": "mgrpo.assignment",
     "Batcher": "mgrpo.batcher",
     "Plan": "mgrpo.batcher",
     "connect": "mgrpo.store.connect",
+    "RunParams": "mgrpo.store.records",
 }
 
 __all__ = [
     "Alignment",
+    "Assigned",
     "Batcher",
     "GrpoLossConfig",
     "Plan",
     "Rollout",
+    "RunParams",
     "Trajectory",
     "__version__",
     "align",
+    "assign",
     "connect",
     "group_advantage",
     "grpo_loss",
