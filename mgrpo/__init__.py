@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
+    from mgrpo.ops.token_values import TokenValues
     from mgrpo.store.connect import connect
     from mgrpo.types import Rollout, Trajectory
 
@@ -31,6 +32,7 @@ _PUBLIC = {  # name -> module that defines it
     "grpo_loss": "mgrpo.ops.grpo_loss",
     "linear_grpo_loss": "mgrpo.ops.linear_grpo_loss",
     "loss_denominator": "mgrpo.ops.token_loss",
+    "TokenValues": "mgrpo.ops.token_values",
     "align": "mgrpo.alignment",
     "Alignment": "mgrpo.alignment",
     "Batcher": "mgrpo.batcher",
@@ -44,6 +46,7 @@ __all__ = [
     "GrpoLossConfig",
     "Plan",
     "Rollout",
+    "TokenValues",
     "Trajectory",
     "__version__",
     "align",
