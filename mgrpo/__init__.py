@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mgrpo.alignment import Alignment, align
+    from mgrpo.assignment import Assigned, assign
     from mgrpo.batcher import Batcher, Plan
     from mgrpo.config.loss import GrpoLossConfig
     from mgrpo.ops.group_advantage import group_advantage
@@ -37,6 +38,8 @@ _PUBLIC = {  # name -> module that defines it
     "TokenValues": "mgrpo.ops.token_values",
     "align": "mgrpo.alignment",
     "Alignment": "mgrpo.alignment",
+    "assign": "mgrpo.assignment",
+    "Assigned": "mgrpo.assignment",
     "Batcher": "mgrpo.batcher",
     "Plan": "mgrpo.batcher",
     "connect": "mgrpo.store.connect",
@@ -44,6 +47,7 @@ _PUBLIC = {  # name -> module that defines it
 
 __all__ = [
     "Alignment",
+    "Assigned",
     "Batcher",
     "GrpoLossConfig",
     "Plan",
@@ -52,6 +56,7 @@ __all__ = [
     "Trajectory",
     "__version__",
     "align",
+    "assign",
     "connect",
     "group_advantage",
     "grpo_loss",

@@ -10,7 +10,7 @@ ORDER = [
     *("_C", "kernels"),
     *("errors", "files", "types", "waiting", "addresses", "plugins", "sinks", "metrics", "config"),
     *("losses",),
-    *("ops", "alignment", "credit", "algorithms"),
+    *("ops", "alignment", "credit", "algorithms", "assignment"),
     *("batcher", "transport"),
     *("weights", "model", "trajectory_log", "store", "record"),
     *("engines", "environments", "trainers"),

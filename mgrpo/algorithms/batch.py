@@ -11,7 +11,7 @@ from mgrpo.algorithms.statistics import Float64, GroupRelative, Moments
 
 class Batch(GroupRelative):
     def relative(self, moments: Moments) -> Float64:
-        whole = Moments(moments.rewards, moments.weights, np.zeros_like(moments.group), 1)
+        whole = Moments(moments.rewards, moments.weights, np.zeros_like(moments.group), 1, moments.unbiased)
         exponent = moments.exponent[moments.group] - whole.exponent
         gap: Float64 = np.ldexp(moments.gap, exponent)
         return gap / (whole.deviation + whole.scaled(self.settings.eps))

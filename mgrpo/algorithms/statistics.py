@@ -40,15 +40,18 @@ class Moments:
     """Moments of G groups, and n rows relative to them. Unless said otherwise in units of the group's own 2^exponent.
 
     exponent i32 (G,); total (G,): sum of weights; mean, deviation (G,); varied bool (G,): the rewards are not equal;
-    gap (n,): reward less the group's mean; rewards, weights, group (n,): as they were given.
+    gap (n,): reward less the group's mean; rewards, weights, group (n,) and unbiased: as they were given.
     """
 
-    def __init__(self, rewards: Float64, weights: Float64, group: Int64, count: int) -> None:
-        """rewards, weights > 0 and the group's number in [0, count) of n rows. Raises ValueError naming a reward."""
+    def __init__(
+        self, rewards: Float64, weights: Float64, group: Int64, count: int, unbiased: bool = False
+    ) -> None:
+        """rewards, weights > 0 and the group's number in [0, count) of n rows. unbiased: the deviation is the sample's,
+        as mgrpo.group_advantage defines it. Raises ValueError naming a reward."""
         for reward in rewards[~(np.abs(rewards) <= LARGEST_REWARD)]:
             bound = f"is beyond {LARGEST_REWARD}, half of what a float32 holds"
             raise ValueError(f"reward {reward} {bound if np.isfinite(reward) else 'is not finite'}")
-        self.rewards, self.weights, self.group = rewards, weights, group
+        self.rewards, self.weights, self.group, self.unbiased = rewards, weights, group, unbiased
         size = np.bincount(group, minlength=count)
         low, high = np.full(count, np.inf), np.full(count, -np.inf)
         np.minimum.at(low, group, rewards)
@@ -63,6 +66,9 @@ class Moments:
         self.mean = np.bincount(group, weights * scaled, count) / some
         self.gap = scaled - self.mean[group]
         square = np.bincount(group, weights * self.gap * self.gap, count) / some
+        if unbiased:
+            spare = self.total - np.bincount(group, weights * weights, count) / some
+            square = np.where(spare > 0, square * some / np.where(spare > 0, spare, 1.0), np.inf)
         self.deviation = np.where((size > 1) & (low != high), np.sqrt(square), 0.0)
 
     def scaled(self, number: float) -> Float64:
@@ -99,10 +105,12 @@ class GroupRelative(Algorithm):
     def relative(self, moments: Moments) -> Float64:
         """The formula: advantages (n,) of the rows. What it gives in groups that are not varied is not used."""
 
-    def advantages(self, groups: Sequence[RolloutGroup]) -> Sequence[Sequence[float | Float32]]:
-        moments = moments_of(groups)
+    def rows(self, moments: Moments) -> Float64:
+        """Advantages (n,) of the rows: the formula's, and 0 in groups that are not varied."""
         with np.errstate(all="ignore"):
             rows = self.relative(moments)
-        rows = np.where(moments.varied[moments.group], rows, 0.0)
-        values = iter(rows.tolist())
+        return np.where(moments.varied[moments.group], rows, 0.0)
+
+    def advantages(self, groups: Sequence[RolloutGroup]) -> Sequence[Sequence[float | Float32]]:
+        values = iter(self.rows(moments_of(groups)).tolist())
         return [[next(values) if m.weight > 0 else 0.0 for m in g.members] for g in groups]

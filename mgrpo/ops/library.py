@@ -34,16 +34,18 @@ def name_metrics(stacked: Tensor) -> dict[str, Tensor]:
 
 @torch.library.custom_op("mgrpo::group_advantage", mutates_args=())
 def group_advantage(
-    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, backend: str
-) -> Tensor:
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, unbiased: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
     """Advantages (N,)."""
-    return rows(backend).group_advantage(rewards, group_id, weight, estimator, eps)
+    return rows(backend).group_advantage(rewards, group_id, weight, estimator, eps, unbiased)
 
 
 @group_advantage.register_fake
 def _(
-    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, backend: str
-) -> Tensor:
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, unbiased: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(rewards)
 
 
