@@ -97,9 +97,10 @@ def test_interpreted_float32_logits_with_a_bfloat16_gradient(small_blocks: None)
 @numpy_warns
 def test_interpreted_log_ratios_beyond_float32s_exponent(small_blocks: None) -> None:
     """As the CPU's test of the same name."""
-    from tests.loss_rim import check_far, far_configs
+    from tests.loss_rim import check_far, check_missing, far_configs
 
     check_far(("triton",), far_configs()[::3])
+    check_missing(("triton",))
 
 
 @numpy_warns

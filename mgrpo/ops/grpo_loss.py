@@ -53,7 +53,8 @@ class LossInputs(TypedDict, total=False):
     ref_logprobs: Tensor | None
     """(T,) in nats, under the reference policy."""
     rollout_logprobs: Tensor | None
-    """(T,) in nats, as the sampler reported them."""
+    """(T,) in nats, as the sampler reported them. NaN or infinite where it reported none: no correction at this
+    token, which is counted in the metric rollout_missing_rows."""
     loss_mask: Tensor | None
     """(T,), non-zero where the token was sampled by this policy; None: everywhere."""
     denominator: Tensor | float | None
@@ -176,13 +177,11 @@ def prepare(
 def _logprobs(
     target_ids: Tensor, mask: Tensor, loss: PolicyLoss, inputs: LossInputs, like: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(target ids, [old, ref, rollout log-probs]): all there that the loss needs, checked, and finite."""
-    given = {
-        "old_logprobs": inputs.get("old_logprobs"),
-        "ref_logprobs": inputs.get("ref_logprobs"),
-        "rollout_logprobs": inputs.get("rollout_logprobs"),
-    }
-    for name, x in given.items():
+    """(target ids, [old, ref, rollout log-probs]): all there that the loss needs, checked; old and ref finite, rollout
+    NaN where the sampler has none."""
+    old, ref = inputs.get("old_logprobs"), inputs.get("ref_logprobs")
+    rollout = inputs.get("rollout_logprobs")
+    for name, x in (("old_logprobs", old), ("ref_logprobs", ref)):
         if x is not None:
             check.floating(name, x, (target_ids.shape[0],), like)
             check.finite(name, x, mask)
@@ -191,13 +190,17 @@ def _logprobs(
             ):  # such a row is then treated as one with a bad id: idle, and counted
                 target_ids = torch.where(x.isfinite() | ~mask, target_ids, -1)
     config = loss.config
-    if loss.needs_reference and given["ref_logprobs"] is None:
+    if loss.needs_reference and ref is None:
         why = f"kl_coef {config.kl_coef}" if config.kl_coef else f"type {config.type!r}"
         raise ValueError(f"ref_logprobs: missing, with {why}")
-    if config.correction != "none" and given["rollout_logprobs"] is None:
+    if config.correction != "none" and rollout is None:
         raise ValueError(f"rollout_logprobs: missing, with correction {config.correction!r}")
     # 0 in place of what is not finite, in rows that are masked or idle: 0 x NaN would spoil sums over rows
-    return target_ids, [None if x is None else torch.where(x.isfinite(), x, 0.0) for x in given.values()]
+    given = [None if x is None else torch.where(x.isfinite(), x, 0.0) for x in (old, ref)]
+    if rollout is not None:
+        check.floating("rollout_logprobs", rollout, (target_ids.shape[0],), like)
+        rollout = torch.where(rollout.isfinite(), rollout, float("nan"))
+    return target_ids, [*given, rollout]
 
 
 def _check_sources(inputs: LossInputs, loss: PolicyLoss) -> None:

@@ -15,7 +15,8 @@ D may be given, so that gradient accumulation does not depend on how micro-batch
 log-prob is not finite contributes nothing and is counted. 4. Log-ratios are bounded above by
 `log_ratio_clip` before they are exponentiated (as torch.clamp does it: no gradient beyond). Where a clip, a cap
 or a saturated gate holds the token, its gradient is 0 with and without the bound; elsewhere the bound keeps the
-loss finite.
+loss finite. 5. A row for which the sampler has no log-prob (NaN, or infinite) is one whose log-prob is the
+trainer's: no correction at this token, and no part in what compares the two engines; it is counted.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ METRICS = (
     "logprob_diff_max",
     "active_row_frac",
     "nonfinite_rows",
+    "rollout_missing_rows",
 )
 """Keys of the metrics every loss call returns, each a 0-d tensor on the logits' device."""
 
@@ -74,7 +76,7 @@ class Tokens:
     advantages: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
-    rollout_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None  # NaN where the sampler has none
     num_sequences: int
     groups: Groups | None = None
 
@@ -154,20 +156,22 @@ def _sequence_correction(config: GrpoLossConfig) -> bool:
 
 
 def needs_two_phases(loss: PolicyLoss, has_old_logprobs: bool) -> bool:
-    """True where autograd is to differentiate the term, which the kernels do not know, and where a row's
-    coefficient depends on other rows' log-probs: sequence ratios, and sequence-level corrections of the current
+    """True where autograd is to differentiate what the kernels do not know, a term or a KL times the ratio, and where
+    a row's coefficient depends on other rows' log-probs: sequence ratios, and sequence-level corrections of the current
     policy itself (with old log-probs the correction is known before the logits)."""
     correction = _sequence_correction(loss.config) and not has_old_logprobs
-    return not loss.fused or loss.has_sequence_ratio or correction
+    return not loss.fused or loss.has_sequence_ratio or correction or loss.config.kl_bias_correction
 
 
 def correction_weight(logp: Tensor, tokens: Tokens, config: GrpoLossConfig) -> Tensor:
-    """(T,) factor on the policy term; `logp` (detached here) are the log-probs of the training engine."""
+    """(T,) factor on the policy term; `logp` (detached here) are the log-probs of the training engine. rho is 1 where
+    the sampler has no log-prob."""
     if config.correction == "none" or tokens.rollout_logprobs is None:
         return torch.ones_like(logp)
     low, high = config.correction_bounds
     n = tokens.num_sequences
-    log_rho = torch.where(tokens.mask, logp.detach() - tokens.rollout_logprobs.to(logp.dtype), 0.0)
+    known = tokens.mask & tokens.rollout_logprobs.isfinite()
+    log_rho = torch.where(known, logp.detach() - tokens.rollout_logprobs.to(logp.dtype), 0.0)
     rho = log_rho.exp()  # where it overflows it is infinite, which every bound below holds
     largest = math.exp(config.log_ratio_clip)
     if config.correction == "token_tis":
@@ -177,7 +181,7 @@ def correction_weight(logp: Tensor, tokens: Tokens, config: GrpoLossConfig) -> T
     elif config.correction in SEQUENCE_CORRECTIONS:
         total = segment_sum(log_rho, tokens.seq_id, n)
         if config.correction == "geometric":
-            total = total / segment_sum(tokens.mask.to(logp.dtype), tokens.seq_id, n).clamp(min=1.0)
+            total = total / segment_sum(known.to(logp.dtype), tokens.seq_id, n).clamp(min=1.0)
         ratio = total.exp()
         inside = (ratio >= low) & (ratio <= high)
         factor = torch.where(inside, ratio.clamp(max=largest), 0.0)[tokens.seq_id]
@@ -227,7 +231,8 @@ def token_loss(
     weight = torch.where(counted, tokens.weight, 0.0).to(logp.dtype)
     kl = torch.zeros_like(logp)
     if ref is not None:
-        kl = torch.where(counted, kl_term(logp, ref, config), 0.0)
+        estimate = kl_term(logp, ref, config)
+        kl = torch.where(counted, estimate * ratio if config.kl_bias_correction else estimate, 0.0)
         if config.kl_coef:
             value = value + config.kl_coef * (weight * kl).sum()
     if config.entropy_coef:
@@ -241,6 +246,7 @@ def token_loss(
             "entropy": _mean(entropy, counted),
             "active_row_frac": active.to(logp.dtype).mean() if active.numel() else logp.new_zeros(()),
             "nonfinite_rows": (active & ~finite).sum(),
+            "rollout_missing_rows": (tokens.mask & ~_sampled(tokens, tokens.mask)).sum(),
         }
     return value, {name: metrics[name].detach() for name in METRICS}
 
@@ -318,11 +324,17 @@ def _ratio_metrics(ratio: Tensor, tokens: Tokens, loss: PolicyLoss, counted: Ten
     }
 
 
+def _sampled(tokens: Tokens, rows: Tensor) -> Tensor:
+    """bool (T,): those of `rows` whose sampler's log-prob is known; all where the call was given none at all."""
+    return rows if tokens.rollout_logprobs is None else rows & tokens.rollout_logprobs.isfinite()
+
+
 def _mismatch_metrics(
     logp: Tensor, log_ratio: Tensor, tokens: Tokens, config: GrpoLossConfig, counted: Tensor
 ) -> dict[str, Tensor]:
-    """The sampler against the trainer over the counted rows, from log-probs: none of these overflows or has a
-    logarithm of 0."""
+    """The sampler against the trainer over the counted rows that have its log-prob, from log-probs: none of these
+    overflows or has a logarithm of 0."""
+    counted = _sampled(tokens, counted)
     log_weight, mismatch = log_ratio, torch.zeros_like(logp)
     sampled = tokens.old_logprobs
     if tokens.rollout_logprobs is not None:
