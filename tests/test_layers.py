@@ -20,6 +20,7 @@ ORDER = [
     *("run", "view"),
     *("integrations",),
     *("cli", "__main__"),
+    *("integrations",),
 ]
 LEVEL = {name: level for level, name in enumerate(ORDER)}
 
