@@ -34,7 +34,17 @@ print("imported")
 
 def test_adapters_are_imported_without_their_hosts() -> None:
     """With mgrpo's own dependencies alone."""
-    missing = {*HOSTS, "transformers", "tokenizers", "peft", "accelerate", "datasets", "pandas", "ray", "tensordict"}
+    missing = {
+        *HOSTS,
+        "transformers",
+        "tokenizers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "pandas",
+        "ray",
+        "tensordict",
+    }
     code = ALONE.format(missing=missing, hosts=HOSTS)
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
