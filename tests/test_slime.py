@@ -3,7 +3,9 @@ against slime's own reducer and contract tests where SLIME_CHECKOUT names a chec
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import mgrpo
 from mgrpo.errors import ConfigError
@@ -336,3 +339,40 @@ def test_slimes_own_contract_tests_pass_with_the_hooks() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert "36 passed" in done.stdout
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / "embedding" / page).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_what_the_page_says_to_type_works() -> None:
+    """The generate function of the page on a rollout of two calls and on one of none; its settings; no more than ten
+    lines each."""
+    (code,), (settings,) = blocks("slime.md", "python"), blocks("slime.md", "yaml")
+    rng = np.random.default_rng(2)
+    calls = [[trajectory(rng, "sub", i, 3) for i in range(2)], []]
+
+    async def play(args: Any, sample: Sample, params: Any) -> Any:
+        return calls[sample.index or 0], {"sub": 1.0}
+
+    space: dict[str, Any] = {"play": play}
+    exec(code, space)
+    made = [asyncio.run(space["generate"](None, Sample(group_index=0, index=k), {})) for k in range(2)]
+    assert [len(samples) for samples in made] == [2, 1] and max(code.count("\n"), settings.count("\n")) <= 10
+    args = SimpleNamespace(n_samples_per_prompt=2, **yaml.safe_load(settings))
+    assert slime.convert_samples(args, made[0] + made[1])["rollout_ids"] == [0, 0, 1]
+
+
+def test_the_examples_name_what_is_there() -> None:
+    """Hooks that exist, settings that are known, and, with a checkout, arguments of slime."""
+    folder = ROOT / "examples" / "embed_slime"
+    for name in ("team.yaml", "mrlx.yaml"):
+        slime.check(SimpleNamespace(**yaml.safe_load((folder / name).read_text())))
+    text = (folder / "arguments.sh").read_text() + (ROOT / "docs/embedding/slime.md").read_text()
+    hooks = set(re.findall(r"mgrpo\.integrations\.slime\.(\w+)", text))
+    assert len(hooks) >= 5 and all(callable(getattr(slime, hook)) for hook in hooks)
+    if slime_double.CHECKOUT:
+        known = (Path(slime_double.CHECKOUT) / "slime/utils/arguments.py").read_text()
+        given = set(re.findall(r"--[a-z][a-z-]+", text)) | {f"--{name.replace('_', '-')}" for name in REFUSED}
+        assert not {flag for flag in given if f'"{flag}"' not in known} - {"--rewards-normalization"}
