@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.policy_loss import policy_loss
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
+    from mgrpo.ops.token_values import TokenValues
     from mgrpo.store.connect import connect
     from mgrpo.types import Rollout, Trajectory
 
@@ -34,6 +35,7 @@ _PUBLIC = {  # name -> module that defines it
     "linear_grpo_loss": "mgrpo.ops.linear_grpo_loss",
     "policy_loss": "mgrpo.ops.policy_loss",
     "loss_denominator": "mgrpo.ops.token_loss",
+    "TokenValues": "mgrpo.ops.token_values",
     "align": "mgrpo.alignment",
     "Alignment": "mgrpo.alignment",
     "assign": "mgrpo.assignment",
@@ -50,6 +52,7 @@ __all__ = [
     "GrpoLossConfig",
     "Plan",
     "Rollout",
+    "TokenValues",
     "Trajectory",
     "__version__",
     "align",

@@ -6,6 +6,7 @@ The interpreter is chosen when the kernels are imported, so its part runs in a p
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -198,14 +199,18 @@ def test_interpreted_group_advantage(small_blocks: None) -> None:
     ids = torch.cat([torch.randint(0, 4, (24,), generator=g), torch.full((3,), 7), torch.full((1,), 8)]).int()
     weights = torch.randint(0, 4, (28,), generator=g) / 4.0
     order = torch.randperm(28, generator=g)
-    for estimator in ("grpo", "dr_grpo", "rloo", "batch"):
-        for w in (None, weights):
-            want = group_advantage(rewards, ids, w, estimator=estimator, impl="reference")
-            got = group_advantage(rewards, ids, w, estimator=estimator, impl="triton")
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-            has_grad = None if w is None else w[order]
-            again = group_advantage(rewards[order], ids[order], has_grad, estimator=estimator, impl="triton")
-            assert torch.equal(got[order], again) and not got[24:].any()
+    kinds = [(name, False) for name in ("grpo", "dr_grpo", "rloo", "batch")] + [
+        ("grpo", True),
+        ("batch", True),
+    ]
+    for (estimator, unbiased), w in itertools.product(kinds, (None, weights)):
+        settings = {"estimator": estimator, "unbiased": unbiased}
+        want = group_advantage(rewards, ids, w, **settings, impl="reference")
+        got = group_advantage(rewards, ids, w, **settings, impl="triton")
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+        moved = (rewards[order], ids[order].long() * 2**32, None if w is None else w[order])
+        again = group_advantage(*moved, **settings, impl="triton")
+        assert torch.equal(got[order], again) and not got[24:].any()
 
 
 @numpy_warns
