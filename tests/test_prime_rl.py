@@ -214,15 +214,17 @@ def test_a_loss_setting_that_cannot_be_honoured_is_refused(config: dict[str, Any
         prime_rl.loss(inputs, **config)
 
 
-def test_one_sample_has_one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_advantages_are_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token's own; a sequence ratio has one advantage. The loss is the sum over tokens, prime-rl divides."""
     prime_rl_double.install(monkeypatch, False)
     x, mask = torch.zeros(3), torch.tensor([True, True, False])
-    inputs = prime_rl_double.LossInputs(x, x, None, torch.ones(3), mask, torch.tensor([0.5, 0.25, 9.0]))
-    with pytest.raises(ValueError, match=r"loss_weights: 0.5 and others"):
-        prime_rl.loss(inputs)
-    inputs.loss_weights = torch.tensor([0.5, 0.5, 9.0])
-    out = prime_rl.loss(inputs, type="dapo")
-    assert float(out.loss) == -1.0 and "mgrpo/ratio_mean" in out.metrics
+    weights, advantages = torch.tensor([0.5, 0.25, 9.0]), torch.tensor([1.0, 3.0, 9.0])
+    inputs = prime_rl_double.LossInputs(x, x, None, advantages, mask, weights)
+    for kind in ("dapo", "grpo"):
+        out = prime_rl.loss(inputs, type=kind)
+        assert float(out.loss) == -(0.5 + 0.75) and "mgrpo/ratio_mean" in out.metrics
+    with pytest.raises(ValueError, match=r"advantages: 1.0 and others in one sample"):
+        prime_rl.loss(inputs, type="gspo")
     with pytest.raises(ValueError, match="ref_logprobs"):
         prime_rl.loss(inputs, kl_coef=0.1)
 

@@ -39,23 +39,23 @@ def loss(inputs: Any, **config: Any) -> Any:
     "mgrpo.integrations.prime_rl.loss", and in kwargs fields of GrpoLossConfig: the term of each token. What a row
     weighs, and what a step is divided by, is in the weights.
 
-    inputs: prime-rl's LossInputs. Raises ConfigError for a setting that cannot be honoured, ValueError for weights or
-    (of a sequence ratio) advantages that differ within the sample.
+    inputs: prime-rl's LossInputs. Raises ConfigError for a setting that cannot be honoured, ValueError for
+    advantages that differ within the sample, of a type whose ratio is the sequence's.
     """
     settings = _loss_config(tuple(sorted(config.items())))
     mask = inputs.loss_mask
     n = int(mask.sum())
     weight, advantages = inputs.loss_weights, inputs.advantages[mask]
-    options = {"advantages": advantages.new_tensor([_same("advantages", advantages)])}
-    if settings.type != "gspo" and settings.ratio_level != "sequence":
-        options = {"token_advantages": advantages}
+    options = {"token_advantages": advantages}
+    if settings.type == "gspo" or settings.ratio_level == "sequence":
+        options = {"advantages": _one(advantages)}
     value, metrics = mgrpo.policy_loss(
         inputs.trainer_logprobs[mask],
         config=settings,
         cu_seqlens=torch.tensor([0, n], dtype=torch.int32, device=mask.device),
         old_logprobs=inputs.inference_logprobs[mask],
         ref_logprobs=None if inputs.ref_logprobs is None else inputs.ref_logprobs[mask],
-        seq_weight=None if weight is None else weight.new_tensor([_same("loss_weights", weight[mask])]),
+        token_weight=None if weight is None else weight[mask],
         denominator=1.0,
         **options,
     )
@@ -88,11 +88,13 @@ def _loss_config(items: tuple[tuple[str, Any], ...]) -> mgrpo.GrpoLossConfig:
     return config
 
 
-def _same(name: str, values: torch.Tensor) -> float:
-    first = float(values[0])
-    if bool((values != first).any()):
-        raise ValueError(f"{name}: {first} and others in one sample, expected one number")
-    return first
+def _one(advantages: torch.Tensor) -> torch.Tensor:
+    """(1,) the advantage that all tokens of a sample share."""
+    if bool((advantages != advantages[0]).any()):
+        raise ValueError(
+            f"advantages: {float(advantages[0])} and others in one sample, whose ratio is the sequence's"
+        )
+    return advantages[:1]
 
 
 def rl_weights(
