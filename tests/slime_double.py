@@ -86,11 +86,19 @@ def reducer(
     return total
 
 
+class _OneRank(ModuleType):
+    """megatron.core.mpu where every group has one rank."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda **_: 1 if name.endswith("world_size") else None
+
+
 def slime_modules(monkeypatch: Any) -> tuple[Any, Any]:
-    """slime's own loss.py and dp_schedule.py of the checkout. Stubbed are Megatron (every group has one rank) and
-    slime's HTTP; the log-probs and entropies of logits, for which it has kernels over ranks, are plain torch."""
-    mpu = ModuleType("megatron.core.mpu")
-    mpu.__dict__["__getattr__"] = lambda name: lambda **_: 1 if name.endswith("world_size") else None
+    """slime's own loss.py and dp_schedule.py of the checkout. Stubbed are Megatron and slime's
+    HTTP; the log-probs and entropies of logits, for which it has kernels over ranks, are plain torch."""
+    mpu = _OneRank("megatron.core.mpu")
     core = ModuleType("megatron.core")
     core.__dict__["mpu"] = mpu
     http = ModuleType("slime.utils.http_utils")

@@ -1,5 +1,5 @@
 """The hooks that make slime train an agent with M-GRPO. Against a double of its interfaces (tests/slime_double.py), and
-against slime's own reducer and contract tests where SLIME_CHECKOUT names a checkout; without Ray, Megatron and GPU."""
+against slime's own loss and contract tests where SLIME_CHECKOUT names a checkout; without Ray, Megatron and GPU."""
 
 from __future__ import annotations
 
