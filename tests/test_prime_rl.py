@@ -240,6 +240,11 @@ def test_an_orchestrator_that_cannot_be_honoured_is_refused(
         prime_rl.register("ppo", d_max=1)
     with pytest.raises(ConfigError, match="mean: 'batch'"):
         prime_rl.register(d_max=1, mean="batch")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="d_max"):
+        prime_rl.register(d_max={"sub": 0})
+    with pytest.raises(ConfigError, match="place: 'sft' trains without advantages"):
+        host.algo.ALGORITHM_CLASSES["sft"].action_loss_type = "ce"  # of a stub the checkout's config says it
+        prime_rl.register("sft", d_max=1)
     made = prime_rl.register(d_max=1)
     with pytest.raises(ConfigError, match=r"algo.length_penalty: 1 cannot be honoured"):
         made(SimpleNamespace(length_penalty=1), None)

@@ -307,6 +307,13 @@ def test_settings_are_checked() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             slime.check(SimpleNamespace(mgrpo=mapping, grpo_std_normalization=False))
+    for mapping, words in (
+        ({"d_max": {"sub": 0}}, "mgrpo: .*d_max"),
+        ({"mode": "some"}, "mgrpo: .*mode"),
+        ({"estimator": "ppo"}, "mgrpo: estimator: 'ppo'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            slime.check(SimpleNamespace(mgrpo=mapping))
     with pytest.raises(ConfigError, match="expected a mapping"):
         slime.check(SimpleNamespace(mgrpo=3))
     samples = team(np.random.default_rng(2), 2)

@@ -10,8 +10,9 @@ which makes the step's loss M-GRPO's exactly. T and the sums are of the whole st
 batch: `register` puts an algorithm, `MGRPO`, in the place of one of prime-rl's, and the factor where batches are cut.
 Rows that prime-rl prunes because their advantage is 0 leave T and stay in the sums.
 
-Deviations: the sampler is the old policy, prime-rl keeps no other log-probs. A sample that the trainer cuts at seq_len
-leaves its tail out of T, as with prime-rl's own algorithms.
+Deviations: the sampler is the old policy, prime-rl keeps no other log-probs. A trace of several branches is one
+sequence in the weights, and one for each branch in a sequence's ratio. A sample that the trainer cuts at seq_len leaves
+its tail out of T, as with prime-rl's own algorithms.
 """
 
 from __future__ import annotations
@@ -153,7 +154,18 @@ def register(
         )
     if mean not in ("token", "sequence"):
         raise ConfigError(f"mean: {mean!r} is not one of token, sequence")
-    settings = {"d_max": d_max, "seed": seed, "mode": mode, "estimator": estimator, "unbiased": unbiased}
+    settings: dict[str, Any] = {
+        "d_max": d_max,
+        "seed": seed,
+        "mode": mode,
+        "estimator": estimator,
+        "unbiased": unbiased,
+    }
+    for role in d_max if isinstance(d_max, Mapping) else ("sub",):
+        try:
+            mgrpo.assign([0], role, [0], [0], [0.0], step=0, **settings)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
 
     base: Any = algo.Algorithm
     traces_of = importlib.import_module("prime_rl.orchestrator.algo.base").iter_trainable_traces
