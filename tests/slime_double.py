@@ -1,14 +1,12 @@
 """slime as its interfaces are (Sample, DynamicFilterOutput, RolloutFn*Output, the reducer, the cut into steps), written
-from its sources: what CI has of it. `slime_reducer` is slime's own, of the checkout that SLIME_CHECKOUT names."""
+from its sources: what CI has of it. `slime_modules` are slime's own, of the checkout that SLIME_CHECKOUT names."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -88,27 +86,42 @@ def reducer(
     return total
 
 
-@contextmanager
-def slime_reducer() -> Iterator[Callable[..., Callable[[torch.Tensor], torch.Tensor]]]:
-    """get_sum_of_sample_mean of the checkout, whose one import of Megatron gives the size of a group: 1."""
-    names = ("megatron", "megatron.core", "megatron.core.mpu")
-    before = {name: sys.modules.get(name) for name in names}
-    modules = {name: ModuleType(name) for name in names}
-    modules["megatron.core.mpu"].get_context_parallel_world_size = lambda: 1  # type: ignore[attr-defined]
-    modules["megatron.core"].mpu = modules["megatron.core.mpu"]  # type: ignore[attr-defined]
-    sys.modules.update(modules)
-    try:
-        path = Path(CHECKOUT) / "slime/backends/megatron_utils/cp_utils.py"
-        spec = importlib.util.spec_from_file_location("slime_cp_utils", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module.get_sum_of_sample_mean
-    finally:
-        for name, module_before in before.items():
-            sys.modules.pop(name)
-            if module_before is not None:
-                sys.modules[name] = module_before
+class _OneRank(ModuleType):
+    """megatron.core.mpu where every group has one rank."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda **_: 1 if name.endswith("world_size") else None
+
+
+def slime_modules(monkeypatch: Any) -> tuple[Any, Any]:
+    """slime's own loss.py and dp_schedule.py of the checkout. Stubbed are Megatron and slime's
+    HTTP; the log-probs and entropies of logits, for which it has kernels over ranks, are plain torch."""
+    mpu = _OneRank("megatron.core.mpu")
+    core = ModuleType("megatron.core")
+    core.__dict__["mpu"] = mpu
+    http = ModuleType("slime.utils.http_utils")
+    http.__dict__["is_port_available"] = None
+    package = ModuleType("slime.backends.megatron_utils")  # its own __init__ imports Megatron's model
+    package.__path__ = [str(Path(CHECKOUT, "slime/backends/megatron_utils"))]
+    modules = {"megatron": ModuleType("megatron"), "megatron.core": core, "megatron.core.mpu": mpu}
+    modules |= {"slime.utils.http_utils": http, "slime.backends.megatron_utils": package}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.syspath_prepend(CHECKOUT)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda f: f)
+    loss = importlib.import_module("slime.backends.megatron_utils.loss")
+    schedule = importlib.import_module("slime.utils.dp_schedule")
+    for name in [n for n in sys.modules if (n == "slime" or n.startswith("slime.")) and n not in modules]:
+        del sys.modules[name]
+
+    def log_probs(logits: torch.Tensor, tokens: torch.Tensor, *_: Any, **__: Any) -> Any:
+        p = logits.log_softmax(-1)
+        return p.gather(-1, tokens[:, None]), -(p.exp() * p).sum(-1)
+
+    loss.calculate_log_probs_and_entropy = log_probs
+    return loss, schedule
 
 
 def steps(rollout_ids: list[int], size: int) -> list[list[int]]:
@@ -118,21 +131,14 @@ def steps(rollout_ids: list[int], size: int) -> list[list[int]]:
     return [[j for j, rollout in enumerate(rollout_ids) if rollout in cut] for cut in cuts]
 
 
-def slime_steps(rollout_ids: list[int], size: int) -> list[list[int]]:
-    """`steps` by the checkout's own build_dp_schedule."""
-    sys.path.insert(0, CHECKOUT)
-    try:
-        schedule = importlib.import_module("slime.utils.dp_schedule").build_dp_schedule
-    finally:
-        sys.path.remove(CHECKOUT)
-        for name in [n for n in sys.modules if n == "slime" or n.startswith("slime.")]:
-            del sys.modules[name]
+def slime_steps(schedule: Any, rollout_ids: list[int], size: int) -> list[list[int]]:
+    """`steps` by slime's own build_dp_schedule."""
     names = ("use_dynamic_batch_size", "balance_by_flops", "balance_data")
     args = SimpleNamespace(**dict.fromkeys(names, False), micro_batch_size=1)
     parallel = {"dp_size": 1, "cp_size": 1, "vpp_size": 1, "microbatch_group_size_per_vp_stage": 1}
-    lengths = [1] * len(rollout_ids)
-    parts, _, counts, _ = schedule(
-        args, parallel, lengths, global_batch_size=size, rollout_indices=rollout_ids
+    build = schedule.build_dp_schedule
+    parts, _, counts, _ = build(
+        args, parallel, [1] * len(rollout_ids), global_batch_size=size, rollout_indices=rollout_ids
     )
     taken = iter(parts[0])
     return [[next(taken) for _ in range(count)] for count in counts]

@@ -1,12 +1,13 @@
 """The hooks that make slime train an agent with M-GRPO. Against a double of its interfaces (tests/slime_double.py), and
-against slime's own reducer and contract tests where SLIME_CHECKOUT names a checkout; without Ray, Megatron and GPU."""
+against slime's own loss and contract tests where SLIME_CHECKOUT names a checkout; without Ray, Megatron and GPU."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import mgrpo
 from mgrpo.errors import ConfigError
@@ -96,14 +98,7 @@ def logprobs(samples: list[Sample], rng: np.random.Generator) -> list[torch.Tens
 
 def our_loss(samples: list[Sample], logp: list[torch.Tensor], rollouts: set[int], kl: float) -> torch.Tensor:
     """mgrpo's weighted loss of the optimizer step with these rollouts, advantages and votes by mgrpo.assign."""
-    rows = [j for j, s in enumerate(samples) if sum(s.loss_mask or [])]
-    own = [samples[j].metadata["mgrpo"] for j in rows]
-    assigned = mgrpo.assign(
-        [samples[j].group_index for j in rows],  # type: ignore[misc]
-        [x["role"] for x in own], [samples[j].index % K for j in rows],  # type: ignore[operator]
-        [x["invocation"] for x in own], [samples[j].reward for j in rows],
-        d_max={"sub": 2}, seed=3, step=0,
-    )  # fmt: skip
+    rows, assigned = votes(samples)
     mine = [i for i, j in enumerate(rows) if samples[j].index in rollouts]
     chosen = [samples[rows[i]] for i in mine]
     x = torch.cat([logp[rows[i]] for i in mine])
@@ -120,9 +115,8 @@ def our_loss(samples: list[Sample], logp: list[torch.Tensor], rollouts: set[int]
     return loss
 
 
-@pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_checkout)])
 @pytest.mark.parametrize("planner", [False, True])
-def test_slimes_reducer_computes_our_weighted_loss(real: bool, planner: bool) -> None:
+def test_slimes_reducer_computes_our_weighted_loss(planner: bool) -> None:
     """Policy and KL term and their gradients, steps of two groups, with rollouts that have no invocation, more than
     d_max of them, and tokens that are not trained."""
     rng = np.random.default_rng(7 + planner)
@@ -135,20 +129,87 @@ def test_slimes_reducer_computes_our_weighted_loss(real: bool, planner: bool) ->
     host = [logp[j].clone().requires_grad_() for j, s in enumerate(samples) if id(s.tokens) in kept]
     ours = [x.clone().requires_grad_() for x in logp]
     of_host = dict(zip((j for j, s in enumerate(samples) if id(s.tokens) in kept), host, strict=True))
-    cut = slime_double.slime_steps if real else slime_double.steps
-    with slime_double.slime_reducer() if real else nullcontext(slime_double.reducer) as of:
-        for rows in cut(data["rollout_ids"], size):
-            theirs = host_loss(data, host, rows, size, of)
-            mine = our_loss(samples, ours, {data["rollout_ids"][j] for j in rows}, kl=0.1)
-            torch.testing.assert_close(theirs, mine, rtol=1e-7, atol=1e-9)  # denominators travel as float32
-            theirs.backward()
-            mine.backward()
+    for rows in slime_double.steps(data["rollout_ids"], size):
+        theirs = host_loss(data, host, rows, size, slime_double.reducer)
+        mine = our_loss(samples, ours, {data["rollout_ids"][j] for j in rows}, kl=0.1)
+        torch.testing.assert_close(theirs, mine, rtol=1e-7, atol=1e-9)  # denominators travel as float32
+        theirs.backward()
+        mine.backward()
     for j, x in enumerate(ours):
         g = torch.zeros_like(x) if x.grad is None else x.grad
         if j in of_host:
             torch.testing.assert_close(of_host[j].grad, g, rtol=1e-6, atol=1e-9)
         else:
             assert not g.any(), "a sample that is left out trains nothing in our loss either"
+
+
+def votes(samples: list[Sample]) -> tuple[list[int], mgrpo.Assigned]:
+    """The samples with trained tokens, and what mgrpo.assign says of them."""
+    rows = [j for j, s in enumerate(samples) if sum(s.loss_mask or [])]
+    own = [samples[j].metadata["mgrpo"] for j in rows]
+    return rows, mgrpo.assign(
+        [samples[j].group_index for j in rows],  # type: ignore[misc]
+        [x["role"] for x in own], [samples[j].index % K for j in rows],  # type: ignore[operator]
+        [x["invocation"] for x in own], [samples[j].reward for j in rows],
+        d_max={"sub": 2}, seed=3, step=0,
+    )  # fmt: skip
+
+
+@needs_checkout
+@pytest.mark.parametrize("kind", ["grpo", "gspo"])
+def test_slimes_loss_function_computes_ours(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of slime's loss from logits, with KL and entropy, in the steps that slime cuts: value and gradient."""
+    loss, schedule = slime_double.slime_modules(monkeypatch)
+    rng = np.random.default_rng(17)
+    samples, size = team(rng, 4, planner=True), 2 * K
+    data = slime.convert_samples(arguments(global_batch_size=size, advantage_estimator=kind), samples)
+    args = SimpleNamespace(
+        advantage_estimator=kind, eps_clip=0.2, eps_clip_high=0.28, eps_clip_c=None, use_opsm=False, use_tis=False,
+        get_mismatch_metrics=False, entropy_coef=0.01, use_kl_loss=True, kl_loss_coef=0.1, kl_loss_type="k3",
+        use_unbiased_kl=False, rollout_top_p=1.0, rollout_temperature=1.0, use_rollout_logprobs=False,
+        log_probs_chunk_size=-1, allgather_cp=False, calculate_per_token_loss=False, loss_type="policy_loss",
+        recompute_loss_function=False,
+    )  # fmt: skip
+    config = mgrpo.GrpoLossConfig(type=kind, clip_eps_high=0.28, kl_coef=0.1, entropy_coef=0.01)
+    rows, assigned = votes(samples)
+    place = {id(samples[j].tokens): i for i, j in enumerate(rows)}
+    cuts = slime_double.slime_steps(schedule, data["rollout_ids"], size)
+    assert cuts == slime_double.steps(data["rollout_ids"], size) and len(cuts) == 2
+    for cut in cuts:
+        lengths = [len(data["tokens"][j]) for j in cut]
+        responses = [data["response_lengths"][j] for j in cut]
+        logits = torch.tensor(rng.normal(size=(1, sum(lengths), 8)), dtype=torch.float32, requires_grad=True)
+        old = [torch.tensor(data["rollout_log_probs"][j]) - 1.0 for j in cut]
+        ref = [torch.full((n,), -2.0) for n in responses]
+        batch = {
+            "unconcat_tokens": [torch.tensor(data["tokens"][j]) for j in cut],
+            "total_lengths": lengths, "response_lengths": responses, "log_probs": old, "ref_log_probs": ref,
+            "loss_masks": [torch.tensor(data["loss_masks"][j]) for j in cut],
+            "rollout_mask_sums": torch.tensor([data["rollout_mask_sums"][j] for j in cut]),
+            "advantages": [torch.full((n,), data["rewards"][j]) for j, n in zip(cut, responses, strict=True)],
+        }  # fmt: skip
+        theirs, _, _ = loss.loss_function(args, batch, 1, size, logits)
+        (their_grad,) = torch.autograd.grad(theirs, logits)
+        ends = np.cumsum(lengths)
+        scored = [torch.arange(end - n - 1, end - 1) for end, n in zip(ends, responses, strict=True)]
+        mine = [place.get(id(data["tokens"][j])) for j in cut]  # None: a rollout without invocations
+        real = [i for i, row in enumerate(mine) if row is not None]
+        chosen = [row for row in mine if row is not None]
+
+        def cat(values: list[torch.Tensor], real: list[int] = real) -> torch.Tensor:
+            return torch.cat([values[i] for i in real])
+
+        tokens = torch.cat(batch["unconcat_tokens"])
+        ours, _ = mgrpo.grpo_loss(
+            logits[0][cat(scored)], tokens[cat(scored) + 1].long(), config=config, impl="reference",
+            cu_seqlens=torch.tensor(np.cumsum([0] + [responses[i] for i in real]), dtype=torch.int32),
+            loss_mask=cat(batch["loss_masks"]), old_logprobs=cat(old), ref_logprobs=cat(ref),
+            advantages=torch.tensor(assigned.advantage[chosen], dtype=torch.float32),
+            seq_weight=torch.tensor(assigned.weight[chosen], dtype=torch.float32),
+        )  # fmt: skip
+        (our_grad,) = torch.autograd.grad(ours, logits)
+        torch.testing.assert_close(theirs, ours, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(their_grad, our_grad, rtol=1e-5, atol=1e-7)
 
 
 def test_the_votes_fit_in_the_rewards_of_slimes_own_converter() -> None:
@@ -246,6 +307,13 @@ def test_settings_are_checked() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             slime.check(SimpleNamespace(mgrpo=mapping, grpo_std_normalization=False))
+    for mapping, words in (
+        ({"d_max": {"sub": 0}}, "mgrpo: .*d_max"),
+        ({"mode": "some"}, "mgrpo: .*mode"),
+        ({"estimator": "ppo"}, "mgrpo: estimator: 'ppo'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            slime.check(SimpleNamespace(mgrpo=mapping))
     with pytest.raises(ConfigError, match="expected a mapping"):
         slime.check(SimpleNamespace(mgrpo=3))
     samples = team(np.random.default_rng(2), 2)
@@ -336,3 +404,40 @@ def test_slimes_own_contract_tests_pass_with_the_hooks() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert "36 passed" in done.stdout
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / "embedding" / page).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_what_the_page_says_to_type_works() -> None:
+    """The generate function of the page on a rollout of two calls and on one of none; its settings; no more than ten
+    lines each."""
+    (code,), (settings,) = blocks("slime.md", "python"), blocks("slime.md", "yaml")
+    rng = np.random.default_rng(2)
+    calls = [[trajectory(rng, "sub", i, 3) for i in range(2)], []]
+
+    async def play(args: Any, sample: Sample, params: Any) -> Any:
+        return calls[sample.index or 0], {"sub": 1.0}
+
+    space: dict[str, Any] = {"play": play}
+    exec(code, space)
+    made = [asyncio.run(space["generate"](None, Sample(group_index=0, index=k), {})) for k in range(2)]
+    assert [len(samples) for samples in made] == [2, 1] and max(code.count("\n"), settings.count("\n")) <= 10
+    args = SimpleNamespace(n_samples_per_prompt=2, **yaml.safe_load(settings))
+    assert slime.convert_samples(args, made[0] + made[1])["rollout_ids"] == [0, 0, 1]
+
+
+def test_the_examples_name_what_is_there() -> None:
+    """Hooks that exist, settings that are known, and, with a checkout, arguments of slime."""
+    folder = ROOT / "examples" / "embed_slime"
+    for name in ("team.yaml", "mrlx.yaml"):
+        slime.check(SimpleNamespace(**yaml.safe_load((folder / name).read_text())))
+    text = (folder / "arguments.sh").read_text() + (ROOT / "docs/embedding/slime.md").read_text()
+    hooks = set(re.findall(r"mgrpo\.integrations\.slime\.(\w+)", text))
+    assert len(hooks) >= 5 and all(callable(getattr(slime, hook)) for hook in hooks)
+    if slime_double.CHECKOUT:
+        known = (Path(slime_double.CHECKOUT) / "slime/utils/arguments.py").read_text()
+        given = set(re.findall(r"--[a-z][a-z-]+", text)) | {f"--{name.replace('_', '-')}" for name in REFUSED}
+        assert not {flag for flag in given if f'"{flag}"' not in known} - {"--rewards-normalization"}

@@ -61,7 +61,7 @@ def check(args: Any) -> None:
 
 def _check(args: Any, folded: bool) -> None:
     """folded: slime's own converter runs, and the votes are in the advantages."""
-    Settings.of(args)
+    Settings.of(args).check()
     for name, (allowed, why, instead) in (_REFUSED | (_REFUSED_FOLDED if folded else {})).items():
         value = getattr(args, name, allowed[0])
         if name == "kl_loss_coef" and not getattr(args, "use_kl_loss", False):

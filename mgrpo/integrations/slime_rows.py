@@ -54,6 +54,22 @@ class Settings:
             )
         return settings
 
+    def assign(self, query: Any, role: Any, rollout: Any, invocation: Any, reward: Any) -> mgrpo.Assigned:
+        """mgrpo.assign with these settings. A `group_index` is one asking of a prompt, so no step enters the draw."""
+        return mgrpo.assign(
+            query, role, rollout, invocation, reward,
+            d_max=self.d_max, seed=self.seed, step=0, mode=self.mode,  # type: ignore[arg-type]
+            estimator=self.estimator or "grpo", unbiased=self.unbiased,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """ConfigError for a value that no batch could be assigned with."""
+        for role in self.d_max if isinstance(self.d_max, Mapping) else ("sub",):
+            try:
+                self.assign([0], role, [0], [0], [0.0])
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"mgrpo: {error}") from error
+
 
 class Rows:
     """The n samples of slime's rollout batch as columns, with their advantages and votes."""
@@ -69,19 +85,12 @@ class Rows:
         rows = np.flatnonzero(self.tokens)
         place = self._places(query, getattr(args, "n_samples_per_prompt", None))
         role, invocation = self._invocations(rows)
-        assigned = mgrpo.assign(
+        assigned = self.settings.assign(
             [query[j] for j in rows],
             role,
             [place[self.rollout_id[j]] for j in rows],
             invocation,
             [self.reward[j] for j in rows],
-            tokens=self.tokens[rows],
-            d_max=self.settings.d_max,
-            seed=self.settings.seed,
-            step=0,  # a group_index is of one asking of a prompt, so no step is needed to draw anew
-            mode=self.settings.mode,  # type: ignore[arg-type]
-            estimator=self.settings.estimator or "grpo",
-            unbiased=self.settings.unbiased,
         )
         self.advantage, self.weight = np.zeros((2, len(samples)))
         self.advantage[rows], self.weight[rows] = assigned.advantage, assigned.weight
