@@ -55,12 +55,12 @@ def work(rank: int, folder: str) -> None:
         h, w = data["hidden"].float(), data["weight"].float()
         logprobs = selective_logprob(h, w, data["target_ids"], chunk=7, tp_group=dist.group.WORLD)
         rest = {k: v for k, v in data.items() if k not in ("hidden", "weight", "target_ids")}
-        values = [
-            linear_grpo_loss(
+        values = []
+        for config in (settings("dapo"), settings("gspo")):
+            _, metrics, found = linear_grpo_loss(
                 h, w, data["target_ids"], config=config, tp_group=dist.group.WORLD, tokens=True, **rest
-            )[1:]
-            for config in (settings("dapo"), settings("gspo"))
-        ]
+            )
+            values.append((metrics["entropy_all"], found.logprobs, found.entropy))
         torch.save((out, logprobs, values), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -92,10 +92,10 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
         assert error(logp, exact_logp) < 1e-6 and error(entropy, -(z.exp() * z).sum(1)) < 1e-6
     mask = data["loss_mask"] != 0
     for *_, values in ranks:
-        for metrics, found in values:
-            logp, entropy = (torch.where(mask, x, 0.0) for x in (exact_logp, -(z.exp() * z).sum(1)))
-            assert error(found.logprobs, logp) < 1e-6 and error(found.entropy, entropy) < 1e-6
-            torch.testing.assert_close(metrics["entropy_all"], found.entropy[mask].mean())
+        for mean, *found in values:
+            for got, exact_all in zip(found, (exact_logp, -(z.exp() * z).sum(1)), strict=True):
+                assert error(got, torch.where(mask, exact_all, 0.0)) < 1e-6
+            torch.testing.assert_close(mean, found[1][mask].mean())
 
 
 def test_the_reference_backend_has_no_shards() -> None:
