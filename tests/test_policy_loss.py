@@ -282,8 +282,9 @@ def test_a_log_prob_that_the_sampler_did_not_report_is_trls_ratio_of_1(sampler: 
     ("gspo", "seq-mean-token-mean"), ("sapo", "seq-mean-token-mean"),
 ])  # fmt: skip
 def test_verls_formulas(kind: str, mode: str) -> None:
-    """To rounding for log-ratios between its bounds and above them. Below -20 verl holds the ratio at e^-20 and
-    gives it no gradient; here it goes on to 0: 2.1e-9 of the advantage is all that lies between. (verl's mean over a sequence divides by its length + 1e-8.)"""
+    """To rounding for log-ratios between its bounds and above them. Below -20 verl holds the ratio at e^-20 and gives
+    it no gradient; here it goes on to 0: 2.1e-9 of the advantage is all that lies between. (verl's mean over a
+    sequence divides by its length + 1e-8.)"""
     type_ = {"token-mean": "bnpo", "seq-mean-token-mean": "grpo"}[mode]
     more: dict[str, Any] = {"vanilla": {"delta": 3.0}, "gspo": {"log_ratio_clip": 10.0}, "sapo": {}}[kind]
     if kind == "gspo":
