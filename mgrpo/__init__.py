@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.token_loss import loss_denominator
     from mgrpo.ops.token_values import TokenValues
     from mgrpo.store.connect import connect
+    from mgrpo.store.records import RunParams
     from mgrpo.types import Rollout, Trajectory
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _PUBLIC = {  # name -> module that defines it
     "Batcher": "mgrpo.batcher",
     "Plan": "mgrpo.batcher",
     "connect": "mgrpo.store.connect",
+    "RunParams": "mgrpo.store.records",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "GrpoLossConfig",
     "Plan",
     "Rollout",
+    "RunParams",
     "TokenValues",
     "Trajectory",
     "__version__",
