@@ -285,7 +285,10 @@ def test_the_border_to_cpp_refuses_tensors_of_other_shapes() -> None:
         ("grad", lambda: native.row_gradients(z, ids, c, 1.0, z.bfloat16())),
         ("inputs", lambda: native.row_gradients(z, ids, (*c[:4], torch.zeros(1)), 1.0, z.clone())),
         ("group_id", lambda: native.group_advantage(torch.zeros(3), ids, None, "grpo", 0.0, False)),
-        ("inputs", lambda: native.group_advantage(torch.zeros(2), ids.int(), torch.ones(3), "grpo", 0.0, False)),
+        (
+            "inputs",
+            lambda: native.group_advantage(torch.zeros(2), ids.int(), torch.ones(3), "grpo", 0.0, False),
+        ),
         ("rewards", lambda: _C.group_advantage(4097, 4096, 0, 1, 0, 0.0, False, 4096)),
         ("eps", lambda: _C.group_advantage(0, 0, 0, 0, 0, math.nan, False, 0)),
     ]
