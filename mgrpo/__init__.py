@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
+    from mgrpo.run.external import feed
     from mgrpo.store.connect import connect
     from mgrpo.types import Rollout, Trajectory
 
@@ -36,6 +37,7 @@ _PUBLIC = {  # name -> module that defines it
     "Batcher": "mgrpo.batcher",
     "Plan": "mgrpo.batcher",
     "connect": "mgrpo.store.connect",
+    "feed": "mgrpo.run.external",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "align",
     "connect",
+    "feed",
     "group_advantage",
     "grpo_loss",
     "linear_grpo_loss",
