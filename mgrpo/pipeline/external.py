@@ -56,7 +56,6 @@ class ExternalFeed(Feed):
         self._tied = set(blank.model.state_dict()) - set(own_state(blank.model))
         self._files = policy_files(blank)
         self._stream: tuple[torch.nn.Module, WeightStream] | None = None
-        self._is_published = False
         self.describe(self._files)
         step = self._read_saved()
         requeued = self.resume(step, self.folder / SAVED)
@@ -93,7 +92,7 @@ class ExternalFeed(Feed):
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _next(self) -> FeedStep:
-        if not self._is_published:
+        if self._version is None:
             if self.step:
                 raise ValueError(
                     f"feed of {self.role}: nothing was published yet: load your checkpoint of {self.step} steps "
@@ -112,7 +111,6 @@ class ExternalFeed(Feed):
         with; None: they are not. Raises ValueError naming the tensor; then the version before stays."""
         tensors = self._tensors_of(model) if isinstance(model, torch.nn.Module) else model
         super().publish(self._checked(tensors), probe)
-        self._is_published = True
 
     def _tensors_of(self, model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
         plain = _unwrapped(model)
