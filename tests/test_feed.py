@@ -221,6 +221,7 @@ class Compiled(torch.nn.Module):
         self._orig_mod = model
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers
 def test_modules_around_the_model_are_seen_through(tmp_path: Path) -> None:
     """torch.compile, DataParallel, peft's adapters, tied weights that come twice: what arrives is the plain model."""
     peft = pytest.importorskip("peft")

@@ -55,7 +55,7 @@ class ExternalFeed(Feed):
         self._shapes = {tensor.name: tensor.shape for tensor in WeightStream(blank.model).tensors}
         self._tied = set(blank.model.state_dict()) - set(own_state(blank.model))
         self._files = policy_files(blank)
-        self._stream: tuple[torch.nn.Module, WeightStream] | None = None
+        self._stream: tuple[tuple[torch.nn.Module, tuple[str, ...]], WeightStream] | None = None
         self.describe(self._files)
         step = self._read_saved()
         requeued = self.resume(step, self.folder / SAVED)
@@ -121,8 +121,9 @@ class ExternalFeed(Feed):
             )
         if not hasattr(plain, "save_pretrained"):
             return own_state(plain).items()
-        if self._stream is None or self._stream[0] is not plain:
-            self._stream = plain, WeightStream(plain)
+        structure = plain, tuple(own_state(plain))  # adapters may have been put into it meanwhile
+        if self._stream is None or self._stream[0] != structure:
+            self._stream = structure, WeightStream(plain)
         return self._stream[1].read()
 
     def _checked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
