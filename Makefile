@@ -14,7 +14,7 @@ setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m.venv $(VENV)
 	@echo "setting up $(VENV) (about two minutes the first time) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 	    torch==2.13.0 triton==3.7.1 scikit-build-core pybind11 ninja cmake
@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.
 vllm: $(VLLM)/.ready
 
 $(VLLM)/.ready: constraints-vllm.txt
-	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m.venv $(VLLM)
 	@echo "setting up $(VLLM) (about three minutes) ..."
 	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@
