@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
     from mgrpo.ops.token_values import TokenValues
+    from mgrpo.run.external import feed
     from mgrpo.store.connect import connect
     from mgrpo.types import Rollout, Trajectory
 
@@ -43,6 +44,7 @@ _PUBLIC = {  # name -> module that defines it
     "Batcher": "mgrpo.batcher",
     "Plan": "mgrpo.batcher",
     "connect": "mgrpo.store.connect",
+    "feed": "mgrpo.run.external",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "align",
     "assign",
     "connect",
+    "feed",
     "group_advantage",
     "grpo_loss",
     "linear_grpo_loss",

@@ -10,6 +10,7 @@ from mgrpo.config.settings import Settings
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
+EXTERNAL = "external"  # the policy.trainer that is a program of the user's
 
 
 class LoraConfig(Settings):
@@ -54,7 +55,8 @@ class PolicyConfig(Settings):
     """How the trainer holds and computes one agent's policy."""
 
     trainer: str = "torch"
-    """The backend: torch, the name that an installed package gives one, or "package.module:Class"."""
+    """The backend: torch, the name that an installed package gives one, or "package.module:Class"; or external: a
+    program of yours that takes part through mgrpo.feed (docs/embedding/feed.md)."""
     device: Device = "cpu"
     """Where the trainer computes."""
     dtype: Precision = "float32"

@@ -251,7 +251,7 @@ class WaitFor(Record):
 class World(Record):
     """What a wait answers: the state of everything one can wait for, and whether the condition holds. open: groups
     that workers have in hand. workers: names of the rollout workers that gave a sign of life within
-    heartbeat_timeout_s, sorted."""
+    heartbeat_timeout_s, sorted. trainers: roles whose trainer did, and has not left since, sorted."""
 
     satisfied: bool
     control: Control
@@ -260,6 +260,7 @@ class World(Record):
     reports: int
     open: int = 0
     workers: list[str] = msgspec.field(default_factory=list)
+    trainers: list[str] = msgspec.field(default_factory=list)
 
 
 class OpenGroups(Record):

@@ -121,6 +121,10 @@ class TrainerClient(StoreClient):
         status: rec.RoleStatus = self._call("status", request, rec.RoleStatus)
         return status
 
+    def leave(self) -> None:
+        """This trainer ends; another one may come. What it holds stays leased until then."""
+        self._call("leave", rec.RoleName(self.agent), None)
+
     def _named(self, groups: Sequence[rec.ClaimedGroup], step: int = -1, reason: str = "") -> rec.Groups:
         return rec.Groups(self.agent, self.epoch, [(g.query, g.lease) for g in groups], step, reason)
 
