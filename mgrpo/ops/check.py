@@ -96,7 +96,7 @@ def ids(
     ranks), or IGNORED where loss_mask, which is checked too, is 0."""
     tensor("target_ids", target_ids, tuple(shape), (torch.int64,), like)
     mask(loss_mask, tuple(shape), like)
-    rows = shape.numel()
+    rows = target_ids.numel()
     if vocabulary == 0 and rows:
         raise ValueError(f"target_ids: {rows} of them, and the vocabulary is empty")
     if vocabulary is None or not rows or not values_visible(target_ids):

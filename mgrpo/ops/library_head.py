@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = hidden.shape[:-1].numel()
+    rows = math.prod(hidden.shape[:-1])
     return *fake_value(hidden, rows), *head.empty_like_needed(hidden, weight, head.Needs(*needs))
 
 
