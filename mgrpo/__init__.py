@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.token_values import TokenValues
     from mgrpo.run.external import feed
     from mgrpo.store.connect import connect
+    from mgrpo.store.records import RunParams
     from mgrpo.types import Rollout, Trajectory
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ _PUBLIC = {  # name -> module that defines it
     "Plan": "mgrpo.batcher",
     "connect": "mgrpo.store.connect",
     "feed": "mgrpo.run.external",
+    "RunParams": "mgrpo.store.records",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Plan",
     "Rollout",
     "TokenValues",
+    "RunParams",
     "Trajectory",
     "__version__",
     "align",

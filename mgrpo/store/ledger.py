@@ -195,7 +195,11 @@ def check_sender(method: str, request: Any, sender: Sender) -> None:
     if allowed == MEMBER and sender.role.partition(":")[0] in (WORKER, TRAINER, LAUNCHER):
         return
     if allowed not in (ANY, sender.role):
-        raise Refusal("FORBIDDEN", f"{sender.role or 'nobody'!r} may not {method}, only {allowed} may")
+        named = WORKER if allowed == MEMBER else allowed
+        raise Refusal(
+            "FORBIDDEN",
+            f"{sender.role or 'nobody'!r} may not {method}, only {allowed} may: connect(url, role={named!r})",
+        )
 
 
 def check_tree(value: object, what: str, depth: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 trainer = mgrpo.connect(url, role="trainer:sub")
 trainer.resume(checkpoint_step=-1)
+trainer.status(version=0, step=-1, checkpoint_step=-1)
 groups = trainer.claim(n=32, timeout=600)
 trainer.apply(step=0, groups=groups)
 trainer.commit(step=0)
@@ -88,8 +89,10 @@ class TrainerClient(StoreClient):
                     self._held |= {group.query: group.lease for group in groups}
                 return groups
             if time.monotonic() >= deadline:
+                world = self.world()
                 raise DeadlineError(
-                    f"store at {self._link.url}: {queue}{self._at()}: fewer are sealed after {limit:g} s"
+                    f"store at {self._link.url}: {queue}{self._at()}: fewer are sealed after {limit:g} s; workers have "
+                    f"{world.open} groups open, and {len(world.workers)} of them are alive"
                 )
 
     def apply(
