@@ -1,4 +1,4 @@
-"""The loss that mgrpo computes inside TRL's trainer is TRL's own: value, gradient and every setting that changes them."""
+"""The loss that mgrpo computes inside TRL's trainer is TRL's own: value, gradient, and all settings that move them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ GRID: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", GRID, ids=lambda s: "-".join(f"{v}" for v in s.values()))
-def test_loss_and_gradient_are_trls(models: dict[bool, str], tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_loss_and_gradient_are_trls(
+    models: dict[bool, str], tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """Value to 1e-7, gradient to 1e-6 of its largest entry, in float32."""
     (loss, grads), (mine, my_grads) = both(models, tmp_path, **settings)
     assert mine == pytest.approx(loss, abs=1e-7, rel=1e-6)
@@ -107,18 +109,17 @@ def test_loss_and_gradient_are_trls(models: dict[bool, str], tmp_path: Path, set
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_under_autocast_both_are_as_far_from_float32(
+def test_under_autocast_ours_is_no_farther_from_float32(
     models: dict[bool, str], tmp_path: Path, tied: bool
 ) -> None:
-    """bf16=True, GRPOConfig's default: backbone and operands of the head are rounded in the same places, logits are
-    float32 in both. The loss agrees to 1e-5, the gradient is no farther from float32's than TRL's own."""
+    """bf16=True, GRPOConfig's default: backbone and operands of the head are rounded in the same places in both; TRL
+    rounds the logits too. So the two agree to bfloat16's rounding, and ours is no farther from float32 than TRL's."""
     settings = {"loss_type": "dapo", "beta": 0.1, "tied": tied}
     _, (exact, exact_grads) = both(models, tmp_path, **settings)
     (loss, grads), (mine, my_grads) = both(models, tmp_path, bf16=True, **settings)
-    assert mine == pytest.approx(loss, abs=1e-5)
-    assert abs(loss - exact) > 1e-6, "autocast changed nothing"
-    assert distance(exact_grads, my_grads) < 1.5 * distance(exact_grads, grads) + 1e-3
-    assert distance(grads, my_grads) < 1e-2
+    assert mine == pytest.approx(loss, abs=1e-2)
+    assert abs(mine - exact) < 1.2 * abs(loss - exact) + 2e-3
+    assert 0 < distance(exact_grads, my_grads) < 1.2 * distance(exact_grads, grads) + 1e-3
 
 
 REFUSED = [

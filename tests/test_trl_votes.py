@@ -71,7 +71,9 @@ def test_sub_agents_rows_have_assigns_groups_and_votes(model: str, tmp_path: Pat
     )  # fmt: skip
     assert 0 < assigned.kept.sum() < len(rows), "the case has to drop rows"
     kept = [i for i in range(len(rows)) if assigned.kept[i]]
-    assert batch["seq_weight"].tolist() == pytest.approx([1.0] * 4 + [float(assigned.weight[i]) for i in kept])
+    assert batch["seq_weight"].tolist() == pytest.approx(
+        [1.0] * 4 + [float(assigned.weight[i]) for i in kept]
+    )
     assert batch["advantages"][4:].tolist() == pytest.approx(
         [float(assigned.advantage[i]) for i in kept], abs=1e-6
     )
@@ -161,7 +163,9 @@ def test_two_ranks_do_what_one_does(model: str, tmp_path: Path) -> None:
     found = torch.load(tmp_path / "result.pt")
     for name, tensor in alone.model.state_dict().items():
         assert torch.allclose(tensor, found["weights"][name], rtol=0, atol=2e-6), name
-    losses = [[row["loss"] for row in log if "loss" in row] for log in (alone.state.log_history, found["log"])]
+    losses = [
+        [row["loss"] for row in log if "loss" in row] for log in (alone.state.log_history, found["log"])
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
@@ -180,7 +184,10 @@ BAD_ROWS = [
         lambda rows: rows[1].append({"prompt_ids": [3], "completion_ids": [3, 4], "logprobs": [-1.0]}),
         r"sub_rows\[1\].*1 logprobs for 2 completion_ids",
     ),
-    (lambda rows: rows[1].append({"prompt_ids": [3], "completion_ids": [3]}), r"sub_rows\[1\].*logprobs are missing"),
+    (
+        lambda rows: rows[1].append({"prompt_ids": [3], "completion_ids": [3]}),
+        r"sub_rows\[1\].*logprobs are missing",
+    ),
 ]
 
 

@@ -19,8 +19,8 @@ DEAD = 1
 
 
 def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
-    """Two rollouts a prompt, made of the prompt and the rollout's number alone. The sub-agent is called 0 to 3 times. Where all
-    rollouts have the same reward, the sub-agent's have it too."""
+    """Two rollouts a prompt, made of the prompt and the rollout's number alone. The sub-agent is called 0 to 3 times.
+    Where all rollouts have the same reward, the sub-agent's have it too."""
     seen: dict[str, int] = {}
     rows: list[list[dict[str, Any]]] = []
     prompt_ids, completion_ids, logprobs = [], [], []

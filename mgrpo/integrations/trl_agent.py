@@ -94,7 +94,13 @@ class _FeedTrainer(GRPOTrainer):  # type: ignore[misc]
     def __init__(self, feed: Any, args: Any, callbacks: Any, optimizers: tuple[Any, Any]) -> None:
         _check(feed)
         self.feed, self.loss, self._of_run = feed, feed.agent.loss, args is None
-        model = AutoModelForCausalLM.from_pretrained(feed.start, dtype=torch.float32)
+        how = (
+            {}
+            if args is None
+            else {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        )
+        how = {"dtype": torch.float32} | how
+        model = AutoModelForCausalLM.from_pretrained(feed.start, **how)
         tokenizer = AutoTokenizer.from_pretrained(feed.start)
         if self._of_run and optimizers == (None, None):
             o = feed.agent.optimizer
@@ -111,19 +117,23 @@ class _FeedTrainer(GRPOTrainer):  # type: ignore[misc]
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        vocabulary = sorted(set(tokenizer.get_vocab().values()))
-        add_grpo_head(
-            self.model, vocabulary=vocabulary, head_in_float32=self.args.cast_lm_head_to_fp32
-        )
+        head = {
+            "vocabulary": sorted(set(tokenizer.get_vocab().values())),
+            "head_in_float32": self.args.cast_lm_head_to_fp32,
+        }
+        add_grpo_head(self.model, **head)
         self.reference = None
         if self.loss.kl_coef:
-            self.reference = AutoModelForCausalLM.from_pretrained(feed.start, dtype=torch.float32)
+            self.reference = add_grpo_head(AutoModelForCausalLM.from_pretrained(feed.start, **how), **head)
             self.reference.to(self.args.device).eval().requires_grad_(False)
-        self._vocabulary = torch.tensor(vocabulary)
         self._results: list[dict[str, float]] = []  # of the optimizer steps of this RL step
-        self._parts: list[tuple[int, Mapping[str, Tensor]]] = []  # of the micro-batches of this optimizer step
+        self._parts: list[
+            tuple[int, Mapping[str, Tensor]]
+        ] = []  # of the micro-batches of this optimizer step
         self._saved_at: int | None = None  # optimizer steps of the newest checkpoint
-        self._left: int | None = None  # optimizer steps of this RL step that are still to come; None: it is done
+        self._left: int | None = (
+            None  # optimizer steps of this RL step that are still to come; None: it is done
+        )
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -192,8 +202,8 @@ class _FeedTrainer(GRPOTrainer):  # type: ignore[misc]
         result = _join(self._parts) | {"grad_norm": float(found)}
         if not math.isfinite(result["grad_norm"]) or result["nonfinite_rows"]:
             raise NumericsError(
-                f"gradient norm {result['grad_norm']}, {result['nonfinite_rows']:.0f} tokens with non-finite log-probs; "
-                "the step was not taken"
+                f"gradient norm {result['grad_norm']}, {result['nonfinite_rows']:.0f} tokens with non-finite "
+                "log-probs; the step was not taken"
             )
         self._results.append(result | {"lr": self._get_learning_rate()})
         return found
@@ -233,17 +243,13 @@ class _FeedTrainer(GRPOTrainer):  # type: ignore[misc]
     @torch.no_grad()
     def _logprobs(self, model: Any, micro: Any) -> Tensor:
         """f32 (R, S): log-probs of the sampled tokens under `model`; 0 elsewhere."""
-        mask = micro.loss_mask[:, 1:].to(self.args.device)
-        ids = micro.ids.to(self.args.device)
+        call = {
+            "loss_mask": micro.loss_mask[:, 1:].to(self.args.device),
+            "temperature": self.loss.temperature,
+        }
         with self.compute_loss_context_manager():
-            hidden = model.base_model(input_ids=ids).last_hidden_state[:, :-1][mask]
-        rows = self._vocabulary.to(ids.device)
-        head = model.get_output_embeddings().weight[rows]
-        classes = torch.searchsorted(rows, ids[:, 1:][mask])
-        found = mgrpo.selective_logprob(hidden, head, classes, temperature=self.loss.temperature)[0]
-        out = torch.zeros_like(micro.rollout_logprobs)
-        out[:, 1:][micro.loss_mask[:, 1:]] = found.to(out)
-        return out
+            found = model(input_ids=micro.ids.to(self.args.device), grpo=call)["logprobs"]
+        return torch.nn.functional.pad(found, (1, 0)).to(micro.rollout_logprobs)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -298,6 +304,7 @@ def _arguments(feed: Any, args: Any, model: Any) -> Any:
         "eval_strategy": "no",
         "ignore_data_skip": True,
         "disable_dropout": True,
+        "model_init_kwargs": None,  # the model is loaded already
     }
     if args is None:
         o = feed.agent.optimizer

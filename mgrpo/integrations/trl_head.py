@@ -35,13 +35,16 @@ def add_grpo_head(
     `model(input_ids=ids, attention_mask=mask, grpo=inputs)` returns {"loss": 0-d tensor, "metrics": {name: 0-d tensor}}
     as `mgrpo.linear_grpo_loss` does, and no logits ever exist whole. ids (B, S) int64. inputs: the keyword arguments of
     `linear_grpo_loss` beside hidden, weight and target_ids: `config`, `loss_mask` (B, C) and whatever else is per token
-    (B, C) or per row (B,), about the last C < S tokens of each row of ids. Without `grpo` the forward is the model's
-    own, so generation and evaluation are unchanged. A model that PEFT wraps takes the head on what it wraps; add it
-    before DDP or FSDP wrap the model.
+    (B, C) or per row (B,), about the last C < S tokens of each row of ids. With `loss_mask` and `temperature` alone,
+    {"logprobs": (B, C)} is returned: those of the policy, 0 where the mask is.
 
-    head_in_float32: the hidden states are taken to float32 before the head multiplies them (TRL's
-    cast_lm_head_to_fp32). vocabulary: ids, in increasing order, of the rows of the head that are tokens; the other rows
-    take no part in any distribution. None: all rows.
+    Without `grpo` the forward is the model's own, so generation and evaluation are unchanged. A model that PEFT wraps
+    takes the head on what it wraps; add it before DDP or FSDP wrap the model.
+
+    Under torch.autocast the head's operands are rounded to its dtype, else they are multiplied in the dtypes that they
+    have; logits are float32 either way. head_in_float32: the operands are float32 (TRL's cast_lm_head_to_fp32).
+    vocabulary: ids, in increasing order, of the rows of the head that are tokens; the other rows take no part in any
+    distribution. None: all rows.
 
     Raises ConfigError where the model does something to its logits behind the head that the loss does not know: a bias,
     a scale, a soft cap.
@@ -83,10 +86,21 @@ def _loss(
         rows = vocabulary.to(weight.device)
         weight = weight[: len(rows)] if int(rows[-1]) == len(rows) - 1 else weight.index_select(0, rows)
         targets = torch.searchsorted(rows, targets.contiguous()).clamp(max=len(rows) - 1)
+    device = hidden.device.type
     if in_float32:
         hidden = hidden.float()
+    elif torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    if "config" not in grpo:
+        return {"logprobs": _score(hidden, weight, targets, grpo)}
     loss, metrics = mgrpo.linear_grpo_loss(hidden, weight, targets, **grpo)
     return {"loss": loss, "metrics": metrics}
+
+
+def _score(hidden: Tensor, weight: Tensor, targets: Tensor, grpo: dict[str, Any]) -> Tensor:
+    mask = grpo["loss_mask"].bool()
+    found = mgrpo.selective_logprob(hidden[mask], weight, targets[mask], temperature=grpo["temperature"])[0]
+    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
 
 
 def _known(vocabulary: Sequence[int], model: Any) -> Tensor:
@@ -106,7 +120,9 @@ def _check(model: Any) -> None:
     if head is None or getattr(model, "base_model", model) is model:
         raise ConfigError(f"{name}: no language model of transformers with a backbone and a vocabulary head")
     if getattr(head, "bias", None) is not None:
-        raise ConfigError(f"{name}: its head has a bias, which the loss does not know; use a model without one")
+        raise ConfigError(
+            f"{name}: its head has a bias, which the loss does not know; use a model without one"
+        )
     if hasattr(head, "lora_A"):
         raise ConfigError(
             f"{name}: its head has an adapter, which would never train; take the head out of target_modules"

@@ -21,17 +21,28 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 HONOURED, NO_EFFECT, RUN, ONLY_DEFAULT = "honoured", "no effect", "the run's", "refused unless default"
 
 SETTINGS: dict[str, tuple[str, str]] = {  # name -> (in MGRPOTrainer, in AgentTrainer)
-    **dict.fromkeys(
-        ("model_init_kwargs", "trust_remote_code", "disable_dropout", "cast_lm_head_to_fp32"),
-        (HONOURED, HONOURED),
-    ),
+    **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "cast_lm_head_to_fp32"), (HONOURED, HONOURED)),
+    "disable_dropout": (HONOURED, "always on"),
     "router_aux_loss_coef": ("only 0 with experts", RUN),
     **dict.fromkeys(
         (
-            *("beta", "use_bias_correction_kl", "epsilon", "epsilon_high", "delta", "loss_type", "temperature"),
+            *(
+                "beta",
+                "use_bias_correction_kl",
+                "epsilon",
+                "epsilon_high",
+                "delta",
+                "loss_type",
+                "temperature",
+            ),
             *("sapo_temperature_neg", "sapo_temperature_pos", "importance_sampling_level", "num_iterations"),
             *("max_completion_length", "scale_rewards", "multi_objective_aggregation", "reward_weights"),
-            *("mask_truncated_completions", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+            *(
+                "mask_truncated_completions",
+                "sync_ref_model",
+                "ref_model_mixup_alpha",
+                "ref_model_sync_steps",
+            ),
             *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "use_vllm"),
             *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
             "vllm_importance_sampling_cap",
@@ -49,12 +60,24 @@ SETTINGS: dict[str, tuple[str, str]] = {  # name -> (in MGRPOTrainer, in AgentTr
     **dict.fromkeys(
         (
             *("num_generations", "num_generations_eval", "ds3_gather_for_generation", "shuffle_dataset"),
-            *("pad_to_multiple_of", "generation_batch_size", "steps_per_generation", "top_p", "top_k", "min_p"),
+            *(
+                "pad_to_multiple_of",
+                "generation_batch_size",
+                "steps_per_generation",
+                "top_p",
+                "top_k",
+                "min_p",
+            ),
             *("generation_kwargs", "chat_template_kwargs", "repetition_penalty", "cache_implementation"),
             *("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex"),
             *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
             *("vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length"),
-            *("vllm_tensor_parallel_size", "max_tool_calling_iterations", "log_completions", "log_multimodal"),
+            *(
+                "vllm_tensor_parallel_size",
+                "max_tool_calling_iterations",
+                "log_completions",
+                "log_multimodal",
+            ),
             *("num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
             *("use_transformers_continuous_batching", "transformers_continuous_batching_config"),
             "use_transformers_paged",
@@ -62,10 +85,12 @@ SETTINGS: dict[str, tuple[str, str]] = {  # name -> (in MGRPOTrainer, in AgentTr
         (HONOURED, NO_EFFECT),
     ),
 }
-"""How MGRPOTrainer and AgentTrainer treat each setting that GRPOConfig defines. "the run's": the run decides (run.toml),
-and the setting must keep GRPOConfig's default."""
+"""How MGRPOTrainer and AgentTrainer treat each setting that GRPOConfig defines. "the run's": run.toml decides, and the
+setting must keep GRPOConfig's default."""
 
-_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {  # for both trainers: name -> (is refused, what to set)
+_REFUSED: dict[
+    str, tuple[Callable[[Any], bool], str]
+] = {  # for both trainers: name -> (is refused, what to set)
     "loss_type": (lambda x: x not in LOSSES, f"one of {', '.join(LOSSES)}"),
     "entropy_coef": (bool, "0.0"),
     "use_adaptive_entropy": (bool, "False"),
@@ -88,8 +113,8 @@ def refuse(args: Any, *, votes: bool) -> None:
     mode = args.vllm_importance_sampling_mode
     if corrected and mode.startswith("token") and args.importance_sampling_level == "sequence":
         raise ConfigError(
-            f"vllm_importance_sampling_mode: {mode!r} cannot be honoured with importance_sampling_level 'sequence'; set "
-            f"{mode.replace('token', 'sequence')!r}"
+            f"vllm_importance_sampling_mode: {mode!r} cannot be honoured with importance_sampling_level 'sequence'; "
+            f"set {mode.replace('token', 'sequence')!r}"
         )
     if votes and args.multi_objective_aggregation != "sum_then_normalize":
         raise ConfigError(
@@ -111,8 +136,8 @@ def refuse_for_agent(args: Any, role: str) -> None:
         value = getattr(args, field.name)
         if value != field.default:
             raise ConfigError(
-                f"{field.name}: {value!r} has no effect on agent {role!r}, whose loss and sampling are the run's; leave "
-                f"{field.default!r} and set agents.{role} in the run's file"
+                f"{field.name}: {value!r} has no effect on agent {role!r}, whose loss and sampling are the run's; "
+                f"leave {field.default!r} and set agents.{role} in the run's file"
             )
     if args.gradient_accumulation_steps != 1:
         raise ConfigError(
@@ -127,7 +152,8 @@ def loss_config(args: Any) -> mgrpo.GrpoLossConfig:
         "type": args.loss_type,
         "temperature": args.temperature,
         "kl_coef": args.beta,
-        "log_ratio_clip": 60.0,  # TRL has no bound; float32 has one near 88
+        # TRL has no bound; float32 has one near 88 nats, for a product of two ratios at half of it
+        "log_ratio_clip": 30.0 if args.beta and args.use_bias_correction_kl else 60.0,
     }
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     if args.loss_type == "sapo":

@@ -5,8 +5,8 @@ votes and the loss are mgrpo's.
     (mgrpo.assign) -> micro-batches (TRL's) -> head and loss in model.forward (mgrpo.linear_grpo_loss)
 
 Without rows of sub-agents the loss and its gradient are GRPOTrainer's own. What is divided by stays TRL's too: a loss
-that TRL averages over the rows of a window is averaged over their votes, one that it divides by tokens is divided by the
-tokens' votes, and ranks are averaged, as DDP does it.
+that TRL averages over the rows of a window is averaged over their votes, one that it divides by tokens is divided by
+the tokens' votes, and ranks are averaged, as DDP does it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -56,7 +56,7 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     tokens that the model did not sample) and "reward", a number or a function of the rollout's reward (default: the
     rollout's reward). Without d_max this is GRPOTrainer with mgrpo's loss.
 
-    alignment: "weights", "draw" and whatever else `mgrpo.assign` has. Everything else: GRPOTrainer's arguments.
+    alignment: the `mode` of `mgrpo.assign`. Everything else: GRPOTrainer's arguments.
     Raises ConfigError, before a model is loaded, for settings that cannot be honoured.
     """
 
@@ -67,7 +67,7 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         args: Any = None,
         *rest: Any,
         d_max: int | Mapping[str, int] | None = None,
-        alignment: str = "weights",
+        alignment: Literal["weights", "duplicate", "expected", "none"] = "weights",
         **kwargs: Any,
     ) -> None:
         if args is not None:
@@ -87,7 +87,11 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._sub_rows: list[_SubRow] = []
         self._rewards = torch.zeros(0)  # of all ranks' rollouts
         self._rounds = 0
-        add_grpo_head(self.model, head_in_float32=self.args.cast_lm_head_to_fp32)
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                add_grpo_head(
+                    self.accelerator.unwrap_model(policy), head_in_float32=self.args.cast_lm_head_to_fp32
+                )
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """TRL's, with the rows of sub-agents behind those of the main agent (in everything but the texts)."""
@@ -154,12 +158,14 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             rollout = rank * n + row.main
             reward = rewards[rollout] if row.reward is None else row.reward
             reward = reward(rewards[rollout]) if callable(reward) else float(reward)
-            if not math.isnan(rewards[rollout]) and tokens[n + at]:  # TRL trains on no rollout without a reward
+            if (
+                not math.isnan(rewards[rollout]) and tokens[n + at]
+            ):  # TRL trains on no rollout without a reward
                 mine.append((rank, at, rollout, row.role, row.invocation, reward))
         rows = gather_object(mine)
         advantage, weight = torch.zeros(2, len(self._sub_rows), dtype=torch.float64)
         self._rounds += 1
-        if rows:
+        if rows and self.d_max is not None:
             found = mgrpo.assign(
                 query=[f"{self._rounds}/{rollout // k}" for _, _, rollout, *_ in rows],
                 role=[row[3] for row in rows],
@@ -183,6 +189,25 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             sum(row[5] for row in rows) / len(rows) if rows else math.nan
         )
         return advantage, weight
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None, None]:
+        """Log-probs of the old and the reference policy by the head that the loss has: TRL's rounds logits under
+        autocast, and a ratio of the two would not be 1 where the policy is the old one."""
+        found, rows = [], batch_size or len(input_ids)
+        for start in range(0, len(input_ids), rows):
+            ids, attention = input_ids[start : start + rows], attention_mask[start : start + rows]
+            call = {"loss_mask": attention[:, -logits_to_keep:], "temperature": self.temperature}
+            with self.accelerator.autocast():
+                found.append(model(input_ids=ids, attention_mask=attention, grpo=call)["logprobs"])
+        return torch.cat(found), None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mask, advantages = _mask(inputs), inputs["advantages"]
@@ -213,16 +238,19 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         ranks, parts = self.accelerator.num_processes, self.args.steps_per_generation if train else 1
         weights = inputs.get("seq_weight")
         if self.args.loss_type == "bnpo":
-            tokens = mask.sum() if weights is None else (weights * mask.sum(1)).sum()
+            tokens: Tensor = mask.sum() if weights is None else (weights * mask.sum(1)).sum()
             return tokens.double().clamp(min=1.0) * window
         if self.args.loss_type in ("dapo", "cispo"):
             tokens = inputs["num_items_in_batch"] if weights is None else inputs["token_total"]
             return tokens.double().clamp(min=1.0) * window / (ranks * parts)
+        rows: Tensor
         if weights is None:
             rows = torch.tensor(len(mask) * window, dtype=torch.float64, device=mask.device)
         else:
             rows = inputs["weight_total"].double() * window / (ranks * parts)
-        return rows * self.args.max_completion_length if self.args.loss_type == "dr_grpo" else rows
+        if self.args.loss_type == "dr_grpo":
+            rows = rows * self.args.max_completion_length
+        return rows
 
     @torch.no_grad()
     def _note(self, metrics: dict[str, Tensor], mask: Tensor) -> None:
@@ -284,7 +312,9 @@ def _read(given: Any, rollouts: int, with_logprobs: bool) -> list[_SubRow]:
             calls[main, role] = calls.get((main, role), -1) + 1
             length = len(row["completion_ids"])
             if not len(row["prompt_ids"]) or not length:
-                raise ValueError(f"{name}: prompt_ids or completion_ids are empty, expected at least one token")
+                raise ValueError(
+                    f"{name}: prompt_ids or completion_ids are empty, expected at least one token"
+                )
             for field in ("logprobs", "env_mask"):
                 if row.get(field) is not None and len(row[field]) != length:
                     raise ValueError(f"{name}: {len(row[field])} {field} for {length} completion_ids")
