@@ -324,7 +324,7 @@ def _arguments(feed: Any, args: Any, model: Any) -> Any:
         )
     args = copy.copy(args)
     if not getattr(model, "supports_gradient_checkpointing", False):
-        fixed["gradient_checkpointing"] = False
+        fixed |= {"gradient_checkpointing": False, "activation_checkpointing": False}
     for name, value in fixed.items():
         setattr(args, name, value)
     return args
