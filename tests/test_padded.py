@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mgrpo import GrpoLossConfig, grpo_loss, linear_grpo_loss, loss_denominator, selective_logprob
+from mgrpo.ops import head
 from mgrpo.ops.token_loss import METRICS
 from tests.loss_grid import TOLERANCE, error, settings
 
@@ -71,9 +72,7 @@ def packed(data: dict[str, Any], keep: torch.Tensor) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.type)
-def test_padded_is_packed(config: GrpoLossConfig, impl: str) -> None:
+def check_padded(config: GrpoLossConfig, impl: str) -> None:
     """All B x S rows in packed form give the same bits, from hidden states and from logits; the rows under the mask
     alone give the same up to the order of sums."""
     data = batch()
@@ -92,16 +91,35 @@ def test_padded_is_packed(config: GrpoLossConfig, impl: str) -> None:
     assert not got[2][~data["loss_mask"]].any()
 
 
+def check_masked_rows(config: GrpoLossConfig, impl: str) -> None:
+    """NaN hidden states in padding change no bit."""
+    data = batch()
+    outside = torch.cat([~data["loss_mask"], torch.ones(B, 1, dtype=torch.bool)], 1)
+    dirty = {**data, "hidden": torch.where(outside[..., None], torch.nan, data["hidden"])}
+    for a, b in zip(run(data, config, impl=impl)[2:], run(dirty, config, impl=impl)[2:], strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-def test_what_stands_in_masked_rows_is_never_read(impl: str) -> None:
-    """NaN hidden states and logits in padding change no bit, and only rows that act are gathered."""
-    for config in CONFIGS:
-        data = batch()
-        dirty = dict(data)
-        outside = torch.cat([~data["loss_mask"], torch.ones(B, 1, dtype=torch.bool)], 1)
-        dirty["hidden"] = torch.where(outside[..., None], torch.nan, data["hidden"])
-        for a, b in zip(run(data, config, impl=impl)[2:], run(dirty, config, impl=impl)[2:], strict=True):
-            assert torch.equal(a, b)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.type)
+def test_padded_is_packed(config: GrpoLossConfig, impl: str) -> None:
+    """Bit for bit, with gaps in the mask, -100 in it, and log-probs of NaN; what stands in masked rows is not read."""
+    check_padded(config, impl)
+    check_masked_rows(config, impl)
+
+
+def test_masked_rows_of_hidden_states_are_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a slice of hidden states, which is no block of memory, only the rows that act are copied."""
+    gathered, rows = [], head._padded_rows
+
+    def counted(hidden: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+        gathered.append(piece.numel())
+        return rows(hidden, piece)
+
+    monkeypatch.setattr(head, "_padded_rows", counted)
+    data = batch()
+    run(data, settings("dapo"))
+    assert gathered == [int(data["loss_mask"][:3].sum())] != [B * S]  # the last row's advantage is 0
 
 
 def test_advantages_of_sequences_and_of_tokens() -> None:
