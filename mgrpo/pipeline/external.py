@@ -55,8 +55,7 @@ class ExternalFeed(Feed):
         self._shapes = {tensor.name: tensor.shape for tensor in WeightStream(blank.model).tensors}
         self._tied = set(blank.model.state_dict()) - set(own_state(blank.model))
         self._files = policy_files(blank)
-        self._stream: tuple[torch.nn.Module, WeightStream] | None = None
-        self._is_published = False
+        self._stream: tuple[tuple[torch.nn.Module, tuple[str, ...]], WeightStream] | None = None
         self.describe(self._files)
         step = self._read_saved()
         requeued = self.resume(step, self.folder / SAVED)
@@ -93,7 +92,7 @@ class ExternalFeed(Feed):
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _next(self) -> FeedStep:
-        if not self._is_published:
+        if self._version is None:
             if self.step:
                 raise ValueError(
                     f"feed of {self.role}: nothing was published yet: load your checkpoint of {self.step} steps "
@@ -112,7 +111,6 @@ class ExternalFeed(Feed):
         with; None: they are not. Raises ValueError naming the tensor; then the version before stays."""
         tensors = self._tensors_of(model) if isinstance(model, torch.nn.Module) else model
         super().publish(self._checked(tensors), probe)
-        self._is_published = True
 
     def _tensors_of(self, model: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
         plain = _unwrapped(model)
@@ -123,8 +121,9 @@ class ExternalFeed(Feed):
             )
         if not hasattr(plain, "save_pretrained"):
             return own_state(plain).items()
-        if self._stream is None or self._stream[0] is not plain:
-            self._stream = plain, WeightStream(plain)
+        structure = plain, tuple(own_state(plain))  # adapters may have been put into it meanwhile
+        if self._stream is None or self._stream[0] != structure:
+            self._stream = structure, WeightStream(plain)
         return self._stream[1].read()
 
     def _checked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

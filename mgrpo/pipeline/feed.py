@@ -105,6 +105,7 @@ class Feed:
         self._ahead = StepAhead(self._streams, config.trainer.steps)
         self._reporter = StepReporter(self._streams)
         self._begun: _Begun | None = None
+        self._version: int | None = None  # published last
         self._ended: float | None = None  # of the step before: a step's seconds are those since then
         self._stop_requested = False
         self._handlers: dict[int, Any] = {}  # of signals, as they were before
@@ -259,10 +260,13 @@ class Feed:
             raise ValueError(
                 f"feed of {self.role}: {what} of step {self._begun.number} comes after applied() of that step"
             )
+        if self._version == self.step:
+            raise ValueError(f"feed of {self.role}: the weights of {self.step} steps were published already")
 
     def _status(self) -> None:
         for stream in self._streams:
             stream.store.status(version=self.step, step=self.step, checkpoint_step=self.saved_step)
+        self._version = self.step
         if self._begun is not None:
             self._begun.published = time.monotonic()
 

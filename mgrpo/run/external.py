@@ -146,6 +146,9 @@ class ExternalTrainers:
     def __init__(self, config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
         """say: takes a line for people."""
         self._limit = config.store.idle_timeout
+        self._grace = (
+            config.store.heartbeat_timeout / 2
+        )  # a store that was started again has not heard of it yet
         self._folder, self._say = folder, say
         self._seen: dict[
             str, float
@@ -174,7 +177,7 @@ class ExternalTrainers:
                     self._say(f"the external trainer of {role} is there")
                 self.present.add(role)
                 self._seen[role] = now
-            elif role in self.present:
+            elif role in self.present and now - self._seen[role] > self._grace:
                 self.present.remove(role)
                 self._say(f"the external trainer of {role} is gone; start it again: {self._how(role)}")
             elif now - self._seen[role] > self._limit:
