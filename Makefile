@@ -9,12 +9,12 @@ SEED ?= 1
 # The run page is tested in a real browser: on Debian, as root, the suite brings its own.
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
-.PHONY: vllm test-vllm setup browser demo test lint bench soak sanitize chaos clean smollm2 smollm2-shared smollm2-model
+.PHONY: vllm test-vllm setup browser demo test lint bench soak sanitize chaos clean smollm2 smollm2-shared smollm2-model embed-trl
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
 $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
-	@test -x $(BIN)/python || $(PYTHON) -m.venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (about two minutes the first time) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 	    torch==2.13.0 triton==3.7.1 scikit-build-core pybind11 ninja cmake
@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.
 vllm: $(VLLM)/.ready
 
 $(VLLM)/.ready: constraints-vllm.txt
-	@test -x $(VLLM)/bin/python || $(PYTHON) -m.venv $(VLLM)
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@echo "setting up $(VLLM) (about three minutes) ..."
 	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	@touch $@
@@ -57,6 +57,16 @@ smollm2 smollm2-shared: setup smollm2-model
 	@$(BIN)/mgrpo train examples/smollm2/$@.toml --out $(OUT) --fresh --set seed=$(SEED) \
 	    --set trainer.steps=$(STEPS) $(if $(filter hf,$(ENGINE)),--set rollout.threads=2 $(IN_PROCESS))
 	@$(BIN)/python examples/smollm2/result.py $(OUT)
+
+# A team whose sub-agent TRL's trainer trains, beside mgrpo's own for the main agent (examples/embed_trl).
+embed-trl: OUT := runs/embed_trl
+embed-trl: STEPS ?= 40
+embed-trl: RUN := examples/embed_trl/embed_trl.toml
+embed-trl: SETS = seed=$(SEED) trainer.steps=$(STEPS)
+embed-trl: setup
+	@$(BIN)/mgrpo train $(RUN) --out $(OUT) --fresh $(addprefix --set ,$(SETS)) & run=$$!; \
+	    $(BIN)/python -W ignore examples/embed_trl/train_sub.py $(RUN) sub $(OUT) $(SETS) || kill $$run; wait $$run
+	@$(BIN)/python examples/embed_trl/result.py $(OUT)
 
 test: setup browser lint vllm smollm2-model
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -41,12 +41,13 @@ def test_a_run_with_trls_trainer_ends_where_ours_does(tmp_path: Path) -> None:
     started again; all three policies end within 1e-5 of those of a run with our trainers alone."""
     text = RELAY.read_text().replace("[agents.left]", '[agents.left]\npolicy = { trainer = "external" }')
     text = text.replace("steps = 20", "steps = 4").replace("checkpoint_every = 5", "checkpoint_every = 2")
+    text = text.replace("lr = 3e-3", "lr = 1e-3")  # that of the program
     for name in ("validation", "heldout"):
         text = text.replace(f"\n{name} = 8", f"\n{name} = 4")
     own, out, run, ours = (tmp_path / name for name in ("own", "out", "run.toml", "ours.toml"))
     run.write_text(text)
     ours.write_text(text.replace('policy = { trainer = "external" }\n', ""))
-    program = [sys.executable, "-W", "ignore", str(PROGRAM), str(run), "left", str(out), "3e-3"]
+    program = [sys.executable, "-W", "ignore", str(PROGRAM), str(run), "left", str(out)]
     train(ours, own)
     with started(command("train", str(run), "--out", str(out))) as launcher:
         with started([*program[:3], "-c", DOOMED, *program[3:]]) as doomed:
