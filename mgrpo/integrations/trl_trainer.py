@@ -235,22 +235,20 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         accumulation window is TRL's loss."""
         train = self.model.training
         window = float(self.current_gradient_accumulation_steps) if train else 1.0
-        ranks, parts = self.accelerator.num_processes, self.args.steps_per_generation if train else 1
-        weights = inputs.get("seq_weight")
-        if self.args.loss_type == "bnpo":
+        parts = self.args.steps_per_generation if train else 1  # windows' micro-batches in a generation batch
+        share = float(window / (self.accelerator.num_processes * parts))
+        weights, kind = inputs.get("seq_weight"), self.args.loss_type
+        if kind == "bnpo":
             tokens: Tensor = mask.sum() if weights is None else (weights * mask.sum(1)).sum()
             return tokens.double().clamp(min=1.0) * window
-        if self.args.loss_type in ("dapo", "cispo"):
+        if kind in ("dapo", "cispo"):
             tokens = inputs["num_items_in_batch"] if weights is None else inputs["token_total"]
-            return tokens.double().clamp(min=1.0) * window / (ranks * parts)
-        rows: Tensor
+            return tokens.double().clamp(min=1.0) * share
         if weights is None:
             rows = torch.tensor(len(mask) * window, dtype=torch.float64, device=mask.device)
         else:
-            rows = inputs["weight_total"].double() * window / (ranks * parts)
-        if self.args.loss_type == "dr_grpo":
-            rows = rows * self.args.max_completion_length
-        return rows
+            rows = inputs["weight_total"].double() * share
+        return rows * int(self.args.max_completion_length) if kind == "dr_grpo" else rows
 
     @torch.no_grad()
     def _note(self, metrics: dict[str, Tensor], mask: Tensor) -> None:
