@@ -19,6 +19,7 @@ ORDER = [
     *("tasks",),
     *("run", "view"),
     *("cli", "__main__"),
+    *("integrations",),
 ]
 LEVEL = {name: level for level, name in enumerate(ORDER)}
 
