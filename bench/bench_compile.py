@@ -92,10 +92,10 @@ def variants() -> list[Variant]:
         out.append(_row_variant(f"partials {dtype}", logprob.partials_kernel, dtype, rows))
         block = {"BLOCK": device.SCALE_BLOCK}
         out.append(_variant(f"scale {dtype}", logprob.scale_kernel, dtype, block, warps=8))
-    group = {"ESTIMATOR": 0, "WEIGHTED": True, "BLOCK": device.GROUP_BLOCK}
+    group = {"ESTIMATOR": 0, "WEIGHTED": True, "UNBIASED": False, "BLOCK": device.GROUP_BLOCK}
     kernel = group_advantage.group_advantage_kernel
     out.append(_variant("group_advantage", kernel, "fp32", group, warps=2))
-    wide = {"WEIGHTED": True, "BLOCK": 1024}
+    wide = {"WEIGHTED": True, "UNBIASED": False, "BLOCK": 1024}
     out.append(_variant("batch_deviation", group_advantage.batch_deviation_kernel, "fp32", wide, warps=4))
     return out
 

@@ -129,16 +129,17 @@ void register_loss(py::module_& m) {
       "inputs: addresses of maximum, sum, entropy, d loss / d logp, d loss / d entropy.");
   m.def(
       "group_advantage",
-      [](Address rewards, Address group_id, Address weight, int64_t n, int estimator, double eps, Address out) {
+      [](Address rewards, Address group_id, Address weight, int64_t n, int estimator, double eps, bool unbiased,
+         Address out) {
         MGRPO_CHECK(n >= 0, "n: ", n, " is below 0");
         MGRPO_CHECK(eps >= 0, "eps: ", eps, " is not at least 0");
         group_advantage(at<float>("rewards", rewards, n), at<int32_t>("group_id", group_id, n),
                         maybe<float>("weight", weight), n,
                         member("estimator", estimator, AdvantageEstimator::grpo, AdvantageEstimator::batch), eps,
-                        at<float>("out", out, n));
+                        unbiased, at<float>("out", out, n));
       },
       py::arg("rewards"), py::arg("group_id"), py::arg("weight"), py::arg("n"), py::arg("estimator"), py::arg("eps"),
-      py::arg("out"), unlocked, "Group-relative advantages; weight 0 means none.");
+      py::arg("unbiased"), py::arg("out"), unlocked, "Group-relative advantages; weight 0 means none.");
   m.def("active_isa", &active_isa, "Instruction set of the loss rows on this machine: avx512, avx2 or scalar.");
   m.def("use_isa", &use_isa, py::arg("name"), "Pin the instruction set (auto: the best there is), for tests.");
 }

@@ -51,6 +51,7 @@ struct Group {
   int32_t members = 0;
   double grid0 = 0.0, grid1 = 0.0, grid2 = 0.0;  // anchors of the sums of w, w d, w d^2
   double total = 0.0, first = 0.0, second = 0.0;
+  double squares = 0.0;  // sum of w^2, of which only the sample deviation asks
 
   bool varied() const { return !equal_rewards(low, high); }
   void see(float reward, float weight) {
@@ -76,14 +77,24 @@ struct Group {
     const double mean_square = second / total, centred = mean_square - shift() * shift();
     return centred < kCancelled * mean_square ? -1.0 : centred;  // negative: not to be trusted
   }
+  double grid_of_squares() const { return anchor_for(double(members) * heaviest * heaviest); }
+  // The sample's variance of the population's. Beside a weight that outweighs its group to the last bit the others are
+  // no second member: infinite, so that the advantage is 0.
+  double sample_variance(double variance) const {
+    const double spare = total - squares / total;
+    return spare > 0 ? variance * (total / spare) : std::numeric_limits<double>::infinity();
+  }
 };
 
 // advantage = (d - shift) * factor; rloo's factor depends on the row's own weight.
 struct Finish {
   AdvantageEstimator estimator;
-  double eps, batch_deviation;
+  double eps;
+  bool unbiased;
+  double batch_deviation;
 
-  double factor(double variance) const {
+  double factor(const Group& g, double variance) const {
+    if (estimator == AdvantageEstimator::grpo && unbiased) variance = g.sample_variance(variance);
     if (estimator == AdvantageEstimator::grpo) return 1.0 / (std::sqrt(variance) + eps);
     if (estimator == AdvantageEstimator::batch) return 1.0 / (batch_deviation + eps);
     return 1.0;
@@ -183,6 +194,20 @@ MGRPO_INLINE double centred_square(const Rows& rows, int64_t i, const Group& g) 
   return rows.weight_of(i) > 0 ? snap(double(rows.weight_of(i)) * (d * d), g.grid2) : 0.0;
 }
 
+// The part of a member in sum w^2.
+MGRPO_INLINE double weight_square(const Rows& rows, int64_t i, double grid) {
+  const double w = rows.weight_of(i);
+  return w > 0 ? snap(w * w, grid) : 0.0;
+}
+
+MGRPO_INLINE double weight_squares(const Rows& rows, int64_t begin, int64_t end, const Group& g) {
+  if (!rows.weight) return double(end - begin);
+  const double grid = g.grid_of_squares();
+  double sum = 0.0;
+  for (int64_t i = begin; i < end; ++i) sum += weight_square(rows, i, grid);
+  return sum;
+}
+
 MGRPO_INLINE void finish_run(const Rows& rows, int64_t begin, int64_t end, const Group& g, const Finish& finish,
                              double factor, float* out) {
   const double shift = g.shift();
@@ -215,20 +240,25 @@ MGRPO_INLINE void whole_group(const Rows& rows, int64_t begin, int64_t end, cons
     for (int64_t i = begin; i < end; ++i) square += centred_square(rows, i, g);
     variance = square / g.total;
   }
-  finish_run(rows, begin, end, g, finish, finish.factor(variance), out);
+  if (finish.unbiased) g.squares = weight_squares(rows, begin, end, g);
+  finish_run(rows, begin, end, g, finish, finish.factor(g, variance), out);
 }
 
-MGRPO_CLONES double batch_deviation(const Rows& rows, int64_t n) {
+MGRPO_CLONES double batch_deviation(const Rows& rows, int64_t n, bool unbiased) {
   Group g;
   see(rows, 0, n, g);
   if (!(g.high > g.low)) return 0.0;
   g.lay_grids();
   add(rows, 0, n, g);
-  const double variance = g.variance();
-  if (variance >= 0) return std::sqrt(variance);
-  double square = 0.0;
-  for (int64_t i = 0; i < n; ++i) square += centred_square(rows, i, g);
-  return std::sqrt(square / g.total);
+  double variance = g.variance();
+  if (variance < 0) {
+    double square = 0.0;
+    for (int64_t i = 0; i < n; ++i) square += centred_square(rows, i, g);
+    variance = square / g.total;
+  }
+  if (!unbiased) return std::sqrt(variance);
+  g.squares = weight_squares(rows, 0, n, g);
+  return std::sqrt(g.sample_variance(variance));
 }
 
 // Dense numbers for the ids, [0, width): the ids themselves less the smallest, or, when they are far more spread than
@@ -283,6 +313,11 @@ void scattered(const Rows& rows, const Ids& ids, int64_t n, const Finish& finish
   for (int64_t i = 0; i < n; ++i) {
     if (rows.weight_of(i) > 0) groups[ids[i]].add(rows.rewards[i], rows.weight_of(i));
   }
+  if (finish.unbiased) {
+    std::vector<double> grids(groups.size());
+    for (std::size_t j = 0; j < groups.size(); ++j) grids[j] = groups[j].varied() ? groups[j].grid_of_squares() : 0.0;
+    for (int64_t i = 0; i < n; ++i) groups[ids[i]].squares += weight_square(rows, i, grids[ids[i]]);
+  }
   struct Scale {
     double shift = 0.0, factor = 0.0;
     float low = 0.0f;
@@ -294,7 +329,7 @@ void scattered(const Rows& rows, const Ids& ids, int64_t n, const Finish& finish
     const Group& g = groups[j];
     if (!g.varied()) continue;
     const double variance = g.variance();
-    scales[j] = {g.shift(), finish.factor(variance), g.low,
+    scales[j] = {g.shift(), finish.factor(g, variance), g.low,
                  variance < 0 && finish.estimator == AdvantageEstimator::grpo};
     if (scales[j].again && squares.empty()) squares.resize(groups.size());
   }
@@ -303,7 +338,7 @@ void scattered(const Rows& rows, const Ids& ids, int64_t n, const Finish& finish
       if (scales[ids[i]].again) squares[ids[i]] += centred_square(rows, i, groups[ids[i]]);
     }
     for (std::size_t j = 0; j < groups.size(); ++j) {
-      if (scales[j].again) scales[j].factor = finish.factor(squares[j] / groups[j].total);
+      if (scales[j].again) scales[j].factor = finish.factor(groups[j], squares[j] / groups[j].total);
     }
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -320,11 +355,12 @@ void scattered(const Rows& rows, const Ids& ids, int64_t n, const Finish& finish
 }  // namespace
 
 void group_advantage(const float* rewards, const int32_t* group_id, const float* weight, int64_t n,
-                     AdvantageEstimator estimator, double eps, float* advantages) {
+                     AdvantageEstimator estimator, double eps, bool unbiased, float* advantages) {
   const Rows rows{rewards, weight};
   check_finite(rows, n);
   const Ids ids(group_id, n);
-  const Finish finish{estimator, eps, estimator == AdvantageEstimator::batch ? batch_deviation(rows, n) : 0.0};
+  const bool batch = estimator == AdvantageEstimator::batch;
+  const Finish finish{estimator, eps, unbiased, batch ? batch_deviation(rows, n, unbiased) : 0.0};
   if (!contiguous(rows, ids, n, finish, advantages)) scattered(rows, ids, n, finish, advantages);
 }
 

@@ -23,7 +23,8 @@ inline bool equal_rewards(double low, double high) {
 enum class AdvantageEstimator : int { grpo = 0, dr_grpo = 1, rloo = 2, batch = 3 };
 
 // rewards, weight (may be null: 1) and advantages have n entries; group ids are any int32, in any order.
+// unbiased: grpo and batch divide by the sample deviation.
 void group_advantage(const float* rewards, const int32_t* group_id, const float* weight, int64_t n,
-                     AdvantageEstimator estimator, double eps, float* advantages);
+                     AdvantageEstimator estimator, double eps, bool unbiased, float* advantages);
 
 }  // namespace mgrpo

@@ -143,6 +143,7 @@ double kl_slope(const TokenSettings& s, double diff) {
 }
 
 double correction_factor(const TokenSettings& s, double log_rho) {
+  if (std::isnan(log_rho)) log_rho = 0.0;  // the sampler has no log-prob
   const double rho = std::exp(log_rho), held = std::exp(std::fmin(log_rho, s.log_ratio_clip));
   if (s.correction == Correction::token_tis) return std::fmin(held, s.correction_high);
   return rho >= s.correction_low && rho <= s.correction_high ? held : 0.0;

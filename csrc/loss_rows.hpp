@@ -38,7 +38,8 @@ struct LogitRows {
   int threads;
 };
 
-// Per-row inputs of the loss; old, ref and rollout may be null. weight 0 and policy_weight 0: the row is not read.
+// Per-row inputs of the loss; old, ref and rollout may be null, and rollout NaN where it is not known. weight 0 and
+// policy_weight 0: the row is not read.
 struct LossInputs {
   const float *policy_weight, *weight, *advantages, *old_logprobs, *ref_logprobs, *rollout_logprobs;
 };

@@ -54,10 +54,12 @@ def moments(
     MATCH: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNBIASED: tl.constexpr = False,
 ):
     """(low, varied, total, shift, deviation) of one group among the rows [begin, end), float64 scalars.
 
     shift is the mean less `low`. A group of one member, or of rewards that are equal but for rounding, is not varied.
+    With UNBIASED the deviation is the sample's.
     """
     lane = tl.arange(0, BLOCK)
     inf = float("inf")
@@ -81,12 +83,16 @@ def moments(
     bottom = tl.where(some, bottom, 0.0)
     spread = tl.where(some, spread, 1.0)
     grid0, grid1 = anchor_for(mass), anchor_for(mass * spread)
+    grid_squares = anchor_for(mass * tl.max(heaviest, axis=0))
     total = bottom * 0.0
     first = bottom * 0.0
+    squares = bottom * 0.0
     for i in range(begin, end, BLOCK):
         r, w, member = load_members(rewards, weight, group_id, group, i + lane, end, MATCH, WEIGHTED)
         total += snapped_sum(w, grid0)
         first += snapped_sum(w * tl.where(member, r - bottom, 0.0), grid1)
+        if UNBIASED:
+            squares += snapped_sum(w * w, grid_squares)
     shift = first / tl.where(total > 0, total, 1.0)
     grid2 = anchor_for(mass * spread * spread)
     second = bottom * 0.0
@@ -94,7 +100,12 @@ def moments(
         r, w, member = load_members(rewards, weight, group_id, group, i + lane, end, MATCH, WEIGHTED)
         d = tl.where(member, (r - bottom) - shift, 0.0)
         second += snapped_sum(w * (d * d), grid2)
-    deviation = tl.sqrt(second / tl.where(total > 0, total, 1.0))
+    spare = total
+    if UNBIASED:
+        spare = total - squares / tl.where(total > 0, total, 1.0)
+    deviation = tl.sqrt(second / tl.where(spare > 0, spare, 1.0))
+    if UNBIASED:  # beside a weight that outweighs its group to the last bit the others are no second member
+        deviation = tl.where(spare > 0, deviation, float("inf"))
     return bottom, varied, total, shift, tl.where(some, deviation, 0.0)
 
 
@@ -114,9 +125,11 @@ def advantage(r, w, low, varied, total, shift, deviation, eps, ESTIMATOR: tl.con
 
 
 @triton.jit(do_not_specialize=["n"])
-def batch_deviation_kernel(rewards, weight, out, n, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def batch_deviation_kernel(
+    rewards, weight, out, n, WEIGHTED: tl.constexpr, UNBIASED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Standard deviation of all n rewards into out[0] (float64); one program."""
-    _, _, _, _, deviation = moments(rewards, weight, rewards, 0, 0, n, False, WEIGHTED, BLOCK)
+    _, _, _, _, deviation = moments(rewards, weight, rewards, 0, 0, n, False, WEIGHTED, BLOCK, UNBIASED)
     tl.store(out, deviation)
 
 
@@ -132,6 +145,7 @@ def group_advantage_kernel(
     eps,
     ESTIMATOR: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    UNBIASED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a row; the first row of each group does its group, the others leave."""
@@ -140,7 +154,7 @@ def group_advantage_kernel(
     if first == row:
         last = tl.load(end + row)
         low, varied, total, shift, spread = moments(
-            rewards, weight, rewards, 0, first, last, False, WEIGHTED, BLOCK
+            rewards, weight, rewards, 0, first, last, False, WEIGHTED, BLOCK, UNBIASED
         )
         if ESTIMATOR == BATCH:
             spread = tl.load(deviation)

@@ -61,6 +61,21 @@ def kl_slope(diff, bound, KL: tl.constexpr):
     return slope
 
 
+@triton.jit
+def correction_factor(log_rho, bound, low, high, CORRECTION: tl.constexpr):
+    """Factor on the policy term, from the log of training / sampling probability; NaN, where the sampler has none, is
+    0."""
+    log_rho = tl.where(log_rho == log_rho, log_rho, 0.0)
+    rho = tl.exp(log_rho)
+    held = tl.exp(tl.minimum(log_rho, bound))
+    if CORRECTION == TOKEN_TIS:
+        factor = tl.minimum(held, high)
+    else:
+        tl.static_assert(CORRECTION == MIS, "CORRECTION has no formula")
+        factor = tl.where((rho >= low) & (rho <= high), held, 0.0)
+    return factor
+
+
 @triton.jit(do_not_specialize=["n"])
 def grpo_loss_kernel(
     logits,  # (T, V)
@@ -162,13 +177,7 @@ def grpo_loss_kernel(
             )
             if CORRECTION != 0:
                 log_rho = base - tl.load(rollout + row)
-                rho = tl.exp(log_rho)
-                held = tl.exp(tl.minimum(log_rho, log_ratio_clip))
-                if CORRECTION == TOKEN_TIS:
-                    c *= tl.minimum(held, correction_high)
-                else:
-                    tl.static_assert(CORRECTION == MIS, "CORRECTION has no formula")
-                    c *= tl.where((rho >= correction_low) & (rho <= correction_high), held, 0.0)
+                c *= correction_factor(log_rho, log_ratio_clip, correction_low, correction_high, CORRECTION)
             c = tl.where((pw != 0.0) & (a != 0.0), c, 0.0)
             if KL != 0:
                 c += w * kl_coef * kl_slope(tl.load(ref + row) - logp, log_ratio_clip, KL)

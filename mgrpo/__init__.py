@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from mgrpo.ops.group_advantage import group_advantage
     from mgrpo.ops.grpo_loss import grpo_loss
     from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
+    from mgrpo.ops.policy_loss import policy_loss
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
+    from mgrpo.ops.token_values import TokenValues
     from mgrpo.store.connect import connect
     from mgrpo.types import Rollout, Trajectory
 
@@ -31,7 +33,9 @@ _PUBLIC = {  # name -> module that defines it
     "selective_logprob": "mgrpo.ops.selective_logprob",
     "grpo_loss": "mgrpo.ops.grpo_loss",
     "linear_grpo_loss": "mgrpo.ops.linear_grpo_loss",
+    "policy_loss": "mgrpo.ops.policy_loss",
     "loss_denominator": "mgrpo.ops.token_loss",
+    "TokenValues": "mgrpo.ops.token_values",
     "align": "mgrpo.alignment",
     "Alignment": "mgrpo.alignment",
     "assign": "mgrpo.assignment",
@@ -48,6 +52,7 @@ __all__ = [
     "GrpoLossConfig",
     "Plan",
     "Rollout",
+    "TokenValues",
     "Trajectory",
     "__version__",
     "align",
@@ -57,6 +62,7 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "loss_denominator",
+    "policy_loss",
     "selective_logprob",
 ]
 

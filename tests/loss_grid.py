@@ -36,6 +36,10 @@ def configs() -> list[GrpoLossConfig]:
         deltas = (None,) if loss_type in ("cispo", "sapo") else (None, 1.1, 2.0)
         out += [settings(loss_type, ratio_level=level, delta=d) for d in deltas]
     out += [settings("dapo", kl_coef=0.1, kl_estimator=k) for k in get_args(KlEstimator)]
+    out += [
+        settings(t, ratio_level=level, kl_coef=0.1, kl_bias_correction=True, kl_estimator=k)
+        for t, level, k in (("dapo", "token", "k3"), ("cispo", "token", "k2"), ("grpo", "sequence", "k3"))
+    ]
     out += [settings("grpo", entropy_coef=0.02, temperature=t) for t in (0.6, 1.3)]
     corrections = [c for c in get_args(Correction) if c != "none"]
     out += [settings("grpo", correction=c, correction_high=2.5, veto=1e-4) for c in corrections]

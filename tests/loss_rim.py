@@ -9,7 +9,7 @@ import torch
 from mgrpo import GrpoLossConfig
 from mgrpo.config.loss import Correction, KlEstimator
 from mgrpo.ops.token_loss import METRICS
-from tests.loss_grid import CLIPPED, LOSS_TYPES, run_head, run_logits, settings
+from tests.loss_grid import CLIPPED, LOSS_TYPES, TOLERANCE, error, grid_batch, run_head, run_logits, settings
 
 LOG_RATIOS = (400.0, 95.0, 24.0, 12.0, 0.02, -12.0, -95.0, -400.0)
 """exp overflows in float32 at 89, and is 0 below -104; nothing sits on a bound."""
@@ -169,3 +169,45 @@ def check_far(impls: tuple[str, ...], configs: list[GrpoLossConfig]) -> None:
             plain = config.kl_coef == 0 and config.type in CLIPPED
             if plain and "old_logprobs" in data:
                 assert not grads[0][held].any(), case
+
+
+MISSING = {1: float("nan"), 7: float("nan"), 9: -float("inf"), 13: float("nan"), 17: float("inf")}
+"""Rows of the grid's batch whose sampler's log-prob is not known; 13 is a whole trajectory."""
+
+
+def check_missing(impls: tuple[str, ...]) -> None:
+    """A row without the sampler's log-prob is one whose log-prob is the trainer's, for every correction: loss and
+    gradient are those with the trainer's in its place. It has no part in the geometric mean and in the metrics that
+    compare the two, and is counted."""
+    data = grid_batch(33, torch.float32)
+    logp = data["logits"].log_softmax(1).gather(1, data["target_ids"][:, None]).squeeze(1)
+    without = {k: v for k, v in data.items() if k != "old_logprobs"}
+    for correction in get_args(Correction):
+        more: dict[str, Any] = {} if correction == "none" else {"correction": correction, "veto": 0.5}
+        if correction in ("sequence_mask", "geometric"):
+            more |= {"correction_low": 0.2, "correction_high": 5.0}
+        config = settings("grpo", **more)
+        for batch in (data, without):
+            base = batch.get("old_logprobs", logp)
+            dirty, twin = batch["rollout_logprobs"].clone(), batch["rollout_logprobs"].double()
+            for row, value in MISSING.items():
+                dirty[row], twin[row] = value, base[row]
+            exact = run_logits(batch | {"rollout_logprobs": dirty}, config, torch.float64, "reference")
+            assert int(exact[1]["rollout_missing_rows"]) == len(MISSING)
+            if correction == "geometric":  # a row with the known rows' mean does not move it either
+                for rows in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [16, 17, 18]):
+                    known = [t for t in rows if t not in MISSING]
+                    mean = (base[known].double() - twin[known]).mean()
+                    for row in sorted(set(rows) - set(known)):
+                        twin[row] = base[row] - mean
+            same = run_logits(batch | {"rollout_logprobs": twin}, config, torch.float64, "reference")
+            assert error(exact[2], same[2]) < 1e-12 and abs(float(exact[0] - same[0])) < 1e-12
+            assert int(same[1]["rollout_missing_rows"]) == 0
+            for impl in impls:
+                got = run_logits(batch | {"rollout_logprobs": dirty}, config, torch.float32, impl)
+                case = (impl, config, batch is data)
+                assert error(got[2], exact[2]) <= TOLERANCE[torch.float32], case
+                for name in METRICS:
+                    torch.testing.assert_close(
+                        got[1][name].double(), exact[1][name].double(), rtol=3e-5, atol=3e-6
+                    )

@@ -17,6 +17,7 @@ class OwnGrpo(PolicyLoss):
 
     sequence_mean = True
     zero_without_advantage = True
+    uses_entropy = False
 
     def __init__(self, config: GrpoLossConfig, *, low: float = 0.2, high: float = 0.2) -> None:
         super().__init__(config)

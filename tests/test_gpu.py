@@ -136,13 +136,18 @@ def test_group_advantage() -> None:
     ids = torch.randint(0, 300, (5000,), generator=g).int()
     weights = torch.randint(0, 4, (5000,), generator=g) / 4.0
     order = torch.randperm(5000, generator=g)
-    for estimator, w in itertools.product(("grpo", "dr_grpo", "rloo", "batch"), (None, weights)):
-        want = group_advantage(rewards, ids, w, estimator=estimator, impl="reference")
+    kinds = [(name, False) for name in ("grpo", "dr_grpo", "rloo", "batch")] + [
+        ("grpo", True),
+        ("batch", True),
+    ]
+    for (estimator, unbiased), w in itertools.product(kinds, (None, weights)):
+        settings = {"estimator": estimator, "unbiased": unbiased}
+        want = group_advantage(rewards, ids, w, **settings, impl="reference")
         here = [x if x is None else x.cuda() for x in (rewards, ids, w)]
-        moved = [x if x is None else x[order].cuda() for x in (rewards, ids, w)]
-        got = group_advantage(*here, estimator=estimator)
+        moved = [x if x is None else x[order].cuda() for x in (rewards, ids.long(), w)]
+        got = group_advantage(*here, **settings)
         torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-7)
-        assert torch.equal(got.cpu()[order], group_advantage(*moved, estimator=estimator).cpu())
+        assert torch.equal(got.cpu()[order], group_advantage(*moved, **settings).cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -114,6 +114,72 @@ def test_the_cpp_result_is_the_references_for_close_rewards_and_far_ids() -> Non
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("estimator", ["grpo", "batch"])
+def test_unbiased_is_the_sample_deviation(estimator: str, impl: str) -> None:
+    """Plain loops in float64: sum w - sum w^2 / sum w in place of sum w, groups in runs and scattered, rewards that
+    cancel in the raw moments among them; without weights torch.std."""
+    rewards, ids, weights = draw(4, 300, 40)
+    rewards[ids == 3] = 1000.0 + torch.arange(int((ids == 3).sum())) / 128
+    for order in (torch.arange(300), torch.argsort(ids, stable=True)):
+        r, i = rewards[order], ids[order]
+        for w in (None, weights[order]):
+            weight = torch.ones(300, dtype=torch.float64) if w is None else w.double()
+
+            def deviation(rows: torch.Tensor, r: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                r, v = r.double()[rows], v[rows]
+                mean = (v * r).sum() / v.sum()
+                return ((v * (r - mean).square()).sum() / (v.sum() - v.square().sum() / v.sum())).sqrt()
+
+            expected = torch.zeros(300, dtype=torch.float64)
+            every = weight > 0
+            for g in i.unique():
+                rows = (i == g) & every
+                if int(rows.sum()) < 2:
+                    continue
+                std = deviation(rows if estimator == "grpo" else every, r, weight)
+                if w is None:
+                    torch.testing.assert_close(std, r.double()[rows if estimator == "grpo" else every].std())
+                mean = (weight * r.double())[rows].sum() / weight[rows].sum()
+                expected[rows] = (r.double()[rows] - mean) / (std + 1e-6)
+            got = group_advantage(r, i, w, estimator=estimator, unbiased=True, impl=impl)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("estimator", ["grpo", "batch"])
+def test_unbiased_at_the_rim(estimator: str, impl: str) -> None:
+    """A group of one and one of equal rewards have 0; a weight beside which the others vanish makes a group of one; the
+    unit of the weights does not matter; the order of rows changes no bit."""
+    rewards = torch.tensor([0.3, 0.1, 0.1, 1.0, 0.0, 0.5, 5.0, 9.0])
+    ids = torch.tensor([5, 1, 1, 2, 2, 2, 8, 8], dtype=torch.int32)
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.25, 0.25, 1.0, 1e-20])
+
+    def made(w: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return group_advantage(
+            rewards[rows], ids[rows], w[rows], estimator=estimator, unbiased=True, impl=impl
+        )
+
+    here = torch.arange(8)
+    a = made(weights, here)
+    assert torch.equal(a[:3], torch.zeros(3)) and a[3] > 0 > a[4] and bool(a.isfinite().all())
+    assert float(a[6]) == 0.0 and (estimator == "batch" or float(a[7]) == 0.0)
+    torch.testing.assert_close(made(weights * 3.0, here), a, rtol=1e-6, atol=1e-7)
+    order = torch.tensor([7, 3, 0, 5, 2, 6, 1, 4])
+    assert torch.equal(made(weights, order), a[order])
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_group_ids_may_be_int64(impl: str) -> None:
+    """The same bits as int32, also with numbers that no int32 holds and that agree in their lower halves."""
+    rewards, ids, weights = draw(7, 60, 8)
+    want = group_advantage(rewards, ids, weights, impl=impl)
+    for wide in (ids.long(), ids.long() * 2**32, ids.long() * 2**40 + 5):
+        assert torch.equal(group_advantage(rewards, wide, weights, impl=impl), want)
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert group_advantage(rewards[:0], empty, impl=impl).shape == (0,)
+
+
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
@@ -125,6 +191,8 @@ def test_the_cpp_result_is_the_references_for_close_rewards_and_far_ids() -> Non
         ("weight", {"weight": torch.ones(3)}),
         ("estimator", {"estimator": "ppo"}),
         ("eps", {"eps": -1.0}),
+        ("unbiased", {"unbiased": True, "estimator": "rloo"}),
+        ("unbiased", {"unbiased": True, "estimator": "dr_grpo"}),
     ],
 )
 def test_bad_input_names_the_argument(argument: str, call: dict[str, object]) -> None:

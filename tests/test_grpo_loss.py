@@ -130,7 +130,7 @@ def test_rows_that_are_not_finite_are_counted_and_move_nothing() -> None:
         ("logits", {"logits": torch.zeros(19)}),
         ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 5, 4, 19], dtype=torch.int32)}),
         ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 5, 18], dtype=torch.int32)}),
-        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 19])}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, 19], dtype=torch.int16)}),
         ("rewards", {"rewards": torch.zeros(6), "group_id": torch.zeros(6, dtype=torch.int32)}),
         ("group_id", {"advantages": None, "rewards": torch.zeros(6)}),
         ("advantages", {"advantages": None}),
@@ -149,7 +149,7 @@ def test_rows_that_are_not_finite_are_counted_and_move_nothing() -> None:
         torch.zeros(3)}), ("old_logprobs", {"old_logprobs": torch.zeros(19, device="meta")}),
         ("ref_logprobs", {"ref_logprobs": None, "config": settings("grpo", kl_coef=0.1)}),
         ("rollout_logprobs", {"rollout_logprobs": None, "config": settings("grpo", correction="mis")}),
-        ("denominator", {"denominator": 0.0}), ("loss_mask", {"loss_mask": torch.zeros(5)}), ("impl", {"impl":
+        ("denominator", {"denominator": -1.0}), ("loss_mask", {"loss_mask": torch.zeros(5)}), ("impl", {"impl":
         "cuda"}), ("impl", {"impl": "cpu", "logits": torch.zeros(19, 33, dtype=torch.float64)}), ("config",
         {"config": {"type": "grpo"}}),
     ],

@@ -44,7 +44,7 @@ def test_opcheck_passes_for_every_op() -> None:
     head = head_batch(33, 8, torch.float32)
     h, w = head["hidden"].float().requires_grad_(), head["weight"].float().requires_grad_()
     cases: list[tuple[Any, tuple[Any, ...]]] = [
-        (library.group_advantage, (torch.randn(6), torch.zeros(6).int(), None, "grpo", 1e-6, "cpu")),
+        (library.group_advantage, (torch.randn(6), torch.zeros(6).int(), None, "grpo", 1e-6, True, "cpu")),
         (library.row_logprob, (logits.clone().requires_grad_(), ids, active, 0.7, False, "cpu")),
         (library.grpo_loss, (logits.clone().requires_grad_(), *flat, numbers, True, "cpu")),
         (library.grpo_loss_, (logits.clone(), *flat, numbers, "cpu")),

@@ -214,7 +214,7 @@ def test_the_head_equals_the_loss_from_logits() -> None:
     [
         ("hidden", {"hidden": torch.zeros(8)}),
         ("weight", {"weight": torch.zeros(33, 9)}),
-        ("weight", {"weight": torch.zeros(33, 8, dtype=torch.bfloat16)}),
+        ("weight", {"weight": torch.zeros(33, 8, dtype=torch.float64)}),
         ("target_ids", {"target_ids": torch.full((19,), 33)}),
         ("chunk", {"chunk": 0}),
         ("rewards", {"rewards": torch.zeros(6)}),

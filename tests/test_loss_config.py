@@ -38,6 +38,11 @@ from mgrpo import GrpoLossConfig
         ("log_ratio_clip", {"log_ratio_clip": 0.5}),
         ("entropy_coef", {"entropy_coef": 1e39}),
         ("kl_coef", {"kl_coef": float("nan")}),
+        ("kl_bias_correction: True has no effect with kl_coef 0", {"kl_bias_correction": True}),
+        (
+            "log_ratio_clip: 40.0 is above 30.0",
+            {"kl_bias_correction": True, "kl_coef": 0.1, "log_ratio_clip": 40.0},
+        ),
     ],
 )
 def test_bad_settings_name_their_field(field: str, settings: dict[str, object]) -> None:

@@ -6,6 +6,7 @@ The interpreter is chosen when the kernels are imported, so its part runs in a p
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -97,9 +98,10 @@ def test_interpreted_float32_logits_with_a_bfloat16_gradient(small_blocks: None)
 @numpy_warns
 def test_interpreted_log_ratios_beyond_float32s_exponent(small_blocks: None) -> None:
     """As the CPU's test of the same name."""
-    from tests.loss_rim import check_far, far_configs
+    from tests.loss_rim import check_far, check_missing, far_configs
 
     check_far(("triton",), far_configs()[::3])
+    check_missing(("triton",))
 
 
 @numpy_warns
@@ -197,14 +199,18 @@ def test_interpreted_group_advantage(small_blocks: None) -> None:
     ids = torch.cat([torch.randint(0, 4, (24,), generator=g), torch.full((3,), 7), torch.full((1,), 8)]).int()
     weights = torch.randint(0, 4, (28,), generator=g) / 4.0
     order = torch.randperm(28, generator=g)
-    for estimator in ("grpo", "dr_grpo", "rloo", "batch"):
-        for w in (None, weights):
-            want = group_advantage(rewards, ids, w, estimator=estimator, impl="reference")
-            got = group_advantage(rewards, ids, w, estimator=estimator, impl="triton")
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-            has_grad = None if w is None else w[order]
-            again = group_advantage(rewards[order], ids[order], has_grad, estimator=estimator, impl="triton")
-            assert torch.equal(got[order], again) and not got[24:].any()
+    kinds = [(name, False) for name in ("grpo", "dr_grpo", "rloo", "batch")] + [
+        ("grpo", True),
+        ("batch", True),
+    ]
+    for (estimator, unbiased), w in itertools.product(kinds, (None, weights)):
+        settings = {"estimator": estimator, "unbiased": unbiased}
+        want = group_advantage(rewards, ids, w, **settings, impl="reference")
+        got = group_advantage(rewards, ids, w, **settings, impl="triton")
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+        moved = (rewards[order], ids[order].long() * 2**32, None if w is None else w[order])
+        again = group_advantage(*moved, **settings, impl="triton")
+        assert torch.equal(got[order], again) and not got[24:].any()
 
 
 @numpy_warns

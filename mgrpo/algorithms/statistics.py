@@ -67,8 +67,8 @@ class Moments:
         self.gap = scaled - self.mean[group]
         square = np.bincount(group, weights * self.gap * self.gap, count) / some
         if unbiased:
-            share = np.bincount(group, weights * weights, count) / (some * some)
-            square = np.where(share < 1, square / np.where(share < 1, 1 - share, 1.0), np.inf)
+            spare = self.total - np.bincount(group, weights * weights, count) / some
+            square = np.where(spare > 0, square * some / np.where(spare > 0, spare, 1.0), np.inf)
         self.deviation = np.where((size > 1) & (low != high), np.sqrt(square), 0.0)
 
     def scaled(self, number: float) -> Float64:

@@ -38,6 +38,7 @@ TEMPERATURES = (1e-6, 1e6)
 """Range of the temperature of logits: outside it logits / temperature, or the gradient, may not fit a float32."""
 
 _LARGEST = 1e30  # of a setting that meets float32 numbers
+_LARGEST_CLIP_OF_PRODUCT = 30.0  # e^30 e^30 is what one ratio held at 60 nats may be
 _CORRECTION_FIELDS = ("correction_low", "correction_high", "veto")
 _CORRECTION_BOUNDS: dict[Correction, tuple[float, float]] = {
     "none": (0.0, float("inf")),
@@ -94,6 +95,11 @@ class GrpoLossConfig(BaseModel):
     kl_estimator: KlEstimator = "k3"
     """k1 = logp - ref; k2 = (logp - ref)^2 / 2; k3 = exp(d) - d - 1 with d = min(ref - logp, log_ratio_clip)."""
 
+    kl_bias_correction: bool = False
+    """The KL estimate is multiplied by the importance ratio (of the token or of the sequence, not clipped), through
+    which its gradient flows too: the gradient is then that of the KL, without bias. At ratio 1 the value is the same.
+    It takes the loss two phases (docs/kernels.md)."""
+
     entropy_coef: float = Field(default=0.0, ge=0.0, le=1e6)
     """Weight of the entropy bonus (subtracted from the loss)."""
 
@@ -104,7 +110,8 @@ class GrpoLossConfig(BaseModel):
     """Correction for the mismatch of training and inference engines, a factor on the policy term (detached), from rho =
     exp(old_logprobs - rollout_logprobs): token_tis = min(rho, high); mis (IcePop) = rho inside [low, high], 0 outside;
     sequence_mask and geometric = the product or the geometric mean of rho over the sequence, inside [low, high], 0
-    outside."""
+    outside. A token whose rollout log-prob is not finite (the sampler reported none) has rho 1 and no part in the
+    geometric mean."""
 
     correction_low: float | None = Field(default=None, ge=0.0, le=_LARGEST)
     """Lower bound; None: 0.5 for mis, 0 for sequence_mask, 0.99 for geometric. token_tis has none."""
@@ -148,6 +155,11 @@ class GrpoLossConfig(BaseModel):
         low, high = self.correction_bounds
         if self.correction != "none" and low >= high:
             raise ValueError(f"correction_low: {low} is not below correction_high, {high}")
+        if self.kl_bias_correction and self.log_ratio_clip > _LARGEST_CLIP_OF_PRODUCT:
+            raise ValueError(
+                f"log_ratio_clip: {self.log_ratio_clip} is above {_LARGEST_CLIP_OF_PRODUCT}, and kl_bias_correction "
+                "multiplies two ratios held by it"
+            )
         for name, why in self._unused():
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"{name}: {getattr(self, name)!r} has no effect {why}")
@@ -164,6 +176,8 @@ class GrpoLossConfig(BaseModel):
             unused.append(
                 ("advantage_eps", f"with estimator {self.estimator!r}, which divides by no deviation")
             )
+        if not self.kl_coef:
+            unused.append(("kl_bias_correction", "with kl_coef 0"))
         if self.correction == "none":
             unused += [(name, "without a correction") for name in _CORRECTION_FIELDS]
         if self.correction == "token_tis":

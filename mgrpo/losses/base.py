@@ -62,13 +62,16 @@ class PolicyLoss(ABC):
     computed. A subclass with another `term` says it again."""
     uses_reference: ClassVar[bool] = False
     """`term` reads ref_logprobs, so a reference policy is needed without a KL term too."""
+    uses_entropy: ClassVar[bool] = True
+    """`term` may read entropy, so `policy_loss` needs it. A subclass with another `term` says it again."""
 
     def __init__(self, config: GrpoLossConfig) -> None:
         self.config = config
 
     def __init_subclass__(cls) -> None:
-        if "term" in vars(cls) and "zero_without_advantage" not in vars(cls):
-            cls.zero_without_advantage = False
+        if "term" in vars(cls):  # what an inherited term had is not known of this one
+            cls.zero_without_advantage = vars(cls).get("zero_without_advantage", False)
+            cls.uses_entropy = vars(cls).get("uses_entropy", True)
 
     @abstractmethod
     def term(self, tokens: TermInputs) -> Tensor:

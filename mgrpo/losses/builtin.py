@@ -22,6 +22,7 @@ class TokenMean(PolicyLoss):
 
     fused_id = 0
     zero_without_advantage = True
+    uses_entropy = False
 
     def term(self, tokens: TermInputs) -> Tensor:
         delta = self.config.delta
@@ -59,6 +60,7 @@ class Cispo(PolicyLoss):
 
     fused_id = 1
     zero_without_advantage = True
+    uses_entropy = False
 
     def term(self, tokens: TermInputs) -> Tensor:
         held = tokens.ratio.detach().clamp(max=self.config.clip_eps_high)
@@ -74,6 +76,7 @@ class Sapo(PolicyLoss):
     fused_id = 2
     sequence_mean = True
     zero_without_advantage = True
+    uses_entropy = False
 
     def term(self, tokens: TermInputs) -> Tensor:
         a, ratio = tokens.advantages, tokens.ratio

@@ -50,7 +50,13 @@ class Rows(Protocol):
     """What a fast backend offers; native.py (C++) and device.py (Triton) have these functions."""
 
     def group_advantage(
-        self, rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float
+        self,
+        rewards: Tensor,
+        group_id: Tensor,
+        weight: Tensor | None,
+        estimator: str,
+        eps: float,
+        unbiased: bool,
     ) -> Tensor: ...
 
     def loss_rows(

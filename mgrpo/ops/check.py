@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_MASTER_BESIDE = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
-_MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
+_HALF = (torch.bfloat16, torch.float16)
+_MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64, *_FLOATS)
+OFFSETS = (torch.int32, torch.int64)
+"""Of cu_seqlens and of group ids."""
+IGNORED = -100
+"""The target id by which other trainers mark a token that is no target: it may stand where the mask is 0."""
 
 
 def values_visible(x: Tensor) -> bool:
@@ -37,6 +41,11 @@ def floating(name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor) 
     tensor(name, x, shape, _FLOATS, like)
 
 
+def number(name: str, x: Tensor, like: Tensor) -> None:
+    """A 0-d tensor, floating or int."""
+    tensor(name, x, (), (*_FLOATS, *OFFSETS), like)
+
+
 def finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
     """ValueError naming the first entry of x that is not finite (among those where `where` is true)."""
     if values_visible(x):
@@ -61,27 +70,55 @@ def rewards(x: Tensor) -> None:
 
 
 def head(hidden: Tensor, weight: Tensor) -> None:
-    """hidden (T, H) and weight (V, H) on one device, of one floating dtype or weight float32 beside half precision."""
-    floating("hidden", hidden, (None, None), hidden)
-    floating("weight", weight, (None, hidden.shape[1]), hidden)
-    if weight.dtype != hidden.dtype and (weight.dtype, hidden.dtype) not in _MASTER_BESIDE:
-        raise TypeError(f"weight: dtype {weight.dtype} differs from hidden's, {hidden.dtype}")
+    """hidden (T, H) or (B, S, H) and weight (V, H) on one device, of floating dtypes of which hidden's holds the values
+    of the weight's, or half precision beside a float32 weight."""
+    if isinstance(hidden, Tensor) and hidden.dim() == 3:
+        floating("hidden", hidden, (None, None, None), hidden)
+    else:
+        floating("hidden", hidden, (None, None), hidden)
+    floating("weight", weight, (None, hidden.shape[-1]), hidden)
+    exact = torch.promote_types(weight.dtype, hidden.dtype) == hidden.dtype
+    if not exact and not (weight.dtype == torch.float32 and hidden.dtype in _HALF):
+        raise TypeError(
+            f"weight: dtype {weight.dtype} beside hidden's, {hidden.dtype}, which does not hold its values; only a "
+            "float32 weight is rounded, to bfloat16 or float16"
+        )
 
 
-def ids(target_ids: Tensor, rows: int, vocabulary: int | None, like: Tensor) -> None:
-    """target_ids int64 (T,) within [0, vocabulary); None: the range is known only to other ranks."""
-    tensor("target_ids", target_ids, (rows,), (torch.int64,), like)
+def ids(
+    target_ids: Tensor,
+    shape: torch.Size,
+    vocabulary: int | None,
+    like: Tensor,
+    loss_mask: Tensor | None = None,
+) -> None:
+    """target_ids int64 of this shape, (T,) or (B, S), within [0, vocabulary) (None: the range is known only to other
+    ranks), or IGNORED where loss_mask, which is checked too, is 0."""
+    tensor("target_ids", target_ids, tuple(shape), (torch.int64,), like)
+    mask(loss_mask, tuple(shape), like)
+    rows = target_ids.numel()
     if vocabulary == 0 and rows:
         raise ValueError(f"target_ids: {rows} of them, and the vocabulary is empty")
-    if vocabulary is not None and rows and values_visible(target_ids):
-        low, high = (int(v) for v in target_ids.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"target_ids: {low if low < 0 else high} is outside [0, {vocabulary})")
+    if vocabulary is None or not rows or not values_visible(target_ids):
+        return
+    low, high = (int(v) for v in target_ids.aminmax())
+    if low >= 0 and high < vocabulary:
+        return
+    wrong = (target_ids < 0) | (target_ids >= vocabulary)
+    if loss_mask is not None:
+        wrong &= (target_ids != IGNORED) | (loss_mask != 0)
+    if bool(wrong.any()):
+        at = tuple(wrong.nonzero()[0].tolist())
+        value = int(target_ids[at])
+        why = f"is outside [0, {vocabulary})"
+        if value == IGNORED:
+            why += " and stands where the loss_mask is not 0"
+        raise ValueError(f"target_ids: {value} at {list(at)} {why}")
 
 
 def cu_seqlens(x: Tensor, rows: int, like: Tensor) -> None:
-    """int32 (N+1,), from 0 to T, never decreasing."""
-    tensor("cu_seqlens", x, (None,), (torch.int32,), like)
+    """int32 or int64 (N+1,), from 0 to T, never decreasing."""
+    tensor("cu_seqlens", x, (None,), OFFSETS, like)
     if x.numel() < 1:
         raise ValueError("cu_seqlens: empty; it holds N+1 offsets")
     if values_visible(x):
@@ -94,17 +131,33 @@ def cu_seqlens(x: Tensor, rows: int, like: Tensor) -> None:
             raise ValueError(f"cu_seqlens: falls from {int(x[at])} to {int(x[at + 1])} at {at + 1}")
 
 
-def mask(loss_mask: Tensor | None, rows: int, like: Tensor) -> None:
-    """(T,) of any mask dtype, or None."""
-    if loss_mask is not None:
-        tensor("loss_mask", loss_mask, (rows,), _MASKS, like)
+def mask(loss_mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """Of this shape, (T,) or (B, S), of any mask dtype, finite and not negative; or None."""
+    if loss_mask is None:
+        return
+    tensor("loss_mask", loss_mask, shape, _MASKS, like)
+    if loss_mask.dtype not in (torch.bool, torch.uint8):
+        _weights("loss_mask", loss_mask)
 
 
 def weights(name: str, x: Tensor | None, count: int, like: Tensor) -> None:
     """Weights (N,), finite and not negative, or None."""
-    if x is None:
-        return
-    floating(name, x, (count,), like)
-    finite(name, x)
-    if values_visible(x) and bool((x < 0).any()):
-        raise ValueError(f"{name}: {x.min().item()} is below 0")
+    if x is not None:
+        floating(name, x, (count,), like)
+        _weights(name, x)
+
+
+def token_weight(x: Tensor | None, mask: Tensor, like: Tensor) -> None:
+    """A factor for each token (T,), finite and not negative where the mask (bool, (T,)) is set; or None."""
+    if x is not None:
+        floating("token_weight", x, tuple(mask.shape), like)
+        _weights("token_weight", x, mask)
+
+
+def _weights(name: str, x: Tensor, where: Tensor | None = None) -> None:
+    finite(name, x, where)
+    if values_visible(x):
+        below = x < 0 if where is None else (x < 0) & where
+        if bool(below.any()):
+            at = tuple(below.nonzero()[0].tolist())
+            raise ValueError(f"{name}: {x[at].item()} at {list(at)} is below 0")

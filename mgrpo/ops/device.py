@@ -30,7 +30,7 @@ GROUP_BLOCK = 32
 
 
 def group_advantage(
-    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, unbiased: bool
 ) -> Tensor:
     """Advantages (N,) in the dtype of `rewards`."""
     out = torch.empty_like(rewards, memory_format=torch.contiguous_format)
@@ -46,7 +46,7 @@ def group_advantage(
     deviation = torch.zeros(1, dtype=torch.float64, device=rewards.device)
     with _on(rewards):
         if estimator == "batch":
-            group_kernels.batch_deviation_kernel[(1,)](r, w, deviation, n, weighted, BLOCK=1024)
+            group_kernels.batch_deviation_kernel[(1,)](r, w, deviation, n, weighted, unbiased, BLOCK=1024)
         group_kernels.group_advantage_kernel[(n,)](
             r,
             w,
@@ -58,6 +58,7 @@ def group_advantage(
             eps,
             code("estimator", estimator),
             weighted,
+            unbiased,
             BLOCK=GROUP_BLOCK,
             num_warps=2,
         )

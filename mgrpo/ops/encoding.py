@@ -36,6 +36,8 @@ def code(field: str, name: str) -> int:
 
 def term_code(loss: PolicyLoss) -> int:
     """The number by which the kernels know the loss's term. ValueError for one they do not know."""
+    if loss.config.kl_bias_correction:
+        raise ValueError("kl_bias_correction: the kernels do not know the KL times the ratio")
     if not loss.fused or loss.fused_id is None:
         raise ValueError(f"type: the kernels do not know the term of {loss.config.type!r}")
     return loss.fused_id

@@ -6,13 +6,19 @@
     rloo     A = R - (sum of the others' w R / sum of the others' w)
     batch    A = (R - mu) / (sqrt(var of the whole batch) + eps)
 
+With unbiased=True grpo and batch divide by the sample deviation, var = sum w (R - mu)^2 / (sum w - sum w^2 / sum w).
+With equal weights that is n - 1, what torch.std, and so TRL, verl and slime, divide by.
+
 Source: M-GRPO (arXiv 2511.13288), Dr. GRPO, RLOO. Choices of ours: 1. the variance is the population's, so
 that a weight of m equals m copies. 2. A group of one, and a group whose rewards are all equal, get exactly 0.
 Equal means max - min <= EQUAL_WITHIN * max |R|: the same parts summed in another order differ by a few ulp, and an
 estimator that divides by the deviation would make advantages of about 1 of it. 3. A row of weight 0 is no member
 of its group and gets 0. 4. Sums are exact on a grid 2^-31 of the group's spread or finer, so the order of rows
 cannot change a bit of the result. 5. Moments are taken of rewards and weights divided by a power of two, the
-group's own: no square overflows or vanishes, and ordinary numbers keep their bits.
+group's own: no square overflows or vanishes, and ordinary numbers keep their bits. 6. The sample variance is unbiased
+for independent rewards of one variance, whatever their weights: E sum w (R - mu)^2 = var (sum w - sum w^2 / sum w). To
+take the weights for counts, sum w - 1, would make new samples of a trajectory's copies, depend on the unit of the
+weights, and be 0 for the calls of one rollout. So here a weight of m is not m copies, as with rloo.
 """
 
 from __future__ import annotations
@@ -37,22 +43,29 @@ def group_advantage(
     *,
     estimator: str = "grpo",
     eps: float = 1e-6,
+    unbiased: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Advantages (N,) of rewards (N,) within groups.
 
-    rewards float (N,); group_id int32 (N,), any values, groups need not be contiguous; weight float (N,) or None (1).
-    Permuting the rows permutes the result bit for bit. Not differentiable.
+    rewards float (N,); group_id int32 or int64 (N,), any values, groups need not be contiguous; weight float (N,) or
+    None (1). unbiased: divide by the sample deviation instead of the population's. Permuting the rows permutes the
+    result bit for bit. Not differentiable.
 
-    Raises TypeError/ValueError naming the argument: shapes, dtypes, devices, an unknown estimator, eps < 0,
-    and (on the CPU) rewards that are not finite or beyond half of their dtype's range, whose differences would
-    not fit it, and weights that are negative or not finite. On a GPU such rewards give NaN or infinities.
+    Raises TypeError/ValueError naming the argument: shapes, dtypes, devices, an unknown estimator, unbiased with an
+    estimator that has no deviation, eps < 0, and (on the CPU) rewards that are not finite or beyond half of their
+    dtype's range, whose differences would not fit it, and weights that are negative or not finite. On a GPU such
+    rewards give NaN or infinities.
     """
     check.floating("rewards", rewards, (None,), rewards)
-    check.tensor("group_id", group_id, (rewards.shape[0],), (torch.int32,), rewards)
+    check.tensor("group_id", group_id, (rewards.shape[0],), (torch.int32, torch.int64), rewards)
     if weight is not None:
         check.floating("weight", weight, (rewards.shape[0],), rewards)
     check_name("estimator", estimator)
+    if unbiased and estimator in ("dr_grpo", "rloo"):
+        raise ValueError(
+            f"unbiased: True has no effect with estimator {estimator!r}, which divides by no deviation"
+        )
     if not eps >= 0:
         raise ValueError(f"eps: {eps} is below 0")
     backend = choose(impl, rewards.device, rewards.dtype)
@@ -63,18 +76,27 @@ def group_advantage(
         from mgrpo.ops import library
 
         w = None if weight is None else weight.detach()
-        out: Tensor = library.group_advantage(rewards.detach(), group_id, w, estimator, eps, backend)
+        out: Tensor = library.group_advantage(
+            rewards.detach(), group_id, w, estimator, eps, unbiased, backend
+        )
         return out
     with torch.no_grad():
-        return reference(rewards, group_id, weight, estimator, eps)
+        return reference(rewards, group_id, weight, estimator, eps, unbiased)
 
 
-def reference(rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float) -> Tensor:
+def reference(
+    rewards: Tensor,
+    group_id: Tensor,
+    weight: Tensor | None,
+    estimator: str,
+    eps: float,
+    unbiased: bool = False,
+) -> Tensor:
     """The definition, in float64 throughout; the result has the dtype of `rewards`."""
     _, group = torch.unique(group_id, return_inverse=True)
     r = rewards.double()
     w = torch.ones_like(r) if weight is None else weight.double()
-    stats = _Groups(r, w, group)
+    stats = _Groups(r, w, group, unbiased)
     exponent = stats.exponent[group]
     if estimator == "grpo":
         out = stats.centred / (stats.std[group] + _times_power(torch.full_like(r, eps), -exponent))
@@ -85,7 +107,7 @@ def reference(rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimato
         out = torch.where(others > 0, stats.centred * stats.total[group] / others, 0.0)
         out = _times_power(out, exponent)
     elif estimator == "batch":
-        whole = _Groups(r, w, torch.zeros_like(group))
+        whole = _Groups(r, w, torch.zeros_like(group), unbiased)
         unit = whole.exponent[torch.zeros_like(group)]
         std = whole.std[torch.zeros_like(group)] + _times_power(torch.full_like(r, eps), -unit)
         out = _times_power(stats.centred, exponent - unit) / std
@@ -101,7 +123,7 @@ class _Groups:
     (N,) has them, in units of their own; varied bool (G,): the rewards are not equal.
     """
 
-    def __init__(self, r: Tensor, w: Tensor, group: Tensor) -> None:
+    def __init__(self, r: Tensor, w: Tensor, group: Tensor, unbiased: bool) -> None:
         count = int(group.max()) + 1 if group.numel() else 0
         member = w > 0
         index = group[member]
@@ -125,7 +147,16 @@ class _Groups:
         shift = _exact_sum(self.weight * offset, group, size * heaviest * spread) / safe
         self.centred = torch.where(member, offset - shift[group], 0.0)
         bound = size * heaviest * spread.square()
-        self.std = (_exact_sum(self.weight * self.centred.square(), group, bound) / safe).sqrt()
+        square = _exact_sum(self.weight * self.centred.square(), group, bound)
+        if unbiased:
+            squares = _exact_sum(
+                torch.where(member, self.weight.square(), 0.0), group, size * heaviest.square()
+            )
+            spare = self.total - squares / safe
+            # Beside a weight that outweighs its group to the last bit the others are no second member: A = 0.
+            self.std = torch.where(spare > 0, square / torch.where(spare > 0, spare, 1.0), torch.inf).sqrt()
+        else:
+            self.std = (square / safe).sqrt()
 
 
 def _exponent(x: Tensor) -> Tensor:

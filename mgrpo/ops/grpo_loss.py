@@ -7,7 +7,7 @@ alignment weights (duplicates count in the statistics as in the loss).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Required, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mgrpo.losses.registry import find_loss
 from mgrpo.ops import check, encoding
 from mgrpo.ops.backend import choose
 from mgrpo.ops.group_advantage import group_advantage
+from mgrpo.ops.padded import as_packed
 from mgrpo.ops.selective_logprob import compute_dtype, row_logprob
 from mgrpo.ops.token_loss import (
     Groups,
@@ -28,37 +29,72 @@ from mgrpo.ops.token_loss import (
     needs_two_phases,
     token_loss,
 )
+from mgrpo.ops.token_values import TokenValues, token_values
 
 
 class LossInputs(TypedDict, total=False):
-    """The arguments of a loss about T tokens in N trajectories, beside the logits and the ids of the tokens.
+    """The arguments of a loss about the tokens of N trajectories, beside the logits and the ids of the tokens. Packed
+    they are T in a row; padded, B = N rows of S of which the mask tells the tokens.
 
     Exactly one source of advantages: `advantages`, `token_advantages`, or `rewards` with `group_id`.
     """
 
-    cu_seqlens: Required[Tensor]
-    """int32 (N+1,), delimits the trajectories."""
+    cu_seqlens: Tensor | None
+    """int32 or int64 (N+1,), delimits packed trajectories; None for padded ones."""
     advantages: Tensor | None
-    """(N,), one for each trajectory, or (T,); where N = T they are the trajectories'."""
+    """(N,), one for each trajectory, or (T,) | (B, S); where N = T they are the trajectories'."""
     token_advantages: Tensor | None
-    """(T,), one for each token. Not with a sequence-level ratio, whose gradient has one advantage a trajectory."""
+    """(T,) | (B, S), one for each token. Not with a sequence-level ratio, whose gradient has one advantage a
+    trajectory."""
     rewards: Tensor | None
     """(N,), of whole groups, from which the advantages are made."""
     group_id: Tensor | None
-    """int32 (N,), with rewards."""
+    """int32 or int64 (N,), with rewards."""
     seq_weight: Tensor | None
     """(N,), the alignment weight of each trajectory; None: 1."""
+    token_weight: Tensor | None
+    """(T,) | (B, S), a factor on each token's policy, KL and entropy terms, without a gradient; it does not change what
+    the token counts as. None: 1."""
     old_logprobs: Tensor | None
-    """(T,) in nats; without it the policy is its own old policy (ratio 1)."""
+    """(T,) | (B, S) in nats; without it the policy is its own old policy (ratio 1)."""
     ref_logprobs: Tensor | None
-    """(T,) in nats, under the reference policy."""
+    """(T,) | (B, S) in nats, under the reference policy."""
     rollout_logprobs: Tensor | None
-    """(T,) in nats, as the sampler reported them."""
+    """(T,) | (B, S) in nats, as the sampler reported them. NaN or infinite where it reported none: no correction at
+    this token, which is counted in the metric rollout_missing_rows."""
     loss_mask: Tensor | None
-    """(T,), non-zero where the token was sampled by this policy; None: everywhere."""
+    """(T,) | (B, S), non-zero where the token was sampled by this policy; None: everywhere. A value other than 0 and 1
+    is a factor on the token's terms and what the token counts as in lengths and denominators (sum of loss_mask)."""
     denominator: Tensor | float | None
     """What the weighted sum is divided by; None: this batch's own (`loss_denominator`). Pass the whole minibatch's
-    when a batch is a micro-batch, and losses and gradients simply add up."""
+    when a batch is a micro-batch, and losses and gradients simply add up. 0: the loss is 0, and so are its
+    gradients."""
+
+
+@overload
+def grpo_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    *,
+    config: GrpoLossConfig,
+    inplace: bool = False,
+    impl: str = "auto",
+    tokens: Literal[False] = False,
+    **inputs: Unpack[LossInputs],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@overload
+def grpo_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    *,
+    config: GrpoLossConfig,
+    inplace: bool = False,
+    impl: str = "auto",
+    tokens: Literal[True],
+    **inputs: Unpack[LossInputs],
+) -> tuple[Tensor, dict[str, Tensor], TokenValues]: ...
 
 
 def grpo_loss(
@@ -68,46 +104,82 @@ def grpo_loss(
     config: GrpoLossConfig,
     inplace: bool = False,
     impl: str = "auto",
+    tokens: bool = False,
     **inputs: Unpack[LossInputs],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss 0-d, metrics) of T tokens in N trajectories; row t of `logits` scores target_ids[t].
+) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], TokenValues]:
+    """(loss 0-d, metrics) of the tokens of N trajectories; a row of `logits` scores the target id at its place.
 
-    logits (T, V); target_ids int64 (T,); inputs: the keyword arguments of `LossInputs`, of which cu_seqlens and a
-    source of advantages are needed. config: which loss, and its settings.
+    Packed: logits (T, V), target_ids int64 (T,), and cu_seqlens. Padded: logits (B, S, V), target_ids (B, S). inputs:
+    the keyword arguments of `LossInputs`, of which a source of advantages is needed. A target id is in [0, V), or -100
+    where the loss_mask is 0. config: which loss, and its settings.
 
     inplace: the gradient overwrites `logits` (its values are lost to every other reader).
 
+    tokens: return a third value, `TokenValues`, and the metric "entropy_all" beside "entropy": the mean over all rows
+    under the mask beside that over active rows. Rows that cannot move the gradient are then computed too, where they
+    are under the mask; loss, gradient and the other metrics stay as they are.
+
     Returns the loss in float32 (float64 for float64 logits), differentiable in `logits`, and METRICS as 0-d
     tensors on the same device; for a built-in loss nothing here synchronises with it. Raises TypeError/ValueError
-    naming the argument and the bound, and ConfigError for a loss that cannot be found.
+    naming the argument and the bound, and ConfigError for a loss that cannot be found. torch.autocast changes nothing.
     """
-    check.floating("logits", logits, (None, None), logits)
-    check.ids(target_ids, logits.shape[0], logits.shape[1], logits)
+    three = isinstance(logits, Tensor) and logits.dim() == 3
+    check.floating("logits", logits, (None, None, None) if three else (None, None), logits)
+    check.ids(target_ids, logits.shape[:-1], logits.shape[-1], logits, inputs.get("loss_mask"))
     backend = choose(impl, logits.device, logits.dtype)
     loss = known_loss(config)
     two_phases = needs_two_phases(loss, inputs.get("old_logprobs") is not None)
-    fuse_groups = backend == "triton" and not two_phases
-    tokens = prepare(logits, target_ids, loss, backend, inputs, fuse_groups=fuse_groups)
+    fuse_groups = backend == "triton" and not two_phases and not tokens
+    known = prepare(logits, target_ids, loss, backend, inputs, fuse_groups=fuse_groups)
+    z = logits.flatten(0, -2)
     if backend == "reference":
-        return token_loss(*row_logprob(logits, tokens.target_ids, config.temperature), tokens, loss)
+        logp, entropy = row_logprob(z, known.target_ids, config.temperature)
+        value, metrics = token_loss(logp, entropy, known, loss)
+    else:
+        z = z.contiguous()
+        # before the gradient may overwrite the logits
+        more = _other_rows(z, known, loss, backend) if tokens else None
+        value, metrics, logp, entropy = _fast(z, known, loss, inplace, two_phases, backend)
+        if more is not None:
+            rest, *found = more
+            logp, entropy = (torch.where(rest, a, b) for a, b in zip(found, (logp, entropy), strict=True))
+    if not tokens:
+        return value, metrics
+    values, mean = token_values(logp, entropy, known, loss, target_ids.shape)
+    return value, metrics | mean, values
+
+
+def _other_rows(z: Tensor, known: Tokens, loss: PolicyLoss, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, logp, entropy) of the rows (bool, (T,)) under the mask that the loss leaves out."""
     from mgrpo.ops import library
 
-    z = logits.contiguous()
-    need_grad = torch.is_grad_enabled() and logits.requires_grad
+    rest = known.mask & ~known.active(loss)
+    with torch.no_grad():
+        out = library.row_logprob(z, known.target_ids, rest, loss.config.temperature, False, backend)
+    return rest, out[0], out[1]
+
+
+def _fast(
+    z: Tensor, known: Tokens, loss: PolicyLoss, inplace: bool, two_phases: bool, backend: str
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """(loss, metrics, logp, entropy) of logits z (T, V); the last two of active rows."""
+    from mgrpo.ops import library
+
+    need_grad = torch.is_grad_enabled() and z.requires_grad
     if two_phases:
-        active = tokens.active(loss)
-        logp, entropy, *_ = library.row_logprob(
-            z, tokens.target_ids, active, config.temperature, inplace, backend
-        )
-        return token_loss(logp, entropy, tokens, loss)
-    settings = encoding.encode(config)
+        active, temperature = known.active(loss), loss.config.temperature
+        logp, entropy, *_ = library.row_logprob(z, known.target_ids, active, temperature, inplace, backend)
+        return *token_loss(logp, entropy, known, loss), logp, entropy
+    settings = encoding.encode(loss.config)
     if inplace and need_grad and not torch.compiler.is_compiling():  # a compiler plans its own memory
-        value, metrics = library.InPlace.apply(  # type: ignore[no-untyped-call]
-            z, tokens, settings, backend
+        value, metrics, logp, entropy = library.InPlace.apply(  # type: ignore[no-untyped-call]
+            z, known, settings, backend
         )
     else:
-        value, metrics, _ = library.grpo_loss(z, *library.flatten(tokens), settings, need_grad, backend)
-    return value, library.name_metrics(metrics)
+        value, metrics, logp, entropy, _ = library.grpo_loss(
+            z, *library.flatten(known), settings, need_grad, backend
+        )
+    return value, library.name_metrics(metrics), logp, entropy
 
 
 def known_loss(config: GrpoLossConfig) -> PolicyLoss:
@@ -127,20 +199,21 @@ def prepare(
     *,
     fuse_groups: bool = False,
 ) -> Tokens:
-    """Check the arguments of a loss call and fold mask, weights, normaliser and what is known of the correction.
+    """Check the arguments of a loss call, packed or padded (target_ids (B, S)), and fold mask, weights, normaliser and
+    what is known of the correction.
 
     fuse_groups: leave rewards to the kernel, which reduces each row's group itself (`advantages` are then 1).
     """
     unknown = sorted(set(inputs) - set(LossInputs.__annotations__))
     if unknown:
         raise TypeError(f"{unknown[0]}: unknown argument")
-    if "cu_seqlens" not in inputs:
-        raise TypeError("cu_seqlens: missing")
+    target_ids, inputs = as_packed(target_ids, inputs)
     config, cu_seqlens, loss_mask = loss.config, inputs["cu_seqlens"], inputs.get("loss_mask")
     seq_weight, denominator = inputs.get("seq_weight"), inputs.get("denominator")
+    assert cu_seqlens is not None
     rows, n = target_ids.shape[0], max(cu_seqlens.numel() - 1, 0)
     check.cu_seqlens(cu_seqlens, rows, like)
-    check.mask(loss_mask, rows, like)
+    check.mask(loss_mask, (rows,), like)
     check.weights("seq_weight", seq_weight, n, like)
     _check_sources(inputs, loss)
     mask = torch.ones_like(target_ids, dtype=torch.bool) if loss_mask is None else loss_mask != 0
@@ -163,10 +236,19 @@ def prepare(
         denominator = loss_denominator(
             config, cu_seqlens=cu_seqlens, loss_mask=loss_mask, seq_weight=seq_weight
         )
-    row_weight = row_weight * _inverse(denominator, like)
-    weight = torch.where(mask, row_weight[seq_id], 0.0).to(dtype)
+    row_weight = (row_weight * _inverse(denominator, like))[seq_id]
+    value = None if loss_mask is None or loss_mask.dtype == torch.bool else loss_mask
+    factor = inputs.get("token_weight")
+    check.token_weight(factor, mask, like)
+    if value is not None:
+        row_weight = row_weight * value
+    if factor is not None:
+        row_weight = row_weight * factor.detach()
+        if not check.values_visible(factor):  # as one whose log-probs are not finite: idle, and counted
+            target_ids = torch.where(factor.isfinite() | ~mask, target_ids, -1)
+    weight = torch.where(mask, row_weight, 0.0).to(dtype)
     tokens = Tokens(
-        target_ids, seq_id, mask, weight, weight, advantages.to(dtype), old, ref, rollout, n, groups
+        target_ids, seq_id, mask, weight, weight, advantages.to(dtype), old, ref, rollout, value, n, groups
     )
     if old is None or config.correction == "none":
         return tokens
@@ -176,13 +258,11 @@ def prepare(
 def _logprobs(
     target_ids: Tensor, mask: Tensor, loss: PolicyLoss, inputs: LossInputs, like: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(target ids, [old, ref, rollout log-probs]): all there that the loss needs, checked, and finite."""
-    given = {
-        "old_logprobs": inputs.get("old_logprobs"),
-        "ref_logprobs": inputs.get("ref_logprobs"),
-        "rollout_logprobs": inputs.get("rollout_logprobs"),
-    }
-    for name, x in given.items():
+    """(target ids, [old, ref, rollout log-probs]): all there that the loss needs, checked; old and ref finite, rollout
+    NaN where the sampler has none."""
+    old, ref = inputs.get("old_logprobs"), inputs.get("ref_logprobs")
+    rollout = inputs.get("rollout_logprobs")
+    for name, x in (("old_logprobs", old), ("ref_logprobs", ref)):
         if x is not None:
             check.floating(name, x, (target_ids.shape[0],), like)
             check.finite(name, x, mask)
@@ -191,13 +271,17 @@ def _logprobs(
             ):  # such a row is then treated as one with a bad id: idle, and counted
                 target_ids = torch.where(x.isfinite() | ~mask, target_ids, -1)
     config = loss.config
-    if loss.needs_reference and given["ref_logprobs"] is None:
+    if loss.needs_reference and ref is None:
         why = f"kl_coef {config.kl_coef}" if config.kl_coef else f"type {config.type!r}"
         raise ValueError(f"ref_logprobs: missing, with {why}")
-    if config.correction != "none" and given["rollout_logprobs"] is None:
+    if config.correction != "none" and rollout is None:
         raise ValueError(f"rollout_logprobs: missing, with correction {config.correction!r}")
     # 0 in place of what is not finite, in rows that are masked or idle: 0 x NaN would spoil sums over rows
-    return target_ids, [None if x is None else torch.where(x.isfinite(), x, 0.0) for x in given.values()]
+    given = [None if x is None else torch.where(x.isfinite(), x, 0.0) for x in (old, ref)]
+    if rollout is not None:
+        check.floating("rollout_logprobs", rollout, (target_ids.shape[0],), like)
+        rollout = torch.where(rollout.isfinite(), rollout, float("nan"))
+    return target_ids, [*given, rollout]
 
 
 def _check_sources(inputs: LossInputs, loss: PolicyLoss) -> None:
@@ -252,17 +336,19 @@ def _advantages(
 def _check_rewards(rewards: Tensor, group_id: Tensor, n: int, like: Tensor) -> None:
     """Rewards and group ids of n trajectories."""
     check.floating("rewards", rewards, (n,), like)
-    check.tensor("group_id", group_id, (n,), (torch.int32,), like)
+    check.tensor("group_id", group_id, (n,), check.OFFSETS, like)
     check.rewards(rewards)
 
 
 def _inverse(denominator: Tensor | float, like: Tensor) -> Tensor:
-    """1 / denominator as a 0-d float64 tensor; 0 where there is nothing to divide."""
+    """1 / denominator as a 0-d float64 tensor; 0 where the denominator is 0, NaN where it is below."""
     if isinstance(denominator, Tensor):
-        check.floating("denominator", denominator, (), like)
+        check.number("denominator", denominator, like)
         d = denominator.double()
+        if not check.values_visible(d):
+            return torch.where(d == 0, 0.0, 1.0 / torch.where(d < 0, float("nan"), d))
     else:
-        if not denominator > 0:
-            raise ValueError(f"denominator: {denominator} is not above 0")
         d = torch.full((), denominator, dtype=torch.float64, device=like.device)
+    if not denominator >= 0:
+        raise ValueError(f"denominator: {denominator} is below 0 or no number")
     return torch.where(d > 0, 1.0 / d, 0.0)

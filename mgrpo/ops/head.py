@@ -74,10 +74,36 @@ def _without_autocast(function: F) -> F:
     return cast("F", run)
 
 
-@_without_autocast
 def plain_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The reference's: one product of torch's own in hidden's dtype, differentiable."""
-    return hidden @ weight.to(hidden.dtype).t()
+    """The reference's, (T, V) of hidden (T, H) or (B, S, H): one product of torch's own in hidden's dtype,
+    differentiable."""
+    logits: Tensor = _PlainLogits.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, -2), weight.to(hidden.dtype)
+    )
+    return logits
+
+
+class _PlainLogits(torch.autograd.Function):
+    """hidden weight^T with the gradients of torch's own product, which autocast rounds neither here nor there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return _product(hidden, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad
+        return (
+            _product(grad, weight) if need_hidden else None,
+            _product(grad.t(), hidden) if need_weight else None,
+        )
+
+
+@_without_autocast
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
 
 
 class Needs(NamedTuple):
@@ -154,9 +180,10 @@ def loss(
     chunk: int,
     needs: Needs,
     shard: Shard,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """(loss, metrics, d hidden, d weight) where a row's coefficient is known row by row: gradient in forward."""
-    t = hidden.shape[0]
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, logp, entropy, d hidden, d weight) where a row's coefficient is known row by row: gradient in
+    forward. hidden (T, H) or (B, S, H); logp and entropy float32 (T,), 0 in rows that are not active."""
+    t = tokens.target_ids.shape[0]
     logp, entropy = (hidden.new_zeros(t, dtype=torch.float32) for _ in range(2))
     weight = weight.to(hidden.dtype)
     products = _Products(hidden, weight, needs, shard.backend)
@@ -169,7 +196,7 @@ def loss(
     if needs.hidden:
         shard.reduce(products.hidden)
     value, metrics = token_loss(logp, entropy, tokens, loss)
-    return value, metrics, *products.done()
+    return value, metrics, logp, entropy, *products.done()
 
 
 @_without_autocast
@@ -183,7 +210,7 @@ def logprob(
     shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False."""
-    out = [hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for _ in range(4)]
+    out = [hidden.new_zeros(target_ids.shape, dtype=torch.float32) for _ in range(4)]
     out[3].fill_(1.0)
     for piece, _, z in _chunks(hidden, weight.to(hidden.dtype), active, chunk):
         for whole, part in zip(out, shard.logprob(z, target_ids[piece], temperature), strict=True):
@@ -233,13 +260,13 @@ def empty_like_needed(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Ten
 def _chunks(
     hidden: Tensor, weight: Tensor, active: Tensor, chunk: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(row indices, hidden rows, their logits) of the active rows; the logits' buffer is the same every time. weight
-    has hidden's dtype."""
+    """(row indices, hidden rows, their logits) of the active rows, which alone are read of hidden (T, H) or (B, S, H);
+    the logits' buffer is the same every time. weight has hidden's dtype."""
     index = active.nonzero().squeeze(1)
     wide = torch.float32 if hidden.dtype in HALF else hidden.dtype
     buffer = hidden.new_empty(min(chunk, index.numel()), weight.shape[0], dtype=wide)
     for piece in torch.split(index, chunk):
-        h = hidden[piece]
+        h = hidden[piece] if hidden.dim() == 2 else _padded_rows(hidden, piece)
         z = buffer[: piece.numel()]
         if wide == h.dtype:
             torch.mm(h, weight.t(), out=z)
@@ -252,6 +279,12 @@ def _chunks(
         yield piece, h, z
 
 
+def _padded_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Rows (n, H) of hidden (B, S, H) by their number in B x S, however hidden lies in memory."""
+    length = max(hidden.shape[1], 1)
+    return hidden[rows // length, rows % length]
+
+
 class _Products:
     """Products (2) and (3), chunk after chunk in a fixed order."""
 
@@ -261,6 +294,7 @@ class _Products:
         self.head = weight
         self.hidden, self.weight = empty_like_needed(hidden, weight, needs)
         self.hidden.zero_()
+        self._rows = self.hidden.flatten(0, -2) if needs.hidden else self.hidden  # a view
         self.untouched = True  # a first product that overwrites saves writing and reading zeros
         self._in_place = hidden.dtype not in HALF or backend == "cpu"  # whose rows are of one dtype
         self._room = hidden.new_empty(0)
@@ -290,7 +324,7 @@ class _Products:
             self._add_in_float32(z, h, piece)
             return
         if self.needs.hidden:
-            self.hidden[piece] = z @ self.head
+            self._rows[piece] = z @ self.head
         if self.needs.weight:
             self._add_weight(z, h)
             self.untouched = False
@@ -320,7 +354,7 @@ class _Products:
             if self.needs.weight:
                 self.weight[v : v + COLUMNS].addmm_(part.t(), h32)
         if self.needs.hidden:
-            self.hidden[piece] = dh.to(h.dtype)
+            self._rows[piece] = dh.to(h.dtype)
 
 
 def _drop(z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,16 +34,18 @@ def name_metrics(stacked: Tensor) -> dict[str, Tensor]:
 
 @torch.library.custom_op("mgrpo::group_advantage", mutates_args=())
 def group_advantage(
-    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, backend: str
-) -> Tensor:
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, unbiased: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
     """Advantages (N,)."""
-    return rows(backend).group_advantage(rewards, group_id, weight, estimator, eps)
+    return rows(backend).group_advantage(rewards, group_id, weight, estimator, eps, unbiased)
 
 
 @group_advantage.register_fake
 def _(
-    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, backend: str
-) -> Tensor:
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, unbiased: bool,
+    backend: str,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(rewards)
 
 
@@ -140,11 +142,11 @@ def grpo_loss(
     settings: list[float],
     need_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, metrics, d loss / d logits or empty)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, logp, entropy, d loss / d logits or empty); logp and entropy float32 (T,), of the active rows."""
     grad = torch.empty_like(logits) if need_grad else None
-    loss, metrics = _loss_rows(logits, gather(tokens, present, num_sequences), settings, grad, backend)
-    return loss, metrics, logits.new_empty(0) if grad is None else grad
+    known = _loss_rows(logits, gather(tokens, present, num_sequences), settings, grad, backend)
+    return *known, logits.new_empty(0) if grad is None else grad
 
 
 @grpo_loss.register_fake
@@ -156,9 +158,9 @@ def _(
     settings: list[float],
     need_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad = torch.empty_like(logits) if need_grad else logits.new_empty(0)
-    return *fake_value(logits), grad
+    return *fake_value(logits, logits.shape[0]), grad
 
 
 @torch.library.custom_op("mgrpo::grpo_loss_", mutates_args=("logits",))
@@ -169,8 +171,8 @@ def grpo_loss_(
     num_sequences: int,
     settings: list[float],
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, metrics); d loss / d logits overwrites logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, logp, entropy); d loss / d logits overwrites logits."""
     return _loss_rows(logits, gather(tokens, present, num_sequences), settings, logits, backend)
 
 
@@ -182,39 +184,45 @@ def _(
     num_sequences: int,
     settings: list[float],
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    return fake_value(logits)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_value(logits, logits.shape[0])
 
 
-def fake_value(like: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, metrics) of a fast backend, uninitialised."""
-    return like.new_empty((), dtype=torch.float32), like.new_empty(len(METRICS), dtype=torch.float32)
+def fake_value(like: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, logp, entropy) of a fast backend, uninitialised."""
+    shapes = ((), (len(METRICS),), (rows,), (rows,))
+    a, b, c, d = (like.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return a, b, c, d
 
 
 def _loss_rows(
     logits: Tensor, tokens: Tokens, settings: list[float], grad: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = decode(settings)
     logp, entropy, _, tokens = rows(backend).loss_rows(logits, tokens, loss, grad)
     value, metrics = token_loss(logp, entropy, tokens, loss)
-    return value, stack(metrics)
+    return value, stack(metrics), logp, entropy
+
+
+_VALUES = 4  # outputs of an op of the loss before its gradients
 
 
 def save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients an op returned after (loss, metrics); they belong to its first inputs."""
+    """Keep the gradients an op returned after (loss, metrics, logp, entropy); they belong to its first inputs."""
     ctx.set_materialize_grads(False)  # else backward gets zeros as large as each gradient kept here
-    ctx.save_for_backward(*output[2:])
+    grads = output[_VALUES:]
+    ctx.save_for_backward(*grads)
     # autograd wants one None for each tensor of a list
     ctx.tail = [
         [None] * len(x) if isinstance(x, list) and isinstance(x[0], Tensor) else None
-        for x in inputs[len(output) - 2 :]
+        for x in inputs[len(grads) :]
     ]
     ctx.spent = False
 
 
 def scale_grad(ctx: Any, upstream: Tensor, *_: None) -> tuple[Any, ...]:
-    """The kept gradients times the upstream one, on the device. Nothing but the loss has an upstream gradient: the
-    metrics come detached, the gradients stay inside the op."""
+    """The kept gradients times the upstream one, on the device. Nothing but the loss has an upstream gradient:
+    metrics and values come detached, the gradients stay inside the op."""
     if ctx.spent:
         raise RuntimeError("grpo loss: a second backward after one that scaled the gradient in place")
     grads: list[Tensor | None] = []
@@ -244,10 +252,10 @@ class InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tokens, settings: list[float], backend: str) -> Any:
         grad = logits.detach()
-        loss, metrics = grpo_loss_(grad, *flatten(tokens), settings, backend)
+        loss, *others = grpo_loss_(grad, *flatten(tokens), settings, backend)
         ctx.grad = grad
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def linear_logprob(
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False."""
+    """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False. hidden (T, H) or (B, S, H)."""
     return head.logprob(hidden, weight, target_ids, active, temperature, chunk, head.Local(backend))
 
 
@@ -36,7 +37,7 @@ def _(
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c, d = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4))
+    a, b, c, d = (hidden.new_empty(target_ids.shape, dtype=torch.float32) for _ in range(4))
     return a, b, c, d
 
 
@@ -115,9 +116,10 @@ def linear_grpo_loss(
     chunk: int,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, d hidden, d weight), gradients empty where needs says so."""
-    loss, metrics, dh, dw = head.loss(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, metrics, logp, entropy, d hidden, d weight): logp and entropy float32 (T,), of the active rows; gradients
+    empty where needs says so. hidden (T, H) or (B, S, H)."""
+    value, metrics, logp, entropy, dh, dw = head.loss(
         hidden,
         weight,
         gather(tokens, present, num_sequences),
@@ -126,7 +128,7 @@ def linear_grpo_loss(
         head.Needs(*needs),
         head.Local(backend),
     )
-    return loss, stack(metrics), dh, dw
+    return value, stack(metrics), logp, entropy, dh, dw
 
 
 @linear_grpo_loss.register_fake
@@ -140,8 +142,9 @@ def _(
     chunk: int,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *fake_value(hidden), *head.empty_like_needed(hidden, weight, head.Needs(*needs))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = math.prod(hidden.shape[:-1])
+    return *fake_value(hidden, rows), *head.empty_like_needed(hidden, weight, head.Needs(*needs))
 
 
 linear_grpo_loss.register_autograd(scale_grad, setup_context=save_grad)

@@ -13,11 +13,11 @@ from mgrpo.ops.token_loss import Tokens
 
 
 def group_advantage(
-    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float
+    rewards: Tensor, group_id: Tensor, weight: Tensor | None, estimator: str, eps: float, unbiased: bool
 ) -> Tensor:
     """Advantages (N,) in the dtype of `rewards`, computed from float32."""
     r, w = _float(rewards), None if weight is None else _rows_of(weight, rewards.numel())
-    ids = group_id.contiguous()
+    ids = _int32_ids(group_id).contiguous()
     _check_vector("group_id", ids, r.numel(), torch.int32)
     out = torch.empty_like(r)
     _C.group_advantage(
@@ -27,9 +27,21 @@ def group_advantage(
         r.numel(),
         code("estimator", estimator),
         eps,
+        unbiased,
         out.data_ptr(),
     )
     return out.to(rewards.dtype)
+
+
+def _int32_ids(group_id: Tensor) -> Tensor:
+    """Ids (N,) that tell the same groups apart as int32: themselves where they fit, else their places among the sorted
+    ones."""
+    if group_id.dtype == torch.int32 or not group_id.numel():
+        return group_id.int()
+    low, high = (int(x) for x in group_id.aminmax())
+    if low < -(2**31) or high >= 2**31:
+        group_id = torch.unique(group_id, return_inverse=True)[1]
+    return group_id.int()
 
 
 def loss_rows(

@@ -24,39 +24,62 @@ def selective_logprob(
     target_ids: Tensor,
     *,
     temperature: float = 1.0,
+    loss_mask: Tensor | None = None,
     chunk: int | None = None,
     tp_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(logprobs, entropy), each (T,) in nats; forward only. Row t of `hidden` scores target_ids[t].
+    """(logprobs, entropy), each of target_ids' shape in nats; forward only. Row t of `hidden` scores target_ids[t].
 
-    hidden (T, H) and weight (V, H) as in linear_grpo_loss, target_ids int64 (T,). The result is float64 for
-    float64 input and float32 otherwise. A row whose logits hold NaN or +inf gives NaN in both. chunk: rows of logits
-    that exist at one time; None as in linear_grpo_loss.
+    hidden (T, H) or (B, S, H) and weight (V, H) as in linear_grpo_loss, target_ids int64 (T,) or (B, S). The result is
+    float64 for float64 input and float32 otherwise. A row whose logits hold NaN or +inf gives NaN in both. chunk: rows
+    of logits that exist at one time; None as in linear_grpo_loss.
 
-    tp_group: the ranks that hold the vocabulary in equal shards, in rank order; `weight` is this rank's.
+    loss_mask: of target_ids' shape; rows where it is 0 are not computed and give 0, and their target may be -100.
+    None: every row. tp_group: the ranks that hold the vocabulary in equal shards, in rank order; `weight` is this
+    rank's.
 
     Raises TypeError/ValueError naming the argument, among them a target id outside [0, V) (on the CPU).
     """
     check.head(hidden, weight)
-    check.ids(target_ids, hidden.shape[0], weight.shape[0] if tp_group is None else None, hidden)
+    vocabulary = weight.shape[0] if tp_group is None else None
+    check.ids(target_ids, hidden.shape[:-1], vocabulary, hidden, loss_mask)
     low, high = TEMPERATURES
     if not low <= temperature <= high:
         raise ValueError(f"temperature: {temperature} is outside [{low}, {high}]")
     chunk = head.chunk_rows(chunk, hidden, weight)
     backend = choose(impl, hidden.device, hidden.dtype)
+    if tp_group is not None:
+        fast(backend)
+    ids = target_ids.reshape(-1).contiguous()
+    active = torch.ones_like(ids, dtype=torch.bool) if loss_mask is None else loss_mask.reshape(-1) != 0
+    logp, entropy = rows_logprob(hidden, weight, ids, active, temperature, chunk, backend, tp_group)
+    return logp.reshape(target_ids.shape), entropy.reshape(target_ids.shape)
+
+
+def rows_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    active: Tensor,
+    temperature: float,
+    chunk: int,
+    backend: str,
+    tp_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) (T,) of the rows of hidden (T, H) or (B, S, H) where `active` (T,) is True, 0 in the others."""
     with torch.no_grad():
         if tp_group is not None:
             from mgrpo.ops import tensor_parallel
 
-            shard = tensor_parallel.Sharded(fast(backend), tp_group, weight.shape[0])
-            active = torch.ones_like(target_ids, dtype=torch.bool)
+            shard = tensor_parallel.Sharded(backend, tp_group, weight.shape[0])
             return head.logprob(hidden, weight, target_ids, active, temperature, chunk, shard)[:2]
         if backend == "reference":
-            return _reference(hidden, weight, target_ids, temperature, chunk)
+            found = _reference(hidden.flatten(0, -2), weight, target_ids, temperature, chunk)
+            logp, entropy = (torch.where(active, x, 0.0) for x in found)
+            return logp, entropy
         from mgrpo.ops import library_head
 
-        active = torch.ones_like(target_ids, dtype=torch.bool)
         out = library_head.linear_logprob(hidden, weight, target_ids, active, temperature, chunk, backend)
         return out[0], out[1]
 

@@ -91,18 +91,19 @@ def loss(
     chunk: int,
     backend: str,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`linear_grpo_loss` over the ranks of `group`; weight (V/p, H). Not for compiled graphs."""
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """(loss, metrics, logp, entropy) of `linear_grpo_loss` over the ranks of `group`, the last two of active rows;
+    weight (V/p, H). Not for compiled graphs."""
     shard = Sharded(backend, group, weight.shape[0])
     if needs_two_phases(loss, tokens.old_logprobs is not None):
         logp, entropy = _Logprob.apply(  # type: ignore[no-untyped-call]
             hidden, weight, tokens, loss, chunk, shard
         )
-        return token_loss(logp, entropy, tokens, loss)
-    value, *stats = _Loss.apply(  # type: ignore[no-untyped-call]
+        return *token_loss(logp, entropy, tokens, loss), logp, entropy
+    value, logp, entropy, *stats = _Loss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, tokens, loss, chunk, shard
     )
-    return value, dict(zip(METRICS, stats, strict=True))
+    return value, dict(zip(METRICS, stats, strict=True)), logp, entropy
 
 
 class _Loss(torch.autograd.Function):
@@ -119,11 +120,11 @@ class _Loss(torch.autograd.Function):
         shard: Sharded,
     ) -> Any:
         needs = head.Needs(ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        value, metrics, dh, dw = head.loss(hidden, weight, tokens, loss, chunk, needs, shard)
+        value, metrics, logp, entropy, dh, dw = head.loss(hidden, weight, tokens, loss, chunk, needs, shard)
         ctx.needs = needs
         ctx.save_for_backward(dh, dw)
-        ctx.mark_non_differentiable(*metrics.values())
-        return value, *metrics.values()
+        ctx.mark_non_differentiable(logp, entropy, *metrics.values())
+        return value, logp, entropy, *metrics.values()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:

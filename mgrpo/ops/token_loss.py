@@ -15,7 +15,8 @@ D may be given, so that gradient accumulation does not depend on how micro-batch
 log-prob is not finite contributes nothing and is counted. 4. Log-ratios are bounded above by
 `log_ratio_clip` before they are exponentiated (as torch.clamp does it: no gradient beyond). Where a clip, a cap
 or a saturated gate holds the token, its gradient is 0 with and without the bound; elsewhere the bound keeps the
-loss finite.
+loss finite. 5. A row for which the sampler has no log-prob (NaN, or infinite) is one whose log-prob is the
+trainer's: no correction at this token, and no part in what compares the two engines; it is counted.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ METRICS = (
     "logprob_diff_max",
     "active_row_frac",
     "nonfinite_rows",
+    "rollout_missing_rows",
 )
 """Keys of the metrics every loss call returns, each a 0-d tensor on the logits' device."""
 
@@ -62,8 +64,8 @@ class Groups:
 class Tokens:
     """What the loss knows about T rows apart from their logits; tensors of shape (T,) on one device.
 
-    weight is mask x sequence weight x normaliser; policy_weight is the same with what is known of the
-    correction.
+    weight is mask x sequence weight x normaliser x the token's own weight; policy_weight is the same with what is known
+    of the correction. mask_value: what a token counts as, where the mask is no bool (`share`).
     """
 
     target_ids: Tensor  # int64
@@ -74,7 +76,8 @@ class Tokens:
     advantages: Tensor
     old_logprobs: Tensor | None
     ref_logprobs: Tensor | None
-    rollout_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None  # NaN where the sampler has none
+    mask_value: Tensor | None
     num_sequences: int
     groups: Groups | None = None
 
@@ -90,12 +93,18 @@ class Tokens:
         if loss.zero_without_advantage:
             acts = acts & (self.advantages != 0)
         if loss.has_sequence_ratio:  # every token of an active sequence moves the sequence's ratio
-            acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
+            acts = acts | (self.mask & self._in_sequence(acts))
         if _sequence_correction(config) and self.old_logprobs is None:
-            acts = acts | ((self.weight != 0) & (self._in_sequence(acts)))
+            acts = acts | (self.mask & self._in_sequence(acts))
         if config.kl_coef or config.entropy_coef:
             acts = acts | (self.weight != 0)
         return acts
+
+    def share(self, dtype: torch.dtype) -> Tensor:
+        """(T,) what each token counts as in the length of its trajectory: 0 where the mask is not set."""
+        if self.mask_value is None:
+            return self.mask.to(dtype)
+        return torch.where(self.mask, self.mask_value, 0).to(dtype)
 
     def _in_sequence(self, rows: Tensor) -> Tensor:
         hit = torch.zeros(self.num_sequences, dtype=torch.int32, device=rows.device)
@@ -119,7 +128,11 @@ VECTORS = tuple(field.name for field in fields(Tokens))[:-2]
 
 
 def loss_denominator(
-    config: GrpoLossConfig, *, cu_seqlens: Tensor, loss_mask: Tensor | None, seq_weight: Tensor | None = None
+    config: GrpoLossConfig,
+    *,
+    cu_seqlens: Tensor | None = None,
+    loss_mask: Tensor | None,
+    seq_weight: Tensor | None = None,
 ) -> Tensor:
     """The number that divides the weighted sum of a batch, the loss's `denominator`: 0-d float64, additive over
     micro-batches and ranks.
@@ -129,19 +142,29 @@ def loss_denominator(
     that has a weight, also those dropped for having advantage 0) and pass the sum as `denominator` to each micro-batch:
     the summed gradient is then that of the whole minibatch, however it is cut between trajectories.
 
-    cu_seqlens int32 (N+1,), loss_mask (T,) or None (all ones), seq_weight (N,) or None (all ones).
+    Packed: cu_seqlens int32 or int64 (N+1,), loss_mask (T,) or None (all ones). Padded: loss_mask (N, S) alone.
+    seq_weight (N,) or None (all ones). TypeError where the trajectories are given in neither way.
     """
-    n = cu_seqlens.numel() - 1
-    w = cu_seqlens.new_ones(n, dtype=torch.float64) if seq_weight is None else seq_weight.double()
-    return find_loss(config).denominator(w.sum(), (w * active_tokens(cu_seqlens, loss_mask)).sum())
+    if cu_seqlens is None:
+        if loss_mask is None or loss_mask.dim() != 2:
+            raise TypeError("cu_seqlens: missing; only a padded loss_mask (B, S) needs none")
+        active = _mask_values(loss_mask).sum(1, dtype=torch.float64)
+    else:
+        active = active_tokens(cu_seqlens, loss_mask)
+    w = torch.ones_like(active) if seq_weight is None else seq_weight.double()
+    return find_loss(config).denominator(w.sum(), (w * active).sum())
 
 
 def active_tokens(cu_seqlens: Tensor, loss_mask: Tensor | None) -> Tensor:
-    """Number of tokens with loss_mask != 0 in each trajectory: float64 (N,), exact."""
+    """Sum of loss_mask over each trajectory, the number of its tokens: float64 (N,), exact for whole numbers."""
     if loss_mask is None:
         return cu_seqlens.diff().double()
-    edges = torch.nn.functional.pad((loss_mask != 0).cumsum(0), (1, 0))
+    edges = torch.nn.functional.pad(_mask_values(loss_mask).cumsum(0), (1, 0))
     return edges[cu_seqlens.long()].diff().double()
+
+
+def _mask_values(loss_mask: Tensor) -> Tensor:
+    return loss_mask.double() if loss_mask.is_floating_point() else loss_mask
 
 
 def segment_sum(x: Tensor, seq_id: Tensor, num_sequences: int) -> Tensor:
@@ -154,20 +177,22 @@ def _sequence_correction(config: GrpoLossConfig) -> bool:
 
 
 def needs_two_phases(loss: PolicyLoss, has_old_logprobs: bool) -> bool:
-    """True where autograd is to differentiate the term, which the kernels do not know, and where a row's
-    coefficient depends on other rows' log-probs: sequence ratios, and sequence-level corrections of the current
+    """True where autograd is to differentiate what the kernels do not know, a term or a KL times the ratio, and where
+    a row's coefficient depends on other rows' log-probs: sequence ratios, and sequence-level corrections of the current
     policy itself (with old log-probs the correction is known before the logits)."""
     correction = _sequence_correction(loss.config) and not has_old_logprobs
-    return not loss.fused or loss.has_sequence_ratio or correction
+    return not loss.fused or loss.has_sequence_ratio or correction or loss.config.kl_bias_correction
 
 
 def correction_weight(logp: Tensor, tokens: Tokens, config: GrpoLossConfig) -> Tensor:
-    """(T,) factor on the policy term; `logp` (detached here) are the log-probs of the training engine."""
+    """(T,) factor on the policy term; `logp` (detached here) are the log-probs of the training engine. rho is 1 where
+    the sampler has no log-prob."""
     if config.correction == "none" or tokens.rollout_logprobs is None:
         return torch.ones_like(logp)
     low, high = config.correction_bounds
     n = tokens.num_sequences
-    log_rho = torch.where(tokens.mask, logp.detach() - tokens.rollout_logprobs.to(logp.dtype), 0.0)
+    known = tokens.mask & tokens.rollout_logprobs.isfinite()
+    log_rho = torch.where(known, logp.detach() - tokens.rollout_logprobs.to(logp.dtype), 0.0)
     rho = log_rho.exp()  # where it overflows it is infinite, which every bound below holds
     largest = math.exp(config.log_ratio_clip)
     if config.correction == "token_tis":
@@ -175,9 +200,10 @@ def correction_weight(logp: Tensor, tokens: Tokens, config: GrpoLossConfig) -> T
     elif config.correction == "mis":
         factor = torch.where((rho >= low) & (rho <= high), rho.clamp(max=largest), 0.0)
     elif config.correction in SEQUENCE_CORRECTIONS:
-        total = segment_sum(log_rho, tokens.seq_id, n)
+        share = torch.where(known, tokens.share(logp.dtype), 0.0)
+        total = segment_sum(share * log_rho, tokens.seq_id, n)
         if config.correction == "geometric":
-            total = total / segment_sum(tokens.mask.to(logp.dtype), tokens.seq_id, n).clamp(min=1.0)
+            total = total / segment_sum(share, tokens.seq_id, n).clamp(min=1.0)
         ratio = total.exp()
         inside = (ratio >= low) & (ratio <= high)
         factor = torch.where(inside, ratio.clamp(max=largest), 0.0)[tokens.seq_id]
@@ -205,11 +231,7 @@ def token_loss(
     logp = torch.where(counted, logp, 0.0)
     entropy = torch.where(counted, entropy, 0.0)
     base = logp.detach() if tokens.old_logprobs is None else tokens.old_logprobs.to(logp.dtype)
-    log_ratio = torch.where(counted, logp - base, 0.0)
-    if loss.has_sequence_ratio:
-        total = segment_sum(log_ratio, tokens.seq_id, tokens.num_sequences)
-        length = segment_sum(tokens.mask.to(logp.dtype), tokens.seq_id, tokens.num_sequences)
-        log_ratio = (total / length.clamp(min=1.0))[tokens.seq_id]
+    log_ratio = log_ratio_of(logp, base, tokens, loss, counted)
     ratio = log_ratio.clamp(max=config.log_ratio_clip).exp()
     advantages = tokens.advantages.to(logp.dtype)
     policy_weight = tokens.policy_weight.to(logp.dtype)
@@ -227,7 +249,8 @@ def token_loss(
     weight = torch.where(counted, tokens.weight, 0.0).to(logp.dtype)
     kl = torch.zeros_like(logp)
     if ref is not None:
-        kl = torch.where(counted, kl_term(logp, ref, config), 0.0)
+        estimate = kl_term(logp, ref, config)
+        kl = torch.where(counted, estimate * ratio if config.kl_bias_correction else estimate, 0.0)
         if config.kl_coef:
             value = value + config.kl_coef * (weight * kl).sum()
     if config.entropy_coef:
@@ -241,8 +264,27 @@ def token_loss(
             "entropy": _mean(entropy, counted),
             "active_row_frac": active.to(logp.dtype).mean() if active.numel() else logp.new_zeros(()),
             "nonfinite_rows": (active & ~finite).sum(),
+            "rollout_missing_rows": (tokens.mask & ~_sampled(tokens, tokens.mask)).sum(),
         }
     return value, {name: metrics[name].detach() for name in METRICS}
+
+
+def log_ratio_of(logp: Tensor, base: Tensor, tokens: Tokens, loss: PolicyLoss, counted: Tensor) -> Tensor:
+    """(T,) log of the importance ratio, before any bound: the token's, or the mean over its trajectory; rows that are
+    not counted have 0."""
+    log_ratio = torch.where(counted, logp - base, 0.0)
+    if not loss.has_sequence_ratio:
+        return log_ratio
+    share = tokens.share(logp.dtype)
+    total = segment_sum(share * log_ratio, tokens.seq_id, tokens.num_sequences)
+    length = segment_sum(share, tokens.seq_id, tokens.num_sequences)
+    return (total / length.clamp(min=1.0))[tokens.seq_id]
+
+
+def clipped_rows(ratio: Tensor, tokens: Tokens, loss: PolicyLoss) -> tuple[Tensor, Tensor]:
+    """bool (T,), (T,): the term holds the ratio at its lower bound (advantage < 0), at its upper one (> 0)."""
+    lower, upper = loss.ratio_bounds()
+    return (tokens.advantages < 0) & (ratio < lower), (tokens.advantages > 0) & (ratio > upper)
 
 
 def _term_of(loss: PolicyLoss, tokens: TermInputs, counted: Tensor) -> Tensor:
@@ -304,9 +346,7 @@ def _extreme(x: Tensor, rows: Tensor, none: float) -> Tensor:
 
 def _ratio_metrics(ratio: Tensor, tokens: Tokens, loss: PolicyLoss, counted: Tensor) -> dict[str, Tensor]:
     """The importance ratio over the counted rows: extremes, mean, and shares of tokens held by the clip."""
-    lower, upper = loss.ratio_bounds()
-    low = (tokens.advantages < 0) & (ratio < lower)
-    high = (tokens.advantages > 0) & (ratio > upper)
+    low, high = clipped_rows(ratio, tokens, loss)
     any_row = counted.any()
     inf = float("inf")
     return {
@@ -318,11 +358,17 @@ def _ratio_metrics(ratio: Tensor, tokens: Tokens, loss: PolicyLoss, counted: Ten
     }
 
 
+def _sampled(tokens: Tokens, rows: Tensor) -> Tensor:
+    """bool (T,): those of `rows` whose sampler's log-prob is known; all where the call was given none at all."""
+    return rows if tokens.rollout_logprobs is None else rows & tokens.rollout_logprobs.isfinite()
+
+
 def _mismatch_metrics(
     logp: Tensor, log_ratio: Tensor, tokens: Tokens, config: GrpoLossConfig, counted: Tensor
 ) -> dict[str, Tensor]:
-    """The sampler against the trainer over the counted rows, from log-probs: none of these overflows or has a
-    logarithm of 0."""
+    """The sampler against the trainer over the counted rows that have its log-prob, from log-probs: none of these
+    overflows or has a logarithm of 0."""
+    counted = _sampled(tokens, counted)
     log_weight, mismatch = log_ratio, torch.zeros_like(logp)
     sampled = tokens.old_logprobs
     if tokens.rollout_logprobs is not None:

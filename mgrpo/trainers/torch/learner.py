@@ -251,7 +251,9 @@ class _Means:
                 out[name] = max(v for _, v in values)
             elif name.endswith("_min"):
                 out[name] = min(v for _, v in values)
-            elif name in ("policy_loss", "nonfinite_rows"):  # parts of one sum: they share the denominator
+            elif name == "policy_loss" or name.endswith(
+                "_rows"
+            ):  # parts of one sum: they share the denominator
                 out[name] = sum(v for _, v in values)
             else:
                 out[name] = sum(n * v for n, v in values) / self.tokens
