@@ -28,7 +28,7 @@ import logging
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +47,15 @@ from mgrpo.integrations.verl_settings import (
 )
 
 _log = logging.getLogger(__name__)
-_METRICS = ("ratio_min", "ratio_mean", "ratio_max", "ess", "nonfinite_rows")
+_METRICS = (
+    "clip_frac_low",
+    "clip_frac_high",
+    "ratio_min",
+    "ratio_mean",
+    "ratio_max",
+    "ess",
+    "nonfinite_rows",
+)
 _V1 = "verl.trainer.ppo.v1.utils"
 _V1_USER = "verl.trainer.ppo.v1.trainer_base"
 _FUNCTION = "compute_advantage_for_multi_trajectories"
@@ -168,6 +176,7 @@ def policy_loss(
     A token whose log-prob is not finite contributes nothing and is counted in "actor/nonfinite_rows". The means among
     the metrics are over tokens with an advantage. ConfigError as check_config.
     """
+    torch: Any = importlib.import_module("torch")
     check_actor(config)
     whole = dict(config.global_batch_info)  # of the mini-batch over all ranks
     ranks = whole.get("dp_size") or 1
@@ -179,25 +188,22 @@ def policy_loss(
     else:
         denominator = whole.get("global_batch_size") or (response_mask.sum(-1) > 0).sum()
         denominator = denominator * settings.get("max_completion_length", 1)
+    rows, width = log_prob.shape
     loss, metrics = mgrpo.policy_loss(
-        log_prob,
+        log_prob.flatten(),
         config=mgrpo.GrpoLossConfig(**settings),
-        advantages=advantages,
-        loss_mask=response_mask,
-        old_logprobs=old_log_prob,
-        token_weight=rollout_is_weights,
+        cu_seqlens=torch.arange(0, rows * width + 1, width, device=log_prob.device),
+        token_advantages=advantages.flatten(),
+        loss_mask=response_mask.flatten(),
+        old_logprobs=old_log_prob.flatten(),
+        token_weight=None if rollout_is_weights is None else rollout_is_weights.flatten(),
         denominator=denominator / ranks,  # verl averages the gradient over its ranks
     )
-    low, high, *rest = _numbers(metrics[name] for name in ("clip_frac_low", "clip_frac_high", *_METRICS))
-    found = {"actor/pg_clipfrac": low + high, "actor/clip_frac_low": low, "actor/clip_frac_high": high}
-    return loss, found | {f"actor/{name}": value for name, value in zip(_METRICS, rest, strict=True)}
-
-
-def _numbers(values: Iterable[Any]) -> list[float]:
-    """0-d tensors of one device as numbers, read at once."""
-    torch = importlib.import_module("torch")
-    numbers: list[float] = torch.stack([value.detach().float() for value in values]).tolist()
-    return numbers
+    numbers = torch.stack(
+        [metrics[name].detach().float() for name in _METRICS]
+    ).tolist()  # one wait for the device
+    found = {f"actor/{name}": value for name, value in zip(_METRICS, numbers, strict=True)}
+    return loss, found | {"actor/pg_clipfrac": found["actor/clip_frac_low"] + found["actor/clip_frac_high"]}
 
 
 def register() -> None:

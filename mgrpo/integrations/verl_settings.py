@@ -91,8 +91,9 @@ def settings_of(algorithm: Any) -> Settings:
     actor = _actor(algorithm)
     values["fold"] = FOLDS["token-mean"] if mode is None and actor is None else fold_of(actor, mode)
     settings = Settings(**values)
-    try:  # an empty step: every argument is looked at
-        assign(settings, [], [], [], [], [])
+    try:  # a step of one row: every argument is looked at
+        size = settings.group_size or 1
+        assign(settings, ["q"] * size, ["main"] * size, list(range(size)), [0] * size, [0.0] * size)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm.mgrpo: {error}") from error
     return settings
@@ -123,7 +124,7 @@ def _plain(value: Any) -> Any:
 
 def _actor(algorithm: Any) -> Any:
     """The actor's settings of the config that `algorithm` is a part of; None for one that stands alone."""
-    root = getattr(algorithm, "_get_root", lambda: None)()
+    root = getattr(algorithm, "_get_root", lambda: None)()  # omegaconf has no public name for it
     return None if root is None or root is algorithm else root.get("actor_rollout_ref", {}).get("actor")
 
 
