@@ -188,15 +188,13 @@ def policy_loss(
     else:
         denominator = whole.get("global_batch_size") or (response_mask.sum(-1) > 0).sum()
         denominator = denominator * settings.get("max_completion_length", 1)
-    rows, width = log_prob.shape
     loss, metrics = mgrpo.policy_loss(
-        log_prob.flatten(),
+        log_prob,
         config=mgrpo.GrpoLossConfig(**settings),
-        cu_seqlens=torch.arange(0, rows * width + 1, width, device=log_prob.device),
-        token_advantages=advantages.flatten(),
-        loss_mask=response_mask.flatten(),
-        old_logprobs=old_log_prob.flatten(),
-        token_weight=None if rollout_is_weights is None else rollout_is_weights.flatten(),
+        token_advantages=advantages,
+        loss_mask=response_mask,
+        old_logprobs=old_log_prob,
+        token_weight=rollout_is_weights,
         denominator=denominator / ranks,  # verl averages the gradient over its ranks
     )
     numbers = torch.stack(
