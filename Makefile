@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+VERL := .venv-verl
 OUT ?= runs/demo
 SEED ?= 1
 
 # The run page is tested in a real browser: on Debian, as root, the suite brings its own.
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
-.PHONY: vllm test-vllm setup browser demo test lint bench soak sanitize chaos clean smollm2 smollm2-shared smollm2-model embed-trl
+.PHONY: setup browser demo test lint vllm test-vllm verl test-embed bench soak sanitize chaos clean smollm2 smollm2-shared \
+    smollm2-model embed-trl
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -32,6 +34,25 @@ $(VLLM)/.ready: constraints-vllm.txt
 
 test-vllm: setup vllm smollm2-model
 	@$(BIN)/python -m pytest -s tests_vllm
+
+# verl wants an environment of its own too: its transformers is older than ours. TORCH=2.11.0 tests that release of torch
+# instead, whose wheel is a CUDA build of 530 MB.
+TORCH ?= 2.13.0
+verl: $(VERL)/.ready
+
+$(VERL)/.ready: constraints-verl.txt
+	@test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
+	@echo "setting up $(VERL) (about a minute) ..."
+	@$(VERL)/bin/python -m pip install -qq --disable-pip-version-check torch==$(TORCH)
+	@$(VERL)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-verl.txt
+	@touch $@
+
+# mgrpo is installed there as a user installs it, since verl finds it by its entry point.
+test-embed: setup verl
+	@rm -rf build/embed && mkdir -p build/embed
+	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/embed .
+	@$(VERL)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --force-reinstall build/embed/*.whl
+	@$(VERL)/bin/pytest -o filterwarnings=default tests_verl
 
 demo: setup
 	@$(BIN)/mgrpo train examples/atlas/atlas.toml --out $(OUT) --fresh --set seed=$(SEED)
@@ -68,8 +89,9 @@ embed-trl: setup
 	    $(BIN)/python -W ignore examples/embed_trl/train_sub.py $(RUN) sub $(OUT) $(SETS) || kill $$run; wait $$run
 	@$(BIN)/python examples/embed_trl/result.py $(OUT)
 
-test: setup browser lint vllm smollm2-model
+test: setup browser lint vllm verl smollm2-model
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(MAKE) --no-print-directory test-embed
 	@$(MAKE) --no-print-directory test-vllm
 
 # Without root, apt or a mirror the tests of the page skip and say so; nothing else depends on it.
