@@ -45,7 +45,13 @@ EXPERTS = {
     "moe_intermediate_size": 1024,
     "head_dim": 64,
 }
-OTHER = {"vocab_size": 8000, "hidden_size": 1024, "num_hidden_layers": 6, "tie_word_embeddings": True}
+OTHER = {
+    "vocab_size": 8000,
+    "hidden_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "tie_word_embeddings": True,
+}
 SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "full, 1 rank": ("Qwen3", ()),

@@ -127,6 +127,7 @@ def _settings(config: RunConfig, role: str) -> str:
     policy, trainer = config.agents[role].policy, config.trainer
     words = [policy.device, policy.dtype, f"ranks {policy.ranks}", f"micro_batch {trainer.micro_batch}"]
     words.append(f"max_length {view_of(config, role).longest}")
+    words += [f"{name} {n}" for name in ("cp", "replicate") if (n := getattr(policy.mesh, name)) > 1]
     words += ["gradient_checkpointing"] if policy.gradient_checkpointing else []
     words += [f"last_layers {policy.last_layers}"] if policy.last_layers else []
     words += [f"lora rank {policy.lora.rank}"] if policy.lora.rank else []

@@ -170,7 +170,7 @@ def _attend(
         return attention.unpacked(module, query, key, value, attention_mask, **kwargs)
     attention.refuse_what_is_not_computed(module, kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    keys, values = _in_order(key, context), _in_order(value, context)
+    keys, values = in_order(key, context), in_order(value, context)
     piece = query.shape[2] // 2
     parts = [
         _after(
@@ -186,7 +186,7 @@ def _attend(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _in_order(own: Tensor, context: Context) -> Tensor:
+def in_order(own: Tensor, context: Context) -> Tensor:
     """This rank's (R, G, n, D) -> (R, G, cp * n, D) of the whole rows."""
     first, second = _gather(own, context, True).chunk(2, dim=3)
     pieces = [*first, *reversed(second.unbind(0))]
