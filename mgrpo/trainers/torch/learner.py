@@ -119,7 +119,7 @@ class Learner:
                 means.add(self._backward(rows, batch.denominator, load, balance))
             else:  # the others gather weights in this micro-step, which takes every rank
                 self._backward(_blank(), batch.denominator)
-        means.join(self.ranks, self.policy.config.mesh.tp)
+        means.join(self.ranks, self.policy.config.mesh.same_rows)
         if not means.tokens:
             return {}
         balance = balance or self._balance(load)
@@ -151,7 +151,7 @@ class Learner:
     def _balance(self, load: moe.RouterLoad) -> moe.Balance:
         if not self.policy.routing.routers:
             return moe.Balance([])
-        same = self.policy.config.mesh.tp  # ranks, side by side, that have the same tokens
+        same = self.policy.config.mesh.same_rows  # ranks, side by side, that have the same tokens
         return moe.Balance(self.ranks.gather(load.packed())[::same])
 
     def _backward(
