@@ -83,6 +83,8 @@ def check_padded(config: GrpoLossConfig, impl: str) -> None:
         assert torch.equal(got[0], whole[0]) and torch.equal(got[3], whole[3])
         assert torch.equal(got[2].flatten(0, 1), whole[2])
         assert all(torch.equal(got[1][k], whole[1][k]) for k in METRICS)
+    inplace = run(data, config, grpo_loss, impl=impl, inplace=True)
+    assert torch.equal(got[0], inplace[0]) and torch.equal(got[2], inplace[2])
     tight = run(packed(data, data["loss_mask"]), config, impl=impl)
     got = run(data, config, impl=impl)
     torch.testing.assert_close(got[0], tight[0], rtol=1e-5, atol=1e-7)
@@ -205,6 +207,22 @@ def test_float64_of_padded_rows_is_the_definition() -> None:
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
     fast = run(data, config, impl="cpu")
     assert abs(float(fast[0] - exact)) < 1e-6 and error(fast[2], grad) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_rows_of_no_tokens_and_no_rows(impl: str) -> None:
+    """Loss and gradients of 0, values of the call's shape."""
+    for b, s in ((0, 4), (3, 0), (0, 0)):
+        for config in (settings("dapo"), settings("gspo")):
+            leaves = [torch.randn(b, s, H, requires_grad=True), torch.randn(V, H, requires_grad=True)]
+            ids = torch.zeros(b, s, dtype=torch.int64)
+            loss, _, values = linear_grpo_loss(
+                *leaves, ids, config=config, impl=impl, tokens=True, advantages=torch.ones(b)
+            )
+            grads = torch.autograd.grad(loss, leaves)
+            assert float(loss.detach()) == 0 and not grads[1].any() and grads[0].shape == (b, s, H)
+            assert all(x.shape == (b, s) for x in values)
+            assert selective_logprob(leaves[0], leaves[1], ids, impl=impl)[0].shape == (b, s)
 
 
 def test_the_denominator_of_padded_rows() -> None:
