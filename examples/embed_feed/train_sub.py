@@ -29,6 +29,12 @@ def main(run: str, role: str, out: str) -> None:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         feed.publish(model)
+
+        def keep() -> None:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(checkpoints, feed.step, state)
+            feed.saved(feed.step)
+
         for step in feed:
             for group in optimizer.param_groups:
                 group["lr"] = step.lr
@@ -36,10 +42,9 @@ def main(run: str, role: str, out: str) -> None:
             feed.applied({"loss/pg": sum(losses) / len(losses)})
             feed.publish(model)
             if feed.step % feed.config.trainer.checkpoint_every == 0:
-                save(
-                    checkpoints, feed.step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                )
-                feed.saved(feed.step)
+                keep()
+        if feed.step > feed.saved_step:  # the last step, or the last one before a stop
+            keep()
 
 
 def train(model, optimizer, batch, agent) -> float:  # type: ignore[no-untyped-def]
