@@ -19,13 +19,16 @@ import torch
 from safetensors.torch import load_file
 
 import mgrpo
+from mgrpo.cli.cluster.plan import Site, make_plan
 from mgrpo.config import dump_config, load_config
 from mgrpo.errors import ConfigError, CorruptionError, MgrpoError
 from mgrpo.model.policy import save_policy
 from mgrpo.pipeline.external import SAVED, ExternalFeed
+from mgrpo.pipeline.replay import UNKNOWN, Replayer
 from mgrpo.run import external
 from mgrpo.run.external import ExternalTrainers, check_external
 from mgrpo.run.folder import RunFolder
+from mgrpo.view.top import RunStatus, _foot
 from mgrpo.weights.publisher import WeightPublisher
 from tests.models import tiny_model, tiny_policy
 from tests.runs import ROOT, command, leftovers, started, train
@@ -289,7 +292,7 @@ def test_a_feed_that_cannot_be_is_refused_by_name(tmp_path: Path, monkeypatch: p
     assert not out.exists()
     out.mkdir()
     dump_config(load_config(relay, shared[2:]), RunFolder(out).config)
-    with pytest.raises(ConfigError, match=r"trainer\.questions = 4 -> 8"):
+    with pytest.raises(ConfigError, match=r"run -> yours\): trainer\.questions = 4 -> 8; give"):
         with mgrpo.feed(relay, "left", out, [*shared[2:], "trainer.questions=8"]):
             pass
 
@@ -305,6 +308,19 @@ def test_mgrpo_trainer_does_not_train_it() -> None:
         find_trainer(view)
 
 
+def test_what_knows_nothing_of_the_program_says_so() -> None:
+    """A replay cannot take its steps, `mgrpo launch` cannot start it, `mgrpo top` names one that is not there."""
+    config = load_config(ALONE, [EXTERNAL])
+    nothing: Any = None
+    stage = Replayer(config, nothing, nothing)._loss("main", 0, nothing)
+    assert (stage.status, stage.field) == (UNKNOWN, "a program of the user's took the step")
+    with pytest.raises(ConfigError, match=r"a program of yours trains it, through mgrpo\.feed"):
+        make_plan(ALONE, [EXTERNAL], Site(Path("/run"), "python", None, None, 5600, 8))
+    status = RunStatus(config)
+    status.state, status.missing = "running", ["main"]
+    assert "waiting for the external trainer of main; running" in _foot(status)
+
+
 def test_a_program_that_does_not_come_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher says what it waits for, when it is there and when it is lost; time without the store is not held
     against it, and after store.idle_timeout without it the run ends."""
@@ -312,7 +328,7 @@ def test_a_program_that_does_not_come_ends_the_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(external, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     config = load_config(ALONE, [EXTERNAL, "store.idle_timeout=100", "store.heartbeat_timeout=20"])
     lines: list[str] = []
-    watched = ExternalTrainers(config, Path("runs/a"), lines.append)
+    watched = ExternalTrainers(config, RunFolder(Path("runs/a")), lines.append)
     watched.begin()
     for now, present in [
         (90, []),
@@ -330,7 +346,7 @@ def test_a_program_that_does_not_come_ends_the_run(monkeypatch: pytest.MonkeyPat
         "the external trainer of main is there",
         "the external trainer of main is gone",
     ]
-    assert all('mgrpo.feed(CONFIG, "main", "runs/a")' in lines[n] for n in (0, 2))
+    assert all('mgrpo.feed("runs/a/config.json", "main", "runs/a")' in lines[n] for n in (0, 2))
     clock[0] = 297
     with pytest.raises(MgrpoError, match=r"trainer of main was not there for 100 s \(store\.idle_timeout\)"):
         watched.look([])
@@ -380,18 +396,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_loop_in_plain_torch_ends_where_our_trainer_does(tmp_path: Path) -> None:
-    """The example trains the only agent of a run. It is killed with a step applied and not saved, and started again:
-    every group is trained on once in the history that counts, and the weights are our own trainer's."""
+    """The example trains the only agent of a run. It is killed with a step applied and not saved; another program fails
+    before its first step, and keeps a third one out meanwhile; the example is started again. Every group is trained on
+    once in the history that counts, and the weights are our own trainer's."""
     sets = ["trainer.steps=4", "trainer.checkpoint_every=2", "eval.start_validation=0"]
     own, out, run = tmp_path / "own", tmp_path / "out", tmp_path / "run.toml"
     train(ALONE, own, *sets)
     text = ALONE.read_text().replace("[agents.main]", '[agents.main]\npolicy = { trainer = "external" }')
-    text = text.replace("steps = 3", "steps = 4\ncheckpoint_every = 2")
+    text = text.replace("steps = 3", "steps = 9\ncheckpoint_every = 2")  # the launcher knows better
     run.write_text(text.replace("start_validation = 4", "start_validation = 0"))
     loop = [sys.executable, str(LOOP), str(run), "main", str(out)]
-    with started(command("train", str(run), "--out", str(out))) as launcher:
+    with started(command("train", str(run), "--out", str(out), "--set=trainer.steps=4")) as launcher:
         with started([sys.executable, "-c", DOOMED, *loop[1:]]) as doomed:
             assert doomed.wait(300) == -signal.SIGKILL, doomed.stdout and doomed.stdout.read()
+        with pytest.raises(KeyError), mgrpo.feed(out / "config.json", "main", out) as feed:
+            assert feed.step == 2
+            with pytest.raises(ConfigError, match=r"another process serves .* already trains this agent\?"):
+                with mgrpo.feed(run, "main", out):
+                    pass
+            raise KeyError("an error of the program's own")
         with started(loop) as second:
             output = second.communicate(timeout=300)[0]
             assert second.returncode == 0, output

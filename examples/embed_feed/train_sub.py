@@ -19,6 +19,8 @@ import mgrpo
 
 def main(run: str, role: str, out: str) -> None:
     with mgrpo.feed(run, role, out) as feed:
+        if feed.agent.loss.kl_coef or feed.config.trainer.old_logprobs == "recompute":
+            raise SystemExit("this loop has neither a reference policy nor a forward pass before the step")
         torch.set_num_threads(feed.config.trainer.threads)
         model = AutoModelForCausalLM.from_pretrained(feed.start, dtype=torch.float32).eval()
         o = feed.agent.optimizer
@@ -29,6 +31,12 @@ def main(run: str, role: str, out: str) -> None:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         feed.publish(model)
+
+        def keep() -> None:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(checkpoints, feed.step, state)
+            feed.saved(feed.step)
+
         for step in feed:
             for group in optimizer.param_groups:
                 group["lr"] = step.lr
@@ -36,10 +44,9 @@ def main(run: str, role: str, out: str) -> None:
             feed.applied({"loss/pg": sum(losses) / len(losses)})
             feed.publish(model)
             if feed.step % feed.config.trainer.checkpoint_every == 0:
-                save(
-                    checkpoints, feed.step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                )
-                feed.saved(feed.step)
+                keep()
+        if feed.step > feed.saved_step:  # the last step, or the last one before a stop
+            keep()
 
 
 def train(model, optimizer, batch, agent) -> float:  # type: ignore[no-untyped-def]
@@ -53,7 +60,8 @@ def train(model, optimizer, batch, agent) -> float:  # type: ignore[no-untyped-d
         hidden = model.base_model(input_ids=micro.ids).last_hidden_state[:, :-1][active.mask]  # (T, H)
         loss, _ = mgrpo.linear_grpo_loss(
             hidden, model.get_output_embeddings().weight, active.targets, config=agent.loss,
-            cu_seqlens=active.cu_seqlens, advantages=micro.advantages, seq_weight=micro.weights,
+            advantages=micro.advantages if active.token_advantages is None else None,
+            token_advantages=active.token_advantages, cu_seqlens=active.cu_seqlens, seq_weight=micro.weights,
             old_logprobs=active.old_logprobs, rollout_logprobs=active.rollout_logprobs,
             denominator=batch.denominator,
         )  # fmt: skip

@@ -27,7 +27,7 @@ from mgrpo.model.loading import blank_policy, load_policy
 from mgrpo.model.policy import write_folder
 from mgrpo.model.policy_files import policy_files
 from mgrpo.model.stream import WeightStream, own_state
-from mgrpo.pipeline.feed import Feed, FeedStep
+from mgrpo.pipeline.feed import STOP_SECONDS, Feed, FeedStep
 from mgrpo.pipeline.trainer_loop import start_policy
 from mgrpo.store.trainer_client import TrainerClient
 from mgrpo.trainers.torch.trainer import TorchTrainer
@@ -70,6 +70,8 @@ class ExternalFeed(Feed):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if (presence := getattr(self, "_presence", None)) is not None:
+            self._store.shorten_deadlines(STOP_SECONDS)  # it may be gone
+            self._ahead.close()  # a claim after the goodbye would be a sign of life
             presence.close()
         super().__exit__(kind, error, trace)
 
@@ -82,7 +84,10 @@ class ExternalFeed(Feed):
         agent = self.agent.model_copy(update={"policy": policy})
         config = self.config.model_copy(update={"agents": {**self.config.agents, self.role: agent}})
         threads = torch.get_num_threads()
-        with torch.random.fork_rng(), TorchTrainer.open(view_of(config, self.role), self.folder) as trainer:
+        with (
+            torch.random.fork_rng(devices=[]),
+            TorchTrainer.open(view_of(config, self.role), self.folder) as trainer,
+        ):
             try:
                 return start_policy(self, task, trainer)
             finally:
@@ -221,11 +226,11 @@ class _Presence:
     def close(self) -> None:
         """And say goodbye, where the store still listens."""
         self._ended.set()
+        self._thread.join(STOP_SECONDS)
         try:
             self._store.leave()
         except MgrpoError as error:
-            log.info("the store was not told that this trainer leaves: %s", error)
-        self._thread.join(1.0)
+            log.info("the store did not learn that this trainer leaves: %s", error)
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -37,20 +37,25 @@ def feed(
             feed.publish(model)
             feed.saved(feed.step)  # when your checkpoint of so many steps is durable
 
-    run: the run's TOML file, with agents.<role>.policy.trainer = "external". out: the run's folder on this machine.
-    overrides: those that the run was started with, e.g. "trainer.steps=40".
+    run: the run's TOML file, with agents.<role>.policy.trainer = "external", or the config.json that its folder keeps.
+    out: the run's folder on this machine. overrides: those that the run was started with, e.g. "trainer.steps=40".
 
     Entering waits up to store.idle_timeout for the run's store. Leaving it after the last step writes the final policy
     and serves it until the run is over; leaving it before, by an error for instance, leaves the run waiting for the
     next one. Raises ConfigError for a role that the run does not have, or that another program or mgrpo itself trains,
     and for settings that are not the run's.
     """
-    config, folder = load_config(Path(run), overrides), RunFolder(Path(out))
+    folder = RunFolder(Path(out))
+    if Path(run) == folder.config:
+        _wait_for_run(folder)
+    config = load_config(Path(run), overrides)
     _check_role(config, role)
     _check_run(config, folder, run)
     check_plugins(config)
     task, addresses = load_run_task(config), folder.addresses(config)
     _wait_for_store(config, role, folder)
+    if folder.config.exists():  # how long the run is, for instance, is for the launcher to say
+        config = recorded_run(folder.root)
     from mgrpo.pipeline.external import ExternalFeed
 
     folder.make_socket_folder(config)
@@ -77,20 +82,29 @@ def _check_role(config: RunConfig, role: str) -> None:
 
 
 def _check_run(config: RunConfig, folder: RunFolder, run: str | os.PathLike[str]) -> None:
-    """Where the launcher is on this machine, its folder says what the run is. It may have been started together with
-    this program."""
-    deadline = time.monotonic() + START_SECONDS
-    while config.store.url is None and not folder.config.exists() and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
+    """Where the launcher is on this machine, its folder says what the run is."""
+    if config.store.url is None:
+        _wait_for_run(folder)
     if folder.config.exists():
         try:
             check_same_run(recorded_run(folder.root), config)
         except ConfigError as error:
-            raise ConfigError(f"{folder.root}: {error}") from None
+            settings = str(error).partition(": cannot change")[0]
+            raise ConfigError(
+                f"{os.fspath(run)}: not the settings of the run in {folder.root} (run -> yours): {settings}; give the "
+                f"overrides that the run has, or take {folder.config} as it is"
+            ) from None
     elif config.store.url is None:
         raise ConfigError(
             f"{folder.root}: no run there; start it first: mgrpo train {os.fspath(run)} --out {folder.root}"
         )
+
+
+def _wait_for_run(folder: RunFolder) -> None:
+    """For a launcher that was started together with this program; one that does not come is found out later."""
+    deadline = time.monotonic() + START_SECONDS
+    while not folder.config.exists() and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
 
 
 def _wait_for_store(config: RunConfig, role: str, folder: RunFolder) -> None:
@@ -143,7 +157,7 @@ def check_external(config: RunConfig) -> None:
 class ExternalTrainers:
     """What the launcher knows of them: from the signs of life that they give the store."""
 
-    def __init__(self, config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, say: Callable[[str], None]) -> None:
         """say: takes a line for people."""
         self._limit = config.store.idle_timeout
         self._grace = (
@@ -157,7 +171,8 @@ class ExternalTrainers:
         self.roles = external_roles(config)
 
     def _how(self, role: str) -> str:
-        return f'a program with mgrpo.feed(CONFIG, "{role}", "{self._folder}"), see docs/embedding/feed.md'
+        run = f'"{self._folder.config}", "{role}", "{self._folder.root}"'
+        return f"a program with mgrpo.feed({run}), see docs/embedding/feed.md"
 
     def begin(self) -> None:
         """From now on they are waited for."""

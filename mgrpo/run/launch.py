@@ -28,7 +28,7 @@ from mgrpo.run.lock import take_lock
 from mgrpo.run.monitor import Monitor, Outcome
 from mgrpo.run.processes import check_plugins, load_run_task
 from mgrpo.run.progress import Display
-from mgrpo.run.supervisor import HEALTHY_SECONDS, Supervisor
+from mgrpo.run.supervisor import HEALTHY_SECONDS, QUIET_SECONDS, Supervisor
 
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' subsystem
 ENGINE_HEALTHY = 300.0  # a server that fails while it starts, which takes minutes, fails for good
@@ -174,7 +174,7 @@ class _Launch:
             ) as children,
         ):
             monitor = Monitor(self._config, folder, display)
-            externals = ExternalTrainers(self._config, folder.root, display.line)
+            externals = ExternalTrainers(self._config, folder, display.line)
             try:
                 outcome = self._train(monitor, children, interrupts, display, externals)
             except KeyboardInterrupt:
@@ -203,15 +203,18 @@ class _Launch:
         if not externals.present:
             return
         monitor.end("the launcher stops")
-        seconds, count = self._config.trainer.stop_timeout, interrupts.count
-        display.line(
-            f"waiting for the external trainer of {', '.join(sorted(externals.present))} to leave", "yellow"
-        )
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and interrupts.count == count:
+        count, began, explained = interrupts.count, time.monotonic(), False
+        while (waited := time.monotonic() - began) < self._config.trainer.stop_timeout:
             monitor.poll()
-            if monitor.trainers is None or not externals.present & set(monitor.trainers):
+            left = externals.present & set(monitor.trainers or ())
+            if not left or interrupts.count > count:
                 return
+            if not explained and waited > QUIET_SECONDS:
+                explained = True
+                names = ", ".join(sorted(left))
+                display.line(
+                    f"waiting for the external trainer of {names} to leave (Ctrl-C ends this)", "yellow"
+                )
             time.sleep(LOOK_SECONDS)
 
     def _train(
