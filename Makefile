@@ -35,8 +35,8 @@ $(VLLM)/.ready: constraints-vllm.txt
 test-vllm: setup vllm smollm2-model
 	@$(BIN)/python -m pytest -s tests_vllm
 
-# verl wants an environment of its own too: its transformers is older than ours. TORCH=2.11.0 tests that release of torch
-# instead, whose wheel is a CUDA build of 530 MB.
+# verl wants an environment of its own too: its transformers is older than ours. VERL=.venv-verl-2.11 TORCH=2.11.0 is one
+# with an older torch, whose wheel on PyPI is a CUDA build (several GB).
 TORCH ?= 2.13.0
 verl: $(VERL)/.ready
 

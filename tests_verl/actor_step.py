@@ -19,6 +19,7 @@ os.environ |= {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "1",
 }
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["VERL_ENGINE_DEVICE"] = "cuda"  # the class of engine, which verl registers for no CPU
 
 import torch
@@ -138,7 +139,7 @@ def actor_worker(folder: str, config: Any) -> TrainingWorker:
 
 def compare(mode: str, folder: str) -> dict[str, float]:
     """Loss, norm and weights after one step of verl's worker, and how far they are from our_step's."""
-    team = make_team(12)
+    team = make_team(12, queries=1, width=6)
     config = mgrpo_config(
         f"actor_rollout_ref.actor.loss_agg_mode={mode}",
         "actor_rollout_ref.actor.loss_scale_factor=32",
