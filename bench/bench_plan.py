@@ -174,13 +174,10 @@ def run(args: argparse.Namespace) -> int:
             real = measured(sets, 2 if "ranks=2" in policy else 1)
             tensors = predicted(sets)
             plan = tensors + process_bytes()
+            note = f"predicted {plan / 1e9:.3f} GB, {tensors / 1e9:.3f} of them tensors; measured {real / 1e9:.3f}"
+            print(f"{name}: {note}", file=sys.stderr, flush=True)  # the next one may take minutes
             report.figure(
-                name,
-                plan / real,
-                "x of measured",
-                at_least=1 - CLOSE,
-                at_most=1 + CLOSE,
-                note=f"predicted {plan / 1e9:.3f} GB, {tensors / 1e9:.3f} of them tensors; measured {real / 1e9:.3f}",
+                name, plan / real, "x of measured", at_least=1 - CLOSE, at_most=1 + CLOSE, note=note
             )
     return report.finish(args)
 
