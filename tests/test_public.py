@@ -25,6 +25,11 @@ loss, metrics = mgrpo.grpo_loss(
     advantages=torch.ones(2), config=config,
 )
 value: torch.Tensor = loss
+result = mgrpo.linear_grpo_loss(
+    torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.long), advantages=torch.ones(2),
+    loss_mask=torch.ones(2, 3), token_weight=torch.ones(2, 3), denominator=torch.tensor(6), config=config, tokens=True,
+)
+ratio: torch.Tensor = result[2].ratio
 reveal_type(mgrpo.group_advantage(torch.ones(2), torch.zeros(2, dtype=torch.int32)))
 reveal_type(mgrpo.Rollout)
 reveal_type(mgrpo.connect("tcp://127.0.0.1:5600", "worker", timeout=5.0))
@@ -37,6 +42,7 @@ WRONG = {
     "mgrpo.GrpoLossConfig(type=3)": "arg-type",
     "mgrpo.no_such_name": "attr-defined",
     'mgrpo.align("two")': "arg-type",
+    "mgrpo.TokenValues(logprobs=None)": "call-arg",
 }
 
 
