@@ -24,10 +24,12 @@ from mgrpo.config import dump_config, load_config
 from mgrpo.errors import ConfigError, CorruptionError, MgrpoError
 from mgrpo.model.policy import save_policy
 from mgrpo.pipeline.external import SAVED, ExternalFeed
+from mgrpo.pipeline.feed import Feed
 from mgrpo.pipeline.replay import UNKNOWN, Replayer
 from mgrpo.run import external
 from mgrpo.run.external import ExternalTrainers, check_external
 from mgrpo.run.folder import RunFolder
+from mgrpo.trainers.batch import MiniBatch
 from mgrpo.view.top import RunStatus, _foot
 from mgrpo.weights.publisher import WeightPublisher
 from tests.models import tiny_model, tiny_policy
@@ -162,6 +164,32 @@ def test_what_was_saved_is_on_disk_before_the_store_hears_of_it(tmp_path: Path) 
     (tmp_path / "main" / SAVED).write_text('{"step": 9}')
     with pytest.raises(CorruptionError, match=r"saved\.json: step is 9, expected 1 to 3"), opened(tmp_path):
         pass
+
+
+def test_roles_that_share_the_policy_come_through_its_feed() -> None:
+    """One step has the minibatches of both, and both parts of the store account for it."""
+    overrides = ["agents.right.shares=left", "agents.right.loss={}", 'agents.left.policy.trainer="external"']
+    config, stores = (
+        load_config(ROOT / "tests" / "relay.toml", [*overrides, "trainer.steps=1"]),
+        [Link(), Link()],
+    )
+    streams: list[Any] = [Stream(store) for store in stores]
+    for stream, n in zip(streams, (2.0, 3.0), strict=True):
+        stream.builder.assemble = lambda step, n=n: SimpleNamespace(
+            step=step, groups=["a"], surplus=[], minibatches=[MiniBatch([], n)], metrics={}
+        )
+    with Feed(config, "left", Path(), streams, WeightPublisher(torch.float32)) as feed:
+        (batch,) = next(feed).minibatches
+        assert batch.denominator == 5.0
+        feed.applied({})
+        feed.publish([("w", torch.zeros(2))])
+        feed.commit(1, lambda cursors: cursors)
+    for store in stores:
+        assert [e for e in store.events if e[:4] in ("appl", "publ", "comm")] == [
+            "apply 0",
+            "publish 1",
+            "commit 0",
+        ]
 
 
 def test_the_end_of_the_run_and_ctrl_c_end_the_loop(tmp_path: Path) -> None:
