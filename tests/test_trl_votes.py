@@ -207,3 +207,39 @@ def test_sub_rows_without_d_max_are_refused(model: str, tmp_path: Path) -> None:
     trainer = build(model, tmp_path, d_max=None)
     with pytest.raises(ConfigError, match="sub_rows"):
         trainer._generate_and_score_completions(inputs())
+
+
+def test_what_the_page_says_to_type_trains(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first block of docs/embedding/trl.md with GRPOConfig's own defaults, bf16 among them, and the block for a
+    loop of one's own."""
+    from transformers import AutoModelForCausalLM
+
+    cases.on_the_cpu(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    numbers = iter(range(10_000))
+
+    def play(prompt: str, trainer: Any) -> dict[str, Any]:
+        found = ranks.rollouts([f"w{3 + next(numbers) % 9} w4"], trainer)
+        return {"calls": found.pop("sub_rows")[0]} | {name: x[0] for name, x in found.items()}
+
+    names: dict[str, Any] = {
+        "play": play,
+        "model": model,
+        "reward": cases.reward,
+        "dataset": cases.prompts(1),
+    }
+    exec(cases.blocks()[0], names)
+    assert (tmp_path / "out").is_dir()
+    loop: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(model),
+        "config": mgrpo.GrpoLossConfig(),
+        "ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]]),
+        "attention": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "mask": torch.tensor([[1, 1], [1, 0]]).bool(),
+        "old": torch.tensor([[-2.0, -3.0], [-2.0, 0.0]]),
+        "advantages": torch.tensor([1.0, -1.0]),
+    }
+    exec(cases.blocks()[2], loop)
+    assert all(p.grad is not None for p in loop["model"].parameters())

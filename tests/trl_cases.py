@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -110,3 +113,18 @@ def generation(seed: int, rows: int = ROWS, **without: bool) -> dict[str, torch.
         batch.pop("tool_mask")
         batch["num_items_in_batch"] = mask.sum()
     return batch
+
+
+def blocks() -> list[str]:
+    """The Python blocks of docs/embedding/trl.md: MGRPOTrainer, AgentTrainer, add_grpo_head."""
+    page = (Path(__file__).parent.parent / "docs" / "embedding" / "trl.md").read_text()
+    found = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(found) == 3
+    return found
+
+
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`from trl import GRPOConfig` gives one for machines without a GPU, where TRL wants to be told."""
+    import trl
+
+    monkeypatch.setattr(trl, "GRPOConfig", functools.partial(trl.GRPOConfig, use_cpu=True))

@@ -169,6 +169,7 @@ class _FeedTrainer(GRPOTrainer):  # type: ignore[misc]
                 self._left -= 1
                 yield {"minibatch": batch}
             self._end_step()
+        self.control.should_training_stop = True
 
     def _end_step(self) -> None:
         """All optimizer steps of the RL step are taken."""

@@ -23,6 +23,7 @@ HONOURED, NO_EFFECT, RUN, ONLY_DEFAULT = "honoured", "no effect", "the run's", "
 SETTINGS: dict[str, tuple[str, str]] = {  # name -> (in MGRPOTrainer, in AgentTrainer)
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "cast_lm_head_to_fp32"), (HONOURED, HONOURED)),
     "disable_dropout": (HONOURED, "always on"),
+    "ds3_gather_for_generation": (NO_EFFECT, NO_EFFECT),  # DeepSpeed is refused
     "router_aux_loss_coef": ("only 0 with experts", RUN),
     **dict.fromkeys(
         (
@@ -59,7 +60,7 @@ SETTINGS: dict[str, tuple[str, str]] = {  # name -> (in MGRPOTrainer, in AgentTr
     ),
     **dict.fromkeys(
         (
-            *("num_generations", "num_generations_eval", "ds3_gather_for_generation", "shuffle_dataset"),
+            *("num_generations", "num_generations_eval", "shuffle_dataset"),
             *(
                 "pad_to_multiple_of",
                 "generation_batch_size",

@@ -73,7 +73,7 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if args is not None:
             settings.refuse(args, votes=d_max is not None)
             settings.loss_config(args)
-        if d_max is not None and kwargs.get("rollout_func") is None and len(rest) < 11:
+        if d_max is not None and kwargs.get("rollout_func") is None and len(rest) < 10:
             raise ConfigError("d_max: given without rollout_func, which alone returns rows of sub-agents")
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if self._is_vlm:
