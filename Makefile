@@ -10,7 +10,8 @@ SEED ?= 1
 # The run page is tested in a real browser: on Debian, as root, the suite brings its own.
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
-.PHONY: verl test-embed vllm test-vllm setup browser demo test lint bench soak sanitize chaos clean smollm2 smollm2-shared smollm2-model
+.PHONY: setup browser demo test lint vllm test-vllm verl test-embed bench soak sanitize chaos clean smollm2 smollm2-shared \
+    smollm2-model embed-trl
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -78,8 +79,19 @@ smollm2 smollm2-shared: setup smollm2-model
 	    --set trainer.steps=$(STEPS) $(if $(filter hf,$(ENGINE)),--set rollout.threads=2 $(IN_PROCESS))
 	@$(BIN)/python examples/smollm2/result.py $(OUT)
 
-test: setup browser lint vllm smollm2-model
+# A team whose sub-agent TRL's trainer trains, beside mgrpo's own for the main agent (examples/embed_trl).
+embed-trl: OUT := runs/embed_trl
+embed-trl: STEPS ?= 40
+embed-trl: RUN := examples/embed_trl/embed_trl.toml
+embed-trl: SETS = seed=$(SEED) trainer.steps=$(STEPS)
+embed-trl: setup
+	@$(BIN)/mgrpo train $(RUN) --out $(OUT) --fresh $(addprefix --set ,$(SETS)) & run=$$!; \
+	    $(BIN)/python -W ignore examples/embed_trl/train_sub.py $(RUN) sub $(OUT) $(SETS) || kill $$run; wait $$run
+	@$(BIN)/python examples/embed_trl/result.py $(OUT)
+
+test: setup browser lint vllm verl smollm2-model
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(MAKE) --no-print-directory test-embed
 	@$(MAKE) --no-print-directory test-vllm
 
 # Without root, apt or a mirror the tests of the page skip and say so; nothing else depends on it.

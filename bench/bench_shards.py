@@ -240,6 +240,15 @@ def batches() -> Any:
     return [MiniBatch(micro, 4.0)]
 
 
+def take_package_of(tree: str) -> None:
+    """Import mgrpo from `tree`, also where an editable install, which comes before PYTHONPATH, has another one."""
+    sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
+    import mgrpo
+
+    if not Path(mgrpo.__file__).is_relative_to(tree):
+        raise SystemExit(f"mgrpo comes from {mgrpo.__file__}, not from {tree}")
+
+
 def child(argv: list[str]) -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--make", type=Path)
@@ -247,6 +256,7 @@ def child(argv: list[str]) -> None:
     p.add_argument("--layers", type=int, default=0)
     p.add_argument("--rank", nargs=3)
     args = p.parse_args(argv)
+    take_package_of(os.environ["PYTHONPATH"])
     if args.make:
         make(args.make, args.quick, args.layers)
     else:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
     from mgrpo.ops.token_values import TokenValues
+    from mgrpo.run.external import feed
     from mgrpo.store.connect import connect
+    from mgrpo.store.records import RunParams
     from mgrpo.types import Rollout, Trajectory
 
 __version__ = "0.1.0"
@@ -43,6 +45,8 @@ _PUBLIC = {  # name -> module that defines it
     "Batcher": "mgrpo.batcher",
     "Plan": "mgrpo.batcher",
     "connect": "mgrpo.store.connect",
+    "RunParams": "mgrpo.store.records",
+    "feed": "mgrpo.run.external",
 }
 
 __all__ = [
@@ -52,12 +56,14 @@ __all__ = [
     "GrpoLossConfig",
     "Plan",
     "Rollout",
+    "RunParams",
     "TokenValues",
     "Trajectory",
     "__version__",
     "align",
     "assign",
     "connect",
+    "feed",
     "group_advantage",
     "grpo_loss",
     "linear_grpo_loss",

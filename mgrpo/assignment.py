@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
@@ -123,24 +124,39 @@ def _check_settings(
 
 
 def _bound(d_max: int | Mapping[str, int], role: str) -> int:
-    """D_max of a role."""
+    """D_max of a role. TypeError for one that is no integer."""
     if not isinstance(d_max, Mapping):
-        return 1 if role == MAIN else int(d_max)
+        return 1 if role == MAIN else index(d_max)
     if role == MAIN and d_max.get(MAIN, 1) != 1:
         raise ValueError(f"d_max: {d_max[MAIN]} for role {MAIN!r}, which has one trajectory a rollout")
     if role != MAIN and role not in d_max:
         raise ValueError(
             f"d_max: no number for role {role!r}, only for {', '.join(map(repr, d_max)) or 'none'}"
         )
-    return 1 if role == MAIN else int(d_max[role])
+    return 1 if role == MAIN else index(d_max[role])
 
 
-def _names(column: Sequence[str | int], name: str) -> list[str]:
-    """A column of queries or roles as text; of numpy, torch or plain Python."""
+def _values(column: Any, name: str) -> list[Any]:
+    """A column of names as plain Python; of numpy, torch or Python."""
     if isinstance(column, (str, bytes)):
         raise TypeError(f"{name}: {column!r} is one name, expected one for each row")
-    values = column.tolist() if hasattr(column, "tolist") else list(column)
-    return [query_name(int(value) if isinstance(value, np.integer) else value) for value in values]
+    return column.tolist() if hasattr(column, "tolist") else list(column)
+
+
+def _query_names(column: Any) -> list[str]:
+    return [
+        query_name(int(value) if isinstance(value, np.integer) else value)
+        for value in _values(column, "query")
+    ]
+
+
+def _role_names(column: Any, n: int) -> list[str]:
+    """One role for each row, given one for all or one for each. TypeError for a row without one."""
+    names = [column] * n if isinstance(column, str) else _values(column, "role")
+    for row, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"role: {name!r} in row {row} is a {type(name).__name__}, expected str")
+    return names
 
 
 def _integers(column: Any, name: str) -> Int64:
@@ -166,9 +182,9 @@ class _Rows:
     def __init__(
         self, query: Any, role: Any, rollout: Any, invocation: Any, reward: Any, tokens: Any
     ) -> None:
-        names = _names(query, "query")
+        names = _query_names(query)
         n = len(names)
-        role_names = [role] * n if isinstance(role, str) else _names(role, "role")
+        role_names = _role_names(role, n)
         self.rollout, self.invocation = _integers(rollout, "rollout"), _integers(invocation, "invocation")
         self.reward = np.asarray(reward, np.float64)
         self.tokens = None if tokens is None else _integers(tokens, "tokens")

@@ -42,6 +42,9 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
         ("gradient_checkpointing=true", "aux_loss_coef=0.1"),
         "dp = 2, tp = 2, ep = 2",
     ),
+    "cp": ("llama", (), "dp = 2, cp = 2"),
+    "cp tied": ("qwen3", ("last_layers=1", "gradient_checkpointing=true"), "cp = 4"),
+    "cp adapters": ("qwen3", ("lora.rank=4",), "replicate = 2, cp = 2"),
     "half tp": ("llama", ('dtype="bfloat16"',), "dp = 2, tp = 2"),
     "half frozen": ("qwen3", ('dtype="bfloat16"', "last_layers=1"), "tp = 2"),
     "half both": ("qwen3_moe", ('dtype="bfloat16"',), "dp = 2, tp = 2, ep = 4"),
@@ -52,6 +55,7 @@ RESUMED = (
     "tp",
     "frozen",
     "tp and ep",
+    "cp",
     "half both",
     "adapters",
 )  # those that resume one process's, and are resumed
@@ -91,8 +95,8 @@ def config_of(variant: str, ranks: int) -> RunConfig:
     sets += [f"policy.ranks={ranks}"]
     sets += [f"policy.mesh={{ {mesh} }}"] if mesh and ranks > 1 else []
     # The first KL term is 0 but for rounding, which AdamW makes steps of where a cut rounds otherwise: not with tp.
-    sets += ["loss.kl_coef=0.1"] if variant in ("hsdp", "adapters") else []
-    sets += ['loss.type="gspo"'] if variant == "tied" else []
+    sets += ["loss.kl_coef=0.1"] if variant in ("hsdp", "adapters", "cp", "cp adapters") else []
+    sets += ['loss.type="gspo"'] if variant in ("tied", "cp") else []
     return load_config(RELAY, [*(f"agents.main.{part}" for part in sets), *RUN])
 
 

@@ -22,6 +22,7 @@ from mgrpo.planning.live import bytes_of
 from mgrpo.planning.step import begin_in_the_middle, micro_batch
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.batch import MiniBatch
+from mgrpo.trainers.torch.heap import return_freed_memory
 from mgrpo.trainers.torch.learner import Learner, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
 from tests.live_bytes import peak_bytes
@@ -30,6 +31,7 @@ from tests.live_bytes import peak_bytes
 def learner_of(view: AgentView, ranks: Ranks) -> tuple[Learner, MiniBatch]:
     """The trainer of agents.main at the beginning of such a step, and its minibatch."""
     torch.set_num_threads(1)
+    return_freed_memory()
     folder = Path(view.agent.model or "")
     if ranks.size == 1:
         policy = load_policy(folder, view.agent.policy)

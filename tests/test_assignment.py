@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,6 +172,31 @@ def test_unbiased_divides_by_the_sample_deviation(estimator: str) -> None:
     assert got[16] == 0.0
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "batch"])
+def test_the_op_gives_the_same(estimator: str) -> None:
+    """mgrpo.group_advantage of the kept rows in float64, up to its sums' rounding, with either deviation."""
+    for seed, unbiased in ((3, False), (4, True), (5, True)):
+        if unbiased and estimator in ("dr_grpo", "rloo"):
+            continue
+        rows = team(seed)
+        got = assign(rows, estimator=estimator, unbiased=unbiased)
+        ids = torch.tensor([int(q[0]) for q in rows["query"]])
+        kept, weight = got.kept, torch.from_numpy(got.weight)
+        rewards = torch.tensor(rows["reward"], dtype=torch.float64)
+        op = mgrpo.group_advantage(rewards, ids, weight, estimator=estimator, unbiased=unbiased)
+        np.testing.assert_allclose(got.advantage, op.numpy(), rtol=1e-12, atol=1e-14)
+        assert not got.advantage[~kept].any()
+
+
+def test_the_page_of_the_alignment_runs() -> None:
+    """docs/alignment.md's example, as it stands."""
+    page = Path(__file__).parent.parent / "docs" / "alignment.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(page), "exec"), names)
+    assert names["assigned"].kept.all()
+
+
 @limits(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(sorted(TERM_SETTINGS)), st.sampled_from(MODES), st.booleans())
 def test_folded_advantages_carry_the_votes_exactly(seed: int, kind: str, mode: Any, delta: bool) -> None:
@@ -266,6 +293,9 @@ def test_wrong_groups_are_refused_by_name(change: dict[str, Any], words: str) ->
         ({"invocation": [True, True, True, True]}, "^invocation: bool"),
         ({"query": [1.5, 1, 1, 1]}, "1.5"),
         ({"query": "qqqr"}, "^query: 'qqqr' is one name"),
+        ({"role": ["main", "main", None, "main"]}, "^role: None in row 2 is a NoneType"),
+        ({"tokens": [1.0, 2.0, 3.0, 4.0]}, "^tokens: float64"),
+        ({"d_max": {"sub": 2.5}}, "float"),
     ],
 )
 def test_columns_of_another_type_are_refused(change: dict[str, Any], words: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from mgrpo.config import dump_config, load_config
 from mgrpo.errors import CheckpointError, CorruptionError
 from mgrpo.model.policy import Policy
+from mgrpo.pipeline.feed import Feed
 from mgrpo.pipeline.trainer_loop import TrainerLoop
 from mgrpo.run.folder import RunFolder
 from mgrpo.trainers.base import Checkpoint
@@ -202,10 +203,11 @@ def test_a_trainer_cuts_its_trajectory_log_for_the_oldest_checkpoint(tmp_path: P
         trajectory_log.append(Meta(f"{index}", 0, "main", 0, 0, index, {}, 1), bytes(13))
     kept: list[int] = []
     recorder = SimpleNamespace(keep=lambda c: kept.append(c.step))
-    trainer = object.__new__(TrainerLoop)
+    feed, trainer = object.__new__(Feed), object.__new__(TrainerLoop)
     trainer._trainer = SimpleNamespace(note_cursors=note_cursors)  # type: ignore[assignment]
-    trainer._reporter = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
-    trainer._streams = [
+    trainer._feed, feed._begun = feed, None
+    feed._reporter = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
+    feed._streams = [
         SimpleNamespace(role="main", trajectory_log=trajectory_log, store=Committed(), recorder=recorder)
     ]  # type: ignore[list-item]
 
@@ -215,7 +217,7 @@ def test_a_trainer_cuts_its_trajectory_log_for_the_oldest_checkpoint(tmp_path: P
     with trajectory_log:
         for step, first in ((2, 4), (4, 4), (4, 4), (6, 8)):
             trainer._commit(save_checkpoint(tmp_path / "c", step, policy, optimizer, keep=2))
-            assert left() == first and trainer._checkpointed == step
+            assert left() == first and feed.saved_step == step
     assert kept == [2, 4, 4, 6]
 
 

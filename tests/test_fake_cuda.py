@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from mgrpo import grpo_loss, linear_grpo_loss
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.model.policy import Policy
 from mgrpo.model.probe import probe, probe_ids
@@ -177,6 +178,36 @@ def test_log_probs_and_the_probe(cuda: Any) -> None:
     torch.testing.assert_close(logprobs_of(there, rows, 0.7).cpu(), logprobs_of(here, rows, 0.7))
     found = probe(there, probe_ids(here, 24))
     assert found.logprobs == pytest.approx(probe(here, found.token_ids).logprobs, abs=1e-5)
+
+
+@inside
+@numpy_warns
+@pytest.mark.parametrize("config", [settings("dapo", kl_coef=0.1), settings("gspo")], ids=lambda c: c.type)
+def test_padded_rows_and_what_nobody_looks_at(config: Any, cuda: Any) -> None:
+    """Padded calls with a float mask, token weights and values of tokens are the CPU's, with one wait a pass over the
+    head and none from logits. A weight that is not finite and a -100 under the mask make idle rows that are counted; a
+    denominator below 0 makes the loss NaN."""
+    from tests import test_padded
+
+    data = test_padded.batch()
+    data["loss_mask"] = data["loss_mask"] * 0.5
+    passes = 3 if config.type == "gspo" else 2  # of them one for the rows that the loss leaves out
+    for op, waits in ((linear_grpo_loss, passes), (grpo_loss, 0)):
+        expected = test_padded.run(data, config, op, tokens=True)
+        there = {name: x.to("cuda") for name, x in data.items()}
+        cuda.waits.clear()
+        found = test_padded.run(there, config, op, tokens=True)
+        assert sum(cuda.waits.values()) == waits, cuda.waits
+        torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-5, atol=1e-6)
+        for a, b in zip(found[2:], expected[2:], strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
+        bad = {name: x.clone() for name, x in data.items()}
+        bad["token_weight"][0, 1], bad["target_ids"][0, 3] = float("inf"), -100
+        loss, metrics, *_ = test_padded.run({k: x.to("cuda") for k, x in bad.items()}, config, op)
+        assert loss.cpu().isfinite() and int(metrics["nonfinite_rows"].cpu()) == 2
+        loss = test_padded.run(there, config, op, denominator=torch.tensor(-1.0).to("cuda"))[0]
+        assert loss.cpu().isnan()
+    cuda.waits.clear()
 
 
 @inside

@@ -18,6 +18,7 @@ ORDER = [
     *("pipeline",),
     *("tasks",),
     *("run", "view"),
+    *("integrations",),
     *("cli", "__main__"),
     *("integrations",),
 ]

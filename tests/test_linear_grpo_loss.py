@@ -251,24 +251,42 @@ def test_a_float32_master_beside_half_precision(kind: str, half: torch.dtype) ->
     assert torch.equal(found, selective_logprob(data["hidden"].to(half), data["weight"].to(half), ids)[0])
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_autocast_changes_nothing(dtype: torch.dtype, impl: str) -> None:
-    """Loss, log-probs and gradients inside torch.autocast are those outside, to the bit; one phase and two. (What
-    autocast does to torch's own backward of the reference is not ours.)"""
-    data = head_batch(517, 24, dtype)
-    h, w, ids = data["hidden"].to(dtype), data["weight"].to(dtype), data["target_ids"]
-    for config in (settings("dapo", kl_coef=0.1), settings("gspo")):
-        plain = run_head(data, config, dtype, impl)
-        with torch.autocast("cpu", torch.bfloat16):
-            inside = run_head(data, config, dtype, impl)
-            found = selective_logprob(h, w, ids, impl=impl)
-        for a, b in zip(found, selective_logprob(h, w, ids, impl=impl), strict=True):
-            assert torch.equal(a, b)
-        for a, b in zip(plain[2:], inside[2:], strict=True):
-            assert a.dtype == b.dtype and (impl == "reference" or torch.equal(a, b))
-        assert torch.equal(plain[0], inside[0])
-        assert all(torch.equal(plain[1][key], inside[1][key]) for key in METRICS)
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(F32, BF16), (F32, F16), (F64, F32), (F64, BF16)], ids=str)
+@pytest.mark.parametrize("kind", ["dapo", "gspo"])
+def test_a_weight_narrower_than_the_hidden_states(kind: str, wide: torch.dtype, narrow: torch.dtype) -> None:
+    """It is converted, exactly: loss, d hidden and log-probs are those of the converted weight to the bit, d weight is
+    that one's rounded to the weight's own dtype. In every backend."""
+    data = head_batch(129, 24, torch.float32)
+    ids = data["target_ids"]
+    rest = {k: v for k, v in data.items() if k not in ("hidden", "weight", "target_ids")}
+    for impl in ("reference", "cpu") if wide == F32 else ("reference",):
+        results = []
+        for dtype in (narrow, wide):
+            leaves = [
+                data["hidden"].to(wide).requires_grad_(),
+                data["weight"].to(narrow).to(dtype).requires_grad_(),
+            ]
+            loss, _ = linear_grpo_loss(*leaves, ids, config=settings(kind), impl=impl, **rest)
+            grads = torch.autograd.grad(loss * 0.5, leaves)
+            logprobs = selective_logprob(*(x.detach() for x in leaves), ids, impl=impl)
+            results.append((loss.detach(), *logprobs, *grads))
+        for mixed, same in zip(*results, strict=True):
+            assert torch.equal(mixed, same.to(mixed.dtype))
+        assert (results[0][3].dtype, results[0][4].dtype) == (wide, narrow)
+
+
+@pytest.mark.parametrize(("hidden", "weight"), [(BF16, F16), (F16, BF16), (F32, F64), (BF16, F64)], ids=str)
+def test_dtypes_that_would_lose_values_are_refused(hidden: torch.dtype, weight: torch.dtype) -> None:
+    """By both names, in both ops."""
+    h, w, ids = torch.zeros(2, 4, dtype=hidden), torch.zeros(5, 4, dtype=weight), torch.zeros(2).long()
+    message = rf"^weight: dtype {weight} beside hidden's, {hidden}, which does not hold its values"
+    with pytest.raises(TypeError, match=message):
+        selective_logprob(h, w, ids)
+    with pytest.raises(TypeError, match=message):
+        linear_grpo_loss(h, w, ids, config=settings("grpo"), advantages=torch.ones(2))
 
 
 def test_log_probs_of_half_precision_operands_are_within_the_budget() -> None:

@@ -231,7 +231,7 @@ def test_a_name_that_only_the_tables_know_stops_each_layer(monkeypatch: pytest.M
             _ = native._settings(Grpo(config), correct=True)
         monkeypatch.setattr(Grpo, "fused_id", 0)
     with pytest.raises(ValueError, match=r"^estimator: code 7 is not in \[0, 3\]"):
-        native.group_advantage(x, ids.int(), None, "ppo", 0.0)
+        native.group_advantage(x, ids.int(), None, "ppo", 0.0, False)
     with pytest.raises((ValueError, KeyError), match=r"correction|ppo"):
         rest = {"cu_seqlens": torch.tensor([0, 1], dtype=torch.int32), "advantages": x, "rollout_logprobs": x}
         grpo_loss(logits, ids, config=with_name("correction"), impl="reference", **rest)
@@ -284,14 +284,17 @@ def test_the_border_to_cpp_refuses_tensors_of_other_shapes() -> None:
         ("grad", lambda: native.row_gradients(z, ids, c, 1.0, torch.zeros(2, 3))),
         ("grad", lambda: native.row_gradients(z, ids, c, 1.0, z.bfloat16())),
         ("inputs", lambda: native.row_gradients(z, ids, (*c[:4], torch.zeros(1)), 1.0, z.clone())),
-        ("group_id", lambda: native.group_advantage(torch.zeros(2), ids, None, "grpo", 0.0)),
-        ("inputs", lambda: native.group_advantage(torch.zeros(2), ids.int(), torch.ones(3), "grpo", 0.0)),
-        ("rewards", lambda: _C.group_advantage(4097, 4096, 0, 1, 0, 0.0, 4096)),
-        ("eps", lambda: _C.group_advantage(0, 0, 0, 0, 0, math.nan, 0)),
+        ("group_id", lambda: native.group_advantage(torch.zeros(3), ids, None, "grpo", 0.0, False)),
+        (
+            "inputs",
+            lambda: native.group_advantage(torch.zeros(2), ids.int(), torch.ones(3), "grpo", 0.0, False),
+        ),
+        ("rewards", lambda: _C.group_advantage(4097, 4096, 0, 1, 0, 0.0, False, 4096)),
+        ("eps", lambda: _C.group_advantage(0, 0, 0, 0, 0, math.nan, False, 0)),
     ]
     for name, call in cases:
         with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
             call()
     empty = native.row_partials(z[:0], ids[:0], None, 1.0)
     assert [x.numel() for x in empty] == [0] * 4
-    assert native.group_advantage(torch.zeros(0), ids[:0].int(), None, "grpo", 0.0).numel() == 0
+    assert native.group_advantage(torch.zeros(0), ids[:0].int(), None, "grpo", 0.0, False).numel() == 0

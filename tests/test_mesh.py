@@ -139,6 +139,7 @@ def test_a_mesh_learns_demonstrations_as_one_process(folder: Path, together: Fou
         ({"ranks": 4}, (4, 4)),
         ({"ranks": 8, "mesh": {"replicate": 2, "tp": 2, "ep": 4}}, (8, 4)),
         ({"mesh": {"tp": 4}}, (4, 1)),
+        ({"ranks": 8, "mesh": {"replicate": 2, "cp": 2}}, (8, 4)),
         ({}, (1, 1)),
     ],
 )
@@ -153,7 +154,12 @@ def test_ranks_are_the_product_of_the_mesh(settings: dict[str, Any], expected: t
     [
         ({"ranks": 4, "mesh": {"dp": 2}}, r"ranks=4 should be mesh replicate=1 \* dp=2 \* cp=1 \* tp=1 = 2"),
         ({"ranks": 3, "mesh": {"tp": 2}}, r"ranks=3 should be a multiple of mesh .*tp=2 = 2"),
-        ({"ranks": 2, "mesh": {"cp": 2}}, r"mesh\.cp=2: sequences are not divided among ranks yet"),
+        ({"mesh": {"tp": 2, "cp": 2}}, r"mesh\.cp=2 and mesh\.tp=2 exclude each other"),
+        ({"mesh": {"dp": 2, "ep": 2, "cp": 2}}, r"mesh\.cp=2 and mesh\.ep=2 exclude each other"),
+        (
+            {"mesh": {"cp": 2}, "attention": "rows"},
+            r'mesh\.cp=2 divides padded rows, attention "rows" computes others; use "auto"',
+        ),
         ({"mesh": {"dp": 4, "ep": 3}}, r"mesh\.ep=3 should be a multiple of tp=1 that divides dp \* tp = 4"),
         ({"mesh": {"dp": 2, "tp": 4, "ep": 2}}, r"mesh\.ep=2 should be a multiple of tp=4"),
         (
@@ -180,6 +186,7 @@ def test_a_mesh_that_does_not_come_out_even_is_refused(settings: dict[str, Any],
         ),
         ("llama", {"tp": 4}, r"policy\.mesh\.tp=4 does not divide num_key_value_heads=2 of 'llama'"),
         ("llama", {"tp": 3}, r"policy\.mesh\.tp=3 does not divide num_attention_heads=4 of 'llama'"),
+        ("qwen3_moe", {"cp": 2}, r"policy\.mesh\.cp=2: the load of a mixture's experts is not counted"),
         ("qwen3_moe", {"dp": 3, "ep": 3}, r"policy\.mesh\.ep=3 does not divide num_experts=4"),
         (
             "qwen3_moe",
@@ -207,7 +214,7 @@ def test_weights_straight_from_a_mesh_are_refused() -> None:
     )
     sets = [engine, "agents.main.policy.mesh={ dp = 2, tp = 2 }"]
     with pytest.raises(
-        ConfigError, match=r"policy\.mesh tp=2, ep=1, replicate=1: ranks send weights straight"
+        ConfigError, match=r"policy\.mesh tp=2, ep=1, cp=1, replicate=1: ranks send weights straight"
     ):
         load_config(RELAY, sets)
     load_config(RELAY, [engine, "agents.main.policy.mesh={ dp = 2 }"])

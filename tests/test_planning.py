@@ -20,6 +20,7 @@ from mgrpo.planning.assumptions import GPUS, Assumptions, assume, memory_of
 from mgrpo.planning.fake import FakeTensors
 from mgrpo.planning.page import as_dict, render
 from mgrpo.planning.plan import Limits, limits_of, plan_agent, suggest
+from mgrpo.planning.process import process_bytes
 from mgrpo.planning.step import PlannedRanks, plan_step
 from mgrpo.trainers.torch.ranks import Ranks
 from tests.families import family
@@ -92,9 +93,16 @@ def test_peak_is_that_of_a_real_step(models: Path, kind: str, policy: tuple[str,
     assert predicted.peak == pytest.approx(measured["peak"], rel=0.03)
 
 
-def test_peak_on_two_ranks_is_that_of_a_real_step(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [("ranks=2", 'dtype="bfloat16"', "gradient_checkpointing=true"), ("mesh={cp=2}",)],
+    ids=["bfloat16", "divided rows"],
+)
+def test_peak_on_two_ranks_is_that_of_a_real_step(
+    models: Path, tmp_path: Path, policy: tuple[str, ...]
+) -> None:
     """The same for one of two ranks over gloo, whose twin is fake in the prediction."""
-    sets = overrides(models, "dense", "ranks=2", 'dtype="bfloat16"', "gradient_checkpointing=true")
+    sets = overrides(models, "dense", *policy)
     run_ranks("tests.plan_ranks", str(RELAY), str(tmp_path / "out"), *sets)
     measured = json.loads((tmp_path / "out").read_text())
     view = view_of(load_config(RELAY, sets), "main")
@@ -103,6 +111,28 @@ def test_peak_on_two_ranks_is_that_of_a_real_step(models: Path, tmp_path: Path) 
     assert kept == pytest.approx(found.total * 16 / 2, rel=0.01)
     assert measured["state"] == pytest.approx(kept, rel=0.01)
     assert predicted.peak == pytest.approx(measured["peak"], rel=0.05)
+
+
+def test_a_cpu_needs_what_its_process_holds_too(models: Path) -> None:
+    """What a trainer without a model holds is measured, and is part of what a rank on the CPU needs."""
+    config = config_of(models, "dense")
+    plan = plan_agent(config, "main", limits(1e12))
+    beside = process_bytes()
+    assert 100e6 < beside < 4e9  # torch alone is more than the one, no library more than the other
+    assert plan.needed == plan.memory.peak + beside
+    assert plan.host.processes == beside
+
+
+def test_divided_rows_leave_half_of_the_activations(models: Path) -> None:
+    """Two ranks of cp share a micro-batch; two of dp have one each, with the same shards of weights."""
+    found = {
+        mesh: plan_step(
+            models / "dense", view_of(config_of(models, "dense", f"mesh={{{mesh}=2}}"), "main"), "x"
+        )[0]
+        for mesh in ("dp", "cp")
+    }
+    assert found["cp"].masters == found["dp"].masters
+    assert found["cp"].activations < 0.65 * found["dp"].activations
 
 
 def test_state_of_a_large_model_on_many_ranks() -> None:

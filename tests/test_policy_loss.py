@@ -9,6 +9,7 @@ import torch
 
 from mgrpo import GrpoLossConfig, grpo_loss, policy_loss
 from mgrpo.losses.builtin import Grpo
+from mgrpo.ops import check
 from mgrpo.ops.selective_logprob import row_logprob
 from mgrpo.ops.token_loss import METRICS
 from tests import host_losses
@@ -131,6 +132,39 @@ def test_a_class_says_again_whether_its_own_term_reads_the_entropy() -> None:
     assert not Same.uses_entropy and Same.zero_without_advantage
 
 
+def test_in_a_compiled_graph() -> None:
+    """One graph without a break, and the same numbers: ratios of sequences, corrections that sum over rows."""
+    data = given(grid_batch(33, torch.float32))
+    config = settings(
+        "grpo", ratio_level="sequence", kl_coef=0.1, kl_bias_correction=True, correction="geometric"
+    )
+
+    def run(logp: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return policy_loss(logp, config=config, entropy=torch.ones_like(logp), **data)
+
+    out = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        logp = (data["old_logprobs"] + 0.1).requires_grad_()
+        loss, metrics = function(logp)
+        out.append([loss.detach(), *torch.autograd.grad(loss, logp), *metrics.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*out, strict=True)) and bool(out[0][1].any())
+
+
+@pytest.mark.parametrize("name", ["old_logprobs", "ref_logprobs"])
+def test_given_log_probs_that_are_not_finite(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by name on the CPU; where a look is not free the token is idle and counted."""
+    data, config = given(grid_batch(33, torch.float64)), settings("dapo", kl_coef=0.1)
+    logp = (data["old_logprobs"].double() + 0.1).requires_grad_()
+    data[name] = data[name].clone()
+    data[name][2] = float("nan")
+    with pytest.raises(ValueError, match=rf"^{name}: nan at \[2\] is not finite"):
+        policy_loss(logp, config=config, **data)
+    monkeypatch.setattr(check, "values_visible", lambda x: False)
+    loss, metrics = policy_loss(logp, config=config, **data)
+    (grad,) = torch.autograd.grad(loss, logp)
+    assert int(metrics["nonfinite_rows"]) == 1 and not grad[2].any() and bool(grad.isfinite().all())
+
+
 def test_rows_that_are_not_finite_are_idle_and_counted() -> None:
     """A NaN or infinite log-prob or entropy moves nothing, and the others are as without it."""
     data, config = given(grid_batch(33, torch.float64)), settings("dapo", entropy_coef=0.1)
@@ -248,8 +282,9 @@ def test_a_log_prob_that_the_sampler_did_not_report_is_trls_ratio_of_1(sampler: 
     ("gspo", "seq-mean-token-mean"), ("sapo", "seq-mean-token-mean"),
 ])  # fmt: skip
 def test_verls_formulas(kind: str, mode: str) -> None:
-    """To rounding for log-ratios between its bounds and above them. Below -20 verl holds the ratio at e^-20 and
-    gives it no gradient; here it goes on to 0: 2.1e-9 of the advantage is all that lies between."""
+    """To rounding for log-ratios between its bounds and above them. Below -20 verl holds the ratio at e^-20 and gives
+    it no gradient; here it goes on to 0: 2.1e-9 of the advantage is all that lies between. (verl's mean over a
+    sequence divides by its length + 1e-8.)"""
     type_ = {"token-mean": "bnpo", "seq-mean-token-mean": "grpo"}[mode]
     more: dict[str, Any] = {"vanilla": {"delta": 3.0}, "gspo": {"log_ratio_clip": 10.0}, "sapo": {}}[kind]
     if kind == "gspo":

@@ -51,12 +51,10 @@ def test_the_rate_is_the_tasks_where_the_config_leaves_it_open(overrides: list[s
     def record(*arguments: Any) -> None:
         rates.append(arguments[4])
 
-    trainer = object.__new__(trainer_loop.TrainerLoop)  # without its sockets: SFT needs none
     config = load_config(ATLAS, overrides)
-    trainer._config, trainer._agent, trainer._role, trainer._streams = config, config.agents["sub"], "sub", []
-    trainer._task = AtlasTask(config.task.options)
-    trainer._trainer = SimpleNamespace(sft=record)  # type: ignore[assignment]
-    trainer._sft(Path(), Path())
+    feed: Any = SimpleNamespace(config=config, agent=config.agents["sub"], role="sub")  # SFT needs no sockets
+    trainer: Any = SimpleNamespace(sft=record)
+    trainer_loop.sft(feed, AtlasTask(config.task.options), trainer, Path(), Path())
     assert rates == [pytest.approx(expected)]
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mgrpo.config import load_config
 from mgrpo.errors import DeadlineError, PeerError
 from mgrpo.pipeline import step_reporter
+from mgrpo.pipeline.feed import Feed, step_times
 from mgrpo.pipeline.step_ahead import Closed, StepAhead
-from mgrpo.pipeline.step_reporter import StepReporter
-from mgrpo.pipeline.trainer_loop import Shutdown, TrainerLoop, step_times
+from mgrpo.pipeline.trainer_loop import TrainerLoop
 from mgrpo.store.records import Control, World
 from mgrpo.weights.publisher import VersionSize
 from tests.runs import RELAY
@@ -116,20 +118,22 @@ class Trainer:
 
 
 class Loop(TrainerLoop):
-    """A trainer loop around them, without links, warm start and files. Used as a context manager."""
+    """A trainer loop around them, without links, SFT and files. Used as a context manager."""
 
     def __init__(
         self, stream: Stream, during: Callable[[int], None] = lambda step: None, steps: int = 3
     ) -> None:
-        self._config = load_config(RELAY, [f"trainer.steps={steps}", "trainer.checkpoint_every=2"])
-        self._agent, self._role = self._config.agents["main"], "main"
-        self._trainer = Trainer(during)  # type: ignore[assignment]
-        self._stop_requested = False
-        self._step = self._begun = self._checkpointed = 0
-        self._weights = SimpleNamespace(publish=lambda *_: None, close=lambda: None, size=VersionSize(5, 20))  # type: ignore[assignment]
-        self._streams = [stream]  # type: ignore[list-item]
-        self._store = stream.store  # type: ignore[assignment]
-        self._ahead, self._reporter = StepAhead(self._streams, steps), StepReporter(self._streams)
+        config = load_config(RELAY, [f"trainer.steps={steps}", "trainer.checkpoint_every=2"])
+        weights = SimpleNamespace(publish=lambda *_: None, close=lambda: None, size=VersionSize(5, 20))
+        trainer = Trainer(during)
+        feed = Feed(config, "main", Path(), [stream], weights, trainer.heartbeat)  # type: ignore[arg-type, list-item]
+        super().__init__(feed, SimpleNamespace(), SimpleNamespace(), trainer)  # type: ignore[arg-type]
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._feed.__exit__(*error)
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +167,7 @@ def test_a_run_that_ends_with_the_last_step_ends_the_training_well() -> None:
     store.status = status  # type: ignore[method-assign]
     with Loop(Stream(store)) as loop:
         loop._train()
-    assert loop._step == 3
+    assert loop._feed.step == 3 and not loop._feed.stopped
 
 
 def test_weights_are_published_before_the_step_is_written() -> None:
@@ -178,7 +182,7 @@ def test_weights_are_published_before_the_step_is_written() -> None:
 
     with Loop(Stream(store), during) as loop:
         loop._train()
-        loop._flush_reports()
+        loop._feed.flush()
     assert [e for e in store.events if e.startswith("step")] == ["step 1", "step 2", "step 3"]
     for step in (1, 2, 3):
         assert store.events.index(f"publish {step}") < store.events.index(f"record {step}")
@@ -217,14 +221,10 @@ def test_an_error_of_the_report_ends_the_trainer() -> None:
     store.report = report  # type: ignore[method-assign]
     with Loop(Stream(store)) as loop, pytest.raises(PeerError, match="report refused"):
         loop._train()
-    with Loop(Stream(store), steps=1) as loop:
+    with Loop(Stream(store), steps=1) as loop, pytest.raises(PeerError, match="report refused"):
         loop._train()
-        with pytest.raises(PeerError, match="report refused"):
-            loop._flush_reports()
-    with Loop(Stream(store), steps=1) as loop:
-        loop._train()
-        loop._stop_requested = True  # the store may have ended too: nobody reads the report
-        loop._flush_reports()
+    with Loop(Stream(store), lambda step: setattr(loop._feed, "_stop_requested", True), steps=1) as loop:
+        loop._train()  # the store may have ended too: nobody reads the report
 
 
 def test_a_stop_during_a_claim_ends_the_thread() -> None:
@@ -239,10 +239,10 @@ def test_a_stop_during_a_claim_ends_the_thread() -> None:
     pause = threading.Event()
     store = Store(state="finished")
     with Loop(Stream(store, claim)) as loop:
-        with pytest.raises(Shutdown):
-            loop._train()
-        assert loop._ahead._next is not None
-        future = loop._ahead._next
+        loop._train()
+        assert loop._feed.stopped and loop._feed.step == 0
+        assert loop._feed._ahead._next is not None
+        future = loop._feed._ahead._next
     assert isinstance(future.exception(SECONDS), Closed) and True in looks
 
 
@@ -273,9 +273,8 @@ def test_a_writer_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
     store.hold.clear()
     with Loop(Stream(store), steps=1) as loop:
-        loop._train()
         with pytest.raises(DeadlineError, match=r"trainer main: a step's record .* within 0\.05 s"):
-            loop._reporter.flush()
+            loop._train()
         store.hold.set()
 
 
@@ -284,7 +283,7 @@ def test_times_add_up() -> None:
     store = Store()
     with Loop(Stream(store)) as loop:
         loop._train()
-        loop._flush_reports()
+        loop._feed.flush()
     assert len(store.reported) == 3
     for row in store.reported:
         parts = [row[f"main/time/{name}"] for name in ("wait_batch", "train", "weights", "other")]

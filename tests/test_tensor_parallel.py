@@ -54,7 +54,14 @@ def work(rank: int, folder: str) -> None:
         ]
         h, w = data["hidden"].float(), data["weight"].float()
         logprobs = selective_logprob(h, w, data["target_ids"], chunk=7, tp_group=dist.group.WORLD)
-        torch.save((out, logprobs), Path(folder) / f"{rank}.pt")
+        rest = {k: v for k, v in data.items() if k not in ("hidden", "weight", "target_ids")}
+        values = []
+        for config in (settings("dapo"), settings("gspo")):
+            _, metrics, found = linear_grpo_loss(
+                h, w, data["target_ids"], config=config, tp_group=dist.group.WORLD, tokens=True, **rest
+            )
+            values.append((metrics["entropy_all"], found.logprobs, found.entropy))
+        torch.save((out, logprobs, values), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -75,14 +82,20 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     data = head_batch(66, 16, torch.float32)
     for i, config in enumerate(CONFIGS):
         exact = run_head(data, config, torch.float64, "reference")
-        for results, _ in ranks:
+        for results, *_ in ranks:
             assert abs(float(results[i][0]) - float(exact[0])) < 1e-5
             assert error(results[i][2], exact[2]) < 5e-6
-        assert error(torch.cat([results[i][3] for results, _ in ranks]), exact[3]) < 5e-6
+        assert error(torch.cat([results[i][3] for results, *_ in ranks]), exact[3]) < 5e-6
     z = (data["hidden"] @ data["weight"].t()).log_softmax(1)
     exact_logp = z.gather(1, data["target_ids"][:, None]).squeeze(1)
-    for _, (logp, entropy) in ranks:
+    for _, (logp, entropy), _ in ranks:
         assert error(logp, exact_logp) < 1e-6 and error(entropy, -(z.exp() * z).sum(1)) < 1e-6
+    mask = data["loss_mask"] != 0
+    for *_, values in ranks:
+        for mean, *found in values:
+            for got, exact_all in zip(found, (exact_logp, -(z.exp() * z).sum(1)), strict=True):
+                assert error(got, torch.where(mask, exact_all, 0.0)) < 1e-6
+            torch.testing.assert_close(mean, found[1][mask].mean())
 
 
 def test_the_reference_backend_has_no_shards() -> None:

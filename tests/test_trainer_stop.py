@@ -6,56 +6,70 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mgrpo.errors import DeadlineError, MgrpoError
-from mgrpo.pipeline.trainer_loop import Shutdown, TrainerLoop
+from mgrpo.pipeline.feed import Feed, FeedStep, Shutdown
+from mgrpo.pipeline.trainer_loop import TrainerLoop
 from mgrpo.transport.server import Server
 from tests.runs import wait_for
 
 
+class BareFeed(Feed):
+    """A feed without processes around it: the first step after `stop_at` steps asks for the stop."""
+
+    def __init__(self, begun: int, stop_at: int) -> None:
+        self._streams, self._handlers, self._stop_requested, self.stopped = [], {}, False, False
+        self.step = self.saved_step = begun
+        self.role, self.folder, self._begun, self._stop_at = "main", Path(), None, stop_at
+        engine = SimpleNamespace(direct=False, probed=False)
+        self.agent = SimpleNamespace(frozen=False, model="folder", engine=engine)  # type: ignore[assignment]
+        self.config = SimpleNamespace(trainer=SimpleNamespace(checkpoint_every=100, steps=200))  # type: ignore[assignment]
+        self._heartbeat = lambda: None
+        self._ahead = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
+        self._reporter = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
+        self._weights = SimpleNamespace(describe=lambda files: None)  # type: ignore[assignment]
+
+    def publish(self, tensors: object, probe: object = None) -> None:
+        pass
+
+    def report(self, kind: str, payload: dict[str, object]) -> None:
+        pass
+
+    def _next(self) -> FeedStep:
+        if self.step == self._stop_at:
+            self._on_signal(signal.SIGTERM, None)
+            self.check_stop()
+        return FeedStep(self.step, 0.1, False, [], [])
+
+    def applied(self, metrics: object) -> None:
+        self.step += 1
+
+
 class Bare(TrainerLoop):
-    """A trainer without processes around it: its stages are written down, the first claim of `stop_at` stops it."""
+    """A trainer loop on it; its checkpoints are written down."""
 
     def __init__(self, begun: int, stop_at: int) -> None:
         self.events: list[str] = []
-        self._stop_requested = False
-        self._streams = []
-        self._step = self._begun = self._checkpointed = begun
-        self._stop_at = stop_at
-        self._role, self._folder, self._task = "main", Path(), SimpleNamespace(chat=False)  # type: ignore[assignment]
-        engine = SimpleNamespace(direct=False)
-        self._agent = SimpleNamespace(frozen=False, model="folder", engine=engine)  # type: ignore[assignment]
-        self._trainer = SimpleNamespace(  # type: ignore[assignment]
+        self.feed = BareFeed(begun, stop_at)
+        trainer: Any = SimpleNamespace(
             load=lambda start: SimpleNamespace(step=begun, passed_over=()) if begun else None,
             policy_files=dict,
-            heartbeat=lambda: None,
+            train=lambda batches, recompute, lr: {},
+            weights=lambda: iter(()),
             save=lambda step: self.events.append(f"checkpoint {step}"),
             saved=self.settle,
             close=lambda: self.events.append("end"),
             note_cursors=lambda checkpoint, cursors: cursors,
         )
-        self._ahead = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
-        self._reporter = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
-        self._weights = SimpleNamespace(describe=lambda files: None)  # type: ignore[assignment]
+        super().__init__(self.feed, SimpleNamespace(chat=False), SimpleNamespace(), trainer)  # type: ignore[arg-type]
 
     def settle(self, wait: bool) -> object:
-        self.events.append("durable")
+        if wait:
+            self.events.append("durable")
         return None
-
-    def _publish(self, version: int) -> None:
-        pass
-
-    def _report(self, kind: str, payload: dict[str, object]) -> None:
-        pass
-
-    def _train(self) -> None:
-        while True:
-            if self._step == self._stop_at:
-                self._on_signal(signal.SIGTERM, None)
-                self._check_stop()
-            self._step += 1
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +92,7 @@ def handlers() -> Iterator[None]:
 def test_a_stop_while_waiting_saves_the_last_step(begun: int, stop_at: int, events: list[str]) -> None:
     """Wherever the loop is when the stop is noticed: the steps since the last checkpoint are saved before it leaves."""
     trainer = Bare(begun, stop_at)
-    trainer._streams = [stream(commit=lambda step: 0)]  # type: ignore[list-item]
+    trainer.feed._streams = [stream(commit=lambda step: 0)]  # type: ignore[list-item]
     trainer.run()
     assert trainer.events == events
 
@@ -91,12 +105,12 @@ def test_a_store_that_has_ended_too_costs_no_checkpoint() -> None:
         raise DeadlineError("store at ipc:///x: no answer to commit within 5 s")
 
     trainer = Bare(0, 7)
-    trainer.settle = lambda wait: SimpleNamespace(step=5)  # type: ignore[method-assign]
+    trainer.settle = lambda wait: SimpleNamespace(step=5) if wait else None  # type: ignore[method-assign]
     trainer._trainer.saved = trainer.settle  # type: ignore[method-assign]
-    trainer._streams = [stream(commit=silent)]  # type: ignore[list-item]
+    trainer.feed._streams = [stream(commit=silent)]  # type: ignore[list-item]
     trainer.run()
     assert trainer.events == ["checkpoint 7", "end"]
-    trainer._stop_requested = False
+    trainer.feed._stop_requested = False
     with pytest.raises(DeadlineError):
         trainer._finish_checkpoint(wait=True)
 
@@ -117,12 +131,14 @@ def stream(**store: object) -> SimpleNamespace:
 
 def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint() -> None:
     """In the terminal of a trainer that was started by hand the first one saves, the next one has its usual effect."""
-    trainer = Bare(0, 1)
-    signal.signal(signal.SIGINT, trainer._on_signal)
-    trainer._on_signal(signal.SIGINT, None)
-    assert trainer._stop_requested and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    usual = signal.getsignal(signal.SIGINT)
+    feed = BareFeed(0, 1)
+    feed._catch_signals()
+    assert signal.getsignal(signal.SIGINT) == feed._on_signal
+    feed._on_signal(signal.SIGINT, None)
+    assert feed._stop_requested and signal.getsignal(signal.SIGINT) is usual
     with pytest.raises(Shutdown):
-        trainer._check_stop()
+        feed.check_stop()
 
 
 def test_a_trainer_whose_address_is_served_no_more_ends(tmp_path: Path) -> None:
@@ -132,9 +148,9 @@ def test_a_trainer_whose_address_is_served_no_more_ends(tmp_path: Path) -> None:
     def tick() -> None:
         raise KeyError("no such record")
 
-    trainer = Bare(0, 1)
+    feed = BareFeed(0, 1)
     with Server(f"ipc://{tmp_path}/main", {}, tick=tick) as server:
-        trainer._streams = [SimpleNamespace(check=server.check)]  # type: ignore[list-item]
+        feed._streams = [SimpleNamespace(check=server.check)]  # type: ignore[list-item]
         wait_for(lambda: server.failure is not None, "the end of the thread")
         with pytest.raises(MgrpoError, match=r"ipc://.*main.*KeyError: 'no such record'"):
-            trainer._check_stop()
+            feed.check_stop()

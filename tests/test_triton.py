@@ -121,6 +121,25 @@ def test_interpreted_groups_in_the_kernel(small_blocks: None) -> None:
             got = run_logits(data, config, torch.float32, "triton", **more)
             assert error(got[2], exact[2]) <= 5e-6
             assert abs(float(got[0]) - float(exact[0])) < 1e-6
+            wide = torch.stack([groups.long() * 2**33] * 2, 1)[:, 0]
+            same = run_logits(data, config, torch.float32, "triton", **{**more, "group_id": wide})
+            assert torch.equal(same[2], got[2])
+
+
+@numpy_warns
+def test_interpreted_padded_rows_and_token_values(small_blocks: None) -> None:
+    """As the CPU's tests: padded rows are the packed ones, masked rows are not read, values are the float64 ones."""
+    from tests.loss_grid import settings
+    from tests.test_padded import check_masked_rows, check_padded
+    from tests.test_token_values import check_values
+    from tests.test_token_weight import HAND, check_factors
+
+    for config in (settings("dapo", kl_coef=0.1, entropy_coef=0.02), settings("gspo")):
+        check_padded(config, "triton")
+        check_masked_rows(config, "triton")
+    check_values("triton", [settings("dapo", delta=2.0), settings("gspo")])
+    for config in HAND[1:3]:
+        check_factors(config, ("triton",))
 
 
 @numpy_warns

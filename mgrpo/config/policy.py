@@ -10,6 +10,7 @@ from mgrpo.config.settings import Settings
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
+EXTERNAL = "external"  # the policy.trainer that is a program of the user's
 
 
 class LoraConfig(Settings):
@@ -45,16 +46,23 @@ class MeshConfig(Settings):
     """Ranks that a mixture's experts are spread over, tokens being sent to them (all-to-all). They are those of dp and
     tp: a multiple of tp that divides dp * tp."""
     cp: int = Field(1, ge=1)
-    """Ranks that divide each sequence among them. Only 1 so far."""
+    """Ranks that divide each row of a micro-batch among them, for trajectories whose activations one does not hold.
+    Every weight is sharded over them too. For dense models of plain attention; not with tp and ep."""
     replicate: int = Field(1, ge=1)
     """Copies of the sharded weights (HSDP): a weight is gathered within one copy, its gradient summed over all."""
+
+    @property
+    def same_rows(self) -> int:
+        """Ranks, side by side, that compute one micro-batch together."""
+        return self.cp * self.tp
 
 
 class PolicyConfig(Settings):
     """How the trainer holds and computes one agent's policy."""
 
     trainer: str = "torch"
-    """The backend: torch, the name that an installed package gives one, or "package.module:Class"."""
+    """The backend: torch, the name that an installed package gives one, or "package.module:Class"; or external: a
+    program of yours that takes part through mgrpo.feed (docs/embedding/feed.md)."""
     device: Device = "cpu"
     """Where the trainer computes."""
     dtype: Precision = "float32"
@@ -91,7 +99,7 @@ class PolicyConfig(Settings):
     @property
     def data_ranks(self) -> int:
         """Ranks with micro-batches of their own; each batch is computed by ranks / data_ranks of them together."""
-        return self.ranks // (self.mesh.cp * self.mesh.tp)
+        return self.ranks // self.mesh.same_rows
 
     @model_validator(mode="after")
     def _ranks_of_the_mesh(self) -> PolicyConfig:
@@ -104,9 +112,14 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f"ranks={ranks} should be {'' if mesh.dp else 'a multiple of '}mesh {shape} = {product}"
             )
-        if mesh.cp > 1:
+        for name, size in (("tp", mesh.tp), ("ep", mesh.ep)):
+            if mesh.cp > 1 and size > 1:
+                raise ValueError(
+                    f"mesh.cp={mesh.cp} and mesh.{name}={size} exclude each other; use mesh.dp with either"
+                )
+        if mesh.cp > 1 and self.attention not in ("auto", "sdpa"):
             raise ValueError(
-                f"mesh.cp={mesh.cp}: sequences are not divided among ranks yet; use 1, and mesh.tp or mesh.dp"
+                f'mesh.cp={mesh.cp} divides padded rows, attention "{self.attention}" computes others; use "auto"'
             )
         inner = ranks // mesh.replicate
         if mesh.ep > 1 and (mesh.ep % mesh.tp or inner % mesh.ep):

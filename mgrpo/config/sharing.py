@@ -88,10 +88,11 @@ def _check_adapters(role: str, agent: AgentConfig) -> None:
 
 def _check_direct(role: str, agent: AgentConfig) -> None:
     mesh = agent.policy.mesh
-    if agent.engine.direct and (mesh.tp, mesh.ep, mesh.replicate) != (1, 1, 1):
+    if agent.engine.direct and (mesh.tp, mesh.ep, mesh.cp, mesh.replicate) != (1, 1, 1, 1):
         raise ValueError(
-            f"agents.{role}.policy.mesh tp={mesh.tp}, ep={mesh.ep}, replicate={mesh.replicate}: ranks send weights "
-            f'straight to servers only where dp alone divides them; use agents.{role}.engine.sync "fs" or "patch"'
+            f"agents.{role}.policy.mesh tp={mesh.tp}, ep={mesh.ep}, cp={mesh.cp}, replicate={mesh.replicate}: ranks "
+            "send weights straight to servers only where dp alone divides them; use "
+            f'agents.{role}.engine.sync "fs" or "patch"'
         )
 
 

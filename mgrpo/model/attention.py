@@ -118,7 +118,7 @@ def use(model: Any, kind: Kind) -> None:
 
     name = f"mgrpo_packed_{kind}"
     AttentionInterface.register(name, {"varlen": _varlen, "flash": _flash}[kind])
-    # None for causal attention without padding; where there is padding, the 2-D mask, which _unpacked refuses.
+    # None for causal attention without padding; where there is padding, the 2-D mask, which unpacked refuses.
     AttentionMaskInterface.register(name, flash_attention_mask)
     model.set_attn_implementation(name)
 
@@ -212,8 +212,8 @@ def _varlen(
     """AttentionInterface function: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D)."""
     borders = kwargs.get("cu_seq_lens_q")
     if borders is None:
-        return _unpacked(module, query, key, value, attention_mask, **kwargs)
-    _refuse_what_is_not_computed(module, kwargs)
+        return unpacked(module, query, key, value, attention_mask, **kwargs)
+    refuse_what_is_not_computed(module, kwargs)
     scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
     # A rotation may leave them in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -245,8 +245,8 @@ def _flash(
     """As _varlen, through flash-attn."""
     borders = kwargs.get("cu_seq_lens_q")
     if borders is None:
-        return _unpacked(module, query, key, value, attention_mask, **kwargs)
-    _refuse_what_is_not_computed(module, kwargs)
+        return unpacked(module, query, key, value, attention_mask, **kwargs)
+    refuse_what_is_not_computed(module, kwargs)
     window, longest = kwargs.get("sliding_window"), kwargs["max_length_q"]
     function = flash_attn_varlen_func()
     assert function is not None
@@ -268,7 +268,7 @@ def _flat(*states: Tensor) -> list[Tensor]:
     return [x[0].transpose(0, 1) for x in states]
 
 
-def _unpacked(
+def unpacked(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Whole rows: causal without a mask, else as the prepared 4-D mask says."""
@@ -279,7 +279,7 @@ def _unpacked(
         )
     window = kwargs.get("sliding_window")
     if attention_mask is None and window is not None and query.shape[2] > window:
-        _refuse_what_is_not_computed(module, kwargs)
+        refuse_what_is_not_computed(module, kwargs)
         return _causal(query, key, value, kwargs.get("scaling"), window).transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -305,7 +305,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, wind
     )
 
 
-def _refuse_what_is_not_computed(module: Any, kwargs: dict[str, Any]) -> None:
+def refuse_what_is_not_computed(module: Any, kwargs: dict[str, Any]) -> None:
     """A model that asks for more than causal softmax attention must not silently get less."""
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:

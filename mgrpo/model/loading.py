@@ -43,7 +43,18 @@ def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
         )
     _check_plain(model.config, folder)
     _check_complete(found, folder)
-    return Policy(model.to(config.device), _tokenizer(folder), str(folder), config)
+    policy = Policy(model.to(config.device), _tokenizer(folder), str(folder), config)
+    if config.dtype != "float32" or policy.experts is not None:
+        _leave_files(policy.model)
+    return policy
+
+
+def _leave_files(model: torch.nn.Module) -> None:
+    """Weights as they are loaded are views of a mapped file. Where some have been rounded or joined (experts), any
+    other would keep all of the file in memory: they get memory of their own."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.clone()
 
 
 @dataclass(frozen=True, slots=True)

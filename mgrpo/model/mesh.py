@@ -13,6 +13,7 @@ from typing import Any
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model import architecture
 from mgrpo.model.architecture import EXPERTS
 from mgrpo.model.register import register_architecture
 
@@ -30,7 +31,7 @@ _WIDTHS = ("hidden_size", "intermediate_size", "shared_expert_intermediate_size"
 def check_mesh(folder: Path, policy: PolicyConfig) -> None:
     """Raises ConfigError naming the setting and the bound where the model in `folder` cannot be cut so."""
     mesh = policy.mesh
-    if mesh.tp == mesh.ep == 1:
+    if mesh.tp == mesh.ep == mesh.cp == 1:
         return
     try:
         import transformers.distributed.expert_parallel  # noqa: F401 - the plans are applied by it
@@ -39,14 +40,14 @@ def check_mesh(folder: Path, policy: PolicyConfig) -> None:
         from transformers import __version__
 
         raise ConfigError(
-            f"policy.mesh tp={mesh.tp}, ep={mesh.ep} needs transformers 5.23, found {__version__}"
+            f"policy.mesh tp={mesh.tp}, ep={mesh.ep}, cp={mesh.cp} needs transformers 5.23, found {__version__}"
         ) from None
     register_architecture(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"policy folder {folder}: no configuration loads from it: {error}") from error
-    for reason in (*_tensor(config, policy), *_expert(config, policy)):
+    for reason in (*_tensor(config, policy), *_expert(config, policy), *_context(config, policy)):
         raise ConfigError(f"policy folder {folder}: {reason}")
 
 
@@ -88,3 +89,15 @@ def _expert(config: Any, policy: PolicyConfig) -> Iterator[str]:
         number = getattr(config, setting, None)
         if isinstance(number, int) and number % ep:
             yield f"{asked} does not divide {setting}={number} of {kind!r}"
+
+
+def _context(config: Any, policy: PolicyConfig) -> Iterator[str]:
+    asked, found = f"policy.mesh.cp={policy.mesh.cp}", config.to_dict()
+    if policy.mesh.cp == 1:
+        return
+    if architecture.has_experts(found):
+        yield f"{asked}: the load of a mixture's experts is not counted over parts of rows; use policy.mesh.dp"
+    if others := sorted(architecture.layer_kinds(found) - architecture.ATTENTION):
+        yield f"{asked}: {others[0]} layers of {config.model_type!r} need whole rows; use policy.mesh.dp"
+    if others := sorted(architecture.windows(found).keys() - {"sliding_window"}):
+        yield f"{asked}: {config.model_type!r} attends within {others[0]} in a way of its own; use policy.mesh.dp"

@@ -225,7 +225,7 @@ def prepare(
     if fuse_groups and rewards is not None and group_id is not None:
         _check_rewards(rewards, group_id, n, like)
         choose(impl, rewards.device, rewards.dtype)  # the kernel takes no more than group_advantage would
-        groups = Groups(rewards, group_id, seq_weight)
+        groups = Groups(rewards, group_id.contiguous(), seq_weight)
         advantages = torch.ones_like(target_ids, dtype=dtype)
     else:
         advantages = _advantages(like, seq_id, n, inputs, config, impl)

@@ -87,9 +87,12 @@ class _PlainLogits(torch.autograd.Function):
     """hidden weight^T with the gradients of torch's own product, which autocast rounds neither here nor there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+    def forward(hidden: Tensor, weight: Tensor) -> Tensor:
         return _product(hidden, weight.t())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -22,6 +22,7 @@ import torch
 
 from mgrpo.algorithms import open_algorithm
 from mgrpo.config import RunConfig
+from mgrpo.config.policy import EXTERNAL
 from mgrpo.credit import trajectory_reward
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.losses.registry import find_loss
@@ -163,7 +164,10 @@ class Replayer:
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def _loss(self, role: str, step: int, recorded: StepBody) -> Stage:
-        metrics = self._train_up_to(self._config.policy_of(role), step)
+        owner = self._config.policy_of(role)
+        if self._config.agents[owner].policy.trainer == EXTERNAL:
+            return Stage(role, "loss", UNKNOWN, "a program of the user's took the step")
+        metrics = self._train_up_to(owner, step)
         if isinstance(metrics, str):
             return Stage(role, "loss", UNKNOWN, metrics)
         names = sorted(name for name in metrics if name.startswith(("loss/", "policy/")))

@@ -43,7 +43,7 @@ class Assumptions:
     fragmentation: float = 0.05
     """Of the peak, lost between blocks of the allocator."""
     process: float = 3.0 * GB
-    """Main memory of one rank's process beside what is listed."""
+    """Main memory of one rank's process on a GPU beside what is listed. That of ranks on the CPU is measured."""
     gpus_per_host: int = 8
     mean_length: float = 0.5
     """Mean trajectory, of max_length."""

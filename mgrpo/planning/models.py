@@ -20,6 +20,7 @@ from mgrpo.model import attention
 from mgrpo.model.loading import BlankPolicy
 from mgrpo.model.policy import Policy
 from mgrpo.model.register import register_architecture
+from mgrpo.trainers.torch import context
 from mgrpo.trainers.torch.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -95,15 +96,15 @@ def _tokenizer(folder: Path, model: Any) -> Any:
 @contextlib.contextmanager
 def packed_in_one_call(policy: Policy) -> Iterator[None]:
     """A GPU computes all packed sequences in one call, whose output is there once; the CPU's loop over sequences puts
-    its pieces together into a second copy."""
-    if policy.attention not in attention.PACKED:
+    its pieces together into a second copy. Divided rows need a mask in memory on a CPU alone."""
+    name = policy.model.config._attn_implementation
+    if policy.attention not in attention.PACKED and name != context.ATTENTION:
         yield
         return
     from transformers import AttentionInterface
 
-    name = policy.model.config._attn_implementation
     before = AttentionInterface._global_mapping[name]
-    AttentionInterface.register(name, _one_call)
+    AttentionInterface.register(name, _divided if name == context.ATTENTION else _one_call)
     try:
         yield
     finally:
@@ -119,3 +120,13 @@ def _one_call(
         query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out.transpose(1, 2), None
+
+
+def _divided(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As _one_call for a rank's part (R, G, n, D) of rows: the keys and values of all ranks are gathered."""
+    if (split := kwargs.pop(context.SPLIT, None)) is not None:
+        n = query.shape[2]
+        key, value = (context.in_order(x, split)[:, :, :n] for x in (key, value))
+    return _one_call(module, query, key, value, attention_mask)

@@ -40,8 +40,11 @@ def _section(plan: AgentPlan, suggestions: Sequence[Suggestion]) -> Iterator[str
     ):
         yield f"    {label:34}{value / 1e9:8.2f}"
     yield f"    {'peak of a step, all at one time':34}{m.peak / 1e9:8.2f}"
-    beside = " with what is assumed beside the tensors" if plan.device == "cuda" else ""
-    yield f"    {'needed':34}{plan.needed / 1e9:8.2f}  of {plan.available / 1e9:.1f}{beside}"
+    if plan.device == "cuda":
+        beside = "with what is assumed beside the tensors"
+    else:
+        beside = "with what a process without tensors holds here, measured"
+    yield f"    {'needed':34}{plan.needed / 1e9:8.2f}  of {plan.available / 1e9:.1f} {beside}"
     yield f"  a host        GB, {host.ranks} rank{'s' if host.ranks > 1 else ''} of this agent on it"
     for label, value in (
         ("processes", host.processes),

@@ -12,6 +12,7 @@ from mgrpo.environments.loader import load_task
 from mgrpo.errors import ConfigError
 from mgrpo.planning.assumptions import Assumptions, Gpu
 from mgrpo.planning.machine import host_memory
+from mgrpo.planning.process import process_bytes
 from mgrpo.planning.speed import Split, split_of
 from mgrpo.planning.step import Parameters, StepMemory, plan_step
 from mgrpo.planning.traffic import Traffic, traffic_of
@@ -47,7 +48,8 @@ class AgentPlan:
     parameters: Parameters
     memory: StepMemory
     needed: float
-    """Bytes of a rank's device (a GPU, or its share of main memory), with what is assumed beside the tensors."""
+    """Bytes of a rank's device (a GPU, or its share of main memory), with what is there beside the tensors: assumed on
+    a GPU, measured on a CPU."""
     available: float
     host: Host
     host_available: float
@@ -85,10 +87,10 @@ def plan_agent(config: RunConfig, role: str, limits: Limits) -> AgentPlan:
     """The policy of `role`. Raises ConfigError for one that cannot be trained."""
     view = view_of(config, role)
     policy = view.agent.policy
-    for name in ("tp", "ep", "cp"):
+    for name in ("tp", "ep"):
         if (size := getattr(policy.mesh, name)) > 1:
             raise ConfigError(
-                f"agents.{role}.policy.mesh.{name}={size}: plans know data-parallel ranks alone"
+                f"agents.{role}.policy.mesh.{name}={size}: plans know dp, cp and replicate alone"
             )
     with tempfile.TemporaryDirectory() as made:
         folder = view.agent.model
@@ -98,18 +100,20 @@ def plan_agent(config: RunConfig, role: str, limits: Limits) -> AgentPlan:
     traffic = traffic_of(config, view, parameters, limits.assumed)
     cuda = policy.device == "cuda"
     on_host = min(view.ranks, limits.assumed.gpus_per_host) if cuda else view.ranks
+    process = limits.assumed.process if cuda else float(process_bytes())
     copied = memory.masters + memory.optimizer
     patches = round(traffic.version * PATCHED) if view.agent.engine.weights_dtype == "bfloat16" else 0
     host = Host(
         on_host,
-        on_host * (limits.assumed.process if cuda else limits.assumed.process / 6),
+        on_host * process,
         0 if cuda else on_host * memory.peak,
         on_host * copied,
         0 if view.agent.engine.direct else traffic.version + patches,
     )
-    needed = (
-        memory.peak * (1 + limits.assumed.fragmentation) + limits.assumed.context if cuda else memory.peak
-    )
+    if cuda:
+        needed = memory.peak * (1 + limits.assumed.fragmentation) + limits.assumed.context
+    else:
+        needed = memory.peak + process
     available = limits.memory if cuda else limits.host / view.ranks
     split = split_of(config, view, parameters, traffic, limits.gpu, limits.assumed) if cuda else None
     return AgentPlan(
@@ -123,6 +127,7 @@ def _settings(config: RunConfig, role: str) -> str:
     policy, trainer = config.agents[role].policy, config.trainer
     words = [policy.device, policy.dtype, f"ranks {policy.ranks}", f"micro_batch {trainer.micro_batch}"]
     words.append(f"max_length {view_of(config, role).longest}")
+    words += [f"{name} {n}" for name in ("cp", "replicate") if (n := getattr(policy.mesh, name)) > 1]
     words += ["gradient_checkpointing"] if policy.gradient_checkpointing else []
     words += [f"last_layers {policy.last_layers}"] if policy.last_layers else []
     words += [f"lora rank {policy.lora.rank}"] if policy.lora.rank else []

@@ -21,13 +21,14 @@ from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError, MgrpoError, StartValidationError
 from mgrpo.model.folder import check_chat_folder, check_experts, check_folder
 from mgrpo.planning.state import check_state
+from mgrpo.run.external import ExternalTrainers, check_external, external_roles
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
 from mgrpo.run.interrupts import Interrupts
 from mgrpo.run.lock import take_lock
 from mgrpo.run.monitor import Monitor, Outcome
 from mgrpo.run.processes import check_plugins, load_run_task
 from mgrpo.run.progress import Display
-from mgrpo.run.supervisor import HEALTHY_SECONDS, Supervisor
+from mgrpo.run.supervisor import HEALTHY_SECONDS, QUIET_SECONDS, Supervisor
 
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' subsystem
 ENGINE_HEALTHY = 300.0  # a server that fails while it starts, which takes minutes, fails for good
@@ -75,6 +76,7 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
     """What can be known to fail fails here, before a folder or a process exists."""
     folder.check_sockets(config)
     check_plugins(config)
+    check_external(config)
     task = load_run_task(config)
     for role in config.policy_roles:
         view, where = view_of(config, role), f"agents.{role}"
@@ -172,8 +174,9 @@ class _Launch:
             ) as children,
         ):
             monitor = Monitor(self._config, folder, display)
+            externals = ExternalTrainers(self._config, folder, display.line)
             try:
-                outcome = self._train(monitor, children, interrupts, display)
+                outcome = self._train(monitor, children, interrupts, display, externals)
             except KeyboardInterrupt:
                 display.line(f"interrupted; go on with: mgrpo train --resume {folder.root}", "yellow")
             except MgrpoError as error:
@@ -183,6 +186,7 @@ class _Launch:
             finally:
                 # Trainers write a last checkpoint when they get SIGTERM; the store must still be there for it.
                 children.stop([name for name in children.pids() if name != "store"])
+                self._release(externals, monitor, interrupts, display)
                 monitor.close(outcome)
                 shutil.rmtree(folder.weights, ignore_errors=True)
         if outcome is Outcome.INVALID:
@@ -192,8 +196,34 @@ class _Launch:
         if outcome is Outcome.INTERRUPTED:
             raise KeyboardInterrupt
 
+    def _release(
+        self, externals: ExternalTrainers, monitor: Monitor, interrupts: Interrupts, display: Display
+    ) -> None:
+        """Wait until the external trainers have seen that the run is over, or stops for now, and have left."""
+        if not externals.present:
+            return
+        monitor.end("the launcher stops")
+        count, began, explained = interrupts.count, time.monotonic(), False
+        while (waited := time.monotonic() - began) < self._config.trainer.stop_timeout:
+            monitor.poll()
+            left = externals.present & set(monitor.trainers or ())
+            if not left or interrupts.count > count:
+                return
+            if not explained and waited > QUIET_SECONDS:
+                explained = True
+                names = ", ".join(sorted(left))
+                display.line(
+                    f"waiting for the external trainer of {names} to leave (Ctrl-C ends this)", "yellow"
+                )
+            time.sleep(LOOK_SECONDS)
+
     def _train(
-        self, monitor: Monitor, children: Supervisor, interrupts: Interrupts, display: Display
+        self,
+        monitor: Monitor,
+        children: Supervisor,
+        interrupts: Interrupts,
+        display: Display,
+        externals: ExternalTrainers,
     ) -> Outcome:
         """Start all parts and watch them until the run is over. Raises KeyboardInterrupt, ChildFailed, ConfigError."""
 
@@ -207,12 +237,14 @@ class _Launch:
         monitor.connect(watch, self._config.store.idle_timeout)
         self._accepted()
         self._start_others(children)
+        externals.begin()
         # What serves all has got somewhere when anybody has.
         serving = ["store", *(name for name in children.pids() if name.startswith("engine-"))]
         while (outcome := monitor.poll()) is Outcome.RUNNING:
             if monitor.advanced:
                 children.advanced([*monitor.advanced, *serving])
                 monitor.advanced.clear()
+            externals.look(monitor.trainers)
             watch()
             time.sleep(LOOK_SECONDS)
         others = [name for name in children.pids() if name not in serving]
@@ -226,7 +258,10 @@ class _Launch:
         files = [str(self._folder.config), "--out", str(self._folder.root)]
         # An error after a wait as long as this one is one in a row all the same.
         healthy = HEALTHY_SECONDS + max(config.store.idle_timeout, PATIENCE_SECONDS)
+        external = external_roles(config)
         for role in config.policy_roles:
+            if role in external:
+                continue
             children.start(
                 f"trainer-{role}",
                 ["trainer", *files, "--agent", role],

@@ -57,6 +57,7 @@ class Monitor:
         self._summary = _Summary(config)
         self._signs = Signs()
         self.reason = ""
+        self.trainers: list[str] | None = None  # roles whose trainer is there; None: the store did not answer
 
     def connect(self, check: Callable[[], object], seconds: float) -> None:
         """Wait for the store; `check` is called meanwhile and raises when there is no hope. Nothing is written before
@@ -99,9 +100,11 @@ class Monitor:
         assert self._client is not None, "connect() comes first"
         try:
             # The state is read before the reports: whoever ends a run reports first and ends it then.
-            control = self._client.world().control
+            world = self._client.world()
+            control, self.trainers = world.control, world.trainers
             fresh = list(every_report(self._client, self._seen))
         except (DeadlineError, PeerError) as error:
+            self.trainers = None
             self._complain(error, self.answered)
             return Outcome.RUNNING
         self.answered = time.monotonic()
@@ -119,6 +122,15 @@ class Monitor:
         if control.state == "finished":
             return Outcome.FINISHED
         return Outcome.INVALID if self._summary.start_failed else Outcome.FAILED
+
+    def end(self, reason: str) -> None:
+        """The run stops here, for now: those that the launcher does not start learn it from the store."""
+        assert self._client is not None, "connect() comes first"
+        try:
+            if self._client.world().control.state == "running":
+                self._client.set_control("stopping", reason)
+        except (DeadlineError, PeerError) as error:
+            self._complain(error, self.answered)
 
     def _complain(self, error: Exception, since: float) -> None:
         """The store is silent: say so now and then, not of every restart."""

@@ -123,16 +123,14 @@ def run_trainer_process(
 
 def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
     """Rank 0 of a trainer, or one of the others."""
-    from mgrpo.pipeline.trainer_loop import TrainerLoop
+    from mgrpo.pipeline.trainer_loop import run_trainer
     from mgrpo.trainers.registry import open_trainer
 
     with open_trainer(view_of(config, role), folder.agent(role)) as trainer:
         if not trainer.is_main:
             trainer.run_commands()
             return
-        task, addresses = load_run_task(config), folder.addresses(config)
-        with TrainerLoop(config, role, task, folder.agents, addresses, trainer) as loop:
-            loop.run()
+        run_trainer(config, role, load_run_task(config), folder.agents, folder.addresses(config), trainer)
 
 
 def run_worker_process(

@@ -149,7 +149,12 @@ class StoreClient:
 
 
 class LauncherClient(StoreClient):
-    """Creates the run and steers it. Call create() or attach() first, unless `run` was given."""
+    """Creates the run and steers it. Call create() or attach() first, unless `run` was given.
+
+    with mgrpo.connect(url, role="launcher") as launcher:
+        launcher.create(mgrpo.RunParams(run="a", digest="settings-1", roles=["main", "sub"], training_roles=["sub"],
+                                        k=8, batch=32))
+    """
 
     def attach(self) -> rec.RunParams:
         """Take part in whatever run the store holds."""
@@ -158,8 +163,9 @@ class LauncherClient(StoreClient):
         return params
 
     def create(self, params: rec.RunParams) -> rec.RunParams:
-        """Create the run, or check that the store holds exactly this one; raises PeerError naming both
-        otherwise."""
+        """Create the run in a store that holds none, or check that it holds exactly this one; times may differ, and are
+        taken. Workers and trainers can connect from then on. Raises PeerError naming what is different, and for
+        parameters that no run can have."""
         known: rec.RunParams = self._call("create", params, rec.RunParams)
         self._adopt(known)
         return known

@@ -21,6 +21,11 @@ from mgrpo.store.ledger import Ledger, check_sender, queries_of
 from mgrpo.store.state import State
 from mgrpo.transport.codec import Refusal, Sender, encode
 
+NOT_CREATED = (
+    "this store holds no run yet; create it first: "
+    'mgrpo.connect(url, role="launcher").create(mgrpo.RunParams(...))'
+)
+
 
 class Core:
     """The store in `database`. `ledger` is None while the file holds no run, or after drop()."""
@@ -43,8 +48,8 @@ class Core:
             self.reload(now)
         elif known != params:
             raise ConfigError(
-                f"store {self.database.path} holds run {known.run!r} (digest {known.digest!r}), "
-                f"not {params.run!r} (digest {params.digest!r}) or with other parameters"
+                f"store {self.database.path} holds run {known.run!r} (digest {known.digest!r}), not {params.run!r} "
+                f"(digest {params.digest!r}): {_differences(known, params)}; take another file, or attach() to that run"
             )
 
     def handle(self, method: str, body: Any, sender: Sender, now: float) -> Any:
@@ -63,13 +68,18 @@ class Core:
         """The ledger, once the sender is known to be of this run. `params` may be asked by whoever names no
         run."""
         if self.ledger is None:
-            raise Refusal("NOT_CREATED", "this store holds no run yet")
+            raise Refusal("NOT_CREATED", NOT_CREATED)
         params = self.ledger.state.params
         if sender.run != params.digest and not (sender.run == "" and method == "params"):
+            todo = (
+                "connect with run=None to take the store's"
+                if sender.run
+                else "call attach(), or create() with the run's parameters, first"
+            )
             raise Refusal(
                 "WRONG_RUN",
                 f"{sender.role} {sender.name!r} has run digest {sender.run!r}, "
-                f"this store serves run {params.run!r} with digest {params.digest!r}",
+                f"this store serves run {params.run!r} with digest {params.digest!r}; {todo}",
             )
         return self.ledger
 
@@ -96,6 +106,16 @@ class Core:
     def trained(self, role: str) -> list[rec.Trained]:
         """The role's surviving optimizer history, as of the last commit."""
         return [rec.Trained(*row) for row in self.database.trained(role)]
+
+
+def _differences(known: rec.RunParams, params: rec.RunParams) -> str:
+    """What `params` says otherwise than the run in the file, each with both values; without the times, which may."""
+    known, params = _but_for_times(known), _but_for_times(params)
+    return ", ".join(
+        f"{name} {getattr(known, name)!r} there, {getattr(params, name)!r} here"
+        for name in known.__struct_fields__
+        if getattr(known, name) != getattr(params, name)
+    )
 
 
 def _but_for_times(params: rec.RunParams) -> rec.RunParams:

@@ -95,7 +95,11 @@ class Deliveries:
     def _role(self, name: str) -> Role:
         role = self.state.roles.get(name)
         if role is None:
-            raise BadMessage(f"{name!r} is not a training role of this run ({list(self.state.roles)})")
+            roles = ", ".join(f"'trainer:{role}'" for role in self.state.roles)
+            raise BadMessage(
+                f"{name!r} is not a training role of this run ({list(self.state.roles)}); "
+                f"its trainers connect as {roles}"
+            )
         return role
 
     def _any_role(self, name: str) -> Role:
@@ -110,8 +114,14 @@ class Deliveries:
 
     def _check_epoch(self, role: Role, epoch: int, first: bool = False) -> Role:
         if epoch != role.epoch or (epoch == 0 and not first):
+            todo = (
+                ""
+                if epoch
+                else "; this trainer has not called resume(checkpoint_step), -1 without a checkpoint"
+            )
             raise Refusal(
-                "FENCED", f"epoch {epoch} of role {role.name!r} is over, the current one is {role.epoch}"
+                "FENCED",
+                f"epoch {epoch} of role {role.name!r} is over, the current one is {role.epoch}{todo}",
             )
         return role
 
@@ -266,7 +276,8 @@ class Deliveries:
         role = self._holder(request.role, request.epoch)
         if request.step > role.step:
             raise BadMessage(
-                f"commit of step {request.step}, role {role.name!r} has applied up to {role.step}"
+                f"commit of step {request.step}, role {role.name!r} has applied up to {role.step}; "
+                f"call apply(step, groups) first"
             )
         for query in list(role.applied):
             delivery = self.state.groups[query].deliveries[role.name]
@@ -332,7 +343,10 @@ class Deliveries:
     def _delivery(self, query: str, role: Role) -> Delivery:
         group = self.state.groups.get(query)
         if group is None or role.name not in group.deliveries:
-            raise Refusal("NOT_FOUND", f"no sealed group {query!r} for role {role.name!r}")
+            raise Refusal(
+                "NOT_FOUND",
+                f"no sealed group {query!r} for role {role.name!r}; claim() gives those there are",
+            )
         return group.deliveries[role.name]
 
 

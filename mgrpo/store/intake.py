@@ -21,6 +21,7 @@ from mgrpo.types import MAIN, version_label
 
 MAX_OPEN = 65_536  # groups in the making that one store carries
 MAX_META = 32
+UNPUBLISHED = "its trainer calls status(version=0, step=-1, checkpoint_step=-1) once its weights can be had"
 
 
 class Intake:
@@ -95,7 +96,9 @@ class Intake:
             )
         for role in state.roles.values():
             if role.version is None:
-                raise Refusal("RETRY_AFTER", f"role {role.name!r} has not published a version yet")
+                raise Refusal(
+                    "RETRY_AFTER", f"role {role.name!r} has not published a version yet: {UNPUBLISHED}"
+                )
             done = role.step + 1
             claims = (
                 role.version - done + params.admitted_lag() + 1
@@ -105,7 +108,7 @@ class Intake:
                 raise Refusal(
                     "RETRY_AFTER",
                     f"role {role.name!r} is at version {role.version}: {taken} groups are ahead of this one, "
-                    f"max_lag {params.max_lag} admits {room}",
+                    f"max_lag {params.max_lag} admits {room} until its trainer calls status() with the next version",
                 )
 
     def _opened(self, group: Group) -> Opened:
@@ -180,7 +183,8 @@ class Intake:
         needed = set(params.training_roles) - {MAIN}
         if not needed <= set(record.d_k) <= set(params.roles) - {MAIN}:
             raise BadMessage(
-                f"d_k names {sorted(record.d_k)}, sub-agent roles in training are {sorted(needed)}"
+                f"d_k names {sorted(record.d_k)}, sub-agent roles in training are {sorted(needed)}: each needs its "
+                f"number, 0 where it was not called"
             )
         self._check_attempt(group, record.attempt)
         due = [(role, d_k) for role, d_k in record.d_k.items() if role in needed]
@@ -194,7 +198,7 @@ class Intake:
                 raise Refusal(
                     "INCOMPLETE",
                     f"rollout {record.rollout} of {record.query!r} ends with {d_k} invocations of {role!r}, "
-                    f"{here + extra} have arrived",
+                    f"{here + extra} have arrived: call invocation_done once for each of 0..d_k - 1 first",
                 )
         self._end(group, record, now)
 
@@ -225,7 +229,7 @@ class Intake:
     def _group(self, query: str) -> Group:
         group = self.state.groups.get(query)
         if group is None:
-            raise Refusal("NOT_FOUND", f"unknown group {query!r}")
+            raise Refusal("NOT_FOUND", f"unknown group {query!r}: call open_group first")
         return group
 
     def _check_rollout(self, group: Group, rollout: int) -> None:

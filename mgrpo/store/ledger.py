@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[type[Any] | None, str]] = {  # method -> (request recor
     "commit": (rec.Commit, TRAINER),
     "nack": (rec.Groups, TRAINER),
     "status": (rec.Status, TRAINER),
+    "leave": (rec.RoleName, TRAINER),
     "params": (None, ANY),
     "report": (rec.Report, MEMBER),
     "reports": (rec.WaitFor, ANY),
@@ -71,6 +72,7 @@ class Ledger:
             "commit": lambda r, s, now: self.deliveries.commit(r),
             "nack": lambda r, s, now: self.deliveries.nack(r),
             "status": lambda r, s, now: self.deliveries.status(r),
+            "leave": lambda r, s, now: None,
             "params": lambda r, s, now: state.params,
             "report": lambda r, s, now: self.report(r, s),
             "reports": lambda r, s, now: self.reports(r),
@@ -84,6 +86,8 @@ class Ledger:
         answer = self._calls[method](request, sender, now)
         if sender.role == WORKER:
             self.state.heard_from(sender.name, now)
+        elif sender.role.startswith(f"{TRAINER}:"):
+            self.state.heard_from_trainer(sender.role, None if method == "leave" else now)
         self.state.counters[method] += 1
         return answer
 
@@ -140,8 +144,9 @@ class Ledger:
         satisfied = satisfied and state.last_report > request.after
         roles = [role.status() for role in state.roles.values()]
         workers = sorted(worker for worker in state.workers if state.is_alive(worker, now))
+        open_, trainers = len(state.open), state.present_trainers(now)
         return rec.World(
-            satisfied, state.control, roles, state.sealed, state.last_report, len(state.open), workers
+            satisfied, state.control, roles, state.sealed, state.last_report, open_, workers, trainers
         )
 
     def stats(self) -> dict[str, Any]:
@@ -190,7 +195,11 @@ def check_sender(method: str, request: Any, sender: Sender) -> None:
     if allowed == MEMBER and sender.role.partition(":")[0] in (WORKER, TRAINER, LAUNCHER):
         return
     if allowed not in (ANY, sender.role):
-        raise Refusal("FORBIDDEN", f"{sender.role or 'nobody'!r} may not {method}, only {allowed} may")
+        named = WORKER if allowed == MEMBER else allowed
+        raise Refusal(
+            "FORBIDDEN",
+            f"{sender.role or 'nobody'!r} may not {method}, only {allowed} may: connect(url, role={named!r})",
+        )
 
 
 def check_tree(value: object, what: str, depth: int = 0) -> None:

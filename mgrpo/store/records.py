@@ -18,11 +18,13 @@ Counts = dict[Name, Small]
 
 
 class RunParams(Record):
-    """What a run is, fixed when its store is created. `digest` is that of the run's configuration: a peer with another
-    digest is refused. batch: groups of one optimizer step. max_lag: how many versions old a group may be when it is
-    trained. pool: groups that one claim takes, of which the step uses `batch` and sets the rest aside; 0: batch.
-    in_order: groups are numbered from 0 without gaps and are claimed in that order, whichever is ready first, but for
-    claim_window: with an older group still to come, so many younger ones less one may be claimed before it.
+    """What a run is, fixed when its store is created. run: its name. digest: any text that stands for the run's
+    configuration; a peer that names another one is refused. roles: of all agents. training_roles: those whose trainers
+    claim groups. k: rollouts of a group. batch: groups of one optimizer step. max_lag: how many versions old a group
+    may be when it is trained. pool: groups that one claim takes, of which the step uses `batch` and sets the rest
+    aside (0: batch). in_order: groups are numbered from 0 without gaps and are claimed in that order, whichever is
+    ready first, but for claim_window: with an older group still to come, so many younger ones less one may be claimed
+    before it.
     Times in seconds, and the only thing that may change when a run is resumed: lease_s, after which a claim that is not
     renewed is taken back; group_timeout_s, after which a group is closed if nothing of it has arrived meanwhile;
     heartbeat_timeout_s, after which a silent worker counts as dead, and others may take its open groups over."""
@@ -251,7 +253,7 @@ class WaitFor(Record):
 class World(Record):
     """What a wait answers: the state of everything one can wait for, and whether the condition holds. open: groups
     that workers have in hand. workers: names of the rollout workers that gave a sign of life within
-    heartbeat_timeout_s, sorted."""
+    heartbeat_timeout_s, sorted. trainers: roles whose trainer did, and has not left since, sorted."""
 
     satisfied: bool
     control: Control
@@ -260,6 +262,7 @@ class World(Record):
     reports: int
     open: int = 0
     workers: list[str] = msgspec.field(default_factory=list)
+    trainers: list[str] = msgspec.field(default_factory=list)
 
 
 class OpenGroups(Record):

@@ -185,6 +185,7 @@ class State:
         self.counters: Counter[str] = Counter()
         self.settled: set[str] = set()
         self.workers: dict[str, float] = {}  # workers that are alive -> when each gave its last sign of life
+        self.trainers: dict[str, float] = {}  # "trainer:<role>" -> when it gave its last sign of life; no row
         self._arrived = 0  # every group below this index is sealed or dropped
         self.dirty: dict[tuple[object, ...], Row] = {}
 
@@ -329,6 +330,18 @@ class State:
             del self.workers[worker]
         if silent:
             self.save_meta("workers", sorted(self.workers))
+
+    def heard_from_trainer(self, sender: str, now: float | None) -> None:
+        """A trainer has given a sign of life, or (None) has left."""
+        if now is None:
+            self.trainers.pop(sender, None)
+        else:
+            self.trainers[sender] = now
+
+    def present_trainers(self, now: float) -> list[str]:
+        """The roles of those that gave one within heartbeat_timeout_s, sorted."""
+        limit = self.params.heartbeat_timeout_s
+        return sorted(sender.partition(":")[2] for sender, at in self.trainers.items() if now - at < limit)
 
     # -- from rows ------------------------------------------------------------------------------------------
 

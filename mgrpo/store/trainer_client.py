@@ -2,6 +2,7 @@
 
 trainer = mgrpo.connect(url, role="trainer:sub")
 trainer.resume(checkpoint_step=-1)
+trainer.status(version=0, step=-1, checkpoint_step=-1)
 groups = trainer.claim(n=32, timeout=600)
 trainer.apply(step=0, groups=groups)
 trainer.commit(step=0)
@@ -88,8 +89,10 @@ class TrainerClient(StoreClient):
                     self._held |= {group.query: group.lease for group in groups}
                 return groups
             if time.monotonic() >= deadline:
+                world = self.world()
                 raise DeadlineError(
-                    f"store at {self._link.url}: {queue}{self._at()}: fewer are sealed after {limit:g} s"
+                    f"store at {self._link.url}: {queue}{self._at()}: fewer are sealed after {limit:g} s; workers have "
+                    f"{world.open} groups open, and {len(world.workers)} of them are alive"
                 )
 
     def apply(
@@ -120,6 +123,10 @@ class TrainerClient(StoreClient):
         request = rec.Status(self.agent, self.epoch, version, step, checkpoint_step)
         status: rec.RoleStatus = self._call("status", request, rec.RoleStatus)
         return status
+
+    def leave(self) -> None:
+        """This trainer ends; another one may come. What it holds stays leased until then."""
+        self._call("leave", rec.RoleName(self.agent), None)
 
     def _named(self, groups: Sequence[rec.ClaimedGroup], step: int = -1, reason: str = "") -> rec.Groups:
         return rec.Groups(self.agent, self.epoch, [(g.query, g.lease) for g in groups], step, reason)

@@ -1,7 +1,7 @@
 """The store from a rollout worker's side: it opens groups and fills them.
 
 worker = mgrpo.connect(url, role="worker")
-group = worker.open_group(query="q7/0", k=8, d_max={"sub": 4})
+group = worker.open_group(query="q7/0", k=8, d_max={"sub": 4}, index=0)
 worker.invocation_done(group, 0, role="sub", invocation=0, n_tokens=31, versions=(4, 4), ref=ref)
 worker.rollout_final(group, 0, reward=1.0, correct=1.0, d_k={"sub": 1})
 """

@@ -20,6 +20,7 @@ from rich.text import Text
 from mgrpo.config import RunConfig, config_digest, load_config
 from mgrpo.errors import ConfigError, DeadlineError, PeerError
 from mgrpo.metrics import read_metrics
+from mgrpo.run.external import external_roles
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.progress import clock
 from mgrpo.run.reports import every_report, values_of
@@ -41,6 +42,7 @@ class RunStatus:
         self.steps: dict[str, int] = dict.fromkeys(config.roles, 0)
         self.stats: dict[str, Any] | None = None  # None: the store does not answer
         self.state = ""
+        self.missing: list[str] = []  # roles whose external trainer is not there
         self.recent: list[Mapping[str, Any]] = []  # lines of metrics.jsonl, for the timeline
         self._durations: dict[str, list[float]] = {role: [] for role in config.roles}
 
@@ -100,6 +102,8 @@ class Watcher:
         try:
             status.stats = self._client.stats()
             status.state = str(status.stats["control"])
+            there = self._client.world().trainers
+            status.missing = [role for role in external_roles(status.config) if role not in there]
             for report in every_report(self._client, self._seen):
                 self._seen = report.seq
                 status.take(*values_of(report.kind, report.payload))
@@ -175,6 +179,8 @@ def _foot(status: RunStatus) -> str:
             parts.append(f"{status.stats['dropped']} dropped")
     if not math.isnan(left) and left > 0 and status.state == "running":
         parts.append(f"{clock(left)} left")
+    if status.missing and status.state == "running":
+        parts.append(f"waiting for the external trainer of {', '.join(status.missing)}")
     parts.append(clean(status.state))
     return "; ".join(parts)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from mgrpo.transport.codec import Buffer
 from mgrpo.transport.server import Handler, Park, Reply, Request
 from mgrpo.types import Probe
 from mgrpo.weights.history import History
-from mgrpo.weights.layout import Layout
+from mgrpo.weights.layout import SLICE, Layout
 from mgrpo.weights.messages import FilesAre, GetChunk, GetFiles, GetWeights, Kind, PartIs, WeightsAre
 
 if TYPE_CHECKING:
@@ -116,6 +116,17 @@ class WeightPublisher:
             return None
         whole, patch = _whole_size(layout), self._history.patch(newest.label)
         return VersionSize(whole if patch is None else min(len(patch), whole), whole)
+
+    def newest(self) -> Iterator[bytes]:
+        """The newest version as a file in safetensors format, piece by piece. Raises ValueError where there is none, or
+        where it came to the servers another way; nothing may be published meanwhile."""
+        with self._lock:
+            newest, layout = next(reversed(self._versions.values()), None), self._history.layout
+        if newest is None or newest.direct or layout is None:
+            raise ValueError("no version is kept here")
+        size = len(layout.header) + layout.size
+        for start in range(0, size, SLICE):
+            yield self._history.read(newest.label, start, min(start + SLICE, size)) or b""
 
     def _is_pulled(self, label: str) -> bool:
         with self._pulls_lock:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mgrpo.config import RunConfig, load_config, view_of
+from mgrpo.config.policy import EXTERNAL
 from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError
+from mgrpo.trainers.registry import find_trainer
 from mgrpo.types import MAIN
 
 STORE, MONITOR, TRAINER, ROLLOUT = "store", "monitor", "trainer", "rollout"
@@ -80,6 +82,10 @@ def make_plan(path: Path, overrides: Sequence[str], site: Site) -> Plan:
     config = load_config(path, overrides)
     for role in config.policy_roles:
         find_engine(view_of(config, role))
+        if config.agents[role].policy.trainer == EXTERNAL:
+            find_trainer(
+                view_of(config, role)
+            )  # refuses it: what starts a program of the user's is not known
     _check_places(config, site)
     ports = _Ports(site.base_port)
     addresses = list(_addresses(config, site, ports))

@@ -8,6 +8,7 @@ rank steps through its own micro-batches, and the gradients are summed over the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -118,19 +119,19 @@ class Learner:
                 means.add(self._backward(rows, batch.denominator, load, balance))
             else:  # the others gather weights in this micro-step, which takes every rank
                 self._backward(_blank(), batch.denominator)
-        means.join(self.ranks, self.policy.config.mesh.tp)
+        means.join(self.ranks, self.policy.config.mesh.same_rows)
         if not means.tokens:
             return {}
         balance = balance or self._balance(load)
-        norm = clip_gradient(list(self.policy.parameters()), self.grad_clip)
+        norm = float(clip_gradient(list(self.policy.parameters()), self.grad_clip))
         result = means.result()
-        if not torch.isfinite(norm) or result["nonfinite_rows"]:
+        if not math.isfinite(norm) or result["nonfinite_rows"]:
             raise NumericsError(
-                f"gradient norm {float(norm)}, {result['nonfinite_rows']:.0f} tokens with non-finite log-probs; "
+                f"gradient norm {norm}, {result['nonfinite_rows']:.0f} tokens with non-finite log-probs; "
                 "the step was not taken"
             )
         self.optimizer.step()
-        return result | {"grad_norm": float(norm)} | balance.metrics()
+        return result | {"grad_norm": norm} | balance.metrics()
 
     def _parts(self, batch: MiniBatch) -> Iterator[MicroBatch]:
         """The rows of each micro-batch that are computed; with several ranks every micro-batch, be it empty."""
@@ -150,7 +151,7 @@ class Learner:
     def _balance(self, load: moe.RouterLoad) -> moe.Balance:
         if not self.policy.routing.routers:
             return moe.Balance([])
-        same = self.policy.config.mesh.tp  # ranks, side by side, that have the same tokens
+        same = self.policy.config.mesh.same_rows  # ranks, side by side, that have the same tokens
         return moe.Balance(self.ranks.gather(load.packed())[::same])
 
     def _backward(
@@ -239,14 +240,24 @@ class _Means:
     def join(self, ranks: Ranks, same: int) -> None:
         """Take in what the other ranks have, in the order of ranks. same: ranks, side by side, that have the same."""
         if ranks.size > 1:
-            mine = [(n, {name: float(value) for name, value in part.items()}) for n, part in self._parts]
-            self._parts = [part for parts in ranks.gather(mine)[::same] for part in parts]
+            self._parts = [part for parts in ranks.gather(self._read())[::same] for part in parts]
             self.tokens = sum(n for n, _ in self._parts)
+
+    def _read(self) -> list[tuple[int, Mapping[str, float]]]:
+        """The parts as numbers of the host, which waits for the device once."""
+        given = [value for _, part in self._parts for value in part.values()]
+        tensors = [value.double() for value in given if isinstance(value, torch.Tensor)]
+        read = iter(torch.stack(tensors).cpu().tolist() if tensors else ())
+        return [
+            (n, {k: next(read) if isinstance(v, torch.Tensor) else v for k, v in part.items()})
+            for n, part in self._parts
+        ]
 
     def result(self) -> dict[str, float]:
         out: dict[str, float] = {}
-        for name in self._parts[0][1]:
-            values = [(n, float(metrics[name])) for n, metrics in self._parts]
+        parts = self._read()
+        for name in parts[0][1]:
+            values = [(n, metrics[name]) for n, metrics in parts]
             if name.endswith("_max"):
                 out[name] = max(v for _, v in values)
             elif name.endswith("_min"):

@@ -1,16 +1,19 @@
 """The ranks of one trainer as a grid, and what lies along each side of it (policy.mesh).
 
     dense weights   (replicate, dp, tp)     rank = (replicate * DP + dp) * TP + tp
+    with cp         (replicate, dp, cp)     rank = (replicate * DP + dp) * CP + cp; weights lie along dp and cp as one
     experts         (replicate, edp, ep)    edp = dp * tp / ep: ranks that share the same experts
 
 tp   Ranks that compute one micro-batch together: transformers' plan gives each its heads, its columns of the
      feed-forward blocks and its rows of the embedding. What is not cut (norms) is computed by all alike.
 ep   Each rank holds whole experts; tokens go to them and come back (all-to-all). A rank of a tp group sends its share
      of the group's tokens, so none is computed twice.
+cp   Ranks that divide the rows of one micro-batch (context.py). Weights are sharded over them as over dp. Not with tp
+     and ep.
 dp   Every weight, or what tp and ep left of it, is sharded by FSDP2 (shard.py) along dp; an expert along edp.
 
 Gradients are sums: over dp and replicate by FSDP2, over tp by the plan. The loss of each rank is divided by the
-denominator of the whole minibatch, and the ranks of a tp group have the same loss, whose gradient counts once.
+denominator of the whole minibatch, and the ranks of a tp or cp group have the same loss, whose gradient counts once.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from mgrpo.config.policy import MeshConfig
 from mgrpo.errors import ConfigError
+from mgrpo.trainers.torch.context import Context
 
 
 class RankMesh:
@@ -42,6 +46,11 @@ class RankMesh:
         """What dense weights are sharded along."""
         self.experts: DeviceMesh
         """What experts are sharded along."""
+        self.context: Context | None = None
+        """The ranks that divide rows with this one."""
+        if config.cp > 1:
+            split = init_device_mesh(device, (size // config.cp, config.cp), mesh_dim_names=("rows", "cp"))
+            self.context = Context.of(split["cp"])
         copies, tp, ep = config.replicate, config.tp, config.ep
         inner = size // copies
         if tp == ep == copies == 1:

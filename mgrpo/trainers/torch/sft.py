@@ -42,7 +42,7 @@ class Sft:
         clip_gradient(list(self.policy.parameters()), 1.0)
         self._optimizer.step()
         if step % 25 == 24 or step == self._config.steps - 1:
-            return float(sum(self._ranks.gather(float(loss.detach()))[:: self.policy.config.mesh.tp]))
+            return float(sum(self._ranks.gather(float(loss.detach()))[:: self.policy.config.mesh.same_rows]))
         return None
 
 

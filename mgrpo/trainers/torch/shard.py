@@ -19,7 +19,6 @@ whose backward sums the ranks' gradients and gives each rank its part.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,11 +40,11 @@ from mgrpo.model.parts import part_of
 from mgrpo.model.policy import Policy, WithoutAdapters
 from mgrpo.model.precision import float32_modules, fsdp_policy
 from mgrpo.model.trained import choose_trained, recompute_layers
+from mgrpo.trainers.torch.heap import return_freed_memory
 from mgrpo.trainers.torch.mesh import RankMesh, whole_head
 from mgrpo.trainers.torch.ranks import Ranks
 
 T = TypeVar("T")
-_M_MMAP_THRESHOLD, _THRESHOLD = -3, 8 << 20  # mallopt's name, bytes
 
 
 def load_sharded(path: str | Path, config: PolicyConfig, ranks: Ranks, frozen: bool = False) -> ShardedPolicy:
@@ -72,13 +71,6 @@ def load_sharded_reference(policy: Policy, path: str | Path, ranks: Ranks) -> Po
     return load_sharded(path, reference_config(policy.config), ranks, frozen=True)
 
 
-def _return_freed_memory() -> None:
-    """Layers that are gathered and let go leave main memory behind in pieces: glibc keeps freed ones of up to 32 MB for
-    later. From now on this process gives the large ones back at once. Nothing happens where there is no glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
-
-
 def together(ranks: Ranks, run: Callable[[], T]) -> T:
     """What `run` returns on this rank. ConfigError of one rank is raised on all, so that none waits for another."""
     result, error = None, ""
@@ -103,7 +95,7 @@ class ShardedPolicy(Policy):
             if blank.config.device == "cuda"
             else torch.device("cpu")
         )
-        _return_freed_memory()
+        return_freed_memory()
         super().__init__(blank.model, blank.tokenizer, blank.name, blank.config)
         del self._blank
 
@@ -116,22 +108,36 @@ class ShardedPolicy(Policy):
         self.precision.keeps_copies = False
         recompute_layers(model, self.config, name)
         self._tied = head.weight is model.get_input_embeddings().weight
-        divide(model, self._trunk, RankMesh(self.config.mesh, self._ranks.size, self._home.type), self.config)
+        grid = RankMesh(self.config.mesh, self._ranks.size, self._home.type)
+        self._context = grid.context
+        divide(model, self._trunk, grid, self.config)
         allocate(model, self._home)
         together(self._ranks, lambda: self._blank.parts.read_into(model))
         begin_adapters(model)
         with self.full_precision(), _with_whole_head(head) as weight:
             head_guard.check_head(model, self._trunk, head, self._states, name, weight)
             attention.check_padded(model, self._states, self.device, name)
+            if (context := self._context) is not None:
+                context.use(model)
+                together(self._ranks, lambda: context.check(self._states, self.device, name))
         self.let_go()
-        kind = attention.choose(model, self._states, self.config, self.device, name)
+        kind = "sdpa" if context else attention.choose(model, self._states, self.config, self.device, name)
         self.attention = "sdpa" if kind == "rows" else kind
         self._offload = self.config.activation_offload
         self.let_go()
 
+    def hidden_before(self, input_ids: Tensor, lengths: Tensor, scored: Tensor) -> Tensor:
+        if self._context is None:
+            return super().hidden_before(input_ids, lengths, scored)
+        return self._context.hidden(self._states, input_ids[:, :-1], scored, self.device)
+
     @property
     def head_weight(self) -> Tensor:
         """(V, H), whole. With a tied head only after a forward."""
+        weight = self._whole_head()
+        return weight if self._context is None else self._context.head(weight)
+
+    def _whole_head(self) -> Tensor:
         model = self.model
         module: torch.nn.Module = (
             model.get_input_embeddings() if self._tied else model.get_output_embeddings()

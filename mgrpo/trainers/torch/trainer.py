@@ -38,6 +38,7 @@ from mgrpo.trainers.torch.checkpoint import (
 )
 from mgrpo.trainers.torch.direct import DirectSender, Transfer
 from mgrpo.trainers.torch.direct_servers import DirectServers
+from mgrpo.trainers.torch.heap import return_freed_memory
 from mgrpo.trainers.torch.learner import Learner, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.sft import Sft, shares
@@ -56,6 +57,8 @@ class TorchTrainer(PolicyTrainer):
         """folder: the agent's, the same on all ranks (on several servers: a shared file system)."""
         torch.set_num_threads(view.trainer.threads)
         torch.manual_seed(view.seed)
+        if view.agent.policy.device == "cpu":
+            return_freed_memory()
         self._agent, self._ranks = view.agent, ranks
         self._root = folder / "checkpoints"
         self._writer = CheckpointWriter(
@@ -294,8 +297,8 @@ class TorchTrainer(PolicyTrainer):
 
     @property
     def _data_ranks(self) -> int:
-        """Ranks with rows of their own; those of a tp group compute theirs together."""
-        return self._ranks.size // self._agent.policy.mesh.tp
+        """Ranks with rows of their own; those of a tp or cp group compute theirs together."""
+        return self._ranks.size // self._agent.policy.mesh.same_rows
 
     def _for_ranks(self, parts: Sequence[T]) -> list[T]:
         """What each rank gets where parts[i] is for the i-th of _data_ranks."""
