@@ -52,7 +52,7 @@ test-embed: setup verl
 	@rm -rf build/embed && mkdir -p build/embed
 	@$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/embed .
 	@$(VERL)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --force-reinstall build/embed/*.whl
-	@$(VERL)/bin/pytest -o filterwarnings=default tests_verl
+	@$(VERL)/bin/pytest -o filterwarnings=default -o pythonpath=tests_verl tests_verl
 
 demo: setup
 	@$(BIN)/mgrpo train examples/atlas/atlas.toml --out $(OUT) --fresh --set seed=$(SEED)

@@ -63,10 +63,9 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
+from verl_kit import LOSS_TYPES, Team, batch_of, make_team, mgrpo_config
 
 import mgrpo
-from tests_verl.test_estimator import batch_of
-from tests_verl.verl_kit import LOSS_TYPES, Team, make_team, mgrpo_config
 
 PROMPT, VOCABULARY, LR = 4, 32, 0.05
 OVERRIDES = (

@@ -15,21 +15,16 @@ from verl import DataProto
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.v1 import trainer_base
+from verl_kit import Team, batch_of, compose_config, make_team, mgrpo_config, padded
 
 from mgrpo.errors import ConfigError
 from mgrpo.integrations import verl as adapter
-from tests_verl.verl_kit import Team, compose_config, make_team, mgrpo_config
 
 FOLDS = {
     "token-mean": "token-mean",
     "seq-mean-token-mean": "sequence-mean",
     "seq-mean-token-sum": "sequence-mean",
 }
-
-
-def batch_of(team: Team, uids: np.ndarray | None = None) -> DataProto:
-    tensors = {"token_level_rewards": team.token_rewards, "response_mask": team.mask}
-    return DataProto.from_dict(tensors, non_tensors={"uid": team.uids if uids is None else uids})
 
 
 def estimate(team: Team, config: Any, uids: np.ndarray | None = None) -> torch.Tensor:
@@ -71,15 +66,6 @@ def test_settings_reach_assign() -> None:
         got = estimate(team, mgrpo_config(*overrides).algorithm)
         torch.testing.assert_close(got, expected[:, None] * team.mask)
         assert not torch.allclose(got, estimate(team, mgrpo_config().algorithm))
-
-
-def padded(team: Team, rows: int) -> tuple[Team, np.ndarray]:
-    """The team with verl's rows of padding behind it, and its uids."""
-    more = torch.zeros(rows, team.mask.shape[1], dtype=torch.int64)
-    mask = torch.cat([team.mask, more])
-    reward = torch.cat([team.reward, torch.zeros(rows)])
-    uids = np.array([*team.uids, *["pad" + "0" * 32] * rows], dtype=object)
-    return replace(team, mask=mask, reward=reward), uids
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])

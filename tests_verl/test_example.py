@@ -17,9 +17,9 @@ from tensordict.tensorclass import NonTensorStack
 from verl import DataProto
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1 import trainer_base
+from verl_kit import compose_config, mgrpo_config
 
 from mgrpo.integrations import verl as adapter
-from tests_verl.verl_kit import compose_config, mgrpo_config
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "embed_verl"

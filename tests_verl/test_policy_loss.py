@@ -11,19 +11,20 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.utils import config as verl_config
-
-from mgrpo.errors import ConfigError
-from mgrpo.integrations import verl as adapter
-from tests_verl.test_estimator import batch_of, padded
-from tests_verl.verl_kit import (
+from verl_kit import (
     LOSS_TYPES,
     Team,
     actor_of,
+    batch_of,
     compose_config,
     make_team,
     mgrpo_config,
+    padded,
     weighted_loss,
 )
+
+from mgrpo.errors import ConfigError
+from mgrpo.integrations import verl as adapter
 
 SCALE = "actor_rollout_ref.actor.loss_scale_factor=32"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from torch import Tensor
+from verl import DataProto
 from verl.utils.config import omega_conf_to_dataclass
 
 import mgrpo
@@ -106,6 +107,20 @@ def make_team(seed: int, queries: int = 3, rollouts: int = 4, width: int = 9) ->
         old + torch.from_numpy(rng.normal(0, 0.4, size)).float(),
         old,
     )
+
+
+def batch_of(team: Team, uids: np.ndarray | None = None) -> DataProto:
+    tensors = {"token_level_rewards": team.token_rewards, "response_mask": team.mask}
+    return DataProto.from_dict(tensors, non_tensors={"uid": team.uids if uids is None else uids})
+
+
+def padded(team: Team, rows: int) -> tuple[Team, np.ndarray]:
+    """The team with verl's rows of padding behind it, and its uids."""
+    more = torch.zeros(rows, team.mask.shape[1], dtype=torch.int64)
+    mask = torch.cat([team.mask, more])
+    reward = torch.cat([team.reward, torch.zeros(rows)])
+    uids = np.array([*team.uids, *["pad" + "0" * 32] * rows], dtype=object)
+    return replace(team, mask=mask, reward=reward), uids
 
 
 LOSS_TYPES = {
