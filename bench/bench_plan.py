@@ -1,6 +1,6 @@
 """`mgrpo plan` against trainers that run: predicted peaks and the resident memory of real processes.
 
-    python -m bench.bench_plan                 trainers of models of 60-110 million parameters, < 3 GB
+    python -m bench.bench_plan                 trainers of models of 80-110 million parameters, < 3 GB
     python -m bench.bench_plan --quick         the same with small models, whose figures say little
     python -m bench.bench_plan --only LoRA     the cases with this in their name
 
