@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mgrpo.cli.comparison.variants import chosen
 from mgrpo.config import load_config
-from mgrpo.errors import CorruptionError
+from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.model.policy import save_policy
 from mgrpo.pipeline.external import SAVED, ExternalFeed
 from mgrpo.pipeline.feed import Feed
@@ -268,3 +269,12 @@ def test_modules_around_the_model_are_seen_through(tmp_path: Path) -> None:
             layer.lora_B["default"].weight.add_(0.5)
         moved = [name for name, tensor in arrived(adapted).items() if not torch.equal(tensor, plain[name])]
         assert moved == [f"{layers[0]}.weight"]
+
+
+def test_compare_starts_every_trainer_itself() -> None:
+    """So it refuses one that it would wait for in vain."""
+    config = load_config(ROOT / "tests" / "relay.toml", ['agents.left.policy.trainer="external"'])
+    with pytest.raises(
+        ConfigError, match=r'agents\.left\.policy\.trainer = "external": compare starts every'
+    ):
+        chosen(config, [])

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 from mgrpo.cli.comparison.shuffled import ShuffledRewards
 from mgrpo.config import AgentConfig, RunConfig
+from mgrpo.config.policy import EXTERNAL
 from mgrpo.environments.comparison import BEFORE_RL, COTRAIN
 from mgrpo.errors import ConfigError
+from mgrpo.run.external import external_roles
 from mgrpo.types import MAIN
 
 
@@ -70,6 +72,11 @@ def chosen(config: RunConfig, names: list[str]) -> list[Variant]:
     if not config.sub_roles:
         raise ConfigError(
             "compare needs a sub-agent beside agents.main: it compares co-training with frozen agents"
+        )
+    if external := external_roles(config):
+        raise ConfigError(
+            f'agents.{external[0]}.policy.trainer = "{EXTERNAL}": compare starts every trainer itself, run after run; '
+            "leave it out"
         )
     every = variants(config)
     known = {v.name for v in every}
