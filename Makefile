@@ -90,7 +90,7 @@ embed-trl: setup
 	@$(BIN)/python examples/embed_trl/result.py $(OUT)
 
 test: setup browser lint vllm verl smollm2-model
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@$(MAKE) --no-print-directory test-embed
 	@$(MAKE) --no-print-directory test-vllm
 

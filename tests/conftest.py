@@ -13,6 +13,16 @@ import pytest
 from tests.runs import RELAY, train
 
 
+LONG = ("run", "triton", "learning", "run_faults", "extending", "planning", "fsdp", "mesh", "replay", "core_sanitizers",
+        "streaming_run", "comparison")  # fmt: skip
+"""Files that take a minute and more, the longest first: begun last, one of them would leave the other workers idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def no_thread_is_left_running() -> Iterator[None]:
     """Servers, clients and renewers that a test opened are closed when it ends."""
