@@ -12,7 +12,6 @@ import pytest
 
 from tests.runs import RELAY, train
 
-
 LONG = ("run", "triton", "learning", "run_faults", "extending", "planning", "fsdp", "mesh", "replay", "core_sanitizers",
         "streaming_run", "comparison")  # fmt: skip
 """Files that take a minute and more, the longest first: begun last, one of them would leave the other workers idle."""
