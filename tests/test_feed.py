@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,15 @@ def test_a_loop_as_it_should_be(tmp_path: Path) -> None:
             feed.saved(step.number + 1)
         store.state = "finished"
         feed.finish()
+    check_events(store)
+    assert store.reported[0]["main/loss/pg"] == 0.5
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "main" / "final", dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(final.state_dict()[name], tensor), name
+
+
+def check_events(store: Link) -> None:
+    """Three steps, each applied, published, recorded and committed once, in this order."""
     wanted = ["publish 0"]
     for step in range(3):
         wanted += [
@@ -92,10 +102,32 @@ def test_a_loop_as_it_should_be(tmp_path: Path) -> None:
             f"commit {step}",
         ]
     assert [e for e in store.events if e.split()[0] not in ("resume", "leave", "close")] == wanted
-    assert store.reported[0]["main/loss/pg"] == 0.5
-    final = AutoModelForCausalLM.from_pretrained(tmp_path / "main" / "final", dtype=torch.float32)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(final.state_dict()[name], tensor), name
+
+
+def test_the_loop_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block of docs/embedding/feed.md, with what is the user's filled in."""
+    monkeypatch.setattr("mgrpo.pipeline.feed.merge_streams", lambda batches: [MiniBatch([], 1.0)])
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/embedding/feed.md").read_text(), re.DOTALL)
+    model, done, stores = tiny_model("llama", 2), [], []
+
+    @contextmanager
+    def page_feed(run: str, role: str, out: str) -> Iterator[ExternalFeed]:
+        assert (run, role, out) == ("run.toml", "sub", "runs/one")
+        with opened(tmp_path) as (feed, store):
+            stores.append(store)
+            yield feed
+            store.state = "finished"
+            feed.finish()
+
+    yours = {
+        "mgrpo": SimpleNamespace(feed=page_feed),
+        "load": lambda start, step: (model, done.append(("load", step))),
+        "train": lambda model, optimizer, lr, batch: {"loss/pg": lr},
+        "save": lambda model, optimizer, step: done.append(("save", step)),
+    }
+    exec(block, yours)
+    assert done == [("load", 0), ("save", 1), ("save", 2), ("save", 3)]
+    check_events(stores[0])
 
 
 def test_calls_out_of_order_are_refused_by_name(tmp_path: Path) -> None:
