@@ -147,7 +147,7 @@ def _note(func: Any, args: Any, kwargs: Any) -> None:
         wait(_READS[func])
     elif func in _INDEXED:
         given = [x for x in args[1] if x is not None]
-        if any(x.dtype in (torch.bool, torch.uint8) for x in given):
+        if any(x.dtype in (torch.bool, torch.uint8) and isinstance(x, FakeCudaTensor) for x in given):
             wait("nonzero")
         elif any(not isinstance(x, FakeCudaTensor) and x.dim() > 0 for x in given):
             wait("to the device")
@@ -218,6 +218,8 @@ class FakeCuda(TorchFunctionMode):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy; copy it to the host first")
             wait("to the host")
             return args[0].inner.tolist()
+        if func in (Tensor.untyped_storage, Tensor.data_ptr) and isinstance(args[0], FakeCudaTensor):
+            return func(args[0].inner)  # which memory it is; nobody reads there
         if func is Tensor.backward:
             with self.again():
                 return torch.autograd.backward(args[0], kwargs.get("gradient"))
@@ -337,6 +339,10 @@ def fake_cuda(monkeypatch: Any) -> Iterator[FakeCuda]:
         return {(CUDA if fake else d, t): found for (d, t), found in by_device(lists).items()}
 
     monkeypatch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", grouped)
+    # Views of a tensor that wraps another cannot be made in inference mode.
+    off = torch.no_grad()
+    monkeypatch.setattr(torch.inference_mode, "__enter__", lambda _: off.__enter__())
+    monkeypatch.setattr(torch.inference_mode, "__exit__", lambda _, *error: off.__exit__(*error))
     whole = torch.autocast
 
     def autocast(kind: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,13 @@
-"""Every path of the trainer that a GPU would run, on tensors that pass for a GPU's (fake_cuda.py): nothing lies on the
-wrong device or in the wrong dtype, results are the CPU's, and the host waits for the device where docs/kernels.md says
-so and nowhere else.
+"""Every path of the trainer and of the in-process engine that a GPU would run, on tensors that pass for a GPU's
+(fake_cuda.py): nothing lies on the wrong device or in the wrong dtype, results are the CPU's, and the host waits for
+the device where docs/kernels.md says so and nowhere else.
 
 Triton's interpreter is chosen when the kernels are imported, so the tests run in a process of their own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -22,7 +23,9 @@ import torch
 
 from mgrpo import grpo_loss, linear_grpo_loss
 from mgrpo.config.policy import PolicyConfig
-from mgrpo.model.policy import Policy
+from mgrpo.engines.base import Generation, SamplingParams
+from mgrpo.engines.hf.engine import HfEngine
+from mgrpo.model.policy import Policy, state_of
 from mgrpo.model.probe import probe, probe_ids
 from mgrpo.model.stream import WeightStream
 from mgrpo.trainers.batch import MiniBatch
@@ -30,9 +33,10 @@ from mgrpo.trainers.torch.learner import Learner, adamw, logprobs_of
 from mgrpo.weights.publisher import WeightPublisher
 from tests.families import family
 from tests.loss_grid import settings
-from tests.models import tiny_tokenizer
+from tests.models import tiny_model, tiny_tokenizer
 from tests.rows import rows_of
 from tests.test_attention import MODELS
+from tests.version_kit import moved, versions
 
 ROOT = Path(__file__).parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,6 +68,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def model_of(name: str) -> Any:
     torch.manual_seed(0)
+    if name == "shift":
+        return tiny_model("shift")
     return (MODELS[name]() if name in MODELS else family(name)).eval()
 
 
@@ -208,6 +214,73 @@ def test_padded_rows_and_what_nobody_looks_at(config: Any, cuda: Any) -> None:
         loss = test_padded.run(there, config, op, denominator=torch.tensor(-1.0).to("cuda"))[0]
         assert loss.cpu().isnan()
     cuda.waits.clear()
+
+
+def turns(
+    device: str, name: str, dtype: torch.dtype, waits: Counter[str]
+) -> tuple[list[Generation], HfEngine]:
+    """Sessions of two turns on fewer slots than there are requests, prompts in chunks, at three temperatures; between
+    the turns a whole version, while the second one runs its patch."""
+    from tests.fake_cuda import put
+
+    model = model_of(name)
+    if dtype != torch.float32:
+        model = model.to(dtype)  # under the fake device it would untie what is tied
+    engine = HfEngine(
+        Policy(put(model) if device == "cuda" else model, tiny_tokenizer(), name), slots=3, prefill_chunk=4
+    )
+    waits.clear()  # those of loading and of judging the model
+    state = {name: tensor.float() for name, tensor in state_of(model_of(name)).items()}
+    prompts = [[5, 17, 3, 8, 90, 41, 2], [2, 60], [33], [12, 7, 9, 4, 1]]
+
+    async def turn(rows: list[list[int]]) -> list[Generation]:
+        asked = [
+            engine.generate(row, SamplingParams(4, (1.0, 0.0, 0.7)[i % 3]), seed=i, session=f"s{i}")
+            for i, row in enumerate(rows)
+        ]
+        return await asyncio.gather(*asked)
+
+    async def use() -> list[Generation]:
+        with versions(dtype) as sent:
+            await engine.load(state, 0)
+            first = await turn(prompts)
+            held = sent.put(moved(state, 1, 0.9))
+            await engine.load(sent.whole(), held)
+            longer = [[*row, *out.token_ids.tolist(), 6, 11] for row, out in zip(prompts, first, strict=True)]
+            second = asyncio.create_task(turn(longer))
+            while not (engine._arrays.running & (engine._arrays.count > 1)).any():
+                await asyncio.sleep(0)
+            newest = sent.put(moved(moved(state, 1, 0.9), 2))
+            await engine.load(sent.since(held), newest)
+            return [*first, *await second]
+
+    return asyncio.run(asyncio.wait_for(use(), 120)), engine
+
+
+@inside
+@numpy_warns
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("shift", torch.float32),
+        ("llama-gqa", torch.float32),
+        ("qwen3", torch.bfloat16),
+        ("Qwen3Moe", torch.bfloat16),
+    ],
+)
+def test_the_engine(name: str, dtype: torch.dtype, cuda: Any) -> None:
+    """Prefill, decode on the slot cache, sampling and new weights in place: tokens, log-probs, versions and weights are
+    those of the engine in main memory."""
+    here, engine = turns("cpu", name, dtype, cuda.waits)
+    there, device_engine = turns("cuda", name, dtype, cuda.waits)
+    for a, b in zip(there, here, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist() and a.finish_reason == b.finish_reason
+        assert a.versions.tolist() == b.versions.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert {v for out in here for v in out.versions.tolist()} == {0, 1, 2}
+    weights, expected = (state_of(e.policy.model) for e in (device_engine, engine))
+    for key, tensor in expected.items():
+        assert weights[key].dtype == dtype and torch.equal(weights[key].cpu(), tensor), key
 
 
 @inside

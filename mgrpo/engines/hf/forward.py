@@ -20,10 +20,10 @@ def feed(policy: Policy, cache: SlotCache, rows: Int64, start: Int64, ids: Int64
     new = ids.shape[1]
     columns = start[:, None] + np.arange(new)
     width = int(columns[:, -1].max()) + 1
-    where = torch.from_numpy(columns).to(device)
+    cache.plan(torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(counts), device)
+    where = cache.columns
     mask = torch.zeros(len(rows), 1, new, width, dtype=policy.head_weight.dtype, device=device)
     mask.masked_fill_(torch.arange(width, device=device) > where[:, None, :, None], float("-inf"))
-    cache.plan(torch.from_numpy(rows).to(device), where, torch.from_numpy(counts).to(device))
     # Padding may stand beyond the last position; what is computed there is never read.
     bound = policy.context_length
     positions = where if new == 1 or bound is None else where.clamp(max=bound - 1)

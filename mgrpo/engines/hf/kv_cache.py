@@ -75,18 +75,20 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._index: dict[int, Tensor] = {}
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
-    def plan(self, rows: Tensor, columns: Tensor, counts: Tensor) -> None:
-        """The next forward: slots rows (R,), increasing; write columns (R, W); real new tokens (R,)."""
+    def plan(self, rows: Tensor, columns: Tensor, counts: Tensor, device: torch.device | None = None) -> None:
+        """The next forward: slots rows (R,), increasing; write columns (R, W); real new tokens (R,). All lie in main
+        memory, where a look at them waits for nothing; device: the model's (None: main memory)."""
         width = int(columns[:, -1].max()) + 1
         if width > self.capacity:
             self.capacity = max(width, 2 * self.capacity)
             for layer in self.layers:
                 layer.grow(self.capacity)
-        self.rows, self.columns, self.width = rows, columns, width
-        self.dense = int(rows[-1]) == len(rows) - 1
-        self._last = counts - 1
-        fresh = columns[:, :1] == 0
-        self._fresh = fresh if bool(fresh.any()) else None
+        self.dense, self.width = int(rows[-1]) == len(rows) - 1, width
+        starts = bool((columns[:, 0] == 0).any())
+        self.rows, self.columns = rows.to(device), columns.to(device)
+        if columns.shape[1] > 1:
+            self._last = (counts - 1).to(device)
+        self._fresh = self.columns[:, :1] == 0 if starts else None
         self._index = {}
 
     def with_previous(self, x: Tensor, layer_idx: int) -> Tensor:

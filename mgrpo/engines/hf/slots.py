@@ -56,21 +56,21 @@ def sample(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """One token a row by inverse CDF: the first whose cumulated probability exceeds the row's uniform.
 
-    logits (R, V) fp32, temperature (R,) with 0 for greedy, uniforms (R,) in [0, 1). Returns tokens i32 (R,)
-    and their log-probs f32 (R,), at temperature 1 for greedy rows. A token of probability 0 is never drawn.
+    logits (R, V) fp32, temperature (R,) with 0 for greedy, uniforms (R,) in [0, 1), both in main memory, where a
+    look at them waits for nothing. Returns tokens i32 (R,) and their log-probs f32 (R,), at temperature 1 for greedy
+    rows. A token of probability 0 is never drawn.
     """
-    temperature, uniforms = temperature.to(logits.device), uniforms.to(logits.device)
-    greedy = temperature == 0
+    device, greedy = logits.device, temperature == 0
     if not bool(((temperature == 1) | greedy).all()):
-        logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
+        logits = logits / torch.where(greedy, 1.0, temperature).to(device)[:, None]
     probs = logits.softmax(-1)
     cumulated = probs.cumsum(-1)
     total = cumulated[:, -1]
     # Strictly below the total, so that rounding cannot select past the last token of positive probability.
-    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(uniforms.to(device) * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulated, target[:, None], right=True).squeeze(1)
     if bool(greedy.any()):
-        tokens = torch.where(greedy, logits.argmax(-1), tokens)
+        tokens = torch.where(greedy.to(device), logits.argmax(-1), tokens)
     tokens.clamp_(max=logits.shape[1] - 1)  # only reached where the logits are not finite
     logprobs = probs.gather(1, tokens[:, None]).squeeze(1).log()
     return tokens.to(torch.int32).cpu().numpy(), logprobs.cpu().numpy()
