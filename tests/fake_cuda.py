@@ -153,7 +153,9 @@ def _note(func: Any, args: Any, kwargs: Any) -> None:
             wait("to the device")
     elif func is aten.copy_.default:
         into, source = args[:2]
-        if isinstance(into, FakeCudaTensor) != isinstance(source, FakeCudaTensor):
+        pinned = hasattr(source if isinstance(into, FakeCudaTensor) else into, "pinned")
+        asynchronous = pinned and (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        if isinstance(into, FakeCudaTensor) != isinstance(source, FakeCudaTensor) and not asynchronous:
             wait("to the device" if isinstance(into, FakeCudaTensor) else "to the host")
 
 
@@ -190,6 +192,7 @@ class FakeCuda(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.pinned = 0  # tensors that were made in pinned memory
 
     def __enter__(self) -> FakeCuda:
         _active.append(self)
@@ -224,6 +227,11 @@ class FakeCuda(TorchFunctionMode):
             with self.again():
                 return torch.autograd.backward(args[0], kwargs.get("gradient"))
         device = kwargs.get("device")
+        if kwargs.pop("pin_memory", False):
+            made = func(*args, **kwargs)
+            made.pinned = True  # so that a copy which need not wait does not
+            self.pinned += 1
+            return made
         if device is not None:
             kwargs["device"] = "cpu" if _is_cuda(device) else device
             out = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
@@ -315,6 +323,14 @@ def varlen_attn(
     return torch.cat(parts)
 
 
+def _with_mode(hook: Any) -> Any:
+    def run(x: Any) -> Any:
+        with _active[-1].again(), torch.no_grad():
+            return hook(x)
+
+    return run
+
+
 @contextlib.contextmanager
 def fake_cuda(monkeypatch: Any) -> Iterator[FakeCuda]:
     """The device, and stubs for what asks torch's C++ about it."""
@@ -343,6 +359,16 @@ def fake_cuda(monkeypatch: Any) -> Iterator[FakeCuda]:
     off = torch.no_grad()
     monkeypatch.setattr(torch.inference_mode, "__enter__", lambda _: off.__enter__())
     monkeypatch.setattr(torch.inference_mode, "__exit__", lambda _, *error: off.__exit__(*error))
+    offload = torch.autograd.graph.save_on_cpu
+
+    def save_on_cpu(**options: Any) -> Any:
+        """torch's, with the mode on in its hooks: they run inside the operation whose tensors they keep."""
+        made = offload(**options)
+        for name in ("pack_hook", "unpack_hook"):
+            setattr(made, name, _with_mode(getattr(made, name)))
+        return made
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", save_on_cpu)
     whole = torch.autocast
 
     def autocast(kind: str, *args: Any, **kwargs: Any) -> Any:

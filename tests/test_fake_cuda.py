@@ -76,6 +76,8 @@ def model_of(name: str) -> Any:
 def policy_of(name: str, device: str, **more: Any) -> Policy:
     from tests.fake_cuda import put
 
+    if device == "cpu":
+        more = {**more, "activation_offload": False}  # which a policy in main memory refuses
     config = PolicyConfig.model_validate({"device": device, **more})
     model = model_of(name)
     return Policy(put(model) if device == "cuda" else model, tiny_tokenizer(), name, config)
@@ -104,6 +106,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3, packed": ("qwen3", {"attention": "varlen", "dtype": "bfloat16"}, {}),
     "qwen3, KL and two phases": ("qwen3", {"attention": "sdpa"}, {"type": "gspo", "kl_coef": 0.1}),
     "mixture of experts": ("Qwen3Moe", {"attention": "sdpa", "aux_loss_coef": 0.1}, {}),
+    "offload": ("llama-gqa", {"attention": "sdpa", "activation_offload": True}, {}),
+    "checkpoints and offload, packed": (
+        "qwen3",
+        {
+            "attention": "varlen",
+            "dtype": "bfloat16",
+            "gradient_checkpointing": True,
+            "activation_offload": True,
+        },
+        {},
+    ),
     "adapters": ("qwen3", {"attention": "sdpa", "lora": {"rank": 2}}, {"kl_coef": 0.1}),
 }
 
@@ -125,6 +138,9 @@ def test_a_training_step(case: str, cuda: Any) -> None:
     there = reference("cuda", policy)
     cuda.waits.clear()  # those of loading
     metrics, weights = trained(policy, loss, there)
+    assert (cuda.pinned > 0) == options.get("activation_offload", False)
+    if case == "checkpoints and offload, packed":  # neither makes the host wait
+        assert dict(cuda.waits) == waits_of_a_step()
     here = policy_of(name, "cpu", **options)
     expected, exact = trained(here, loss, reference("cpu", here))
     tolerance = 2e-2 if options.get("dtype") == "bfloat16" else 1e-4
@@ -145,9 +161,7 @@ def test_a_step_waits_as_often_as_the_page_says(cuda: Any) -> None:
     policy = policy_of("qwen3", "cuda", attention="varlen", dtype="bfloat16")
     cuda.waits.clear()
     trained(policy, settings("dapo"), None)
-    table = waits_on_the_page()
-    page = {place: n for place, (n, _) in table.items() if n}
-    found = dict(cuda.waits)
+    page, found = waits_of_a_step(), dict(cuda.waits)
     assert found == page, f"docs/kernels.md, Waiting for the device, in this step: {sorted(found.items())}"
 
 
@@ -310,6 +324,11 @@ def test_every_wait_is_on_the_page_with_its_reason() -> None:
     assert not new and not gone, (
         f"docs/kernels.md, Waiting for the device: not there {new}; met no more {gone}"
     )
+
+
+def waits_of_a_step() -> dict[str, int]:
+    """place: times in the step that is counted, of those that it has."""
+    return {place: n for place, (n, _) in waits_on_the_page().items() if n}
 
 
 def waits_on_the_page() -> dict[str, tuple[int, str]]:
