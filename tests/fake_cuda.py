@@ -323,6 +323,25 @@ def varlen_attn(
     return torch.cat(parts)
 
 
+def _tied(apply: Any) -> Any:
+    """Module._apply that leaves tied what was tied: it makes new parameters here, where it fills the old ones with a
+    GPU's memory."""
+
+    def run(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    places.setdefault(id(p), []).append((part, name))
+        apply(module, *args, **kwargs)
+        for (first, name), *others in places.values():
+            for part, other in others:
+                part._parameters[other] = first._parameters[name]
+        return module
+
+    return run
+
+
 def _with_mode(hook: Any) -> Any:
     def run(x: Any) -> Any:
         with _active[-1].again(), torch.no_grad():
@@ -375,6 +394,7 @@ def fake_cuda(monkeypatch: Any) -> Iterator[FakeCuda]:
         return whole("cpu" if kind == "cuda" else kind, *args, **kwargs)
 
     monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch.nn.Module, "_apply", _tied(torch.nn.Module._apply))
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(
         True

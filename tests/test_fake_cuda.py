@@ -1,6 +1,9 @@
-"""Every path of the trainer and of the in-process engine that a GPU would run, on tensors that pass for a GPU's
-(fake_cuda.py): nothing lies on the wrong device or in the wrong dtype, results are the CPU's, and the host waits for
-the device where docs/kernels.md says so and nowhere else.
+"""Every path of the trainer, of replay and of the in-process engine that a GPU would run, on tensors that pass for a
+GPU's (fake_cuda.py): nothing lies on the wrong device or in the wrong dtype, results are the CPU's, and the host waits
+for the device where docs/kernels.md says so and nowhere else.
+
+A policy that is sharded over ranks is left out: its parameters are DTensors, which ask torch's C++ where the tensors
+that they hold lie, and say that they are in main memory.
 
 Triton's interpreter is chosen when the kernels are imported, so the tests run in a process of their own.
 """
@@ -22,19 +25,26 @@ import pytest
 import torch
 
 from mgrpo import grpo_loss, linear_grpo_loss
+from mgrpo.config import load_config
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
-from mgrpo.model.policy import Policy, state_of
+from mgrpo.model.policy import Policy, save_policy, state_of
 from mgrpo.model.probe import probe, probe_ids
 from mgrpo.model.stream import WeightStream
+from mgrpo.pipeline.batch import StepBatch
+from mgrpo.pipeline.replay import Replayer
+from mgrpo.record.reader import Recording
+from mgrpo.record.schema import StepSettings
 from mgrpo.trainers.batch import MiniBatch
+from mgrpo.trainers.torch.checkpoint import latest_checkpoint, save_checkpoint
 from mgrpo.trainers.torch.learner import Learner, adamw, logprobs_of
 from mgrpo.weights.publisher import WeightPublisher
 from tests.families import family
 from tests.loss_grid import settings
 from tests.models import tiny_model, tiny_tokenizer
 from tests.rows import rows_of
+from tests.runs import RELAY
 from tests.test_attention import MODELS
 from tests.version_kit import moved, versions
 
@@ -237,9 +247,7 @@ def turns(
     the turns a whole version, while the second one runs its patch."""
     from tests.fake_cuda import put
 
-    model = model_of(name)
-    if dtype != torch.float32:
-        model = model.to(dtype)  # under the fake device it would untie what is tied
+    model = model_of(name).to(dtype)
     engine = HfEngine(
         Policy(put(model) if device == "cuda" else model, tiny_tokenizer(), name), slots=3, prefill_chunk=4
     )
@@ -295,6 +303,60 @@ def test_the_engine(name: str, dtype: torch.dtype, cuda: Any) -> None:
     weights, expected = (state_of(e.policy.model) for e in (device_engine, engine))
     for key, tensor in expected.items():
         assert weights[key].dtype == dtype and torch.equal(weights[key].cpu(), tensor), key
+
+
+def replayed(
+    device: str, folder: Path, waits: Counter[str]
+) -> tuple[list[dict[str, float]], list[list[torch.Tensor]]]:
+    """Metrics and weights of two steps as replay takes them: one from the start, one from the checkpoint of the
+    first."""
+    from tests.fake_cuda import unwrap
+
+    config = load_config(
+        RELAY,
+        [
+            f'agents.left.model="{folder / "policy"}"',
+            f'agents.left.policy.device="{device}"',
+            "agents.left.loss.kl_coef=0.1",
+        ],
+    )
+    replayer = Replayer(config, Recording([]), lambda role: folder / device)
+    root = folder / device / "record" / "checkpoints"
+    step = StepBatch(0, [], [], [], [], [], [minibatch()], {})
+    metrics, weights = [], []
+    for number in range(2):
+        known = dict(waits)
+        learner = replayer._learner("left", latest_checkpoint(root) if number else None)
+        assert learner.policy.device.type == device
+        restored = {place: n for place, n in waits.items() if ".checkpoint." in place}
+        waits.clear()  # those of loading and of judging the model
+        waits.update({**known, **restored})
+        metrics.append(replayer._train(learner, StepSettings(1e-3, 1, 1), [step]))
+        weights.append([unwrap(p.detach()).clone() for p in learner.policy.model.parameters()])
+        if number:
+            break
+        with pytest.MonkeyPatch.context() as patch:  # torch's writer wants a stream where there is a GPU
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            save_checkpoint(root, number, learner.policy, learner.optimizer, keep=1)
+    return metrics, weights
+
+
+@inside
+@numpy_warns
+def test_replay_takes_steps_again(cuda: Any, tmp_path: Path) -> None:
+    """From the starting policy and from a checkpoint: the reference's and the policy's log-probs, loss, and a fused
+    optimizer step on restored moments are the CPU's."""
+    save_policy(Policy(model_of("shift"), tiny_tokenizer(), "start"), tmp_path / "policy")
+    expected, exact = replayed("cpu", tmp_path, cuda.waits)
+    found, weights = replayed("cuda", tmp_path, cuda.waits)
+    for number in range(2):
+        tolerance = (1e-4, 2e-3)[number]  # the first step's differences are in the second's weights
+        assert found[number] == pytest.approx(expected[number], rel=tolerance, abs=tolerance)
+        off = torch.cat(
+            [(a - b).abs().flatten() for a, b in zip(weights[number], exact[number], strict=True)]
+        )
+        assert float(off.max()) <= 4.2e-3 and float((off > 1e-4).float().mean()) < 0.02
+    assert found[0] != found[1]
 
 
 @inside
