@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.bench_shards import status
 from bench.common import Report, parser
 
 ROOT = Path(__file__).parent.parent
@@ -88,14 +89,6 @@ def sets_of(folder: Path, policy: tuple[str, ...]) -> list[str]:
     return [f'agents.main.model="{folder}"', "agents.main.sft.steps=0", *BATCH, *own]
 
 
-def highest() -> int:
-    """The most bytes that this process has had in main memory since forget()."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
-
-
 def forget() -> None:
     """Let the kernel's count of the most begin anew."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -114,7 +107,7 @@ def as_child(out: Path, sets: list[str]) -> None:
         forget()
         for _ in range(2):
             learner.train([batch], False)
-        found = max(ranks.gather(highest()))
+        found = max(ranks.gather(status("VmHWM")))
         if ranks.is_main:
             out.write_text(json.dumps(found))
 

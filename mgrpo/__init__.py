@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mgrpo.ops.group_advantage import group_advantage
     from mgrpo.ops.grpo_loss import grpo_loss
     from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
+    from mgrpo.ops.loss_metrics import join_metrics, step_metrics
     from mgrpo.ops.policy_loss import policy_loss
     from mgrpo.ops.selective_logprob import selective_logprob
     from mgrpo.ops.token_loss import loss_denominator
@@ -36,6 +37,8 @@ _PUBLIC = {  # name -> module that defines it
     "grpo_loss": "mgrpo.ops.grpo_loss",
     "linear_grpo_loss": "mgrpo.ops.linear_grpo_loss",
     "policy_loss": "mgrpo.ops.policy_loss",
+    "join_metrics": "mgrpo.ops.loss_metrics",
+    "step_metrics": "mgrpo.ops.loss_metrics",
     "loss_denominator": "mgrpo.ops.token_loss",
     "TokenValues": "mgrpo.ops.token_values",
     "align": "mgrpo.alignment",
@@ -66,10 +69,12 @@ __all__ = [
     "feed",
     "group_advantage",
     "grpo_loss",
+    "join_metrics",
     "linear_grpo_loss",
     "loss_denominator",
     "policy_loss",
     "selective_logprob",
+    "step_metrics",
 ]
 
 

@@ -36,6 +36,7 @@ from mgrpo.algorithms.rloo import Rloo
 from mgrpo.algorithms.statistics import LARGEST_REWARD, Float64, GroupRelative, Int64, Moments
 from mgrpo.alignment import Mode, align, query_name
 from mgrpo.config.algorithm import BatchAlgorithm
+from mgrpo.config.loss import WITHOUT_DEVIATION
 from mgrpo.config.run import RewardConfig
 from mgrpo.types import MAIN
 
@@ -113,7 +114,7 @@ def _check_settings(
 ) -> None:
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: {estimator!r} is not one of {', '.join(ESTIMATORS)}")
-    if unbiased and estimator in ("dr_grpo", "rloo"):
+    if unbiased and estimator in WITHOUT_DEVIATION:
         raise ValueError(f"unbiased: True has no effect with estimator {estimator!r}, which has no deviation")
     if not eps >= 0:
         raise ValueError(f"eps: {eps} is below 0")

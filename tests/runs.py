@@ -18,6 +18,20 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RELAY = ROOT / "tests" / "relay.toml"
+DOOMED = """
+import os, runpy, signal, sys
+from mgrpo.pipeline.feed import Feed
+applied = Feed.applied
+def doomed(self, metrics):
+    applied(self, metrics)
+    if self.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+Feed.applied = doomed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs the program that is its first argument, which trains through mgrpo.feed, and is killed with the third RL step
+applied and not saved."""
 
 
 def command(*arguments: str) -> list[str]:

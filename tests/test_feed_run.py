@@ -24,7 +24,7 @@ from mgrpo.run import external, launch
 from mgrpo.run.external import ExternalTrainers, check_external
 from mgrpo.run.folder import RunFolder
 from mgrpo.view.top import RunStatus, _foot
-from tests.runs import ROOT, command, leftovers, started, train
+from tests.runs import DOOMED, ROOT, command, leftovers, started, train
 
 ALONE = ROOT / "tests" / "alone.toml"
 EXTERNAL = 'agents.main.policy.trainer="external"'
@@ -184,19 +184,6 @@ def test_the_store_knows_who_is_there(tmp_path: Path) -> None:
 
 
 # -- a whole run ---------------------------------------------------------------------------------------------------
-
-DOOMED = """
-import os, runpy, signal, sys
-from mgrpo.pipeline.feed import Feed
-applied = Feed.applied
-def doomed(self, metrics):
-    applied(self, metrics)
-    if self.step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-Feed.applied = doomed
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def test_a_loop_in_plain_torch_ends_where_our_trainer_does(tmp_path: Path) -> None:

@@ -18,21 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 from mgrpo.errors import ConfigError  # noqa: E402
 from mgrpo.integrations.trl import AgentTrainer  # noqa: E402
 from tests import trl_cases as cases  # noqa: E402
-from tests.runs import RELAY, ROOT, command, leftovers, started, train  # noqa: E402
+from tests.runs import DOOMED, RELAY, ROOT, command, leftovers, started, train  # noqa: E402
 
 PROGRAM = ROOT / "examples" / "embed_trl" / "train_sub.py"
-DOOMED = """
-import os, runpy, signal, sys
-from mgrpo.pipeline.feed import Feed
-applied = Feed.applied
-def doomed(self, metrics):
-    applied(self, metrics)
-    if self.step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-Feed.applied = doomed
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.slow

@@ -31,6 +31,9 @@ TERM_SETTINGS: dict[str, tuple[str, ...]] = {
 }
 """The built-in types, each with the settings that act on its term or normaliser and not on every loss."""
 
+WITHOUT_DEVIATION = ("dr_grpo", "rloo")
+"""Estimators that divide by no deviation of the rewards."""
+
 SEQUENCE_CORRECTIONS = frozenset({"sequence_mask", "geometric"})
 """Corrections by one factor for the whole sequence."""
 
@@ -172,7 +175,7 @@ class GrpoLossConfig(BaseModel):
         unused = [(name, f"with type {self.type!r}") for name in special if name not in acting]
         if self.is_built_in:
             unused.append(("options", f"with type {self.type!r}, which has none"))
-        if self.estimator in ("dr_grpo", "rloo"):
+        if self.estimator in WITHOUT_DEVIATION:
             unused.append(
                 ("advantage_eps", f"with estimator {self.estimator!r}, which divides by no deviation")
             )

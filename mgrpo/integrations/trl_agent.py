@@ -32,14 +32,6 @@ from mgrpo.integrations.trl_head import add_grpo_head
 STEPS = "mgrpo_steps.json"
 """In each checkpoint: the numbers of RL steps that it is the state after."""
 
-_NAMES = {  # what the loss reports -> what the run calls it
-    "policy_loss": "loss/pg",
-    "clip_frac_low": "loss/clip_ratio_low",
-    "clip_frac_high": "loss/clip_ratio_high",
-    "entropy": "policy/entropy",
-    "kl": "policy/kl",
-    "mismatch_kl": "policy/mismatch_kl",
-}
 _POLICY = ("dtype", "head_dtype", "aux_loss_coef", "train_router", "last_layers", "lora", "ranks")
 """Settings of agents.<role>.policy that are our own trainer's; here the model is as TRL loads it."""
 
@@ -130,6 +122,7 @@ class _FeedTrainer(GRPOTrainer):  # type: ignore[misc]
         self._parts: list[
             tuple[int, Mapping[str, Tensor]]
         ] = []  # of the micro-batches of this optimizer step
+        self._lr = 0.0  # of the last optimizer step
         self._saved_at: int | None = None  # optimizer steps of the newest checkpoint
         self._left: int | None = (
             None  # optimizer steps of this RL step that are still to come; None: it is done
@@ -174,7 +167,7 @@ class _FeedTrainer(GRPOTrainer):  # type: ignore[misc]
     def _end_step(self) -> None:
         """All optimizer steps of the RL step are taken."""
         self._left = None
-        self.feed.applied(_means(self._results))
+        self.feed.applied(mgrpo.step_metrics(self._results, self._lr))
         self.feed.publish(self.accelerator.unwrap_model(self.model))
         trainer = self.feed.config.trainer
         if self.feed.step % trainer.checkpoint_every == 0 or self.feed.step == trainer.steps:
@@ -200,13 +193,14 @@ class _FeedTrainer(GRPOTrainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Trainer's, of each optimizer step, before it is taken."""
         found = super()._get_grad_norm(model, grad_norm=grad_norm)
-        result = _join(self._parts) | {"grad_norm": float(found)}
+        result = mgrpo.join_metrics(self._parts) | {"grad_norm": float(found)}
         if not math.isfinite(result["grad_norm"]) or result["nonfinite_rows"]:
             raise NumericsError(
                 f"gradient norm {result['grad_norm']}, {result['nonfinite_rows']:.0f} tokens with non-finite "
                 "log-probs; the step was not taken"
             )
-        self._results.append(result | {"lr": self._get_learning_rate()})
+        self._results.append(result)
+        self._lr = self._get_learning_rate()  # the scheduler's next one comes before the RL step ends
         return found
 
     def _get_learning_rate(self) -> float:
@@ -347,37 +341,6 @@ def _steps(folder: Path) -> list[int]:
         return [int(step) for step in json.loads((folder / STEPS).read_text())]
     except (OSError, ValueError, TypeError):
         return []
-
-
-def _join(parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> dict[str, float]:
-    """Metrics of an optimizer step of those of its micro-batches: sums, extremes, and means over tokens."""
-    out: dict[str, float] = {}
-    tokens = sum(n for n, _ in parts)
-    for name in parts[0][1]:
-        values = [(n, float(metrics[name])) for n, metrics in parts]
-        if name.endswith("_max"):
-            out[name] = max(v for _, v in values)
-        elif name.endswith("_min"):
-            out[name] = min(v for _, v in values)
-        elif name in ("policy_loss", "nonfinite_rows"):
-            out[name] = sum(v for _, v in values)
-        else:
-            out[name] = sum(n * v for n, v in values) / tokens
-    return out
-
-
-def _means(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of an RL step, under the run's names."""
-    if not results:
-        return {}
-    out = {ours: sum(r[theirs] for r in results) / len(results) for theirs, ours in _NAMES.items()}
-    return out | {
-        "policy/grad_norm": sum(r["grad_norm"] for r in results) / len(results),
-        "policy/is_ratio_max": max(r["ratio_max"] for r in results),
-        "policy/is_ratio_min": min(r["ratio_min"] for r in results),
-        "policy/lr": results[-1]["lr"],
-        "policy/logprob_diff_max": results[0]["logprob_diff_max"],
-    }
 
 
 def _no_reward(completions: list[Any], **_: Any) -> list[float]:

@@ -83,24 +83,22 @@ def _loss(
     hidden = hidden.to(weight.device)
     targets = input_ids[:, -width:]
     if vocabulary is not None:
-        rows = vocabulary.to(weight.device)
-        weight = weight[: len(rows)] if int(rows[-1]) == len(rows) - 1 else weight.index_select(0, rows)
-        targets = torch.searchsorted(rows, targets.contiguous()).clamp(max=len(rows) - 1)
+        last = len(vocabulary) - 1
+        if int(vocabulary[-1]) == last:  # in main memory: no wait for the device
+            weight = weight[: last + 1]
+        else:
+            rows = vocabulary.to(weight.device)
+            weight, targets = weight.index_select(0, rows), torch.searchsorted(rows, targets.contiguous())
+        targets = targets.clamp(max=last)
     device = hidden.device.type
     if in_float32:
         hidden = hidden.float()
     elif torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     if "config" not in grpo:
-        return {"logprobs": _score(hidden, weight, targets, grpo)}
+        return {"logprobs": mgrpo.selective_logprob(hidden, weight, targets, **grpo)[0]}
     loss, metrics = mgrpo.linear_grpo_loss(hidden, weight, targets, **grpo)
     return {"loss": loss, "metrics": metrics}
-
-
-def _score(hidden: Tensor, weight: Tensor, targets: Tensor, grpo: dict[str, Any]) -> Tensor:
-    mask = grpo["loss_mask"].bool()
-    found = mgrpo.selective_logprob(hidden[mask], weight, targets[mask], temperature=grpo["temperature"])[0]
-    return torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(mask, found)
 
 
 def _known(vocabulary: Sequence[int], model: Any) -> Tensor:

@@ -152,15 +152,14 @@ class MGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """(advantage, weight) of this rank's rows of sub-agents. The groups are those of all ranks."""
         rank, mode = self.accelerator.process_index, "train" if self.model.training else "eval"
         k = self.num_generations if mode == "train" else self.num_generations_eval
-        rewards = self._rewards.tolist()
+        rewards, trained = self._rewards.tolist(), tokens[n:].tolist()
         mine = []
         for at, row in enumerate(self._sub_rows):
             rollout = rank * n + row.main
             reward = rewards[rollout] if row.reward is None else row.reward
             reward = reward(rewards[rollout]) if callable(reward) else float(reward)
-            if (
-                not math.isnan(rewards[rollout]) and tokens[n + at]
-            ):  # TRL trains on no rollout without a reward
+            # TRL trains on no rollout without a reward.
+            if not math.isnan(rewards[rollout]) and trained[at]:
                 mine.append((rank, at, rollout, row.role, row.invocation, reward))
         rows = gather_object(mine)
         advantage, weight = torch.zeros(2, len(self._sub_rows), dtype=torch.float64)

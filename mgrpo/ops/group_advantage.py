@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mgrpo.config.loss import WITHOUT_DEVIATION
 from mgrpo.ops import check
 from mgrpo.ops.backend import choose
 from mgrpo.ops.encoding import check_name
@@ -58,11 +59,11 @@ def group_advantage(
     rewards give NaN or infinities.
     """
     check.floating("rewards", rewards, (None,), rewards)
-    check.tensor("group_id", group_id, (rewards.shape[0],), (torch.int32, torch.int64), rewards)
+    check.tensor("group_id", group_id, (rewards.shape[0],), check.OFFSETS, rewards)
     if weight is not None:
         check.floating("weight", weight, (rewards.shape[0],), rewards)
     check_name("estimator", estimator)
-    if unbiased and estimator in ("dr_grpo", "rloo"):
+    if unbiased and estimator in WITHOUT_DEVIATION:
         raise ValueError(
             f"unbiased: True has no effect with estimator {estimator!r}, which divides by no deviation"
         )

@@ -20,20 +20,11 @@ from mgrpo.losses.registry import find_loss
 from mgrpo.model import moe
 from mgrpo.model.policy import Policy
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
+from mgrpo.ops.loss_metrics import join_metrics, read_metrics, step_metrics
 from mgrpo.ops.selective_logprob import selective_logprob
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.mesh import by_mesh, clip_gradient
 from mgrpo.trainers.torch.ranks import Ranks
-
-_NAMES = {  # what the loss reports -> what the run calls it
-    "policy_loss": "loss/pg",
-    "clip_frac_low": "loss/clip_ratio_low",
-    "clip_frac_high": "loss/clip_ratio_high",
-    "entropy": "policy/entropy",
-    "kl": "policy/kl",
-    "mismatch_kl": "policy/mismatch_kl",
-    "grad_norm": "policy/grad_norm",
-}
 
 
 def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.Tensor:
@@ -101,30 +92,28 @@ class Learner:
         results = [result for batch in batches if (result := self.step(batch))]
         if not results:
             return {}
-        out = {ours: sum(r[theirs] for r in results) / len(results) for theirs, ours in _NAMES.items()}
-        out["policy/is_ratio_max"] = max(r["ratio_max"] for r in results)
-        out["policy/is_ratio_min"] = min(r["ratio_min"] for r in results)
-        out["policy/lr"] = float(self.optimizer.param_groups[0]["lr"])
-        out["policy/logprob_diff_max"] = results[0]["logprob_diff_max"]
-        return out | moe.means(results)
+        return step_metrics(results, float(self.optimizer.param_groups[0]["lr"])) | moe.means(results)
 
     def step(self, batch: MiniBatch) -> dict[str, float]:
         """One optimizer step; returns the loss metrics of the minibatch. A minibatch that cannot move the policy
         (no trajectory with an advantage) leaves weights and optimizer state untouched and returns {}."""
-        means, load = _Means(), moe.RouterLoad()
+        parts: list[tuple[int, Mapping[str, torch.Tensor | float]]] = []
+        load = moe.RouterLoad()
         self.optimizer.zero_grad(set_to_none=True)
         balance = self._count(batch, load) if self.aux_loss_coef else None
         for rows in self._parts(batch):
             if len(rows.lengths):
-                means.add(self._backward(rows, batch.denominator, load, balance))
+                parts.append(self._backward(rows, batch.denominator, load, balance))
             else:  # the others gather weights in this micro-step, which takes every rank
                 self._backward(_blank(), batch.denominator)
-        means.join(self.ranks, self.policy.config.mesh.same_rows)
-        if not means.tokens:
+        if self.ranks.size > 1:  # in the order of ranks, of those that have the same rows one
+            every = self.ranks.gather(read_metrics(parts))[:: self.policy.config.mesh.same_rows]
+            parts = [part for found in every for part in found]
+        if not sum(tokens for tokens, _ in parts):
             return {}
         balance = balance or self._balance(load)
         norm = float(clip_gradient(list(self.policy.parameters()), self.grad_clip))
-        result = means.result()
+        result = join_metrics(parts)
         if not math.isfinite(norm) or result["nonfinite_rows"]:
             raise NumericsError(
                 f"gradient norm {norm}, {result['nonfinite_rows']:.0f} tokens with non-finite log-probs; "
@@ -224,48 +213,3 @@ def new_learner(
     o = agent.optimizer
     optimizer = adamw(policy, o.lr, betas=o.betas, weight_decay=o.weight_decay)
     return Learner(policy, optimizer, agent.loss, o.grad_clip, reference, ranks)
-
-
-class _Means:
-    """Loss metrics of several micro-batches: sums, extremes and token-weighted means, read once at the end."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._parts: list[tuple[int, Mapping[str, torch.Tensor | float]]] = []
-
-    def add(self, part: tuple[int, dict[str, torch.Tensor]]) -> None:
-        self.tokens += part[0]
-        self._parts.append(part)
-
-    def join(self, ranks: Ranks, same: int) -> None:
-        """Take in what the other ranks have, in the order of ranks. same: ranks, side by side, that have the same."""
-        if ranks.size > 1:
-            self._parts = [part for parts in ranks.gather(self._read())[::same] for part in parts]
-            self.tokens = sum(n for n, _ in self._parts)
-
-    def _read(self) -> list[tuple[int, Mapping[str, float]]]:
-        """The parts as numbers of the host, which waits for the device once."""
-        given = [value for _, part in self._parts for value in part.values()]
-        tensors = [value.double() for value in given if isinstance(value, torch.Tensor)]
-        read = iter(torch.stack(tensors).cpu().tolist() if tensors else ())
-        return [
-            (n, {k: next(read) if isinstance(v, torch.Tensor) else v for k, v in part.items()})
-            for n, part in self._parts
-        ]
-
-    def result(self) -> dict[str, float]:
-        out: dict[str, float] = {}
-        parts = self._read()
-        for name in parts[0][1]:
-            values = [(n, metrics[name]) for n, metrics in parts]
-            if name.endswith("_max"):
-                out[name] = max(v for _, v in values)
-            elif name.endswith("_min"):
-                out[name] = min(v for _, v in values)
-            elif name == "policy_loss" or name.endswith(
-                "_rows"
-            ):  # parts of one sum: they share the denominator
-                out[name] = sum(v for _, v in values)
-            else:
-                out[name] = sum(n * v for n, v in values) / self.tokens
-        return out
