@@ -16,6 +16,12 @@ class ChatError(ConfigError, ValueError):
     config; raised in a rollout it fails that rollout, which is counted and never scored 0."""
 
 
+class ServiceError(ConfigError):
+    """A search, reader, judge or other service that no retry helps with: its key is refused, its model unknown, it was
+    down for longer than max_outage, a replay asks for what was not recorded. Ends the run by name; a resumed run goes
+    on."""
+
+
 class StartValidationError(MgrpoError):
     """The policies that RL starts from are not a valid start for the comparison the run makes."""
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Protocol
 
 from mgrpo.environments.comparison import Claim, Figures
 from mgrpo.environments.episode import Agent, Episode
@@ -23,6 +23,29 @@ class Question:
     text: str
     answer: str
     info: Mapping[str, object] = field(default_factory=dict)
+    id: str = ""
+    """Names it in its set, the same in every run; empty: it has none."""
+    answers: tuple[str, ...] = ()
+    """All gold answers, any of which is right; empty: `answer` alone."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """What results are reported by, e.g. {"level": "2"}."""
+    attachments: tuple[str, ...] = ()
+    """Paths of files that belong to it."""
+    secret: bool = False
+    """Of a benchmark that must not be published: no record may hold its text, its answer or what agents write of it."""
+
+    @property
+    def gold(self) -> tuple[str, ...]:
+        """Every answer that is right."""
+        return self.answers or (self.answer,)
+
+
+class QuestionSource(Protocol):
+    """Where a task's questions come from: pure functions of their arguments, as Task.question and Task.questions."""
+
+    def question(self, index: int, seed: int) -> Question: ...
+
+    def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +134,13 @@ class Task(ABC):
     async def validate_start(self, agents: Mapping[str, Agent], n: int, seed: int) -> StartReport:
         """Validate the policies that RL starts from on n questions (eval.start_validation); the default accepts any."""
         return StartReport({})
+
+    async def preflight(self) -> None:
+        """Called once, before the first step of a run (a resumed one too), on the loop that plays: ask the services that
+        the task needs, calibrate its judge. Raises ConfigError for what the run could not work with."""
+
+    async def close(self) -> None:
+        """Called when the worker ends, on the loop that played: close connections, end processes. Idempotent."""
 
     def claims(self, figures: Figures) -> Sequence[Claim]:
         """What `mgrpo compare` must show, each claim beside what was measured; the default claims nothing."""
