@@ -149,7 +149,7 @@ def _independence_date(text: str) -> list[str]:
 
 
 def _currency(text: str) -> list[str]:
-    match = re.fullmatch(r"([A-Za-z' ]+) \(([A-Z]{3})\) per US dollar -?", text)
+    match = re.fullmatch(r"([A-Za-z' ]+) \(([A-Z]{3})\) per [A-Z]{2} dollar -?", text)
     return [match[1], match[1].removesuffix("s"), match[2]] if match and " or " not in match[1] else []
 
 
