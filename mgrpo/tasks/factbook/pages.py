@@ -29,7 +29,7 @@ from mgrpo.tasks.factbook.facts import (
     partners,
 )
 from mgrpo.tasks.factbook.names import Names
-from mgrpo.tools.corpus import Link, Page
+from mgrpo.tools.page import Heading, Link, Page
 
 ROOT = "https://factbook.example"
 HOME = "Introduction"
@@ -51,17 +51,13 @@ def section_pages(entries: Sequence[Entry], names: Names, codes: Mapping[str, st
                 for other in entry.sections
                 if other != section
             ]
-            yield Page(
-                page_url(names, entry.code, section),
-                f"{names[entry.code].name}: {section}",
-                section_text(rows),
-                tuple(links),
-                tuple(dict.fromkeys(row.path[0] for row in rows)),
-            )
+            text, outline = section_text(rows)
+            title = f"{names[entry.code].name}: {section}"
+            yield Page(page_url(names, entry.code, section), title, text, tuple(links), outline)
 
 
-def section_text(rows: Sequence[Row]) -> str:
-    """A paragraph for each field, a line for each of its texts."""
+def section_text(rows: Sequence[Row]) -> tuple[str, tuple[Heading, ...]]:
+    """A paragraph for each field, a line for each of its texts; and where each field begins."""
     paragraphs: dict[str, list[str]] = {}
     for row in rows:
         field, *parts = row.path
@@ -71,20 +67,31 @@ def section_text(rows: Sequence[Row]) -> str:
         lines = paragraphs.setdefault(field, [field])
         part = " - ".join(parts)
         lines.append(row.text if part == "note" else f"{part}: {row.text}")
-    return "\n\n".join("\n".join(lines) for lines in paragraphs.values())
+    text, outline = "", []
+    for field, lines in paragraphs.items():
+        text += "\n\n" if text else ""
+        outline.append(Heading(field, 1, len(text)))
+        text += "\n".join(lines)
+    return text, tuple(outline)
 
 
-def index_pages(entries: Sequence[Entry], names: Names) -> Iterator[Page]:
-    """The root page and one for each region, for agents that have no search."""
+def region_title(region: str) -> str:
+    """The package's name of a region in words: "east-n-southeast-asia" -> East and Southeast Asia."""
+    return " ".join("and" if word == "n" else word.capitalize() for word in region.split("-"))
+
+
+def index_pages(entries: Sequence[Entry], names: Names, titles: Mapping[str, str]) -> Iterator[Page]:
+    """The root page and one for each region, for agents that have no search. titles: region -> its name in words."""
     regions: dict[str, list[str]] = {}
     for entry in entries:
         regions.setdefault(entry.region, []).append(entry.code)
-    links = tuple(Link(_title(region), f"{ROOT}/regions/{region}") for region in sorted(regions))
-    yield Page(f"{ROOT}/", "The factbook: regions", _list(links), links, ())
+    urls = {region: f"{ROOT}/regions/{title.lower().replace(' ', '-')}" for region, title in titles.items()}
+    links = tuple(Link(titles[region], urls[region]) for region in sorted(regions))
+    yield Page(f"{ROOT}/", "The factbook: regions", _list(links), links)
     for region in sorted(regions):
         by_name = sorted(regions[region], key=lambda code: names[code].name)
         links = tuple(Link(names[code].name, page_url(names, code)) for code in by_name)
-        yield Page(f"{ROOT}/regions/{region}", f"The factbook: {_title(region)}", _list(links), links, ())
+        yield Page(urls[region], f"The factbook: {titles[region]}", _list(links), links)
 
 
 def _named(entry: Entry, section: str, codes: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -101,12 +108,6 @@ def _named(entry: Entry, section: str, codes: Mapping[str, str]) -> list[tuple[s
         if (code := codes.get(name)) and code != entry.code:
             found.setdefault(code, name)
     return [(name, code) for code, name in found.items()]
-
-
-def _title(region: str) -> str:
-    return " ".join(word if word == "n" else word.capitalize() for word in region.split("-")).replace(
-        " n ", " and "
-    )
 
 
 def _list(links: Sequence[Link]) -> str:

@@ -22,8 +22,9 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from mgrpo.tasks.factbook.data import Entry, Row
 from mgrpo.tasks.factbook.names import Name, Names
@@ -51,16 +52,25 @@ CODE = re.compile(r"(?<![\w.])\.[a-z]{2}(?!\w)")
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def rename(entries: Sequence[Entry], names: Names, seed: int) -> tuple[tuple[Entry, ...], Names]:
-    """Entries and names of the renamed world. seed: draws the invented names."""
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """text: any text of the world under the invented names."""
+
+    entries: tuple[Entry, ...]
+    names: Names
+    text: Callable[[str], str]
+
+
+def rename(entries: Sequence[Entry], names: Names, seed: int) -> Renamed:
+    """The renamed world. seed: draws the invented names."""
     table = rename_table(entries, names, seed)
     codes = code_table(entries, seed)
     change = substitution(table)
 
     def text(old: str) -> str:
-        return CODE.sub(lambda match: codes.get(match[0], match[0]), change(ADDRESS.sub("[address]", old)))
+        return CODE.sub(lambda match: codes.get(match[0], match[0]), change(masked(old)))
 
-    renamed = tuple(
+    changed = tuple(
         replace(
             entry,
             sections={
@@ -70,7 +80,12 @@ def rename(entries: Sequence[Entry], names: Names, seed: int) -> tuple[tuple[Ent
         )
         for entry in entries
     )
-    return renamed, {code: _name(code, name, table) for code, name in names.items()}
+    return Renamed(changed, {code: _name(code, name, table) for code, name in names.items()}, text)
+
+
+def masked(text: str) -> str:
+    """Without the addresses of web sites and mail."""
+    return ADDRESS.sub("[address]", text)
 
 
 def _name(code: str, name: Name, table: Mapping[str, str]) -> Name:
@@ -81,7 +96,7 @@ def _name(code: str, name: Name, table: Mapping[str, str]) -> Name:
 
 def rename_table(entries: Sequence[Entry], names: Names, seed: int) -> dict[str, str]:
     """Old name -> invented one, both unique; every old name in capitals too."""
-    taken = {word.casefold() for word in _words(entries)}
+    taken = sorted({word.casefold() for word in _words(entries)})
     owners = _owners(entries, names)
     table: dict[str, str] = {}
     for entry in entries:
@@ -99,7 +114,7 @@ def rename_table(entries: Sequence[Entry], names: Names, seed: int) -> dict[str,
 
 
 def _invent(
-    terms: Sequence[str], root: str, ends: Sequence[str], table: dict[str, str], seed: int, taken: set[str]
+    terms: Sequence[str], root: str, ends: Sequence[str], table: dict[str, str], seed: int, taken: list[str]
 ) -> None:
     """Give each term its word: abbreviations one of as many letters, plurals that of their singular with an s."""
     left = iter(ends)
@@ -220,8 +235,8 @@ def _draw(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
 
 
-def _root(key: str, taken: set[str]) -> str:
-    """An invented word, to which endings are added; no word of the corpus begins with it. `taken` grows by it."""
+def _root(key: str, taken: list[str]) -> str:
+    """An invented word, to which endings are added; no word of the corpus begins with it. `taken` (sorted) grows by it."""
     for attempt in range(1000):
         n = _draw(f"{key}/{attempt}")
         parts = []
@@ -230,18 +245,20 @@ def _root(key: str, taken: set[str]) -> str:
             n, vowel = divmod(n, 5)
             parts.append(starts[first] + "aeiou"[vowel])
         root = "".join(parts) + "nrlkm"[n % 5]
-        if not any(word.startswith(root) for word in taken):
-            taken.add(root)
+        place = bisect_left(taken, root)
+        if not taken[place : place + 1] or not taken[place].startswith(root):
+            taken.insert(place, root)
             return root.capitalize()
     raise AssertionError("a thousand invented names are taken")
 
 
-def _letters(key: str, length: int, taken: set[str]) -> str:
-    """An invented abbreviation. `taken` grows by it."""
+def _letters(key: str, length: int, taken: list[str]) -> str:
+    """An invented abbreviation. `taken` (sorted) grows by it."""
     for attempt in range(1000):
         n = _draw(f"{key}/{attempt}")
         letters = "".join("BCDFGHJKLMNPQRSTVWXZ"[n // 20**i % 20] for i in range(length))
-        if letters.casefold() not in taken:
-            taken.add(letters.casefold())
+        place = bisect_left(taken, letters.casefold())
+        if taken[place : place + 1] != [letters.casefold()]:
+            taken.insert(place, letters.casefold())
             return letters
     raise AssertionError("a thousand invented abbreviations are taken")

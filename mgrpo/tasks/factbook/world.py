@@ -21,9 +21,9 @@ from mgrpo.tasks.factbook.chains import HOPS, Chain, all_chains, balanced
 from mgrpo.tasks.factbook.data import Entry, read_entries
 from mgrpo.tasks.factbook.facts import Facts, read_facts
 from mgrpo.tasks.factbook.names import Names, by_name, entry_names
-from mgrpo.tasks.factbook.pages import index_pages, section_pages
+from mgrpo.tasks.factbook.pages import index_pages, region_title, section_pages
 from mgrpo.tasks.factbook.questions import make_questions
-from mgrpo.tools.corpus import Page
+from mgrpo.tools.page import Page
 
 NOT_ASKED = ("ee", "xx")
 """The European Union and the world: their texts are about other entries."""
@@ -38,6 +38,8 @@ class World:
     entries: tuple[Entry, ...]
     """Sorted by code."""
     names: Names
+    regions: Mapping[str, str]
+    """The package's name of a region -> its title."""
     facts: Facts
     chains: tuple[Chain, ...]
     """Of all splits; two hops before three."""
@@ -47,10 +49,13 @@ class World:
         """Read the package's data and make the world of it. Raises ConfigError where they are missing or others."""
         entries = read_entries()
         names = entry_names(entries)
+        titles = {entry.region: region_title(entry.region) for entry in entries}
         if renamed:
             from mgrpo.tasks.factbook.renaming import rename
 
-            entries, names = rename(entries, names, seed)
+            changed = rename(entries, names, seed)
+            entries, names = changed.entries, changed.names
+            titles = {region: changed.text(title) for region, title in titles.items()}
         codes = by_name(names)
         facts = {
             (entry.code, relation): fact
@@ -60,7 +65,7 @@ class World:
         }
         asked = [entry.code for entry in entries if entry.code not in NOT_ASKED]
         chains = [c for hops in HOPS for c in balanced(list(all_chains(asked, facts, hops)), seed)]
-        return cls(renamed, seed, entries, names, facts, tuple(chains))
+        return cls(renamed, seed, entries, names, titles, facts, tuple(chains))
 
     @cached_property
     def pages(self) -> Sequence[Page]:
@@ -70,7 +75,7 @@ class World:
     @cached_property
     def index(self) -> Sequence[Page]:
         """The root page and one for each region: only for agents without a search."""
-        return tuple(index_pages(self.entries, self.names))
+        return tuple(index_pages(self.entries, self.names, self.regions))
 
     @cached_property
     def questions(self) -> Sequence[Question]:
