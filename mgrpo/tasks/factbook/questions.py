@@ -2,8 +2,8 @@
 
 The information of a question, for people and for scoring (no agent sees it):
 
-    path    for each fact in the order to be found: url of the page where it stands, relation, value as it stands there,
-            names (every spelling of it that is right)
+    path    for each fact in the order to be found: url of the page where it stands, entity whose page that is,
+            relation, value as it stands there, names (every spelling of it that is right)
     hops, leaf, start, split
 """
 
@@ -55,6 +55,7 @@ def _question(chain: Chain, names: Names) -> Question:
     path = [
         {
             "url": page_url(names, code, fact.section),
+            "entity": names[code].name,
             "relation": fact.relation,
             "value": fact.value,
             "names": list(names[fact.target].all if fact.target else fact.answers),

@@ -92,7 +92,9 @@ class World:
         """16 hexadecimal digits that pages and questions decide."""
         whole = hashlib.sha256()
         for page in (*self.pages, *self.index):
-            whole.update(repr((page.url, page.title, page.text, page.links, page.outline)).encode())
+            links = [(link.text, link.url) for link in page.links]
+            outline = [(heading.text, heading.level, heading.start) for heading in page.outline]
+            whole.update(repr((page.url, page.title, page.text, links, outline)).encode())
         for question in self.questions:
             whole.update(repr((question.id, question.text, question.answers, question.info)).encode())
         return whole.hexdigest()[:16]
