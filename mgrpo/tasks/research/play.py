@@ -182,7 +182,9 @@ class Play:
         place = (work.role.name, conversation.invocation, *at)
         occurrence = "/".join(map(str, (self._episode.query, self._episode.rollout, *place)))
         made = functools.partial(work.role.tools.call, call.name, arguments, occurrence=occurrence)
-        seen: Observation = await self._episode.tool(call.name, made, attempts=1)  # services retry by themselves
+        seen: Observation = await self._episode.tool(
+            call.name, made, attempts=1
+        )  # services retry by themselves
         self.blocked += seen.blocked
         if seen.status == "ok" and not searches:
             work.pages.append(shortened(seen.text, self._limits.observation_chars))
@@ -194,7 +196,9 @@ class Play:
         if not isinstance(task, str) or not task.strip():
             return refused(f"{call.name} needs a text in the argument {TASK!r}.")
         if len(self.calls) >= self._limits.asks:
-            return refused(f"Not called: at most {self._limits.asks} tasks can be given. Use what you know by now.")
+            return refused(
+                f"Not called: at most {self._limits.asks} tasks can be given. Use what you know by now."
+            )
         task = task.strip()[: self._limits.report_chars]
         start = self._start(sub, task)
         if start.least > self._episode.agents[sub].max_length:

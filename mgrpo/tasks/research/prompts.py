@@ -32,8 +32,8 @@ ANSWER_HOW = (
     "commas, without explanation."
 )
 SUB = (
-    "Work on the task that you are given. Look up what you need with your tools, and trust what you have read more than "
-    "what you remember."
+    "Work on the task that you are given. Look up what you need with your tools, and trust what you have read more "
+    "than what you remember."
 )
 SUB_CLOSED = "Work on the task that you are given, from what you know."
 REPORT_HOW = f"When you are done, call {REPORT} with what you found. Only this report is read."
@@ -58,7 +58,9 @@ def own_tool(name: str) -> dict[str, object]:
 
 def ask_tool(name: str, about: str) -> dict[str, object]:
     """The schema of a tool that gives a sub-agent a task."""
-    return _schema(name, f"Give a task to a sub-agent. {about}".strip(), TASK, "The task, complete in itself.")
+    return _schema(
+        name, f"Give a task to a sub-agent. {about}".strip(), TASK, "The task, complete in itself."
+    )
 
 
 def _schema(name: str, about: str, argument: str, meaning: str) -> dict[str, object]:
