@@ -125,12 +125,12 @@ class Play:
         """(answer or report, whether its arguments are as asked); None where there are no words in it."""
         given = dict(call.arguments)
         value = given.get(call.name, next(iter(given.values())) if len(given) == 1 else None)
+        plain = given.keys() == {call.name} and isinstance(value, str)
         if isinstance(value, list):
             value = ", ".join(map(str, value))
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return None
         text = str(value).strip()
-        plain = given.keys() == {call.name} and isinstance(value, str)
         return (text[: self._limits.report_chars], plain) if text else None
 
     def _fits(self, role: Role, call: Call) -> bool:
@@ -167,7 +167,7 @@ class Play:
         if call.name in role.delegates:
             return self._begin_task(role.delegates[call.name], call)
         if call.name == role.manner.final:
-            return refused(f"{call.name} needs its words as a text in the argument {call.name!r}.")
+            return refused(f"Its argument {call.name!r} must be a text, and not empty.")
         if call.name not in role.tools.names:
             names = ", ".join([*role.delegates, *role.tools.names, role.manner.final])
             return refused(f"There is no tool {call.name!r}. Tools: {names}.")
@@ -194,7 +194,7 @@ class Play:
         """Open a sub-agent for a task, or say why not."""
         task = call.arguments.get(TASK)
         if not isinstance(task, str) or not task.strip():
-            return refused(f"{call.name} needs a text in the argument {TASK!r}.")
+            return refused(f"Its argument {TASK!r} must be a text, and not empty.")
         if len(self.calls) >= self._limits.asks:
             return refused(
                 f"Not called: at most {self._limits.asks} tasks can be given. Use what you know by now."

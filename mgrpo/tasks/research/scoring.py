@@ -13,7 +13,6 @@ No answer and no report are worth 0 without a call. A judge that fails raises In
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -81,20 +80,28 @@ class Scores:
         return self._options.expert is not None
 
     async def of_rollout(
-        self, question: Question, main: Worked, subs: Sequence[Worked]
+        self, question: Question, main: Worked, subs: Sequence[Worked], occurrence: str
     ) -> tuple[Outcome, list[float | None]]:
-        """The rollout's outcome, and the expert score of each sub-agent (None: there is none). Raises
-        InfrastructureError where a judge fails, ConfigError for a question that nothing can grade reports of."""
+        """The rollout's outcome, and the expert score of each sub-agent (None: there is none). occurrence: names the
+        rollout. Raises InfrastructureError where a judge fails, ConfigError for a question that nothing can grade
+        reports of."""
         async with asyncio.TaskGroup() as group:
-            outcome = group.create_task(self.outcome(question, main.said))
-            experts = [group.create_task(self.expert(question, sub)) for sub in subs]
+            outcome = group.create_task(self.outcome(question, main.said, occurrence))
+            experts = [
+                group.create_task(self.expert(question, sub, f"{occurrence}/{number}"))
+                for number, sub in enumerate(subs)
+            ]
         return outcome.result(), [expert.result() for expert in experts]
 
-    async def outcome(self, question: Question, answer: str | None) -> Outcome:
+    async def outcome(self, question: Question, answer: str | None, occurrence: str) -> Outcome:
         """Of an answer."""
-        return await self._scorer.score(question, answer)
+        return await self._scorer.score(question, answer, occurrence)
 
-    async def expert(self, question: Question, sub: Worked) -> float | None:
+    def record(self, outcome: Outcome) -> dict[str, object]:
+        """What the record keeps of an outcome."""
+        return self._scorer.record(outcome)
+
+    async def expert(self, question: Question, sub: Worked, occurrence: str) -> float | None:
         """Of a report."""
         if not self.has_expert:
             return None
@@ -107,7 +114,7 @@ class Scores:
                 f"question {question.id or question.text[:80]!r} has no gold path (info[{PATH!r}]) that score.expert = "
                 '"path" could use; set score.expert_judge, or leave score.expert out'
             )
-        return await self._expert.score(sub.task, sub.said)
+        return await self._expert.score(sub.task, sub.said, occurrence)
 
     async def preflight(self) -> None:
         """Judges agree with what is known. Raises ConfigError."""
@@ -145,13 +152,9 @@ def of_path(task: str, report: str, path: Sequence[Sequence[str]], pages: Sequen
     task names is what was known before, so it does not count."""
     best = 0.0
     for spellings in path:
-        if not any(_stands_in(name, task) for name in spellings):
-            best = max([best, *(path_score(report, [name], pages) for name in spellings)])
+        if not path_score(task, [spellings], [task]):
+            best = max(best, path_score(report, [spellings], pages))
     return best
-
-
-def _stands_in(name: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def _read(kind: type[S], name: str, options: Mapping[str, object] | None) -> S | None:

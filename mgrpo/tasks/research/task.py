@@ -77,7 +77,7 @@ class ResearchTask(Task):
             tools=manner.schemas is not None,
             template=self.options.template,
         )
-        self._forms: dict[str, ChatFormat] = {}
+        self._forms: dict[tuple[str, int], ChatFormat] = {}
 
     # -- parts that a task of one's own may replace --
 
@@ -120,7 +120,9 @@ class ResearchTask(Task):
     async def play(self, question: Question, episode: Episode) -> Rollout:
         play = Play(self, question, episode)
         main = await play.main()
-        outcome, experts = await self.judged.of_rollout(question, main, play.subs)
+        outcome, experts = await self.judged.of_rollout(
+            question, main, play.subs, f"{episode.query}/{episode.rollout}"
+        )
         main.conversation.close(format=main.format)
         for sub, expert in zip(play.subs, experts, strict=True):
             parts = {"format": sub.format} if expert is None else {"format": sub.format, "expert": expert}
@@ -134,20 +136,15 @@ class ResearchTask(Task):
             question_id=question.id,
             tags=dict(question.tags),
             tools=play.tools,
-            verdict={
-                "rule": self.options.score.rule,
-                "rule_score": outcome.rule,
-                "judge": outcome.judge,
-                "source": outcome.source,
-                "digest": outcome.digest,
-            },
+            verdict=self.judged.record(outcome),
             calls=play.calls,
         )
 
     def form(self, agent: Agent) -> ChatFormat:
         """The chat format of the agent's model, made once. Raises ConfigError where it has no template, or where the
         agent's max_length leaves no room for a turn and an answer."""
-        found = self._forms.get(agent.role)
+        key = agent.role, agent.max_length
+        found = self._forms.get(key)
         if found is None or found.tokenizer is not agent.tokenizer:
             found = ChatFormat(agent.tokenizer, **self.options.template)
             least = self.team[agent.role].start(found, "?").least
@@ -158,7 +155,7 @@ class ResearchTask(Task):
                     f"limits.turn_tokens={limits.turn_tokens} and an answer of "
                     f"limits.answer_tokens={limits.answer_tokens} take {least} tokens and the question's"
                 )
-            self._forms[agent.role] = found
+            self._forms[key] = found
         return found
 
     # -- a run --
