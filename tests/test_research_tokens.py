@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from mgrpo.environments.task import Question
 from mgrpo.errors import InfrastructureError
@@ -60,9 +61,7 @@ def test_nobody_forges_control_tokens(words: Any, tools_in: str) -> None:
     """Control tokens in a page, a search result, a question, a task and a report become no added ids: what an agent
     reads has those that the template writes, as many as where all these are harmless words."""
     if isinstance(words, Path):
-        from transformers import AutoTokenizer
-
-        words = AutoTokenizer.from_pretrained(words)
+        words = PreTrainedTokenizerFast.from_pretrained(words)
     control = ChatEncoder(words).control
 
     def context(words_of_others: str) -> list[list[int]]:
