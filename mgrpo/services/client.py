@@ -117,7 +117,7 @@ class HttpService:
             name,
             config.url,
             self.counters,
-            threshold=config.attempts,
+            threshold=max(2, config.attempts),  # with 1, a request that always fails would open it for ever
             backoff=config.backoff,
             max_outage=config.max_outage,
             noise=self._noise,
@@ -205,8 +205,7 @@ class HttpService:
             except _Broken as broken:
                 failure = broken
                 if is_probe and await self._is_up():
-                    self._breaker.answered()  # the failure is the request's own
-                    spent += 1
+                    self._breaker.answered()  # it is the request's own, and spends the attempts that come
                 elif not self._breaker.failed(
                     broken.words, is_probe=is_probe, retry_after=broken.retry_after
                 ):
