@@ -10,8 +10,8 @@ that fail meanwhile are the outage's and not spent. Waiting stops the clocks of 
 
 Failures in a row may also be one request's own (a page that its reader cannot load): the client therefore repeats, with
 each probe that failed, the last request that was answered. An answer to that closes the breaker, and what fails then
-spends its attempts until the next one opens it: fewer each time, so that it ends (client.py). An outage is measured while somebody waits for its end: a service that nobody asks is
-not down.
+spends its attempts until the next outage begins: fewer each time, so that it ends (client.py). An outage is measured
+while somebody waits for its end: a service that nobody asks is not down.
 """
 
 from __future__ import annotations
