@@ -128,8 +128,8 @@ class Expert:
         return (await self.grade(task, report, occurrence)).score
 
     async def grade(self, task: str, report: str | None, occurrence: str = "") -> Grade:
-        """0 without a call where there is no report. occurrence: as of Judge.verdict(). Raises InfrastructureError where
-        the model gives no score or does not answer, ServiceError where no retry helps."""
+        """0 without a call where there is no report. occurrence: as of Judge.verdict(). Raises InfrastructureError
+        where the model gives no score or does not answer, ServiceError where no retry helps."""
         shown = of_candidate(report or "", self.config.candidate_chars)
         if not shown.strip():
             self._asker.tally.skipped += 1

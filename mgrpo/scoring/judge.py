@@ -140,8 +140,8 @@ class Judge:
         return Verdict(found.value, found.text, found.source, found.seconds)
 
     async def calibrate(self) -> float:
-        """Share of the calibration list that it judges as known; a reply that cannot be read is not. Raises ConfigError below config.calibration, and where the judge cannot be reached; 1.0 without a call where
-        that bound is 0."""
+        """Share of the calibration list that it judges as known; a reply that cannot be read is not. Raises ConfigError
+        below config.calibration, and where the judge cannot be reached; 1.0 without a call where that bound is 0."""
         if self.config.calibration == 0:
             return 1.0
         said = await calibrated(

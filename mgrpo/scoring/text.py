@@ -9,7 +9,7 @@ What a candidate writes is neutralised before it is put there:
    first character. It is then no token of any vocabulary, and no end of the template's own marks. Every tag is broken,
    not those of a list: the judge's tokenizer is not known here.
 3. What is longer than a cap is cut, visibly.
-4. The colon behind a word that a verdict or a score begins with ("Verdict: correct", `"score": 10`) becomes a dash: a
+4. Colons behind a word that a verdict or a score begins with ("Verdict: correct", `"score": 10`) become dashes: a
    judge that quotes the candidate does not thereby pronounce a verdict.
 """
 
@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from mgrpo.errors import ConfigError
-from mgrpo.scoring.verdict import COLONS, MARKS
+from mgrpo.scoring.verdict import COLON, MARK
 
 _HIDDEN = (
     "Cc",
@@ -29,7 +29,8 @@ _HIDDEN = (
     "Co",
 )  # control, format (zero width, direction, tags), lone surrogates, private use
 _TAG = re.compile(r"<(?=[/|!?\uff5c\u2581\w])|\[(?=\||/?[A-Za-z_]\w*\])")
-_COLON = re.compile(rf"(verdict|score|grade|rating|judge?ment)({MARKS}){COLONS}", re.IGNORECASE)
+_LABEL = re.compile(rf"(verdict|score|grade|rating|judge?ment)((?:{MARK}|{COLON})+)", re.IGNORECASE)
+_COLON = re.compile(COLON)
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -53,7 +54,8 @@ def plain(text: str) -> str:
 
 def of_candidate(text: str, limit: int) -> str:
     """All steps. limit: most characters of it, at least 1."""
-    return _COLON.sub(r"\1\2 -", shortened(plain(text), limit))
+    cut = shortened(plain(text), limit)
+    return _LABEL.sub(lambda match: match[1] + _COLON.sub(" -", match[2]), cut)
 
 
 def shortened(text: str, limit: int) -> str:

@@ -24,10 +24,10 @@ from typing import TypeVar
 T = TypeVar("T")
 TOP = 10
 """The best score of a rubric."""
-MARKS = r"[\s>#*_`\"'\-{}(),.\[\]\\]*"
+MARK = r"[\s>#*_`\"'\-{}(),.\[\]\\]"
 """What may stand around a label: Markdown, quotes, a list's dash, the braces of an object on several lines."""
-COLONS = "[:=\uff1a\ufe55\u2236\ua789]"
-"""Colons, the full-width ones too, and the equals sign."""
+COLON = "[:=\uff1a\ufe55\u2236\ua789]"
+"""A colon, full-width or not, or an equals sign."""
 
 _BEFORE, _BEHIND = " \t\r\n*_`\"'([{", " \t\r\n*_`\"'.,!)]}"  # marks around a value; not "-3" nor ".7"
 _THOUGHTS = re.compile(r"</?think(?:ing)?>", re.IGNORECASE)
@@ -62,7 +62,7 @@ def _parse(reply: str, label: str, short: str, read: Callable[[object], T | None
     text = _spoken(reply)
     if text is None:
         return None
-    mention = re.compile(rf"{label}{MARKS}{COLONS}{MARKS}({short})", re.IGNORECASE)
+    mention = re.compile(rf"{label}{MARK}*{COLON}{MARK}*({short})", re.IGNORECASE)
     found = _from_object(text, label)
     values: list[object] = [found[0]] if found else [*(_labelled(text, label) or [text])]
     around = found[1] if found else text
@@ -103,6 +103,6 @@ def _from_object(text: str, label: str) -> tuple[object, str] | None:
 def _labelled(text: str, label: str) -> list[str]:
     """What follows the label in each line that begins with it."""
     line = re.compile(
-        rf"{MARKS}(?:(?:my|the|final)\s+)*{label}{MARKS}{COLONS}(.*)", re.IGNORECASE | re.DOTALL
+        rf"{MARK}*(?:(?:my|the|final)\s+)*{label}{MARK}*{COLON}(.*)", re.IGNORECASE | re.DOTALL
     )
     return [match[1] for text_line in text.splitlines() if (match := line.fullmatch(text_line))]
