@@ -1,4 +1,7 @@
-"""What is wrong with a question set, and what is in it. Nothing here quotes a question, so it may be shown of any set."""
+"""What is wrong with a question set, and what is in it.
+
+Nothing here quotes a question, so it may be shown of any set.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What may be kept of a rollout whose question is secret: ids, scores, counts and lengths, never a word.
 
-Encrypted and gated benchmarks are published on the condition that their text stays out of training data, so no file of a
-run may hold it: not the question, not its answer, not what agents, tools and judges wrote about it, not their tokens.
-Numbers pass. Of texts only those pass that a fixed vocabulary names; a task's own info may hold any others.
+Encrypted and gated benchmarks are published on the condition that their text stays out of training data, so no file of
+a run may hold it: not the question, not its answer, not what agents, tools and judges wrote about it, not their tokens.
+Of a rollout's info only the parts pass that are named below, and of their texts those of a fixed vocabulary: an answer
+may be a number, so what a task calls by a name of its own does not pass.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ WORDS = frozenset(
 )
 """Texts that say nothing of a question: states of tool calls, where an answer came from, verdicts, names of rules."""
 KEYS = {
-    "tools": ("role", "invocation", "turn", "status", "source", "seconds", "chars"),
+    "tools": ("role", "invocation", "turn", "status", "source", "seconds", "chars", "blocked"),
     "verdict": ("rule", "rule_score", "judge", "source"),
 }
 """Parts of info that are tables, or lists of tables, and what is kept of each."""
 
 
 def redacted_info(rollout: Rollout, question_id: str) -> dict[str, Any]:
-    """The info of a rollout without its words: `question_id`, `opened_at`, the states and times of its tool calls, its
-    verdict, and every part that is a number."""
+    """The info of a rollout without its words: `question_id`, `opened_at`, the states and times of its tool calls, and
+    its verdict."""
     allowed = WORDS | {t.role for t in rollout.trajectories()}
     kept: dict[str, Any] = {"question_id": question_id}
     for name, value in rollout.info.items():
@@ -41,8 +42,6 @@ def redacted_info(rollout: Rollout, question_id: str) -> dict[str, Any]:
             kept[name] = {
                 role: [n for n in at if _is_number(n)] for role, at in value.items() if role in allowed
             }
-        elif name != "question_id" and _is_number(value):
-            kept[name] = value
     return kept
 
 

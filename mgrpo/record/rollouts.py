@@ -38,8 +38,8 @@ class RolloutRecorder:
         self, step: int, index: int, query: str, rollout: int, asked: tuple[str, str], played: Rollout | None,
         failure: str, secret: str | None = None,
     ) -> None:  # fmt: skip
-        """A rollout of a training group; `asked` is its question and gold answer, failure why there is none. secret: the
-        id of a secret question: ids, scores and lengths are kept of it, no text and no token."""
+        """A rollout of a training group; `asked` is its question and gold answer, failure why there is none. secret:
+        the id of a secret question: ids, scores and lengths are kept of it, no text and no token."""
         if self._writer is None or not self._writer.active:
             return
         every = self._config.tokens_every
@@ -53,7 +53,8 @@ class RolloutRecorder:
         self, step: int, split: str, mode: str, number: int, asked: tuple[str, str], played: Rollout | None,
         secret: str | None = None,
     ) -> None:  # fmt: skip
-        """A rollout of an evaluation: question `number` of `split`. Only the first few are kept. secret: as in train."""
+        """A rollout of an evaluation: question `number` of `split`. Only the first few are kept. secret: as in
+        train."""
         if self._writer is None or not self._writer.active or number >= self._config.evaluation:
             return
         query = f"{EVALUATION}/{split}/{step}/{mode}/{number}"
