@@ -6,7 +6,7 @@ import asyncio
 
 from mgrpo.environments.task import Split
 from mgrpo.pipeline.play import Accuracy, RolloutResult, evaluate
-from mgrpo.pipeline.worker_context import WorkerContext, asked
+from mgrpo.pipeline.worker_context import WorkerContext, asked, secret_id
 
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
 
@@ -33,8 +33,10 @@ class Evaluations:
 
         async def accuracy(mode: str) -> Accuracy:
             def seen(number: int, result: RolloutResult) -> None:
-                question = asked(result.request.question)
-                context.recorder.evaluation(step, split, mode, number, question, result.rollout)
+                question = result.request.question
+                context.recorder.evaluation(
+                    step, split, mode, number, asked(question), result.rollout, secret_id(question)
+                )
 
             return await evaluate(
                 context.task,

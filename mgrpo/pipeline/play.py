@@ -110,6 +110,8 @@ async def play(
             f"in attempt {attempts.number} with {attempts.calls()} calls of sub-agents"
         )
         result = RolloutResult(request, attempts.number, None, text, "deadline")
+    if result.rollout is None and request.question.secret:  # what was raised may quote it
+        result = replace(result, failure=f"{result.kind}; the question is secret, so no words of it are kept")
     seconds, tools = time.monotonic() - began, attempts.tools.metrics()
     return replace(result, calls=attempts.calls(), seconds=seconds, tools=tools)
 
