@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mgrpo.errors import MgrpoError
 
@@ -86,6 +86,25 @@ def listed(results: Sequence[Result]) -> str:
         for number, r in enumerate(results, 1)
     )
     return "\n\n".join(entries) or NO_RESULTS
+
+
+def stored(seen: Observation) -> dict[str, object]:
+    """An observation as JSON, for a cassette; without what belongs to this call (source, seconds, blocked)."""
+    results = [[result.title, result.url, result.snippet] for result in seen.results]
+    return {"text": seen.text, "links": list(seen.links), "status": seen.status, "results": results}
+
+
+def restored(answer: object, source: Source) -> Observation:
+    """An observation from what stored() gave. Raises ValueError for anything else."""
+    try:
+        kept = dict(answer)  # type: ignore[call-overload]
+        text, links, status = str(kept["text"]), tuple(map(str, kept["links"])), kept["status"]
+        results = tuple(Result(*map(str, entry)) for entry in kept["results"])
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{answer!r:.100} is no stored observation") from None
+    if status not in get_args(Status):
+        raise ValueError(f"a stored observation has the status {status!r:.40}")
+    return Observation(text, links, status, source, results=results)
 
 
 def _line(text: str) -> str:
