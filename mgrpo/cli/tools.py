@@ -9,9 +9,7 @@ import typer
 
 from mgrpo.errors import ConfigError
 
-app = typer.Typer(
-    help="Corpora for agents' tools.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+app = typer.Typer(help="Corpora for agents' tools.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.command()

@@ -129,10 +129,10 @@ class Tool(ABC):
     async def call(self, arguments: Mapping[str, object]) -> Observation:
         """arguments fit the schema. Raises ToolError, InfrastructureError and ServiceError as said above."""
 
-    async def preflight(self) -> None:
+    async def preflight(self) -> None:  # noqa: B027
         """Called before the first step: raises ConfigError where no call could work. Cheap."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """Close connections, end processes. Idempotent."""
 
     def schema(self) -> dict[str, object]:

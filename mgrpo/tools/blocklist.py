@@ -18,11 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import translate
 from urllib.parse import unquote
 
+from pydantic import Field
+
 from mgrpo.config.settings import Settings
 from mgrpo.errors import ConfigError
 from mgrpo.tools.base import Observation, Result
 
-_ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?[/\\]{2,}(?P<rest>[^\s\"'<>]+)|[a-z][a-z0-9+.-]*:/(?P<one>[^\s\"'<>]+)")
+_ADDRESS = re.compile(
+    r"(?:[a-z][a-z0-9+.-]*:)?[/\\]{2,}(?P<rest>[^\s\"'<>]+)|[a-z][a-z0-9+.-]*:/(?P<one>[^\s\"'<>]+)"
+)
 _BARE = re.compile(r"[^\s/?#@]+\.[^\s/?#]+(?:[/?#]\S*)?")  # an address without its scheme
 _DECODED = 3  # times that percent-escapes are decoded: an address may carry one that carries one
 
@@ -30,11 +34,11 @@ _DECODED = 3  # times that percent-escapes are decoded: an address may carry one
 class BlockConfig(Settings):
     """What agents may not see."""
 
-    hosts: list[str] = []
+    hosts: list[str] = Field(default_factory=list)
     """Host names: each with all its subdomains."""
-    urls: list[str] = []
+    urls: list[str] = Field(default_factory=list)
     """Patterns of addresses without scheme and "www.", with * and ?: "example.org/datasets/*"."""
-    texts: list[str] = []
+    texts: list[str] = Field(default_factory=list)
     """Texts that no result, page or address may hold: names of data sets, canary strings. Case and the amount of white
     space do not count."""
 
@@ -84,7 +88,9 @@ class BlockList:
         return seen if links == seen.links else _with_links(seen, links)
 
     def _rule_of_result(self, result: Result) -> str | None:
-        return self.rule_of_url(result.url) or self.rule_of_text(f"{result.title}\n{result.snippet}\n{result.url}")
+        return self.rule_of_url(result.url) or self.rule_of_text(
+            f"{result.title}\n{result.snippet}\n{result.url}"
+        )
 
     def _blocks(self, address: str) -> str | None:
         host = _host(address)
@@ -111,7 +117,9 @@ def refusal(seen: Observation | None = None) -> Observation:
 
 
 def _with_links(seen: Observation, links: Sequence[str]) -> Observation:
-    return Observation(seen.text, tuple(links), seen.status, seen.source, seen.seconds, seen.results, seen.blocked)
+    return Observation(
+        seen.text, tuple(links), seen.status, seen.source, seen.seconds, seen.results, seen.blocked
+    )
 
 
 def _strings(tree: object) -> Iterator[str]:

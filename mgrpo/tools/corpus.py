@@ -36,10 +36,11 @@ PASSAGE = 1000  # characters of a passage, about
 WORDS = 64  # different words of a query that count
 WEIGHTS = (2.0, 1.5, 1.0)  # of title, heading and text in bm25
 SNIPPET = 48  # tokens of a snippet; FTS5 allows 64
-COMMON = frozenset(
-    "a an and are as at be by did do does for from had has have how in is it its of on or that the their there they "
-    "this to was were what when where which who whose why will with".split()
-)
+COMMON = {
+    "a", "an", "and", "are", "as", "at", "be", "by", "did", "do", "does", "for", "from", "had", "has",
+    "have", "how", "in", "is", "it", "its", "of", "on", "or", "that", "the", "their", "there", "they",
+    "this", "to", "was", "were", "what", "when", "where", "which", "who", "whose", "why", "will", "with",
+}  # fmt: skip
 """Words that a query of others does without: nearly every passage has them, so they rank nothing and cost most."""
 
 SCHEMA = """
@@ -94,7 +95,9 @@ class Corpus:
             raise ConfigError(f"corpus {self.path}: it is no corpus ({error})") from None
         if meta.get("format") != FORMAT:
             self.close()
-            raise ConfigError(f"corpus {self.path}: format {meta.get('format')!r}, expected {FORMAT!r}; index it anew")
+            raise ConfigError(
+                f"corpus {self.path}: format {meta.get('format')!r}, expected {FORMAT!r}; index it anew"
+            )
         self.digest = str(meta["digest"])
         """SHA-256 of all pages in their order, as 64 hexadecimal digits."""
         self.size = int(meta["pages"])
@@ -135,11 +138,12 @@ class Corpus:
         match = _match(query)
         if not match or k < 1:
             return []
-        most, found, seen = 4 * k, [], set()
+        most = 4 * k
         with self._connection() as db:
             while True:
                 rows = db.execute(SEARCH, (match, most)).fetchall()
-                found, seen = [], set()
+                found: list[Hit] = []
+                seen: set[int] = set()
                 for page, url, title, snippet, text, rank in rows:
                     if page not in seen:
                         seen.add(page)
@@ -158,7 +162,9 @@ class Corpus:
                 seed = hashlib.sha256(f"{number}/{query}".encode("utf-8", "replace")).digest()
                 page = int.from_bytes(seed[:8], "big") % self.size + 1
                 if page not in drawn:
-                    url, title, text = db.execute("SELECT url, title, text FROM pages WHERE id = ?", (page,)).fetchone()
+                    url, title, text = db.execute(
+                        "SELECT url, title, text FROM pages WHERE id = ?", (page,)
+                    ).fetchone()
                     drawn[page] = Hit(url, title, " ".join(text[:300].split()), 0.0, text[:PASSAGE])
         return list(drawn.values())
 
@@ -177,7 +183,8 @@ class Corpus:
         with self._connection() as db:
             row = _row(db, page.url)
             ranked = [] if row is None else db.execute(WITHIN, (match, row["first"], row["last"])).fetchall()
-        kept, left = [], chars
+        kept: list[tuple[int, int]] = []
+        left = chars
         for start, stop in ranked:
             if stop - start > left and kept:
                 break
@@ -219,10 +226,10 @@ class Corpus:
             yield db
         finally:
             with self._lock:
-                if not self._closed:
+                keep = not self._closed
+                if keep:
                     self._idle.append(db)
-                    db = None
-            if db is not None:
+            if not keep:
                 db.close()
 
 

@@ -80,7 +80,9 @@ class CorpusVisit(Tool):
     """visit(url, part?, goal?): a page in parts, or its passages nearest to a goal."""
 
     name = "visit"
-    description = "Read a page. A long page has parts; with a goal, its passages nearest to the goal are shown."
+    description = (
+        "Read a page. A long page has parts; with a goal, its passages nearest to the goal are shown."
+    )
 
     def __init__(self, corpus: Corpus, page_chars: int) -> None:
         self._corpus, self._chars, self.version = corpus, page_chars, corpus.digest
@@ -103,9 +105,9 @@ class CorpusVisit(Tool):
             known = " ".join(re.sub(r"[\x00-\x1f]", " ", url).split())[:200]
             raise ToolError(f"There is no page {known!r}. Use an address from a search or a link.")
         whole = parts(page, self._chars)
-        if part is None and goal and len(whole) > 1:
-            if spans := self._corpus.nearest(page, goal, self._chars):
-                return excerpt(page, spans)
+        long = len(whole) > 1
+        if part is None and goal and long and (spans := self._corpus.nearest(page, goal, self._chars)):
+            return excerpt(page, spans)
         number = int(str(part or 1).removesuffix(".0"))
         if number > len(whole):
             raise ToolError(f"There is no part {number}: the page has {len(whole)}.")

@@ -79,7 +79,9 @@ class FunctionTool(Tool):
         if isinstance(answer, Observation):
             return answer
         if not isinstance(answer, str):
-            raise TypeError(f"tool {self.name!r} returned {type(answer).__name__}, expected str or Observation")
+            raise TypeError(
+                f"tool {self.name!r} returned {type(answer).__name__}, expected str or Observation"
+            )
         return Observation(answer, status="ok" if answer.strip() else "empty")
 
 
@@ -104,8 +106,9 @@ def tool(
 
 def docstring(function: Function) -> tuple[str, dict[str, str]]:
     """Description and parameter -> words of a docstring in Google's style."""
-    text, words = [], {}
-    section = last = ""
+    text: list[str] = []
+    words: dict[str, str] = {}
+    section, last, depth = "", "", 0
     for line in (inspect.getdoc(function) or "").splitlines():
         if found := _SECTION.match(line):
             section, last = found[1], ""
@@ -127,7 +130,9 @@ def _arguments_model(name: str, function: Function, words: Mapping[str, str]) ->
     hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters
     if unknown := sorted(words.keys() - parameters.keys()):
-        raise TypeError(f"tool {name!r}: its docstring describes {unknown}, its parameters are {[*parameters]}")
+        raise TypeError(
+            f"tool {name!r}: its docstring describes {unknown}, its parameters are {[*parameters]}"
+        )
     fields: dict[str, Any] = {}
     for key, parameter in parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -151,7 +156,9 @@ def _parameters(model: type[BaseModel]) -> dict[str, object]:
 def _untitled(tree: object, names: bool = False) -> object:
     """names: the keys of this table are names of parameters, and "title" may be one."""
     if isinstance(tree, Mapping):
-        kept = {key: part for key, part in tree.items() if names or key != "title" or not isinstance(part, str)}
+        kept = {
+            key: part for key, part in tree.items() if names or key != "title" or not isinstance(part, str)
+        }
         return {
             key: part if key in ("default", "enum", "const") and not names
             else _untitled(part, not names and key in ("properties", "$defs"))
@@ -221,7 +228,11 @@ def _python_tool(where: str, target: str) -> Tool:
         raise ConfigError(f'{where}: {target!r} is no "package.module:name" or "file.py:name"')
     with errors_named(f"{where} {target!r}"):
         try:
-            module = _file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+            module = (
+                _file(Path(module_name))
+                if module_name.endswith(".py")
+                else importlib.import_module(module_name)
+            )
         except ModuleNotFoundError as error:
             raise ConfigError(f"{where} {target!r}: module {error.name!r} is not installed") from error
         found = getattr(module, name, None)

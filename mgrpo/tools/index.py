@@ -1,7 +1,7 @@
 """`mgrpo tools index`: pages from files. A folder of .html, .htm, .txt and .md files, or a .jsonl file of documents.
 
 A file's address is its path in the folder, behind `base` where one is given, so that relative links lead from page to
-page. A line of a .jsonl file has `url` or `id`, and `text` or `contents`, and maybe `title`; contents in Search-R1's way
+page. A line of a .jsonl file has `url` or `id`, `text` or `contents`, and maybe `title`; contents in Search-R1's way
 begin with the title on a line of its own, in quotes.
 """
 

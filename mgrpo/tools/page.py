@@ -67,9 +67,16 @@ def parts(page: Page, size: int) -> list[Part]:
             filled[-1][0].append(line)
         else:
             filled[-1][1].append((line, link))
-    filled = [(text, links) for text, links in filled if links or any(line.strip() for line in text)] or [([], [])]
+    filled = [(text, links) for text, links in filled if links or any(line.strip() for line in text)] or [
+        ([], [])
+    ]
     return [
-        Part(_head(page, number, len(filled)) + _body(text, links), tuple(url for _, url in links), number, len(filled))
+        Part(
+            _head(page, number, len(filled)) + _body(text, links),
+            tuple(url for _, url in links),
+            number,
+            len(filled),
+        )
         for number, (text, links) in enumerate(filled, 1)
     ]
 

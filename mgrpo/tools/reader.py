@@ -23,22 +23,26 @@ MAX_BYTES = 5_000_000  # of a document; the rest is cut off
 MAX_CHARS = 1_000_000  # of a page's text
 CUT = "[the page is longer than what was read]"
 
-_DROPPED = frozenset(
-    "script style noscript template head nav footer svg math iframe object embed canvas video audio map button select "
-    "textarea input datalist dialog".split()
-)
+_DROPPED = {
+    "script", "style", "noscript", "template", "head", "nav", "footer", "svg", "math", "iframe", "object",
+    "embed", "canvas", "video", "audio", "map", "button", "select", "textarea", "input", "datalist",
+    "dialog",
+}  # fmt: skip
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
-_BLOCKS = frozenset(
-    "p div section article main header aside body html ul ol dl dt dd li table thead tbody tfoot tr caption pre "
-    "blockquote figure figcaption address form fieldset details summary hr center".split()
-) | frozenset(_HEADINGS)
-_TIGHT = frozenset("li dt dd tr".split())  # blocks that stand on the line after the one before, not behind an empty one
+_BLOCKS = _HEADINGS.keys() | {
+    "p", "div", "section", "article", "main", "header", "aside", "body", "html", "ul", "ol", "dl", "dt",
+    "dd", "li", "table", "thead", "tbody", "tfoot", "tr", "caption", "pre", "blockquote", "figure",
+    "figcaption", "address", "form", "fieldset", "details", "summary", "hr", "center",
+}  # fmt: skip
+_TIGHT = {"li", "dt", "dd", "tr"}  # blocks that follow the one before without an empty line
 _META = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_.:-]+)", re.IGNORECASE)
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([A-Za-z0-9_.:-]+)", re.IGNORECASE)
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
-def read_html(data: bytes | str, url: str = "", *, content_type: str = "", max_bytes: int = MAX_BYTES) -> Page:
+def read_html(
+    data: bytes | str, url: str = "", *, content_type: str = "", max_bytes: int = MAX_BYTES
+) -> Page:
     """The page in an HTML document. url: its address, which links are resolved against; it may be a relative path.
     content_type: of the HTTP answer. Raises ValueError for bytes that are no text, e.g. a PDF."""
     text, whole = decoded(data, content_type, max_bytes)
@@ -132,7 +136,9 @@ class _Reader:
     def __init__(self, base: str, own: str) -> None:
         """base: what links are resolved against; own: the page's address, to which links lead nowhere."""
         self._base, self._own = base, urldefrag(own)[0]
-        self._blocks: list[tuple[str, str, int]] = []  # (text, what divides it from the one before, heading's level)
+        self._blocks: list[
+            tuple[str, str, int]
+        ] = []  # (text, what divides it from the one before, heading's level)
         self._line: list[str] = []  # of the block that is being read
         self._first = ""  # how the block begins: an item's "- "
         self._before = "\n\n"

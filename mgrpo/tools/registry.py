@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mgrpo.config.settings import Settings
 from mgrpo.errors import ConfigError
@@ -28,6 +28,7 @@ from mgrpo.tools.toolset import ToolSet
 if TYPE_CHECKING:
     from mgrpo.services.cassette import Cassette
 
+S = TypeVar("S", bound=Settings)
 GROUP = "mgrpo.tools"
 BUILT_IN = {
     "corpus": "mgrpo.tools.corpus_tools:CorpusConfig",
@@ -50,9 +51,9 @@ class ToolConfig(Settings):
     """Which tools these are."""
     include: list[str] | None = None
     """Names of the tools that agents get; left out: all of them."""
-    exclude: list[str] = []
+    exclude: list[str] = Field(default_factory=list)
     """Names of tools that agents do not get."""
-    rename: dict[str, str] = {}
+    rename: dict[str, str] = Field(default_factory=dict)
     """A tool's own name -> the name by which agents call it."""
 
     @abstractmethod
@@ -97,9 +98,10 @@ def build_tools(
                     f'e.g. tools.{entry}.rename = {{ {tool.name} = "{entry}_{tool.name}" }}'
                 )
             found[tool.name] = entry, tool
-    if blocked is not None and not isinstance(blocked, BlockConfig):
-        blocked = _checked(BlockConfig, "blocked", blocked)
-    rules = BlockList(blocked) if blocked is not None else None
+    rules = None
+    if blocked is not None:
+        config = blocked if isinstance(blocked, BlockConfig) else _checked(BlockConfig, "blocked", blocked)
+        rules = BlockList(config)
     return ToolSet([tool for _, tool in found.values()], blocked=rules, max_chars=max_chars)
 
 
@@ -108,14 +110,14 @@ def _tools_of(entry: str, keys: Mapping[str, object], cassette: Cassette | None)
     where = f"tools.{entry}"
     if not isinstance(keys, Mapping) or not isinstance(kind := keys.get("type"), str):
         raise ConfigError(f'{where} needs type = "...", one of {", ".join(sorted(BUILT_IN))}')
-    config = _checked(
-        find_class(f"{where}.type", kind, BUILT_IN, GROUP, ToolConfig),  # type: ignore[type-abstract]
-        where,
-        keys,
-    )
+    config = _checked(find_class(f"{where}.type", kind, BUILT_IN, GROUP, ToolConfig), where, keys)
     with errors_named(where):
         made = {tool.name: tool for tool in config.tools(entry, cassette)}
-    for key, names in (("include", config.include or []), ("exclude", config.exclude), ("rename", config.rename)):
+    for key, names in (
+        ("include", config.include or []),
+        ("exclude", config.exclude),
+        ("rename", config.rename),
+    ):
         for name in names:
             if name not in made:
                 raise ConfigError(f"{where}.{key}: no tool {name!r}; it has {', '.join(made) or 'none'}")
@@ -127,7 +129,7 @@ def _tools_of(entry: str, keys: Mapping[str, object], cassette: Cassette | None)
     return [Renamed(t, config.rename[t.name]) if t.name in config.rename else t for t in kept]
 
 
-def _checked(kind: type[Settings], where: str, keys: Mapping[str, object]) -> object:
+def _checked(kind: type[S], where: str, keys: Mapping[str, object]) -> S:
     """The settings of an entry. Raises ConfigError naming every key that is wrong."""
     try:
         return kind.model_validate(dict(keys))

@@ -48,7 +48,9 @@ def serve(path: Path, host: str, port: int, *, k: int = 5, page_chars: int = 400
                 listener.bind((host, port))
                 listener.listen(128)
             except OSError as error:
-                raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error.strerror})") from None
+                raise ConfigError(
+                    f"--host {host} --port {port}: cannot listen there ({error.strerror})"
+                ) from None
             shown = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
             print(f"{path}: {corpus.size} pages, digest {corpus.digest[:16]}", flush=True)
             print(f"Search-R1: {shown}/retrieve and /access; MCP: {shown}/mcp   (Ctrl-C ends it)", flush=True)
@@ -89,7 +91,9 @@ def application(corpus: Corpus, host: str = "127.0.0.1", *, k: int = 5, page_cha
     async def access(request: Request) -> Response:
         def answer(body: dict[str, Any]) -> object:
             pages = [corpus.page(url) for url in _texts(body, "urls")]
-            return [p and {"url": p.url, "title": p.title, "contents": f'"{p.title}"\n{p.text}'} for p in pages]
+            return [
+                p and {"url": p.url, "title": p.title, "contents": f'"{p.title}"\n{p.text}'} for p in pages
+            ]
 
         return await reply(request, answer)
 
@@ -130,7 +134,8 @@ def mcp_server(tools: ToolSet, name: str = "mgrpo") -> Any:
         functions: list[Any] = [schema["function"] for schema in tools.schemas()]
         return ListToolsResult(
             tools=[
-                Tool(name=f["name"], description=f["description"], input_schema=f["parameters"]) for f in functions
+                Tool(name=f["name"], description=f["description"], input_schema=f["parameters"])
+                for f in functions
             ]
         )
 
@@ -170,12 +175,21 @@ async def _body(request: Any) -> dict[str, Any]:
 
 def _texts(body: dict[str, Any], key: str) -> list[str]:
     found = body.get(key)
-    if not isinstance(found, list) or len(found) > QUERIES or not all(isinstance(text, str) for text in found):
+    if (
+        not isinstance(found, list)
+        or len(found) > QUERIES
+        or not all(isinstance(text, str) for text in found)
+    ):
         raise ValueError(f"{key} is no list of at most {QUERIES} texts")
     return found
 
 
 def _entry(hit: Hit, scores: bool) -> dict[str, object]:
     """A result as Search-R1 writes it."""
-    document = {"id": hit.url, "url": hit.url, "title": hit.title, "contents": f'"{hit.title}"\n{hit.passage}'}
+    document = {
+        "id": hit.url,
+        "url": hit.url,
+        "title": hit.title,
+        "contents": f'"{hit.title}"\n{hit.passage}',
+    }
     return {"document": document, "score": hit.score} if scores else dict(document)

@@ -34,7 +34,9 @@ class ToolSet:
             if tool.name in self._tools:
                 raise ConfigError(f"two tools are named {tool.name!r}")
             if not tool.name.isidentifier():
-                raise ConfigError(f"tool {tool.name!r}: a name of letters, digits and _ is expected; rename it")
+                raise ConfigError(
+                    f"tool {tool.name!r}: a name of letters, digits and _ is expected; rename it"
+                )
             self._tools[tool.name] = tool
         self._validators = {name: _validator(name, tool.parameters) for name, tool in self._tools.items()}
         self.blocked, self._max_chars = blocked, max_chars
@@ -55,7 +57,9 @@ class ToolSet:
     def only(self, names: Sequence[str]) -> ToolSet:
         """These tools alone, with the same block list and counts. Raises ConfigError naming what there is not."""
         if unknown := [name for name in names if name not in self._tools]:
-            raise ConfigError(f"no tool {', '.join(map(repr, unknown))}; there are {', '.join(self._tools) or 'none'}")
+            raise ConfigError(
+                f"no tool {', '.join(map(repr, unknown))}; there are {', '.join(self._tools) or 'none'}"
+            )
         tools = [self._tools[name] for name in names]
         return ToolSet(tools, blocked=self.blocked, max_chars=self._max_chars)
 
@@ -151,13 +155,19 @@ def _validator(name: str, schema: Mapping[str, object]) -> Any:
     except ImportError:
         raise ConfigError('tools need jsonschema; pip install "mgrpo[research]"') from None
     if schema.get("type") != "object":
-        raise ConfigError(f"tool {name!r}: its parameters are of type {schema.get('type')!r}, expected 'object'")
+        raise ConfigError(
+            f"tool {name!r}: its parameters are of type {schema.get('type')!r}, expected 'object'"
+        )
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
-        raise ConfigError(f"tool {name!r}: its parameters are no JSON schema: {error.message:.{WORDS}}") from None
+        raise ConfigError(
+            f"tool {name!r}: its parameters are no JSON schema: {error.message:.{WORDS}}"
+        ) from None
     if outside := [ref for ref in _references(schema) if not ref.startswith("#")]:
-        raise ConfigError(f"tool {name!r}: its parameters refer to {outside[0]!r:.100}, outside of themselves")
+        raise ConfigError(
+            f"tool {name!r}: its parameters refer to {outside[0]!r:.100}, outside of themselves"
+        )
     return Draft202012Validator(schema)
 
 
