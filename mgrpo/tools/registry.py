@@ -110,7 +110,8 @@ def _tools_of(entry: str, keys: Mapping[str, object], cassette: Cassette | None)
     where = f"tools.{entry}"
     if not isinstance(keys, Mapping) or not isinstance(kind := keys.get("type"), str):
         raise ConfigError(f'{where} needs type = "...", one of {", ".join(sorted(BUILT_IN))}')
-    config = _checked(find_class(f"{where}.type", kind, BUILT_IN, GROUP, ToolConfig), where, keys)
+    found = find_class(f"{where}.type", kind, BUILT_IN, GROUP, ToolConfig)  # type: ignore[type-abstract]
+    config = _checked(found, where, keys)
     with errors_named(where):
         made = {tool.name: tool for tool in config.tools(entry, cassette)}
     for key, names in (

@@ -95,10 +95,13 @@ class ToolSet:
             return _tool_error(f"There is no tool {name!r:.80}. Tools: {', '.join(self._tools) or 'none'}.")
         if not isinstance(arguments, Mapping):
             return _tool_error(f"The arguments must be a JSON object. Expected: {signature(tool)}.")
-        if wrong := _wrong(self._validators[name], arguments):
-            return _tool_error(f"{wrong}. Expected: {signature(tool)}.")
-        if self.blocked is not None and self.blocked.refuses(arguments):
-            return refusal()
+        try:
+            if wrong := _wrong(self._validators[name], arguments):
+                return _tool_error(f"{wrong}. Expected: {signature(tool)}.")
+            if self.blocked is not None and self.blocked.refuses(arguments):
+                return refusal()
+        except RecursionError:
+            return _tool_error(f"The arguments are nested too deeply. Expected: {signature(tool)}.")
         before = occurrence.set(which)
         try:
             seen = await tool.call(arguments)
