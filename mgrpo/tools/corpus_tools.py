@@ -108,9 +108,9 @@ class CorpusVisit(Tool):
         long = len(whole) > 1
         if part is None and goal and long and (spans := self._corpus.nearest(page, goal, self._chars)):
             return excerpt(page, spans)
-        number = int(str(part or 1).removesuffix(".0"))
+        number = int(part) if isinstance(part, int | float) else 1
         if number > len(whole):
-            raise ToolError(f"There is no part {number}: the page has {len(whole)}.")
+            raise ToolError(f"There is no part {part}: the page has {len(whole)}.")
         return whole[number - 1]
 
 

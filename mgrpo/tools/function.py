@@ -228,11 +228,10 @@ def _python_tool(where: str, target: str) -> Tool:
         raise ConfigError(f'{where}: {target!r} is no "package.module:name" or "file.py:name"')
     with errors_named(f"{where} {target!r}"):
         try:
-            module = (
-                _file(Path(module_name))
-                if module_name.endswith(".py")
-                else importlib.import_module(module_name)
-            )
+            if module_name.endswith(".py"):
+                module = _file(Path(module_name), where)
+            else:
+                module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{where} {target!r}: module {error.name!r} is not installed") from error
         found = getattr(module, name, None)
@@ -245,10 +244,10 @@ def _python_tool(where: str, target: str) -> Tool:
     raise ConfigError(f"{where}: {module_name} has no async function or Tool {name!r}")
 
 
-def _file(path: Path) -> Any:
-    """The module in a file, loaded once in a process."""
+def _file(path: Path, where: str) -> Any:
+    """The module in a file, loaded once in a process. where: the config's key."""
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+        raise ConfigError(f"{where}: {path}: no such file")
     name = f"mgrpo_tools_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

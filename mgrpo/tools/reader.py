@@ -142,6 +142,7 @@ class _Reader:
         self._line: list[str] = []  # of the block that is being read
         self._first = ""  # how the block begins: an item's "- "
         self._before = "\n\n"
+        self._tight = self._after_tight = False  # whether this block, and the one before, is an item or a row
         self._level = 0
         self.links: dict[str, Link] = {}
 
@@ -187,7 +188,8 @@ class _Reader:
         if tag in _BLOCKS:
             self._end()
             if tag in _TIGHT:
-                self._before = "\n"
+                self._before = "\n" if self._after_tight else "\n\n"
+                self._tight = True
             if tag == "li":
                 self._first = "- "
             self._level = _HEADINGS.get(tag, self._level)
@@ -225,6 +227,7 @@ class _Reader:
             if self._first and level == 0:
                 self._blocks[-1] = (self._first + text, before, 0)
             self._first, self._before = "", "\n\n"
+            self._after_tight, self._tight = self._tight, False
 
     def _table(self, table: Any) -> None:
         self._end()
