@@ -55,8 +55,11 @@ def one_search(questions: Sequence[Question], corpus: Corpus, k: int = 5, *, ran
 
 
 async def walk(question: Question, tools: ToolSet) -> str:
-    """The answer at the end of a question's gold path, found with `search` (the entry's name and QUERIES, in vain for
-    one step in 150, then with the section's name) and `visit`, or with `visit` alone by links from the root page. "" where a page is not found, or does not show its value."""
+    """The answer at the end of a question's gold path. "" where a page is not found, or does not show its value.
+
+    Found with `search` (the entry's name and QUERIES; in vain for one step in 150, then with the section's name) and
+    `visit`, or with `visit` alone by links from the root page.
+    """
     at, value = f"{ROOT}/", ""
     for step in _path(question):
         url, value, words = str(step["url"]), str(step["value"]), QUERIES[str(step["relation"])]

@@ -177,7 +177,9 @@ def _people(entry: Entry) -> list[str]:
 
 
 def _terms(found: Sequence[str]) -> list[str]:
-    """Those that are names, each once, and their forms without accents."""
+    """Those that are names, each once, and their forms without accents. An apostrophe at the end is not theirs, since
+    one may follow them anywhere."""
+    found = [term.strip().rstrip("'") for term in found]
     named = [term for term in found if len(term) > 1 and term not in COMMON and re.search(r"[A-Z]", term)]
     named = [term for term in named if not re.search(r"[()\[\]]", term)]
     return list(dict.fromkeys(form for term in named for form in (term, fold(term))))
@@ -236,7 +238,7 @@ def _draw(key: str) -> int:
 
 
 def _root(key: str, taken: list[str]) -> str:
-    """An invented word, to which endings are added; no word of the corpus begins with it. `taken` (sorted) grows by it."""
+    """An invented word for endings to be added to; no word of the corpus begins with it. `taken` (sorted) grows by it."""
     for attempt in range(1000):
         n = _draw(f"{key}/{attempt}")
         parts = []

@@ -2,24 +2,25 @@
 
     [task]
     name = "factbook"
-    options = { mode = "search", renamed = true, hops = [2], limits = { turns = 8 } }
+    options = { mode = "search", names = "invented", hops = [2], limits = { turns = 8 } }
 
 Questions, corpus and tools are those of the world; everything else (formats, limits, prompts, scores) is that of the
 task "research" and is set by its options. Reports are scored by the gold path and answers by the rule "gaia", unless
 the options say otherwise.
 
 Controls: search = "random" gives pages that have nothing to do with the query, "none" takes the tools away (closed
-book); renamed = true asks the same of a world whose names nobody knows.
+book); names = "invented" asks the same of a world whose names nobody knows.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mgrpo.config.settings import Settings
 from mgrpo.environments.task import QuestionSource
@@ -36,9 +37,9 @@ class WorldOptions(Settings):
 
     mode: Mode = "search"
     """search: agents search and visit. links: there is no search; they follow links from the root page."""
-    renamed: bool = False
-    """Invented names, demonyms and codes in the place of all real ones."""
-    hops: list[int] = list(HOPS)
+    names: Literal["real", "invented"] = "real"
+    """invented: names, demonyms and codes that nobody knows, in the place of all real ones (renaming.py)."""
+    hops: list[int] = Field(default_factory=lambda: list(HOPS))
     """Facts that a question takes."""
     search: Literal["bm25", "random", "none"] = "bm25"
     """random: results that have nothing to do with the query. none: no tools at all."""
@@ -51,11 +52,19 @@ class WorldOptions(Settings):
     cache: str | None = None
     """Folder of the corpus' file. Unset: $XDG_CACHE_HOME/mgrpo, or ~/.cache/mgrpo."""
 
+    @model_validator(mode="after")
+    def _is_searched(self) -> WorldOptions:
+        if self.mode == "links" and self.search == "random":
+            raise ValueError("search = 'random' has no effect in the mode 'links', which has no search")
+        return self
+
 
 class FactbookTask(ResearchTask):
     """See the module's docstring."""
 
-    controls = MappingProxyType({"random search": {"search": "random"}, "closed book": {"search": "none"}})
+    controls: Mapping[str, Mapping[str, object]] = MappingProxyType(
+        {"random search": {"search": "random"}, "closed book": {"search": "none"}}
+    )
 
     def __init__(
         self, options: Mapping[str, object] = MappingProxyType({}), roles: Sequence[str] | None = None
@@ -69,7 +78,9 @@ class FactbookTask(ResearchTask):
                 raise ValueError(f"options.{key} is set; the factbook has its own, use the task research")
         if isinstance(score := rest.get("score", {}), Mapping):
             rest["score"] = {"expert": "path"} | dict(score)
-        self.world = World.build(self.world_options.renamed, self.world_options.world_seed)
+        if self.world_options.mode == "links":
+            self.controls = MappingProxyType({"closed book": {"search": "none"}})
+        self.world = _world(self.world_options.names == "invented", self.world_options.world_seed)
         super().__init__(rest, roles)
 
     def make_questions(self) -> QuestionSource:
@@ -84,10 +95,16 @@ class FactbookTask(ResearchTask):
         return world_tools(corpus, options.mode, options.search, options.results, options.page_chars)
 
 
+@functools.lru_cache(maxsize=2)  # the tasks of a run's stages and controls share it
+def _world(renamed: bool, seed: int) -> World:
+    return World.build(renamed, seed)
+
+
 def _read(options: Mapping[str, object]) -> WorldOptions:
     try:
         return WorldOptions.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, ("options", *first["loc"])))
-        raise ValueError(f"{field}: {first['msg']}, got {first['input']!r:.100}") from None
+        shown = "" if first["type"] == "value_error" else f", got {first['input']!r:.100}"
+        raise ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}{shown}") from None
