@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from mgrpo.environments.episode import Agent
 from mgrpo.environments.scripted import ScriptedEngine
-from mgrpo.tasks.atlas.facts import NONE
-from mgrpo.tasks.atlas.protocol import vocabulary
-from mgrpo.tasks.atlas.questions import plan_of
+from mgrpo.tasks.atlas.language import language
+from mgrpo.tasks.words.protocol import NONE
+from mgrpo.tasks.words.questions import plan_of
 
 Script = Callable[[list[str]], str]
 """All words of a trajectory so far -> the next turn."""
@@ -18,7 +18,7 @@ class Words:
     """The task's vocabulary as a tokenizer, without transformers."""
 
     def __init__(self) -> None:
-        self.words = vocabulary()
+        self.words = language().vocabulary
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
