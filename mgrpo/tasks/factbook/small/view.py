@@ -1,10 +1,10 @@
 """The factbook in a closed vocabulary: documents of fields with one-word values, and the chains that lead through them.
 
-    Fiji Geography area 1.8e+04 highest_point Tomanivi Coastline 1.1e+03 Land_use/forest 6.2e+01 ...
+    Fiji Geography area 1.8e+04 highest_point Tomanivi coastline 1.1e+03 Land_use/forest 6e+01 ...
     Fiji Economy top_export UnitedStates export_2 Australia export_3 NewZealand currency Fijiandollars ...
 
-1. Names are folded to letters and digits, numbers rounded to two digits: an answer is one word, and two entries whose
-   areas are alike have the same one.
+1. Names are folded to letters and digits, numbers rounded: to two digits where they are facts, to one elsewhere. An
+   answer is one word, and two entries whose areas are alike have the same one.
 2. A fact that a text states by a comparison (the longest border of a list) is a field of its own here: a policy of two
    layers copies, it does not calculate. What the list has beside it are fields of their own too, up to three.
 3. Other fields are the texts of the same section that begin with a number and that most entries have.
@@ -67,10 +67,10 @@ _NUMERIC = ("area", "population", "coastline", "median_age", "literacy")
 _SEED = 1
 
 
-def number(text: str) -> str:
-    """The word of the number that a text begins with: two digits and an exponent. "" where it begins with none."""
+def number(text: str, digits: int = 1) -> str:
+    """The word of the number that a text begins with, digits and an exponent; "" where it begins with none."""
     match = _NUMBER.match(text)
-    return f"{float(match[1].replace(',', '')) * _SCALES[match[2]]:.1e}" if match else ""
+    return f"{float(match[1].replace(',', '')) * _SCALES[match[2]]:.{digits - 1}e}" if match else ""
 
 
 class View(WordsWorld):
@@ -91,6 +91,11 @@ class View(WordsWorld):
         self.facts = self._in_words(typed)
         self._real = self._in_words(world.facts)
         self.documents = {d.title: d for entry in self._asked for d in self._documents(entry, typed)}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The words of all entries that have documents."""
+        return frozenset(self._words[entry.code] for entry in self._asked)
 
     def pools(self, split: Split) -> Pools:
         """The questions of a split, item h - 1 those with h relations; none have one. A chain whose answer already
@@ -120,7 +125,7 @@ class View(WordsWorld):
         if fact.target:
             return self._words[fact.target]
         if fact.relation in _NUMERIC:
-            return number(fact.value)
+            return number(fact.value, 2)
         return fact.value if fact.relation == "internet_code" else fold(fact.value)
 
     def _documents(self, entry: Entry, typed: Facts) -> Iterator[Document]:
@@ -161,11 +166,10 @@ def language() -> Language:
     relations = (*RELATIONS, *LEAVES)
     told = {field for d in view.documents.values() for field, _ in d.fields}
     values = {value for d in view.documents.values() for _, value in d.fields}
-    names = {view._words[entry.code] for entry in view._asked}
     sections = {fact.relation: fact.section for fact in _world().facts.values()}
     return Language(
         relations,
-        tuple(sorted(names | values)),
+        tuple(sorted(view.names | values)),
         fields=tuple(sorted(told - set(relations))),
         sections=tuple(SECTIONS.values()),
         homes=tuple(SECTIONS[sections[relation]] for relation in relations),
