@@ -10,18 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mgrpo.config import load_config
 from mgrpo.config.task import TaskConfig
-from mgrpo.environments.episode import Episode
+from mgrpo.environments.episode import Agent, Episode
 from mgrpo.environments.loader import load_task
 from mgrpo.environments.task import Question
 from mgrpo.tasks.factbook.small.task import SmallTask
 from mgrpo.tasks.factbook.small.view import number
 from mgrpo.tasks.factbook.world import World
+from mgrpo.tasks.words.policy import build_tokenizer
 from mgrpo.tasks.words.protocol import NONE, Answer, Open, Search
 from mgrpo.tasks.words.questions import plan_of
 from mgrpo.types import Rollout
 from tests.atlas_scripts import Script, gold_main, scripted
-from tests.runs import ROOT, leftovers, records, summary, train
+from tests.runs import ROOT
 
 TASK = SmallTask({})
 LANGUAGE = TASK.library.language
@@ -52,11 +54,12 @@ def roll(question: Question, task: SmallTask, sub: Script = gold_sub) -> Rollout
 @pytest.mark.parametrize(
     ("text", "digits", "word"),
     [
-        ("18,274 sq km", 2, "1.8e+04"),
-        ("$5.841 billion (2024 est.)", 2, "5.8e+09"),
-        ("-5.3 migrant(s)/1,000 population", 1, "-5e+00"),
-        ("61.7% (2023 est.)", 1, "6e+01"),
-        ("0 km", 1, "0e+00"),
+        ("18,274 sq km", 2, "18e3"),
+        ("$5.841 billion (2024 est.)", 2, "58e8"),
+        ("-5.3 migrant(s)/1,000 population", 1, "-5e0"),
+        ("61.7% (2023 est.)", 1, "6e1"),
+        ("0 km", 1, "0e0"),
+        ("0.9 male(s)/female", 2, "90e-2"),
         (".aw", 1, ""),
         ("NA", 1, ""),
     ],
@@ -71,6 +74,9 @@ def test_every_document_is_in_words_of_the_language() -> None:
     a trajectory has room for."""
     words = LANGUAGE.vocabulary
     assert len(set(words)) == len(words) and not any(" " in word for word in words)
+    tokenizer = build_tokenizer(words, TASK.positions)
+    for i, word in enumerate(words):  # a stop word inside another would be cut out of it
+        assert tokenizer.encode(word, add_special_tokens=False) == [i] and tokenizer.decode([i]) == word
     fields = {*LANGUAGE.relations, *LANGUAGE.fields}
     for task in (TASK, PERMUTED):
         for document in task.library.documents.values():
@@ -182,9 +188,10 @@ def test_turns_of_a_sub_agent(turn: str, state: str, move: object) -> None:
 
 def test_demonstrations_copy_and_choose_at_random() -> None:
     """Every trained turn is legal; the entity is searched for, its section right with .4 and one in six of the rest;
-    any of four results is opened; values stand in the document. Facts do not survive the relabelling."""
+    any of four results is opened, the one searched for with .25 where there is one; values stand in the document. Facts
+    do not survive the relabelling."""
     seen, hits = Counter[str](), 0
-    demos = TASK.demo_batch("sub", 0, 400, 3)
+    demos = TASK.demo_batch("sub", 1, 400, 3)
     for tokens, mask in demos:
         words = [LANGUAGE.vocabulary[t] for t in tokens]
         relation, entity = words[1], words[3]
@@ -205,20 +212,37 @@ def test_demonstrations_copy_and_choose_at_random() -> None:
         for turn, state in zip(turns, ("search", "open", "last"), strict=True):
             assert LANGUAGE.parse_sub(f"{turn}.", state) is not None  # type: ignore[arg-type]
     assert abs(seen["section"] / 400 - (0.4 + 0.6 / 6)) < 0.09
-    assert abs(seen["exact"] / 400 - 0.25) < 0.08 and hits < 12
+    assert abs(seen["exact"] / 400 - 0.22) < 0.07 and hits < 12
     lengths = np.array([len(t) for t, _ in TASK.demo_batch("main", 0, 100, 0)])
     assert lengths.max() <= 64
 
 
-def test_a_short_run(tmp_path: Path) -> None:
-    """The example from SFT to the held-out evaluation in two steps: both roles are trained on rollouts of the world."""
-    out = tmp_path / "run"
-    small = ("agents.main.sft.steps=2", "agents.sub.sft.steps=2", "agents.main.sft.batch_size=8",
-             "agents.sub.sft.batch_size=8", "trainer.steps=2", "trainer.questions=2", "trainer.group_size=4",
-             "eval.every=2", "eval.validation=8", "eval.heldout=8", "eval.start_validation=0")  # fmt: skip
-    train(ROOT / "examples" / "deep_research" / "small.toml", out, *small, timeout=280)
-    data = summary(out)
-    assert data["outcome"] == "finished" and data["steps"] == 2
-    assert all(0.0 <= data["heldout"]["final"][mode] <= 1.0 for mode in ("sampled", "greedy"))
-    assert max(r.get("main/reward/mean", 0.0) or 0.0 for r in records(out)) <= 1.0
-    assert data["retokenization_mismatch"] == 0 and leftovers(out) == []
+def test_a_short_version_of_the_start(tmp_path: Path) -> None:
+    """Fresh policies of both roles learn from a few batches of demonstrations, play whole rollouts with the
+    ids that they were trained on, and are no valid start yet."""
+    pytest.importorskip("transformers")
+    import torch
+
+    from mgrpo.engines.hf.engine import HfEngine
+    from mgrpo.model.loading import load_policy
+    from mgrpo.trainers.torch.sft import demo_loss
+
+    config = load_config(ROOT / "examples" / "deep_research" / "small.toml")
+    agents: dict[str, Agent] = {}
+    for role in ("main", "sub"):
+        TASK.build_policy(role, 1, str(tmp_path / role))
+        policy = load_policy(tmp_path / role)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=TASK.sft_lr(role))
+        losses = []
+        for step in range(8):
+            losses.append(demo_loss(policy, TASK.demo_batch(role, step, 16, 1)))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[0].item() > 6.0 > 5.5 > losses[-1].item()  # log 2122 = 7.7, of words at random
+        assert set(config.roles) == {"main", "sub"}
+        length = config.agents[role].max_length
+        agents[role] = Agent(role, HfEngine(policy), policy.tokenizer, 1.0, length)
+    rollout = asyncio.run(TASK.play(TASK.question(0, 1), Episode("q", 0, agents, 1)))
+    assert rollout.correct == 0.0
+    assert not asyncio.run(TASK.validate_start(agents, 4, 0)).valid

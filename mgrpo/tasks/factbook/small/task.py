@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mgrpo.environments.comparison import COTRAIN, Claim, Figures
 from mgrpo.tasks.factbook.small.search import PageIndex
-from mgrpo.tasks.factbook.small.view import RESULTS, View, language
+from mgrpo.tasks.factbook.small.view import RESULTS, language, view_of
 from mgrpo.tasks.words.claims import claims
 from mgrpo.tasks.words.play import Library
 from mgrpo.tasks.words.questions import QuestionBank
@@ -35,7 +35,7 @@ class SmallTask(WordsTask):
 
     def make_world(self) -> tuple[Library, QuestionBank]:
         """ConfigError where the factbook's data are missing."""
-        view = View(self.options.facts)
+        view = view_of(self.options.facts)
         index = PageIndex(view.documents.values(), self.options.search, RESULTS)
         library = Library(language(), view, view.documents, index, self.options.turn_tokens)
         return library, QuestionBank(view.pools, HOP_WEIGHTS)

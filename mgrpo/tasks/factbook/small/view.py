@@ -1,10 +1,11 @@
 """The factbook in a closed vocabulary: documents of fields with one-word values, and the chains that lead through them.
 
-    Fiji Geography area 1.8e+04 highest_point Tomanivi coastline 1.1e+03 Land_use/forest 6e+01 ...
+    Fiji Geography area 18e3 highest_point Tomanivi coastline 11e2 Land_use/forest 6e1 ...
     Fiji Economy top_export UnitedStates export_2 Australia export_3 NewZealand currency Fijiandollars ...
 
 1. Names are folded to letters and digits, numbers rounded: to two digits where they are facts, to one elsewhere. An
-   answer is one word, and two entries whose areas are alike have the same one.
+   answer is one word, and two entries whose areas are alike have the same one. No word holds the stop word, which a
+   tokenizer would cut out of it: `.fj` is `fj_`.
 2. A fact that a text states by a comparison (the longest border of a list) is a field of its own here: a policy of two
    layers copies, it does not calculate. What the list has beside it are fields of their own too, up to three.
 3. Other fields are the texts of the same section that begin with a number and that most entries have.
@@ -68,9 +69,13 @@ _SEED = 1
 
 
 def number(text: str, digits: int = 1) -> str:
-    """The word of the number that a text begins with, digits and an exponent; "" where it begins with none."""
+    """The word of the number that a text begins with, digits and a power of ten; "" where it begins with none."""
     match = _NUMBER.match(text)
-    return f"{float(match[1].replace(',', '')) * _SCALES[match[2]]:.{digits - 1}e}" if match else ""
+    if match is None:
+        return ""
+    value = float(match[1].replace(",", "")) * _SCALES[match[2]]
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa.replace('.', '')}e{int(exponent) - digits + 1}"
 
 
 class View(WordsWorld):
@@ -83,11 +88,12 @@ class View(WordsWorld):
         self._words = {code: fold(name.name) for code, name in world.names.items()}
         self._codes = by_name(world.names)
         typed = _dealt(world.facts) if self.altered else world.facts
-        self._chains = [
-            chain
-            for hops in HOPS
-            for chain in balanced(list(all_chains([e.code for e in self._asked], typed, hops)), world.seed)
-        ]
+        codes = [entry.code for entry in self._asked]
+        self._chains = (
+            [c for hops in HOPS for c in balanced(list(all_chains(codes, typed, hops)), world.seed)]
+            if self.altered
+            else world.chains
+        )
         self.facts = self._in_words(typed)
         self._real = self._in_words(world.facts)
         self.documents = {d.title: d for entry in self._asked for d in self._documents(entry, typed)}
@@ -126,7 +132,7 @@ class View(WordsWorld):
             return self._words[fact.target]
         if fact.relation in _NUMERIC:
             return number(fact.value, 2)
-        return fact.value if fact.relation == "internet_code" else fold(fact.value)
+        return f"{fact.value[1:]}_" if fact.relation == "internet_code" else fold(fact.value)
 
     def _documents(self, entry: Entry, typed: Facts) -> Iterator[Document]:
         """Of one entry: fields in an order that a hash decides."""
@@ -160,9 +166,15 @@ class View(WordsWorld):
 
 
 @functools.cache
+def view_of(facts: FactsMode) -> View:
+    """The view, made once a process."""
+    return View(facts)
+
+
+@functools.cache
 def language() -> Language:
     """The words of the view: the same for real and permuted facts."""
-    view = View()
+    view = view_of("real")
     relations = (*RELATIONS, *LEAVES)
     told = {field for d in view.documents.values() for field, _ in d.fields}
     values = {value for d in view.documents.values() for _, value in d.fields}
@@ -200,7 +212,9 @@ def _number_fields() -> Mapping[str, Mapping[tuple[str, ...], str]]:
             for path, n in sorted(count.items(), key=lambda item: (-item[1], item[0]))
             if n >= MIN_ENTRIES
         ]
-        found[section] = {path: "/".join(path).replace(" ", "_") for path in paths[:MAX_NUMBERS]}
+        found[section] = {
+            path: "/".join(path).replace(" ", "_").replace(".", "") for path in paths[:MAX_NUMBERS]
+        }
     return found
 
 
