@@ -14,11 +14,19 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mgrpo.config import load_config
+from mgrpo.config.settings import Settings
 from mgrpo.environments.loader import load_task
 from mgrpo.model.policy import Policy, save_policy
 from mgrpo.planning.assumptions import GPUS, Assumptions
 from mgrpo.planning.plan import limits_of, plan_agent
 from mgrpo.run.processes import load_run_task
+from mgrpo.tasks.research.options import (
+    AgentOptions,
+    CassetteOptions,
+    LimitOptions,
+    ResearchOptions,
+    ScoreOptions,
+)
 from tests.families import family
 from tests.runs import ROOT, leftovers, records, summary, train
 from tests.test_chat import CHATML
@@ -127,9 +135,8 @@ def test_the_papers_config_can_be_planned(tmp_path: Path) -> None:
     save_policy(Policy(family("Qwen3Moe", vocab_size=len(tokenizer), **shape), tokenizer), tmp_path / "model")
     sets = [f'agents.{role}.model="{tmp_path / "model"}"' for role in ("main", "sub")]
     config = load_config(PAPER, [*paper_files(tmp_path), *sets])
-    for role in ("main", "sub"):
-        planned = plan_agent(config, role, limits_of(GPUS["h100"], None, 2 * 10**12, Assumptions()))
-        assert planned.needed < planned.available
+    planned = plan_agent(config, "sub", limits_of(GPUS["h100"], None, 2 * 10**12, Assumptions()))
+    assert planned.needed < planned.available
 
 
 def test_the_example_loads() -> None:
@@ -141,8 +148,8 @@ def test_the_example_loads() -> None:
     assert "length" in task.team["sub"].tools.names and task.team["main"].tools.names == ()
 
 
-@pytest.mark.skipif(not HAS_MCP, reason="needs mgrpo.tools.mcp")
-def test_the_examples_server() -> None:
-    """Its tool is offered to the sub-agent."""
-    task: Any = load_task((config := load_config(FOLDER / "my_research.toml")).task, config.roles)
-    assert "rivers" in str(task.options.tools)
+@pytest.mark.parametrize("kind", [ResearchOptions, AgentOptions, LimitOptions, ScoreOptions, CassetteOptions])
+def test_the_page_names_every_option(kind: type[Settings]) -> None:
+    """docs/research.md leaves no key out."""
+    page = (ROOT / "docs" / "research.md").read_text()
+    assert [name for name in kind.model_fields if f"`{name}`" not in page and f".{name}`" not in page] == []
