@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from mgrpo.errors import ConfigError, ServiceError
+from mgrpo.services import outage
 from mgrpo.services.answers import as_text as text_of
 from mgrpo.services.answers import decoded, message_of, one_line, seconds_of, without
 from mgrpo.services.breaker import Breaker
@@ -200,7 +201,8 @@ class HttpService:
                     if self._breaker.is_open and not is_probe:
                         continue  # it opened while this call waited for its place
                     made += 1
-                    raw = await self._attempt(request)
+                    with outage.waiting() if is_probe else contextlib.nullcontext():
+                        raw = await self._attempt(request)
                 is_probe = False
                 self._note_answer(request if repeatable else None)
                 self.counters.live += 1
@@ -371,7 +373,7 @@ class HttpService:
         if self._last_answered is None:
             return False
         try:
-            with contextlib.suppress(ServiceAnswer):
+            with contextlib.suppress(ServiceAnswer), outage.waiting():
                 async with self._slots:
                     await self._attempt(self._last_answered)
         except (_Broken, ServiceFailure):
