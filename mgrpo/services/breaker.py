@@ -9,9 +9,9 @@ goes to the end of the queue, so that a request which can never be answered is n
 that fail meanwhile are the outage's and not spent. Waiting stops the clocks of the rollout (outage.py).
 
 Failures in a row may also be one request's own (a page that its reader cannot load): the client therefore repeats, with
-each probe that failed, the last request that was answered. An answer to that closes the breaker, and the failure counts
-as the request's own (client.py). An outage is measured while somebody waits for its end: a service that nobody asks is
-not down.
+each probe that failed, the last request that was answered. An answer to that closes the breaker, and what fails then
+spends its attempts until the next outage begins: fewer each time, so that it ends (client.py). An outage is measured
+while somebody waits for its end: a service that nobody asks is not down.
 """
 
 from __future__ import annotations

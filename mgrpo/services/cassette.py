@@ -32,11 +32,11 @@ from typing import Any, Literal, get_args
 
 from mgrpo.errors import ConfigError, ServiceError
 from mgrpo.services.failures import ServiceAnswer, ServiceFailure
+from mgrpo.services.failures import Source as Source
 from mgrpo.services.outage import Joint
 from mgrpo.waiting import wait_until
 
 Mode = Literal["off", "record", "cached", "replay"]
-Source = Literal["live", "cache", "replay"]
 FORMAT = 1  # user_version of the file
 APPLICATION = 0x6D677263  # application_id of the file: "mgrc"
 BUSY_SECONDS = 30.0  # that one process waits for another's write
@@ -108,7 +108,7 @@ class Cassette:
                     raise _again(error) from error
                 return json.loads(flight.text.result()), "cache"
         if self.mode != "record" and (found := self._read(key)) is not None:
-            return found[0], "replay" if self.mode == "replay" else "cache"
+            return found[0], self._recorded
         if self.mode == "replay":
             which = f" as occurrence {occurrence}" if occurrence else ""
             raise ServiceError(
@@ -168,8 +168,13 @@ class Cassette:
             return None
         value = json.loads(row[1])
         if row[0] is not None:
-            raise ServiceAnswer(row[0], value)
+            raise ServiceAnswer(row[0], value, self._recorded)
         return (value,)
+
+    @property
+    def _recorded(self) -> Source:
+        """Where an answer of the file comes from."""
+        return "replay" if self.mode == "replay" else "cache"
 
     def _write(self, key: str, service: str, status: int | None, answer: str) -> None:
         row = (key, service, status, answer)
@@ -208,7 +213,9 @@ def _fail(flight: asyncio.Future[str], error: Exception) -> None:
 
 def _again(error: BaseException) -> BaseException:
     """The same failure for another rollout, with a traceback of its own."""
-    return type(error)(*error.args) if isinstance(error, ServiceAnswer | ServiceFailure) else error
+    if isinstance(error, ServiceAnswer):
+        return ServiceAnswer(error.status, error.words, "cache")
+    return ServiceFailure(*error.args) if isinstance(error, ServiceFailure) else error
 
 
 def _opened(path: Path, *, read_only: bool) -> sqlite3.Connection:

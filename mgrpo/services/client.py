@@ -17,6 +17,7 @@ quoted, since services repeat keys there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import time
@@ -30,10 +31,11 @@ from mgrpo.errors import ConfigError, ServiceError
 from mgrpo.services.answers import as_text as text_of
 from mgrpo.services.answers import decoded, message_of, one_line, seconds_of, without
 from mgrpo.services.breaker import Breaker
-from mgrpo.services.cassette import Cassette, Source
+from mgrpo.services.cassette import Cassette
 from mgrpo.services.config import ServiceConfig
 from mgrpo.services.counters import counters_of
 from mgrpo.services.failures import ServiceAnswer, ServiceFailure
+from mgrpo.services.failures import Source as Source
 
 if TYPE_CHECKING:
     import httpx2
@@ -117,7 +119,7 @@ class HttpService:
             name,
             config.url,
             self.counters,
-            threshold=config.attempts,
+            threshold=max(2, config.attempts),  # with 1, a request that always fails would open it for ever
             backoff=config.backoff,
             max_outage=config.max_outage,
             noise=self._noise,
@@ -174,10 +176,19 @@ class HttpService:
         self.counters.calls += 1
         if self._cassette is None:
             return await call(), "live"
-        raw, source = await self._cassette.through(self.name, request, call, pure=pure, occurrence=occurrence)
+        try:
+            raw, source = await self._cassette.through(
+                self.name, request, call, pure=pure, occurrence=occurrence
+            )
+        except ServiceAnswer as answer:
+            self._count(answer.source)
+            raise
+        self._count(source)
+        return raw, source
+
+    def _count(self, source: Source) -> None:
         self.counters.cache += source == "cache"
         self.counters.replay += source == "replay"
-        return raw, source
 
     async def live(self, request: Request, *, repeatable: bool = True) -> object:
         """The answer to a request as it came, once read() has taken it. repeatable: a probe may send it again."""
@@ -205,8 +216,7 @@ class HttpService:
             except _Broken as broken:
                 failure = broken
                 if is_probe and await self._is_up():
-                    self._breaker.answered()  # the failure is the request's own
-                    spent += 1
+                    self._breaker.answered()  # it is the request's own, and spends the attempts that come
                 elif not self._breaker.failed(
                     broken.words, is_probe=is_probe, retry_after=broken.retry_after
                 ):
@@ -361,12 +371,12 @@ class HttpService:
         if self._last_answered is None:
             return False
         try:
-            async with self._slots:
-                await self._attempt(self._last_answered)
+            with contextlib.suppress(ServiceAnswer):
+                async with self._slots:
+                    await self._attempt(self._last_answered)
         except (_Broken, ServiceFailure):
             return False
-        except ServiceAnswer:
-            return True
+        self._answered += 1
         return True
 
     def _pause(self, spent: int, retry_after: float | None) -> float:

@@ -23,7 +23,8 @@ class ServiceConfig(Settings):
     timeout: float = Field(30.0, gt=0, le=MAX_SECONDS)
     """Of one attempt at a request, its whole answer included."""
     attempts: int = Field(5, ge=1, le=100)
-    """At one request, before it counts as failed; so many failures in a row, of whatever requests, are an outage."""
+    """At one request, before it counts as failed; so many failures in a row (two at least), of
+    whatever requests, are an outage."""
     backoff: float = Field(0.5, ge=0, le=3600)
     """Before the second attempt; doubles with each, up to 30 s, by a random factor of 0.5 to 1.5. Where the service
     gives a longer time (Retry-After), that is kept."""

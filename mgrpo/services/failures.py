@@ -10,15 +10,21 @@ ServiceError     fatal (mgrpo/errors.py): 401, 402, 403, a missing key, an outag
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mgrpo.errors import InfrastructureError, MgrpoError
+
+Source = Literal["live", "cache", "replay"]
+"""Where an answer came from: the service, the cassette (or the same request of another rollout), a replay."""
 
 
 class ServiceAnswer(MgrpoError):
-    """The service answered with a status that the caller named: `words` are the caller's for it."""
+    """The service answered with a status that the caller named: `words` are the caller's for it, and it came from
+    `source`."""
 
-    def __init__(self, status: int, words: str) -> None:
-        super().__init__(status, words)
-        self.status, self.words = status, words
+    def __init__(self, status: int, words: str, source: Source = "live") -> None:
+        super().__init__(status, words, source)
+        self.status, self.words, self.source = status, words, source
 
     def __str__(self) -> str:
         return f"{self.words} (status {self.status})"
