@@ -45,7 +45,8 @@ def read_questions(
     Raises ConfigError naming file, line and column of what cannot be read or stands twice, a tag or value that no
     question has, bounds that are none, and a file of which nothing is left.
     """
-    questions = [reader_of(source)(row) for row in read_rows(path)]
+    reader = reader_of(source)
+    questions = [reader(row) for row in read_rows(path)]
     check_ids(questions, path)
     if not questions:
         raise ConfigError(f"{path}: holds no question")

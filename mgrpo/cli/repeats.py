@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -46,11 +46,11 @@ class Line(msgspec.Struct, omit_defaults=True):
     """Kind of its failure."""
     answer: str | None = None
     """Never of a redacted set."""
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = msgspec.field(default_factory=dict)
     """Role -> tokens of its trajectories."""
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = msgspec.field(default_factory=dict)
     """Sub-agent role -> invocations."""
-    tools: dict[str, int] = field(default_factory=dict)
+    tools: dict[str, int] = msgspec.field(default_factory=dict)
     """Status -> tool calls, of a task that records them (rollout.info["tools"])."""
     blocked: int = 0
     """Results that a block list left out, and calls that it refused."""
