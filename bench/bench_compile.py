@@ -92,16 +92,22 @@ def variants() -> list[Variant]:
         out.append(_row_variant(f"partials {dtype}", logprob.partials_kernel, dtype, rows))
         block = {"BLOCK": device.SCALE_BLOCK}
         out.append(_variant(f"scale {dtype}", logprob.scale_kernel, dtype, block, warps=8))
-    group = {"ESTIMATOR": 0, "WEIGHTED": True, "UNBIASED": False, "BLOCK": device.GROUP_BLOCK}
+    group = {
+        "ESTIMATOR": 0,
+        "WEIGHTED": True,
+        "UNBIASED": False,
+        "ROWS": device.GROUP_ROWS,
+        "BLOCK": device.GROUP_BLOCK,
+    }
     kernel = group_advantage.group_advantage_kernel
-    out.append(_variant("group_advantage", kernel, "fp32", group, warps=2))
+    out.append(_variant("group_advantage", kernel, "fp32", group, warps=1))
     wide = {"WEIGHTED": True, "UNBIASED": False, "BLOCK": 1024}
     out.append(_variant("batch_deviation", group_advantage.batch_deviation_kernel, "fp32", wide, warps=4))
     return out
 
 
-_INT64 = {"target_ids", "seq_id", "begin", "end", "order"}
-_INT32 = {"group_id"}
+_INT64 = {"target_ids", "seq_id", "order"}
+_INT32 = {"group_id", "ids"}
 _BYTES = {"active", "has_grad_out"}
 _FLOAT64 = {"deviation"}
 _SIZES = {"stride", "grad_stride", "vocabulary", "n"}

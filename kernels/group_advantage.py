@@ -134,34 +134,53 @@ def batch_deviation_kernel(
 
 
 @triton.jit
+def run_end(ids, group, begin, end, BLOCK: tl.constexpr):
+    """The first of the rows [begin, end) that is not of `group`; end where all are."""
+    lane = tl.arange(0, BLOCK)
+    at = begin
+    whole = at < end
+    while whole:
+        inside = at + lane < end
+        own = inside & (tl.load(ids + at + lane, mask=inside, other=0) == group)
+        members = tl.min(tl.where(own, BLOCK, lane), axis=0)
+        at += members
+        whole = (members == BLOCK) & (at < end)
+    return at
+
+
+@triton.jit(do_not_specialize=["n"])
 def group_advantage_kernel(
     rewards,  # float (N,), rows sorted by group
     weight,  # float (N,), likewise
-    begin,  # int64 (N,), first row of the row's group
-    end,  # int64 (N,), one past its last
+    ids,  # int (N,), the rows' groups, sorted
     order,  # int64 (N,), where the row came from
     deviation,  # float64 (1,), the batch's, read by the batch estimator
     out,  # float (N,), in the original order
+    n,
     eps,
     ESTIMATOR: tl.constexpr,
     WEIGHTED: tl.constexpr,
     UNBIASED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row; the first row of each group does its group, the others leave."""
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.load(begin + row)
-    if first == row:
-        last = tl.load(end + row)
+    """One program does the groups that begin among its ROWS rows, one after the other."""
+    lane = tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    stop = tl.minimum(first + ROWS, n)
+    if first > 0:  # a group that began before is another program's
+        first = run_end(ids, tl.load(ids + first - 1), first, stop, BLOCK)
+    while first < stop:
+        last = run_end(ids, tl.load(ids + first), first, n, BLOCK)
         low, varied, total, shift, spread = moments(
-            rewards, weight, rewards, 0, first, last, False, WEIGHTED, BLOCK, UNBIASED
+            rewards, weight, ids, 0, first, last, False, WEIGHTED, BLOCK, UNBIASED
         )
         if ESTIMATOR == BATCH:
             spread = tl.load(deviation)
-        lane = tl.arange(0, BLOCK)
         for i in range(first, last, BLOCK):
-            r, w, _ = load_members(rewards, weight, rewards, 0, i + lane, last, False, WEIGHTED)
+            r, w, _ = load_members(rewards, weight, ids, 0, i + lane, last, False, WEIGHTED)
             a = advantage(r, w, low, varied, total, shift, spread, eps, ESTIMATOR)
             inside = i + lane < last
             to = tl.load(order + i + lane, mask=inside, other=0)
             tl.store(out + to, a, mask=inside)
+        first = last

@@ -42,6 +42,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(device, "THREADS", 4)
     monkeypatch.setattr(device, "GROUP_BLOCK", 4)
+    monkeypatch.setattr(device, "GROUP_ROWS", 8)
 
 
 @numpy_warns

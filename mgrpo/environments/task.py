@@ -135,11 +135,11 @@ class Task(ABC):
         """Validate the policies that RL starts from on n questions (eval.start_validation); the default accepts any."""
         return StartReport({})
 
-    async def preflight(self) -> None:
-        """Called once, before the first step of a run (a resumed one too), on the loop that plays: ask the services that
-        the task needs, calibrate its judge. Raises ConfigError for what the run could not work with."""
+    async def preflight(self) -> None:  # noqa: B027
+        """Called once, before the first step of a run (a resumed one too), on the loop that plays: ask the services
+        that the task needs, calibrate its judge. Raises ConfigError for what the run could not work with."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """Called when the worker ends, on the loop that played: close connections, end processes. Idempotent."""
 
     def digests(self) -> Mapping[str, str]:

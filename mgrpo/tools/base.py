@@ -54,7 +54,7 @@ class Tool(ABC):
     async def call(self, arguments: Mapping[str, object]) -> Observation:
         """arguments fit the schema. Raises InfrastructureError and ServiceError as said above."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """Close connections, end processes. Idempotent."""
 
     def schema(self) -> dict[str, object]:
