@@ -68,11 +68,12 @@ class AskTask(Task):
             float(right),
             answer=f"{answer} {question.answer}",
             question_id=question.id,
-            tools=[call | {"status": "ok", "source": "live", "seconds": 0.5, "chars": 9, "blocked": 2}],
+            tools=[call | {"status": "ok", "source": question.text, "seconds": 0.5, "chars": 9, "blocked": 2}],
             verdict={
                 "rule": "exact",
                 "rule_score": float(right),
                 "judge": question.answer,
+                "source": "live",
                 "digest": "5c0re",
             },
             calls=[{"task": question.text, "result": question.answer}],
