@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mgrpo.environments.stages import StagedTask
 from mgrpo.environments.task import Task
 from mgrpo.errors import ChatError, ConfigError, ContextOverflowError, InfrastructureError, MgrpoError
 
@@ -85,6 +86,8 @@ def _is_ours(error: BaseException) -> bool:
 
 def _texts(error: BaseException, task: Task) -> tuple[str, str]:
     """With the error's message and without it."""
+    if isinstance(task, StagedTask):  # its own code is that of its stages
+        task = task.stages[-1]
     message = str(error) if isinstance(error, MgrpoError) else f"{type(error).__name__}: {error}"
     frames = _frames(error)
     module = type(task).__module__
