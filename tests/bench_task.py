@@ -63,12 +63,13 @@ class AskTask(Task):
         answer = await main.sample(3, stop=self._stop)
         right = main.last_sampled() % 2 == 0 and bool(self._tools)
         main.close(format=1.0)
+        episode.metric("blocked", 2)
         call = {"role": "main", "invocation": 0, "turn": 0, "tool": question.text, "arguments": question.text}
         return episode.finish(
             float(right),
             answer=f"{answer} {question.answer}",
             question_id=question.id,
-            tools=[call | {"status": "ok", "source": question.text, "seconds": 0.5, "chars": 9, "blocked": 2}],
+            tools=[call | {"status": "ok", "source": question.text, "seconds": 0.5, "chars": 9}],
             verdict={
                 "rule": "exact",
                 "rule_score": float(right),

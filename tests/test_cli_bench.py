@@ -366,7 +366,6 @@ def test_training_on_a_secret_set_leaves_no_word_in_record_and_store(tmp_path: P
         assert not (trajectory.tokens or trajectory.loss_mask or trajectory.logprobs or trajectory.versions)
         assert body.info.pop("question_id") in {"0", "1", "2"} and body.info.pop("opened_at") == {}
         assert body.info == {
-            "tools": [{"role": "main", "invocation": 0, "turn": 0, "status": "ok", "source": "live", "seconds": 0.5,
-                       "chars": 9, "blocked": 2}],
-            "verdict": {"rule": "exact", "rule_score": head.correct},
+            "tools": [{"role": "main", "invocation": 0, "turn": 0, "status": "ok", "seconds": 0.5, "chars": 9}],
+            "verdict": {"rule": "exact", "rule_score": head.correct, "source": "live"},
         }  # fmt: skip

@@ -164,6 +164,8 @@ def test_where_and_pass_rates_choose(tmp_path: Path) -> None:
         tmp_path / "rates.jsonl", [{"id": "q3", "pass_rate": 0.25}, {"id": "q0", "played": 0}]
     )
     assert ids(pass_rate=(0.0, 0.3), rates=rates) == ["q0", "q3"]
+    with pytest.raises(ConfigError, match=r"q\.jsonl: lmit: unknown key"):
+        ids(lmit=2)
     assert len(ids(limit=2)) == 2 and set(ids(limit=2)) < set(ids(limit=3))
 
 
