@@ -182,7 +182,7 @@ def test_an_outage_ends_a_bench(questions: Path, tmp_path: Path, monkeypatch: py
     [
         ({"sets": ["jsonl:x"]}, "expected NAME=SOURCE:PATH"),
         ({"sets": ["../a=jsonl:x"]}, "expected NAME=SOURCE:PATH"),
-        ({"sets": ["a=gala:x.csv"]}, "expected SOURCE:PATH with a source of jsonl, gaia"),
+        ({"sets": ["a=gala:x.jsonl"]}, "expected SOURCE:PATH with a source of jsonl, gaia"),
         ({"sets": ["a=jsonl:none.jsonl"]}, r"none\.jsonl: no such file"),
         ({"sets": ["a=task:tests"]}, "split 'tests': expected one of train, validation, heldout"),
         ({"sets": ["a=task:train", "a=task:train"]}, "'a' names two sets"),

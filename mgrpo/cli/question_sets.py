@@ -49,7 +49,7 @@ def source_and_path(text: str) -> tuple[str, str]:
     source, colon, path = text.partition(":")
     if colon and source in (*SOURCES, TASK) and path:
         return source, path
-    if text.endswith(".jsonl"):
+    if text.endswith(".jsonl") and (not colon or Path(text).exists()):
         return "jsonl", text
     raise ConfigError(
         f"{text!r}: expected SOURCE:PATH with a source of {', '.join(SOURCES)}, {TASK}; or a .jsonl file"
