@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mgrpo.benchmarks
+from mgrpo.benchmarks.statistics import QuestionScores
 from mgrpo.config import load_config
 from mgrpo.config.evaluation import EvalSetConfig
 from mgrpo.environments.episode import Episode
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.pipeline.eval_sets import MAX_VALUES, EvalSet, play_set, read_set, result_of
+from mgrpo.pipeline.eval_sets import MAX_VALUES, EvalSet, _words, play_set, read_set, result_of
 from mgrpo.pipeline.evaluations import Evaluations
 from mgrpo.pipeline.play import RolloutResult
 from mgrpo.run.monitor import Progress, _set_line, _Summary
@@ -252,14 +252,17 @@ def test_a_set_of_which_nothing_ends_is_an_outage() -> None:
         asyncio.run(play_set(task, one, team(SlowEngine()), seed=1, seen=lambda n, r: None))
 
 
+def scored(tags: dict[str, str], *outcomes: float) -> QuestionScores:
+    return QuestionScores("", tags, dict(enumerate(outcomes)), {9: "task"} if not outcomes else {})
+
+
 @given(st.lists(st.lists(st.floats(0, 1), max_size=4), min_size=1, max_size=8).filter(any))
 def test_figures_are_numpys_over_the_means_of_the_questions(outcomes: list[list[float]]) -> None:
     """A question without a rollout left has no part in them."""
-    questions = [Question("", "", tags={"all": "yes"}) for _ in outcomes]
-    result = result_of(questions, outcomes, failed=3)
+    result = result_of([scored({"all": "yes"}, *o) for o in outcomes], 4)
     means = [float(np.mean(o)) for o in outcomes if o]
     assert result.avg == pytest.approx(np.mean(means), abs=1e-12)
-    assert result.tags == {"all-yes": result.avg} and result.failed == 3
+    assert result.tags == {"all-yes": result.avg} and result.failed == len(outcomes) - len(means)
     if len(means) < 2:
         assert result.stderr is None
     else:
@@ -267,14 +270,19 @@ def test_figures_are_numpys_over_the_means_of_the_questions(outcomes: list[list[
 
 
 def test_tags_are_parts_of_a_metrics_name() -> None:
-    """What another letter stands for is the same tag; one with a value for each question is none."""
-    tags: Sequence[dict[str, str]] = [{"Level": "a b", "id": "x"}, {"Level": "a/b"}, {"Level": "?"}]
-    questions = [Question("", "", tags=t) for t in tags]
-    found = result_of(questions, [[1.0], [0.0], [1.0]], 0).tags
-    assert found == {"Level-a_b": 0.5, "Level-none": 1.0, "id-x": 1.0}
-    many = [Question("", "", tags={"id": str(i)}) for i in range(MAX_VALUES + 1)]
-    assert result_of(many, [[1.0]] * len(many), 0).tags == {}
-    assert len(result_of(many[1:], [[1.0]] * MAX_VALUES, 0).tags) == MAX_VALUES
+    """What another letter stands for is the same tag; one with a value for each question is none, nor is one whose
+    rollouts all failed."""
+    assert _words({"Level": "a b", "kind of": "a/b", "x": "?"}) == {
+        "Level": "a_b",
+        "kind_of": "a_b",
+        "x": "none",
+    }
+    found = result_of(
+        [scored({"l": "1"}, 1.0), scored({"l": "1"}, 0.0), scored({"l": "2"}, 1.0), scored({"l": "3"})], 1
+    )
+    assert found.tags == {"l-1": 0.5, "l-2": 1.0}
+    many = [scored({"id": str(i)}, 1.0) for i in range(MAX_VALUES + 1)]
+    assert result_of(many, 1).tags == {} and len(result_of(many[1:], 1).tags) == MAX_VALUES
 
 
 # -- where it is shown -------------------------------------------------------------------------------------------------

@@ -149,6 +149,11 @@ class Task(ABC):
     async def close(self) -> None:  # noqa: B027
         """Called when the worker ends, on the loop that played: close connections, end processes. Idempotent."""
 
+    def digests(self) -> Mapping[str, str]:
+        """What an outcome depends on beside questions and policies, by name: scorer, judge, prompt, corpus. A
+        benchmark's report carries them, so that two reports can be compared. The default: nothing."""
+        return {}
+
     def claims(self, figures: Figures) -> Sequence[Claim]:
         """What `mgrpo compare` must show, each claim beside what was measured; the default claims nothing."""
         return ()

@@ -88,7 +88,7 @@ class WorkerContext:
                 k=self.config.trainer.group_size,
                 d_max={role: self.config.agents[role].d_max for role in self.config.roles},
                 index=index,
-                meta={"question": shortened(question.text[:200])},
+                meta={"question": "" if question.secret else shortened(question.text[:200])},
                 seed=self.config.seed,
                 timeout=0.0,
             )
@@ -124,6 +124,7 @@ class WorkerContext:
             asked(result.request.question),
             result.rollout,
             result.failure,
+            secret_id(result.request.question),
         )
         self.shipper.ship(group, result)
 
@@ -171,6 +172,11 @@ def index_of(query: str) -> int | None:
 def asked(question: Question) -> tuple[str, str]:
     """A question and its gold answer, as the record can write them."""
     return encodable(str(question.text)), encodable(str(question.answer))
+
+
+def secret_id(question: Question) -> str | None:
+    """The id of a question of which no record may hold a word; None for any other."""
+    return str(question.id) if question.secret else None
 
 
 def oldest_version(world: World) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from mgrpo.config.run import RecordConfig
+from mgrpo.record.redaction import WITHHELD, redacted_info
 from mgrpo.record.schema import EVALUATION, RolloutBody, RolloutHead, TrajectoryRecord
 from mgrpo.record.writer import RecordWriter, Report
 from mgrpo.types import Rollout, Trajectory
@@ -35,26 +36,32 @@ class RolloutRecorder:
 
     def train(
         self, step: int, index: int, query: str, rollout: int, asked: tuple[str, str], played: Rollout | None,
-        failure: str,
+        failure: str, secret: str | None = None,
     ) -> None:  # fmt: skip
-        """A rollout of a training group; `asked` is its question and gold answer, failure why there is none."""
+        """A rollout of a training group; `asked` is its question and gold answer, failure why there is none. secret:
+        the id of a secret question: ids, scores and lengths are kept of it, no text and no token."""
         if self._writer is None or not self._writer.active:
             return
         every = self._config.tokens_every
         keep = every > 0 and step % every == 0
         self._write(
-            _head(query, rollout, (step, index), ("train", "sampled"), asked, played),
-            _body(played, failure, keep),
+            _head(query, rollout, (step, index), ("train", "sampled"), asked, played, secret),
+            _body(played, failure, keep, secret),
         )
 
     def evaluation(
-        self, step: int, split: str, mode: str, number: int, asked: tuple[str, str], played: Rollout | None
-    ) -> None:
-        """A rollout of an evaluation: question `number` of `split`. Only the first few are kept."""
+        self, step: int, split: str, mode: str, number: int, asked: tuple[str, str], played: Rollout | None,
+        secret: str | None = None,
+    ) -> None:  # fmt: skip
+        """A rollout of an evaluation: question `number` of `split`. Only the first few are kept. secret: as in
+        train."""
         if self._writer is None or not self._writer.active or number >= self._config.evaluation:
             return
         query = f"{EVALUATION}/{split}/{step}/{mode}/{number}"
-        self._write(_head(query, 0, (step, number), (split, mode), asked, played), _body(played, "", True))
+        self._write(
+            _head(query, 0, (step, number), (split, mode), asked, played, secret),
+            _body(played, "", True, secret),
+        )
 
     def _write(self, head: RolloutHead, body: RolloutBody) -> None:
         assert self._writer is not None
@@ -82,12 +89,14 @@ def _number(value: object) -> float:
 
 def _head(
     query: str, number: int, place: tuple[int, int], how: tuple[str, str], asked: tuple[str, str],
-    rollout: Rollout | None,
+    rollout: Rollout | None, secret: str | None,
 ) -> RolloutHead:  # fmt: skip
     tokens: dict[str, int] = {}
     for trajectory in rollout.trajectories() if rollout else []:
         tokens[trajectory.role] = tokens.get(trajectory.role, 0) + len(trajectory)
     answer = rollout.info.get("answer") if rollout else None
+    if secret is not None:
+        asked, answer = ("", ""), None
     return RolloutHead(
         id=f"{query}/{number}",
         query=query,
@@ -104,6 +113,7 @@ def _head(
         answer="" if answer is None else clean(answer),
         gold=clean(asked[1]),
         at=time.time(),
+        redacted=secret is not None,
     )
 
 
@@ -116,10 +126,11 @@ def clean(value: object) -> str:
     return text[:TEXT].encode("utf-8", "replace").decode()
 
 
-def _body(rollout: Rollout | None, failure: str, keep: bool) -> RolloutBody:
+def _body(rollout: Rollout | None, failure: str, keep: bool, secret: str | None) -> RolloutBody:
     if rollout is None:
-        return RolloutBody([], {}, clean(failure))
-    return RolloutBody([_record(t, keep) for t in rollout.trajectories()], dict(rollout.info))
+        return RolloutBody([], {}, clean(failure) if secret is None else WITHHELD)
+    info = dict(rollout.info) if secret is None else redacted_info(rollout, secret)
+    return RolloutBody([_record(t, keep and secret is None) for t in rollout.trajectories()], info)
 
 
 def _record(trajectory: Trajectory, keep: bool) -> TrajectoryRecord:
