@@ -68,8 +68,10 @@ class Evaluations:
 
         def seen(number: int, result: RolloutResult) -> None:
             if result.request.rollout == 0:  # one of a question's repeats is enough to look at
-                question = asked(result.request.question)
-                context.recorder.evaluation(step, config.name, mode, number, question, result.rollout)
+                question = result.request.question
+                context.recorder.evaluation(
+                    step, config.name, mode, number, asked(question), result.rollout, secret_id(question)
+                )
 
         result = await play_set(
             context.task,
