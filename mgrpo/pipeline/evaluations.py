@@ -68,10 +68,8 @@ class Evaluations:
 
         def seen(number: int, result: RolloutResult) -> None:
             if result.request.rollout == 0:  # one of a question's repeats is enough to look at
-                question = result.request.question
-                context.recorder.evaluation(
-                    step, config.name, mode, number, asked(question), result.rollout, secret_id(question)
-                )
+                question = asked(result.request.question)
+                context.recorder.evaluation(step, config.name, mode, number, question, result.rollout)
 
         result = await play_set(
             context.task,
