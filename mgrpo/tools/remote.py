@@ -142,7 +142,7 @@ class RemoteSearch(RemoteTool):
 
     name = "search"
     description = "Search the web. Gives the best pages with title, address and an excerpt."
-    parameters: Mapping[str, object] = {  # noqa: RUF012
+    parameters: Mapping[str, object] = {
         "type": "object",
         "properties": {"query": {"type": "string", "description": "What to look for, in words."}},
         "required": ["query"],
@@ -192,7 +192,7 @@ class RemoteVisit(RemoteTool):
 
     name = "visit"
     description = "Read a page as text. A long page has parts."
-    parameters: Mapping[str, object] = {  # noqa: RUF012
+    parameters: Mapping[str, object] = {
         "type": "object",
         "properties": {
             "url": {"type": "string", "description": "Address of the page, from a search or a link."},
