@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -573,18 +574,42 @@ def test_the_page_about_tools_names_every_key() -> None:
             if name not in COMMON
             and (name not in shared or repr(found.default) != repr(base.model_fields[name].default))
         }
-        named = set(re.findall(r"`(\w+)(?: = [^`]*)?`", rows[kind].split(" | ")[-1]))
-        assert named == own, f"{kind}: the page names {sorted(named)}, the class has {sorted(own)}"
+        cell = dict(re.findall(r"`(\w+)(?: = ([^`]*))?`", rows[kind].split(" | ")[-1]))
+        named = set(cell)
+        for name, shown in cell.items():
+            assert not shown or json.loads(shown) == fields[name].default, f"{kind}.{name}"
+        assert named - {"url"} == own - {"url"}, (
+            f"{kind}: the page names {sorted(named)}, the class has {sorted(own)}"
+        )
 
 
-def test_blocks_of_the_page_are_configs() -> None:
-    """Every TOML block of docs/research-tools.md about tools is one that build_tools takes, but for its servers."""
-    import tomllib
-
+def test_blocks_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/research-tools.md: its entries are configs, its tool answers, its client asks and reads."""
     page = (ROOT / "docs" / "research-tools.md").read_text()
+    for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL):
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     blocks = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL)]
     entries = [entry for block in blocks for entry in block["task"]["options"]["tools"].values()]
-    assert {"serper", "jina", "mcp", "search_r1"} <= {entry["type"] for entry in entries}
+    assert {"serper", "jina", "mcp", "search_r1", "python", "own_search:OwnSearch"} == {
+        e["type"] for e in entries
+    }
     for entry in entries:
-        if ":" not in entry["type"]:
-            config_of(entry["type"]).model_validate(entry)
+        config_of(entry["type"]).model_validate(entry)
+    units, mine = (
+        next(e for e in entries if e["type"] == kind) for kind in ("python", "own_search:OwnSearch")
+    )
+    with FakeService({"hits": [{"name": "Fiji", "at": FIJI, "about": None}]}) as service:
+
+        async def main() -> list[Observation]:
+            tools = build_tools({"units": units, "mine": mine | {"url": service.url}})
+            calls = [("miles", {"kilometres": 5}), ("miles", {"kilometres": -1}), ("search", {"query": "q"})]
+            try:
+                return [await tools.call(name, arguments) for name, arguments in calls]
+            finally:
+                await tools.close()
+
+        good, bad, found = asyncio.run(main())
+    assert good.text == "3.107" and (bad.status, bad.text) == ("tool_error", "A distance is 0 or more.")
+    assert found.text == f"[1] Fiji\n{FIJI}" and service.requests[0].json == {"q": "q", "n": 5, "until": 2024}

@@ -226,7 +226,7 @@ class RemoteVisit(RemoteTool):
             raise ToolError(f"There is no part {number}: the page has {len(whole)}.")
         text = whole[number - 1].text
         if is_cut and number == len(whole):
-            text += f"\n\n[cut: the first {self._config.max_chars} characters of the page]"
+            text = f"{text.rstrip()}\n\n[cut: the first {self._config.max_chars} characters of the page]"
         # A page that was found elsewhere is a result, so that a block list sees the address it came from.
         moved = (Result(page.title, page.url, text),) if page.url != asked else ()
         status = "ok" if page.text.strip() else "empty"
