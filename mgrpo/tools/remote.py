@@ -209,6 +209,7 @@ class RemoteVisit(RemoteTool):
     def __init__(self, config: VisitConfig, service: HttpService, cassette: Cassette | None) -> None:
         super().__init__(config, service, cassette)
         self._config = config
+        self._reads = False  # it has read a page: the reader works
 
     async def call(self, arguments: Mapping[str, object]) -> Observation:
         part = arguments.get("part", 1)
@@ -252,10 +253,11 @@ class RemoteVisit(RemoteTool):
             try:
                 raw = await self._service.live(request, repeatable=self.pure)
             except ServiceFailure as failure:
-                if failure.others and failure.status != 429:  # the page's doing: others were answered
+                if failure.others and self._reads and failure.status != 429:  # the page's doing
                     raise ServiceAnswer(failure.status or 504, UNREADABLE) from failure
                 raise
             page = self._config.read_page(raw, url)
+            self._reads = True
             return [page.url, page.title[:most], page.text[:most], len(page.text) > most]
 
         kept, source = await self._service.recorded(
