@@ -20,7 +20,7 @@ from mgrpo.cli.comparison.shuffled import ShuffledRewards
 from mgrpo.cli.comparison.variants import Variant, chosen, scores, variants
 from mgrpo.config import load_config
 from mgrpo.config.algorithm import MGrpoAlgorithm
-from mgrpo.config.run import RewardConfig
+from mgrpo.config.reward import RewardConfig
 from mgrpo.environments.comparison import BEFORE_RL, COTRAIN, MODES, Figures
 from mgrpo.errors import ConfigError
 from mgrpo.run.folder import RunFolder, recorded_run

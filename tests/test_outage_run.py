@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,20 +18,22 @@ from mgrpo.pipeline import worker_context
 from mgrpo.pipeline.play import RolloutRequest, RolloutResult, play_all
 from mgrpo.pipeline.role_stream import RoleStream
 from mgrpo.pipeline.worker_context import WorkerContext
+from mgrpo.services import counters
+from mgrpo.services.client import HttpService
+from mgrpo.services.config import ServiceConfig
 from mgrpo.store import records as rec
 from mgrpo.store.server import StoreServer
 from mgrpo.types import Rollout
-from tests import fake_clock, search_task
+from tests import fake_clock
 from tests.fake_services import FakeService
 from tests.play_kit import REQUEST, GivenTask, SlowEngine, one_turn, team
-from tests.runs import RELAY, command, leftovers, records, resume, started, steps_of, summary
+from tests.runs import RELAY
+from tests.ship_kit import FakeStore
 from tests.store_kit import DIGEST, publish, run_params
 from tests.test_link import until
 from tests.test_store_rules import Driver
 from tests.upstream import Upstream, ask
-
-ALONE = RELAY.with_name("alone.toml")
-STEPS = 2
+from tests.worker_kit import Worker
 
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
@@ -204,34 +204,54 @@ def test_nobody_is_idle_while_a_worker_waits(monkeypatch: pytest.MonkeyPatch) ->
     assert 5400.0 <= now <= 5403.0
 
 
-# -- a whole run -------------------------------------------------------------------------------------------------------
+# -- a worker ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_whose_service_is_down(tmp_path: Path) -> None:
-    """Down in the middle of a run, and for longer than max_outage: it ends with status 2 in plain words. Resumed while
-    the service is still down, for eight requests, it waits and goes on: every rollout is there, in its first attempt,
-    and none has failed."""
-    out, left = tmp_path / "run", itertools.repeat("503")
-    with FakeService({"hits": []}) as search:
-        search.fault_of = lambda asked: next(left, None) if asked.path.startswith("/1/") else None
-        sets = ["task.name=tests.search_task:SearchTask", f"task.options.url={search.url}"]
-        sets += [f"trainer.steps={STEPS}", "trainer.questions=2", "trainer.group_size=2", "metrics.sinks=[]"]
-        sets += ["eval.start_validation=0", "eval.validation=1", "eval.heldout=1", "record.enabled=false"]
-        first = command("train", str(ALONE), "--out", str(out), *(f"--set={text}" for text in sets))
-        with started(first, env={search_task.MAX_OUTAGE: "1"}) as process:
-            output, _ = process.communicate(timeout=300)
-        assert process.returncode == 2, output
-        assert "service 'search' at" in output and "max_outage = 1 s" in output and "status 503" in output
-        left = iter(["503"] * 8)
-        resume(out)
-    assert "answers again after" in (out / "logs" / "rollout-0.log").read_text()
-    assert steps_of(out) == STEPS and summary(out)["outcome"] == "finished"
+class Searching(GivenTask):
+    """A search in each rollout, over a real socket."""
+
+    def __init__(self, url: str, max_outage: float) -> None:
+        config = ServiceConfig(url=url, attempts=3, backoff=0.05, max_outage=max_outage)
+        self._search = HttpService("search", config)
+        super().__init__(self._script)
+
+    async def _script(self, episode: Episode) -> Rollout:
+        path = f"/{episode.query}/{episode.rollout}/{episode.attempt}"
+        await episode.tool("search", self._search.request, "GET", path, list, attempts=1)
+        await one_turn(episode, "main")
+        return episode.finish(1.0)
+
+    async def close(self) -> None:
+        await self._search.close()
+
+
+def played_by_a_worker(folder: Path, task: Searching) -> tuple[FakeStore, dict[str, float]]:
+    """The store of a worker that plays one group, and its metrics. Raises as the worker does."""
+    worker = Worker(folder, task)
+    worker.open("open")
+    try:
+        return worker.store, worker.play()
+    finally:
+        assert worker.store.reasons == []
+        worker.context.loop.run(task.close())
+        worker.close()
+
+
+def test_a_worker_whose_service_is_down(tmp_path: Path) -> None:
+    """Down for longer than max_outage: the worker ends by name, and the store has heard of no failed rollout. The next
+    one begins while the service is still down, for six requests: it waits and plays the same group to its end, in first
+    attempts. The same as a whole run that is resumed: python -m tests.outage_whole_run."""
+    left = itertools.repeat("503")
+    with FakeService([]) as search:
+        search.fault_of = lambda asked: next(left, None)
+        with pytest.raises(
+            ServiceError, match=r"'search' at .* longer than max_outage = 0.3 s, .* status 503"
+        ):
+            played_by_a_worker(tmp_path, Searching(search.url, 0.3))
+        left = iter(["503"] * 6)
+        counters.take()
+        store, metrics = played_by_a_worker(tmp_path, Searching(search.url, 60.0))
+    ends = [record for record in store.records if record[0] != "invocation_done"]
+    assert sorted(ends) == [("rollout_final", "0/0", 0), ("rollout_final", "0/0", 1)]
+    assert metrics["rollout/failed"] == 0.0 and metrics["service/search/outages"] == 1.0
     assert {asked.path.rpartition("/")[2] for asked in search.requests} == {"0"}  # the attempt
-    with contextlib.closing(sqlite3.connect(out / "store.db")) as database:
-        kinds = database.execute("SELECT kind, count(*) FROM rollouts GROUP BY kind").fetchall()
-        states = database.execute("SELECT state, count(*) FROM groups GROUP BY state").fetchall()
-    assert kinds == [("final", 4 * STEPS)] and states == [("sealed", 2 * STEPS)]
-    reported = [record for record in records(out) if "rollout/failed" in record]
-    assert reported and all(record["rollout/failed"] == 0 for record in reported)
-    assert sum(record.get("service/search/outages", 0) for record in reported) == 1.0
-    assert leftovers(out) == []

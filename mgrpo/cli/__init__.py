@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
+from mgrpo.cli.bench import bench
 from mgrpo.cli.cluster.command import launch as launch_run
 from mgrpo.cli.cluster.command import monitor as follow_run
+from mgrpo.cli.filter import filter_questions
 from mgrpo.cli.keys import app as keys_app
 from mgrpo.cli.plan import plan
+from mgrpo.cli.questions import app as questions_app
 from mgrpo.cli.store import app as store_app
 from mgrpo.cli.tools import app as tools_app
 from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
@@ -29,6 +32,7 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
+app.add_typer(questions_app, name="questions")
 app.add_typer(tools_app, name="tools")
 
 Config = Annotated[Path, typer.Argument(help="The run's TOML file.", show_default=False)]
@@ -223,6 +227,8 @@ def engine(
 
 
 app.command()(plan)
+app.command()(bench)
+app.command(name="filter")(filter_questions)
 app.command(name="launch")(launch_run)
 app.command(name="monitor")(follow_run)
 

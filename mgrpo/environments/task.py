@@ -85,6 +85,9 @@ class Task(ABC):
     controls: Mapping[str, Mapping[str, object]] = MappingProxyType({})
     """For `mgrpo compare`: name of a control -> task options under which co-training's policies are scored as well."""
 
+    evaluation_sets: tuple[str, ...] = ()
+    """Names of the sets that evaluation_set() gives, for [[eval.sets]] with source = "task"."""
+
     def __init__(
         self, options: Mapping[str, object] = MappingProxyType({}), roles: Sequence[str] | None = None
     ) -> None:
@@ -102,6 +105,10 @@ class Task(ABC):
     @abstractmethod
     def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]:
         """n fixed questions of a split, the same for every policy."""
+
+    def evaluation_set(self, name: str, n: int | None = None) -> Sequence[Question]:
+        """The first n questions (None: all) of one of `evaluation_sets`: fixed, and never trained on."""
+        raise NotImplementedError(f"{type(self).__name__} has no evaluation set {name!r}")
 
     @abstractmethod
     async def play(self, question: Question, episode: Episode) -> Rollout:
@@ -141,6 +148,11 @@ class Task(ABC):
 
     async def close(self) -> None:  # noqa: B027
         """Called when the worker ends, on the loop that played: close connections, end processes. Idempotent."""
+
+    def digests(self) -> Mapping[str, str]:
+        """What an outcome depends on beside questions and policies, by name: scorer, judge, prompt, corpus. A
+        benchmark's report carries them, so that two reports can be compared. The default: nothing."""
+        return {}
 
     def claims(self, figures: Figures) -> Sequence[Claim]:
         """What `mgrpo compare` must show, each claim beside what was measured; the default claims nothing."""

@@ -82,7 +82,7 @@ class BatchRollouts:
         }
         version = context.team.sync(min_versions)
         if context.number == 0 and self._evaluations.due(version):
-            context.loop.run(self._evaluations.run("validation", version))
+            context.loop.run(self._evaluations.run_due(version))
         began = time.monotonic()
         groups = {group.query: group for group, _ in batch}
         requests = [

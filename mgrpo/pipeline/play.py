@@ -160,7 +160,10 @@ class _Attempts:
             if failure.kind != "infrastructure":
                 break
         assert failure is not None
-        return RolloutResult(request, self.number, None, failure.text, failure.kind)
+        text = failure.text
+        if request.question.secret and failure.wordless is not None:
+            text = f"{failure.wordless}; its message is withheld, because the question is secret"
+        return RolloutResult(request, self.number, None, text, failure.kind)
 
 
 async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:

@@ -160,7 +160,7 @@ class Streaming:
 
     async def _evaluate(self, version: int) -> None:
         await self._until(lambda: not self._loading)
-        await self._evaluations.run("validation", version)
+        await self._evaluations.run_due(version)
         self._evaluating = False
         self._notify()
 

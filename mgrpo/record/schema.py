@@ -30,6 +30,7 @@ class RolloutHead(msgspec.Struct, tag="rollout", gc=False):
     answer: str
     gold: str
     at: float = 0.0  # Unix time of the recording
+    redacted: bool = False  # of a secret question: its texts are empty, and no tokens are kept
 
 
 class TrajectoryRecord(msgspec.Struct, gc=False):

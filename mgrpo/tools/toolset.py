@@ -63,6 +63,16 @@ class ToolSet:
         tools = [self._tools[name] for name in names]
         return ToolSet(tools, blocked=self.blocked, max_chars=self._max_chars)
 
+    def plus(self, tools: Sequence[Tool]) -> ToolSet:
+        """These tools and others, with the same block list. Raises ConfigError as __init__."""
+        return ToolSet([*self._tools.values(), *tools], blocked=self.blocked, max_chars=self._max_chars)
+
+    def fits(self, name: str, arguments: object) -> bool:
+        """Whether a call is one that the schemas describe; call() answers any other with a tool_error."""
+        if name not in self._tools or not isinstance(arguments, Mapping):
+            return False
+        return not _wrong(self._validators[name], arguments)
+
     async def call(self, name: str, arguments: object, *, occurrence: str = "") -> Observation:
         """What the tool `name` observes. arguments: as a policy wrote them, decoded. occurrence: which of several equal
         calls this is, for the recording of tools that are not pure.

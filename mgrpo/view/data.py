@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgrpo.credit import is_gated, reward_parts
+from mgrpo.config.reward import RewardConfig
+from mgrpo.credit import StageRewards, is_gated, reward_parts
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.metrics import read_metrics
 from mgrpo.record.reader import RecordedRollout, Recording
-from mgrpo.record.schema import StepBody, TrajectoryRecord
+from mgrpo.record.schema import RolloutHead, StepBody, TrajectoryRecord
 from mgrpo.record.segments import Frame
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.summary import read_summary
@@ -35,7 +36,7 @@ class RunView:
 
     def __init__(self, run: Path) -> None:
         self.run, self.config = run, recorded_run(run)
-        self._folder = RunFolder(run)
+        self._folder, self._rewards = RunFolder(run), StageRewards(self.config)
         self._lock = threading.Lock()
         self._recording = Recording([run])
         self._texts = Texts(self._recording)
@@ -228,8 +229,8 @@ class RunView:
                 {
                     "role": t.role,
                     "invocation": t.invocation,
-                    "parts": self._parts(t, head.correct),
-                    "gated": is_gated(self.config.agents[t.role].reward, t.scores),
+                    "parts": self._parts(t, head),
+                    "gated": is_gated(self._reward_of(t.role, head), t.scores),
                     "tokens": t.n,
                     "versions": [t.version_min, t.version_max],
                     "turns": self._texts.turns(t),
@@ -244,9 +245,14 @@ class RunView:
             "split": head.split, "mode": head.mode, "info": info, "trajectories": trajectories,
         }  # fmt: skip
 
-    def _parts(self, t: TrajectoryRecord, correct: float) -> list[Json]:
+    def _reward_of(self, role: str, head: RolloutHead) -> RewardConfig:
+        """What the rollout's stage of the curriculum pays."""
+        rewards = self._rewards
+        return rewards.of_group(role, head.index) if head.split == "train" else rewards.of_evaluation(role)
+
+    def _parts(self, t: TrajectoryRecord, head: RolloutHead) -> list[Json]:
         """What the reward of a trajectory is made of, scores that are not paid included."""
-        parts = reward_parts(t.role, self.config.agents[t.role].reward, t.scores, correct)
+        parts = reward_parts(t.role, self._reward_of(t.role, head), t.scores, head.correct)
         named = {p.name for p in parts}
         return [{"name": p.name, "weight": p.weight, "score": p.score} for p in parts] + [
             {"name": name, "weight": 0.0, "score": score}

@@ -165,6 +165,12 @@ def _evaluations(status: RunStatus) -> str:
         step = next((known[0] for _, known in found if known), 0)
         if texts:
             parts.append(f"{split} at step {step}: {', '.join(texts)}")
+    for name in sorted(n for n in status.values if n.startswith("eval/") and n.count("/") == 2):
+        if name.endswith("/avg"):
+            step, value = status.values[name]
+            error = status.value(name.removesuffix("avg") + "stderr")
+            spread = "" if math.isnan(error) else f" ± {error:.3f}"
+            parts.append(f"{name.split('/')[1]} at step {step}: avg {value:.3f}{spread}")
     return "accuracy  " + ("; ".join(parts) or "not evaluated yet")
 
 

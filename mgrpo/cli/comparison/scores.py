@@ -17,6 +17,7 @@ from mgrpo.cli.comparison.jobs import run_folder
 from mgrpo.cli.comparison.variants import Score
 from mgrpo.cli.evaluate import load_agents, policy_path
 from mgrpo.environments.episode import Agent
+from mgrpo.environments.lifetime import close_task
 from mgrpo.environments.task import Task
 from mgrpo.files import remove_partials, write_atomic
 from mgrpo.pipeline.evaluations import EVAL_SEED
@@ -44,8 +45,7 @@ def score(out: Path, seed: int, wanted: Score, n: int, log: Callable[[str], None
         paths[role] = folder
     config = recorded_run(run_folder(out, seed, next(iter(wanted.policies.values()))[0]))
     torch.set_num_threads(config.rollout.threads)
-    options = {**config.task.options, **wanted.options}
-    config = config.model_copy(update={"task": config.task.model_copy(update={"options": options})})
+    config = config.model_copy(update={"task": config.task.with_options(wanted.options)})
     agents = load_agents(config.agents, config.rollout.slots, paths)
     result = asyncio.run(_play(load_run_task(config), agents, n))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +66,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 async def _play(task: Task, agents: Mapping[str, Agent], n: int) -> dict[str, Any]:
+    try:
+        return await _outcomes(task, agents, n)
+    finally:
+        await close_task(task)
+        for agent in agents.values():
+            await agent.engine.close()
+
+
+async def _outcomes(task: Task, agents: Mapping[str, Agent], n: int) -> dict[str, Any]:
     questions = task.questions("heldout", n)
     result: dict[str, Any] = {"n": n}
     for mode in ("sampled", "greedy"):
@@ -90,6 +99,4 @@ async def _play(task: Task, agents: Mapping[str, Agent], n: int) -> dict[str, An
             result[f"real_{mode}"] = real
         if mode == "sampled":
             result["d_k"] = {role: {str(d): c for d, c in h.items()} for role, h in accuracy.calls.items()}
-    for agent in agents.values():
-        await agent.engine.close()
     return result

@@ -48,8 +48,18 @@ def variants(config: RunConfig) -> list[Variant]:
                 tuple(f"agents.{r}.algorithm={_shuffled(config.seed)}" for r in config.roles)),
         Variant("lr 0", "control: no update", tuple(f"agents.{r}.optimizer.lr=0.0" for r in config.roles)),
         Variant("expert off", "control: sub-agents are paid for form and outcome only",
-                tuple(f"agents.{r}.reward.expert=0.0" for r in subs)),
+                (*(f"agents.{r}.reward.expert=0.0" for r in subs), *_experts_of_stages(config))),
     ]  # fmt: skip
+
+
+def _experts_of_stages(config: RunConfig) -> list[str]:
+    """Overrides that take the expert score out of the sub-agents' reward in the stages of a curriculum that set it."""
+    return [
+        f"task.stages.{number}.reward.{role}.expert=0.0"
+        for number, stage in enumerate(config.task.stages)
+        for role in config.sub_roles
+        if "expert" in stage.reward.get(role, {})
+    ]
 
 
 def _shuffled(seed: int) -> str:

@@ -7,6 +7,8 @@ function charts(run) {
   const roles = run.settings.roles;
   const perRole = (name, among = roles) => among.map((role) => ({ label: role, index: roles.indexOf(role), points: run.series[`${role}/${name}`] }));
   const accuracy = ["validation", "heldout"].flatMap((split, i) => ["sampled", "greedy"].map((mode, j) => ({ label: `${split}, ${mode}`, index: j, dash: i, dots: i === 1, points: run.series[`eval/${split}/${mode}`] })));
+  const sets = Object.keys(run.series).filter((n) => /^eval\/[^/]+\/avg$/.test(n)).map((n) => n.split("/")[1]);
+  accuracy.push(...sets.map((name, i) => ({ label: `${name}, avg`, index: i + 2, dash: 2, points: run.series[`eval/${name}/avg`] })));
   const subs = roles.slice(1);
   const own = [...new Set(Object.keys(run.series).map((n) => n.split("/")).filter((n) => n[1] === "task").map((n) => n[2]))].sort();
   const ofTask = (name) => [...perRole(`task/${name}`), { label: "rollout", index: 0, dash: 1, points: run.series[`rollout/task/${name}`] }];
