@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.services.cassette import Cassette as Cassette
-from mgrpo.services.cassette import canonical
+from mgrpo.services.cassette import Cassette, canonical
 from mgrpo.services.client import HttpService
 from mgrpo.tools.base import Observation, Tool, occurrence
 from mgrpo.tools.remote import (
@@ -168,14 +167,11 @@ def _listed(config: McpConfig, name: str, cassette: Cassette | None) -> list[dic
     """What a server says of its tools. Raises ConfigError where it does not."""
 
     async def ask() -> list[dict[str, Any]]:
-        from mgrpo.tools import mcp_session
-
         service = config._service(name, cassette, LISTING_OUTAGE)
         try:
             return (await service.request("POST", "/tools/list", _read_list)).value
         finally:
             await service.close()
-            await mcp_session.ended()
 
     config._transport(name)  # says what is not installed
     found: list[list[dict[str, Any]]] = []
@@ -188,7 +184,7 @@ def _listed(config: McpConfig, name: str, cassette: Cassette | None) -> list[dic
             wrong.append(error)
 
     # A thread has no loop, so that this works within one that runs as well; its waits have bounds of their own.
-    thread = threading.Thread(target=run, name=f"mcp-{name}")
+    thread = threading.Thread(target=run, name=f"mcp-{name}", daemon=True)
     thread.start()
     thread.join()
     if wrong:

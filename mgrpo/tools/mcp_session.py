@@ -19,12 +19,13 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import httpx2
-from mcp import Client, MCPError, StdioServerParameters
+from mcp import Client, MCPError, StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CONNECTION_CLOSED, INVALID_PARAMS, REQUEST_TIMEOUT
 
@@ -34,8 +35,8 @@ log = logging.getLogger("mgrpo.tools")
 TIMEOUTS = 2  # requests in a row that end without an answer, before the session is given up
 END_SECONDS = 20.0  # until a session has ended: the SDK's own bounds for a process add up to about 7 s
 PAGES = 100  # of a list of tools
-Connect = Callable[[Mapping[str, str]], Any]
-"""Headers with the key -> what Client() takes; for a process they are not used."""
+Connect = Callable[[Mapping[str, str]], tuple[Any, httpx2.AsyncClient | None]]
+"""Headers with the key -> what mcp.Client connects to, and the HTTP client to be closed after it."""
 
 _refusal: ContextVar[dict[str, Any] | None] = ContextVar("mgrpo_mcp_refusal", default=None)
 
@@ -43,9 +44,8 @@ _refusal: ContextVar[dict[str, Any] | None] = ContextVar("mgrpo_mcp_refusal", de
 class McpTransport(httpx2.AsyncBaseTransport):
     """Use from one event loop; aclose() ends the session, and the server's process."""
 
-    def __init__(self, name: str, connect: Callable[[Mapping[str, str]], Any], timeout: float) -> None:
-        """connect: headers -> what mcp.Client connects to, and what is to be closed after it or None. timeout: seconds,
-        of opening."""
+    def __init__(self, name: str, connect: Connect, timeout: float) -> None:
+        """timeout: seconds, of opening."""
         self._name, self._connect, self._timeout = name, connect, timeout
         self._session: _Session | None = None
         self._opening = asyncio.Lock()
@@ -59,6 +59,7 @@ class McpTransport(httpx2.AsyncBaseTransport):
         session = None
         try:
             session = await self._opened(_forwarded(request.headers))
+            refusal.clear()  # of versions of the protocol that the server does not speak
             if request.url.path.endswith("/tools/list"):
                 answer = await _list(session.client)
             else:
@@ -73,7 +74,8 @@ class McpTransport(httpx2.AsyncBaseTransport):
         except MCPError as error:
             return await self._refused(error, refusal, session)
         except Exception as error:
-            self._give_up(session)
+            if not isinstance(error, ValueError):  # an answer that does not fit the protocol is one call's
+                self._give_up(session)
             if isinstance(error, FileNotFoundError | PermissionError):
                 raise ServiceError(f"MCP server {self._name!r} cannot be started: {error}") from error
             if isinstance(error, httpx2.TransportError | ServiceError):
@@ -85,7 +87,13 @@ class McpTransport(httpx2.AsyncBaseTransport):
     async def aclose(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            await session.end()
+            session.abandon()
+        loop = asyncio.get_running_loop()
+        if ending := {task for task in _ending if task.get_loop() is loop}:  # those given up before, too
+            _, late = await asyncio.wait(ending, timeout=END_SECONDS)
+            for task in late:
+                task.cancel()
+                log.warning("MCP server %s did not end within %g s", self._name, END_SECONDS)
 
     async def _opened(self, headers: Mapping[str, str]) -> _Session:
         async with self._opening:
@@ -176,32 +184,17 @@ class _Session:
         _ending.add(self._task)
         self._task.add_done_callback(_ending.discard)
 
-    async def end(self) -> None:
-        """Wait until the connection, and the server's process, has ended."""
-        self.abandon()
-        _, late = await asyncio.wait({self._task}, timeout=END_SECONDS)
-        for task in late:
-            task.cancel()
-            log.warning("MCP server %s did not end within %g s", self._name, END_SECONDS)
-
 
 _ending: set[asyncio.Task[None]] = set()
 """Tasks of sessions that were given up: a task that nothing refers to may be collected while it runs."""
 
 
-async def ended() -> None:
-    """Wait for the sessions of this loop that were given up."""
-    loop = asyncio.get_running_loop()
-    if tasks := [task for task in _ending if task.get_loop() is loop]:
-        await asyncio.wait(tasks, timeout=END_SECONDS)
-
-
-def over_http(url: str, headers: Mapping[str, str], timeout: float) -> Any:
-    """(what mcp.Client connects to, the HTTP client to be closed after it)."""
+def over_http(url: str, headers: Mapping[str, str], timeout: float) -> tuple[Any, httpx2.AsyncClient]:
+    """A connection to a server at an address. timeout: seconds, of everything but waiting for answers."""
 
     async def note(response: httpx2.Response) -> None:
         refusal = _refusal.get()
-        if refusal is not None and response.status_code >= 400:
+        if refusal is not None and response.status_code >= 400 and response.request.method == "POST":
             refusal["status"] = response.status_code
             refusal["retry-after"] = response.headers.get("retry-after")
 
@@ -217,15 +210,18 @@ def over_http(url: str, headers: Mapping[str, str], timeout: float) -> Any:
     return streamable_http_client(url, http_client=client), client
 
 
-def over_stdio(command: Sequence[str], env: Mapping[str, str], passed: Sequence[str], cwd: str | None) -> Any:
-    """(what mcp.Client connects to, None). Raises ServiceError for a program or a variable that is not there."""
-    if shutil.which(command[0]) is None:
+def over_stdio(
+    command: Sequence[str], env: Mapping[str, str], passed: Sequence[str], cwd: str | None
+) -> tuple[Any, None]:
+    """A server as a process. Raises ServiceError for a program or a variable that is not there."""
+    if shutil.which(command[0], path=env.get("PATH")) is None:
         raise ServiceError(f"command {command[0]!r}: there is no such program")
     if missing := [name for name in passed if name not in os.environ]:
         raise ServiceError(f"pass_env: the environment variable {missing[0]} is not set")
     whole = dict(env) | {name: os.environ[name] for name in passed}
     server = StdioServerParameters(command=command[0], args=list(command[1:]), env=whole, cwd=cwd)
-    return server, None
+    # What the server logs goes where the run's own errors go; the default is what stderr was at import.
+    return stdio_client(server, errlog=sys.__stderr__ or sys.stderr), None
 
 
 async def _list(client: Client) -> dict[str, object]:

@@ -122,7 +122,7 @@ class MrlxSearch(MrlxTool):
 
     name = "search"
     description = "Search the web. Gives the best pages with title, address and an excerpt."
-    parameters: Mapping[str, object] = {  # noqa: RUF012
+    parameters: Mapping[str, object] = {
         "type": "object",
         "properties": {"query": {"type": "string", "description": "What to look for, in words."}},
         "required": ["query"],
@@ -141,7 +141,7 @@ class MrlxVisit(MrlxTool):
 
     name = "visit"
     description = "Read a page with a goal. Gives what the page says about it."
-    parameters: Mapping[str, object] = {  # noqa: RUF012
+    parameters: Mapping[str, object] = {
         "type": "object",
         "properties": {
             "url": {"type": "string", "description": "Address of the page, from a search."},

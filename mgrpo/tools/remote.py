@@ -142,7 +142,7 @@ class RemoteSearch(RemoteTool):
 
     name = "search"
     description = "Search the web. Gives the best pages with title, address and an excerpt."
-    parameters: Mapping[str, object] = {  # noqa: RUF012
+    parameters: Mapping[str, object] = {
         "type": "object",
         "properties": {"query": {"type": "string", "description": "What to look for, in words."}},
         "required": ["query"],
@@ -192,7 +192,7 @@ class RemoteVisit(RemoteTool):
 
     name = "visit"
     description = "Read a page as text. A long page has parts."
-    parameters: Mapping[str, object] = {  # noqa: RUF012
+    parameters: Mapping[str, object] = {
         "type": "object",
         "properties": {
             "url": {"type": "string", "description": "Address of the page, from a search or a link."},
@@ -209,6 +209,7 @@ class RemoteVisit(RemoteTool):
     def __init__(self, config: VisitConfig, service: HttpService, cassette: Cassette | None) -> None:
         super().__init__(config, service, cassette)
         self._config = config
+        self._reads = False  # it has read a page: the reader works
 
     async def call(self, arguments: Mapping[str, object]) -> Observation:
         part = arguments.get("part", 1)
@@ -226,7 +227,7 @@ class RemoteVisit(RemoteTool):
             raise ToolError(f"There is no part {number}: the page has {len(whole)}.")
         text = whole[number - 1].text
         if is_cut and number == len(whole):
-            text += f"\n\n[cut: the first {self._config.max_chars} characters of the page]"
+            text = f"{text.rstrip()}\n\n[cut: the first {self._config.max_chars} characters of the page]"
         # A page that was found elsewhere is a result, so that a block list sees the address it came from.
         moved = (Result(page.title, page.url, text),) if page.url != asked else ()
         status = "ok" if page.text.strip() else "empty"
@@ -252,10 +253,11 @@ class RemoteVisit(RemoteTool):
             try:
                 raw = await self._service.live(request, repeatable=self.pure)
             except ServiceFailure as failure:
-                if failure.others and failure.status != 429:  # the page's doing: others were answered
+                if failure.others and self._reads and failure.status != 429:  # the page's doing
                     raise ServiceAnswer(failure.status or 504, UNREADABLE) from failure
                 raise
             page = self._config.read_page(raw, url)
+            self._reads = True
             return [page.url, page.title[:most], page.text[:most], len(page.text) > most]
 
         kept, source = await self._service.recorded(

@@ -1,4 +1,4 @@
-"""`type = "serper"`: Google's results over serper.dev: POST /search {q, num, gl, hl} -> organic[{title, link, snippet}].
+"""`type = "serper"`: Google's results: POST /search {q, num, gl, hl} -> organic[{title, link, snippet}].
 
 Serper answers a key without credits with status 400, which is otherwise a bad request: told apart by its words.
 """
@@ -24,7 +24,7 @@ class SerperConfig(SearchConfig):
     language: str = ""
     """Google's hl, e.g. "en"; empty: Serper's own."""
     answer_box: bool = False
-    """Show Google's own answer as the first result. Off: it may be the answer to the question that is to be searched."""
+    """Show Google's own answer as the first result. Off: it may be the answer that agents are to search for."""
 
     key_header: ClassVar[str] = "X-API-KEY"
 

@@ -27,7 +27,7 @@ from mgrpo.tools.remote import (
 if TYPE_CHECKING:
     from mgrpo.services.cassette import Cassette
 
-USED_UP = {status: "the plan's limit is used up" for status in (432, 433)}
+USED_UP = dict.fromkeys((432, 433), "the plan's limit is used up")
 
 
 class TavilyConfig(SearchConfig, VisitConfig):
