@@ -13,7 +13,7 @@ import asyncio
 from mgrpo.environments.task import Split
 from mgrpo.pipeline.eval_sets import EvalSet, play_set, read_set
 from mgrpo.pipeline.play import Accuracy, RolloutResult, evaluate
-from mgrpo.pipeline.worker_context import WorkerContext, asked, secret_id
+from mgrpo.pipeline.worker_context import WorkerContext, asked
 
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
 SET = "eval_set"  # the kind of a set's report
@@ -104,10 +104,8 @@ class Evaluations:
 
         async def accuracy(mode: str) -> Accuracy:
             def seen(number: int, result: RolloutResult) -> None:
-                question = result.request.question
-                context.recorder.evaluation(
-                    step, split, mode, number, asked(question), result.rollout, secret_id(question)
-                )
+                question = asked(result.request.question)
+                context.recorder.evaluation(step, split, mode, number, question, result.rollout)
 
             return await evaluate(
                 context.task,

@@ -50,7 +50,7 @@ def best_constant(questions: Sequence[Question]) -> float:
 def one_search(questions: Sequence[Question], corpus: Corpus, k: int = 5, *, ranked: bool = True) -> float:
     """ranked: by the corpus' search; otherwise random results."""
     find = corpus.search if ranked else corpus.random
-    hits = sum(_path(q)[-1]["url"] in (hit.url for hit in find(q.text, k)) for q in questions)
+    hits = sum(_path(q)[-1]["url"] in [hit.url for hit in find(q.text, k)] for q in questions)
     return hits / len(questions)
 
 

@@ -238,7 +238,7 @@ def _draw(key: str) -> int:
 
 
 def _root(key: str, taken: list[str]) -> str:
-    """An invented word for endings to be added to; no word of the corpus begins with it. `taken` (sorted) grows by it."""
+    """An invented word to put endings on; no word of the corpus begins with it. `taken` (sorted) grows by it."""
     for attempt in range(1000):
         n = _draw(f"{key}/{attempt}")
         parts = []

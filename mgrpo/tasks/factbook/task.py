@@ -62,7 +62,7 @@ class WorldOptions(Settings):
 class FactbookTask(ResearchTask):
     """See the module's docstring."""
 
-    controls: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    controls: MappingProxyType[str, Mapping[str, object]] = MappingProxyType(
         {"random search": {"search": "random"}, "closed book": {"search": "none"}}
     )
 
