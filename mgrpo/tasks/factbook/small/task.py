@@ -29,7 +29,8 @@ class SmallTask(WordsTask):
     """Options are those of atlas: search, facts, turn_tokens, width."""
 
     positions = 160
-    bounds = BOUNDS | {"sub_copy": (0.93, 1.0)}  # documents are longer than those of atlas: 900 steps of SFT give .96
+    # Documents are longer than those of atlas: 900 steps of SFT give .96.
+    bounds = BOUNDS | {"sub_copy": (0.93, 1.0)}
     main_weights = HOP_WEIGHTS
     sub_weights = HOP_WEIGHTS
 
