@@ -217,7 +217,8 @@ class RolloutConfig(Settings):
     admit."""
     deadline: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Seconds that one rollout may take; one that takes longer counts as failed, for the reason "deadline", in
-    an evaluation too. Must be less than store.group_timeout. Unset: no bound of its own."""
+    an evaluation too. It does not run while the rollout waits for a service that is down. Must be less than
+    store.group_timeout. Unset: no bound of its own."""
 
 
 class RecordConfig(Settings):

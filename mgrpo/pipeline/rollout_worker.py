@@ -27,6 +27,7 @@ from mgrpo.pipeline.team import Team
 from mgrpo.pipeline.worker_context import WorkerContext, main_reward
 from mgrpo.pipeline.worker_loop import Shutdown, WorkerLoop
 from mgrpo.record.rollouts import RolloutRecorder
+from mgrpo.services.outage import outages
 from mgrpo.store.worker_client import WorkerClient
 from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.transport.client import Client
@@ -46,7 +47,9 @@ class RolloutWorker:
         torch.set_num_threads(config.rollout.threads)
         digest, name, timeout = config_digest(config), f"rollout-{number}", config.store.timeout
         key = client_keys(addresses, "worker")
-        store = WorkerClient(addresses.store, "worker", name=name, run=digest, timeout=timeout, key=key)
+        store = WorkerClient(
+            addresses.store, "worker", name=name, run=digest, timeout=timeout, key=key, waits=outages
+        )
         sender = Sender(digest, "worker", name, "")
         self._clients = {
             role: Client(url, peer=f"trainer {role}", timeout=timeout, sender=sender, security=key)
@@ -130,6 +133,7 @@ class RolloutWorker:
         """Validate the policies RL starts from; False ends the run. A run that skips this goes on, and is not valid."""
         context = self._context
         n = context.config.eval.start_validation
+        context.store.be_alive()  # before it opens a group: the evaluation may wait for a service
         context.team.sync({})
         self._evaluate("heldout", "validation", step=0)
         context.loop.run(self._evaluations.run_sets(0))

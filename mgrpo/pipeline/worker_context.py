@@ -37,6 +37,7 @@ class WorkerContext:
     recorder: RolloutRecorder
     team: Team
     loop: WorkerLoop
+    _paused_at: float = -1e9  # when published() last found a paused worker
     _scored: set[tuple[str, int]] = field(default_factory=set)  # role and stage whose scores have fitted
     _stage: int = 0  # of the newest group that was opened
     _rewards: StageRewards = field(init=False)
@@ -59,7 +60,10 @@ class WorkerContext:
 
     def published(self) -> int:
         """The oldest version that the training roles have published (-1 before the first)."""
-        return oldest_version(self.store.world())
+        world = self.store.world()
+        if world.paused:
+            self._paused_at = time.monotonic()
+        return oldest_version(world)
 
     def wait_a_little(self, version: int, since: float) -> None:
         """Wait for a version, but not for long: a dropped group may have left room for another one meanwhile. Raises
@@ -71,8 +75,9 @@ class WorkerContext:
         self.loop.check()
 
     def check_idle(self, version: int, since: float) -> None:
-        """Raise DeadlineError when this version has not come for idle_timeout seconds since `since`."""
-        if time.monotonic() - since > self.config.store.idle_timeout:
+        """Raise DeadlineError when this version has not come for idle_timeout seconds since `since`, or since another
+        worker last waited for a service that is down."""
+        if time.monotonic() - max(since, self._paused_at) > self.config.store.idle_timeout:
             raise DeadlineError(
                 f"worker {self.number}: version {version} of {', '.join(self.config.training_roles)} was not "
                 f"published within {self.config.store.idle_timeout:g} s"
