@@ -15,9 +15,8 @@ from mgrpo.model import trained
 from mgrpo.model.policy import Policy
 from mgrpo.model.probe import probe, probe_ids
 from tests.models import tiny_model, tiny_tokenizer
-from tests.test_attention import batch
 from tests.moe_ranks import moe_policy
-
+from tests.test_attention import batch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"
