@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgrpo.view.transcript import LONGEST, labels, tool_calls, verdict
@@ -43,6 +43,7 @@ def test_what_does_not_fit_is_unknown() -> None:
     assert labels({"tags": ["a"]}) == {"question_id": "", "tags": {}}
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(NAMES, VALUES | st.lists(CALL, max_size=3)))
 def test_any_info_becomes_json(info: dict[str, Any]) -> None:
     """A task may leave anything in its info: the page gets texts and finite numbers, and one entry a table."""

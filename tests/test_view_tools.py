@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.runs import records
 from tests.test_view import EVIL, no_overflow
 
 needs_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")
+FATAL = "service 'search' at http://127.0.0.1:9 refused the key <b>(401)</b>"
 LONG = EVIL + "y" * 1500 + "END"
 SHOWN = LONG.replace("\x1b", "␛").replace("\u202e", "[U+202E]")
 HOSTILE = call("left", 0, 1, EVIL, arguments=LONG, source=EVIL, status="tool_error", digest=EVIL)
@@ -34,6 +36,8 @@ def research(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_research(run, [*CALLS, HOSTILE], EVIL)
     add_secret(run)
     add_metrics(run)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"outcome": "failed", "reason": FATAL}))
     return run
 
 
@@ -179,6 +183,9 @@ def check_filters(page: Browser) -> None:
     counts = "return [...document.querySelectorAll('#kinds button')].map(e => e.textContent)"
     kinds = ["tool errors 2", "infrastructure 1", "length 1", "deadline 1", "task 1", "kind not recorded 1"]
     assert page.run(counts) == kinds
+    assert (
+        page.run("return document.querySelector('#kinds [data-kind=fatal]').textContent") == f"fatal: {FATAL}"
+    )
     listed = "return [...document.querySelectorAll('tr[data-id]')].map(e => e.dataset.id)"
     everything = page.run(listed)
     for kind, ids in (("deadline", [4]), ("unknown", [6]), ("tool_error", [0])):
