@@ -7,6 +7,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -241,6 +242,29 @@ def test_one_request_that_always_fails_is_no_outage() -> None:
     fake_clock.run(main())
 
 
+def test_a_late_answer_from_before_an_outage_costs_nobody_an_attempt_too_many() -> None:
+    """An answer that was long under way comes between two failures of the only other request: that one is not lost for
+    it, although fewer failures in a row than its attempts were seen since."""
+    times: list[float] = []
+
+    async def answer(request: httpx2.Request) -> httpx2.Response:
+        times.append(fake_clock.now())
+        if request.url.path == "/slow" and fake_clock.now() == 0.0:
+            await asyncio.sleep(1.0)
+        elif fake_clock.now() < 30.0:
+            return httpx2.Response(503)
+        return httpx2.Response(200, json={"path": request.url.path})
+
+    async def main() -> None:
+        service = Upstream().service(transport=httpx2.MockTransport(answer), backoff=4.0)
+        await asyncio.gather(ask(service, "/slow"), ask(service, "/a"))
+        await service.close()
+
+    counters.take()
+    fake_clock.run(main())
+    assert counters.take()["service/search/live"] == 2.0 and len(times) >= 5
+
+
 def test_a_single_attempt_is_one() -> None:
     """attempts = 1: a request that always fails does so at once, and does not hold up the service for ever."""
     upstream = Upstream()
@@ -261,7 +285,7 @@ def test_a_single_attempt_is_one() -> None:
 def test_a_probe_whose_rollout_ends_is_followed_by_another() -> None:
     """The call that is let through is cancelled while it is under way; the next one is let through at once. Those that
     wait can be cancelled too, and leave nothing behind."""
-    upstream = Upstream((0.0, 20.0), how="refused")
+    upstream = Upstream((0.0, 10.0), how="refused")  # the first probe comes after 15 to 45 s
 
     async def main() -> None:
         service = upstream.service(backoff=30.0)

@@ -39,9 +39,15 @@ class Upstream:
             int(self.how), headers={"Retry-After": self.retry_after} if self.retry_after else {}
         )
 
-    def service(self, cassette: Cassette | None = None, **chosen: Any) -> HttpService:
+    def service(
+        self,
+        cassette: Cassette | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
+        **chosen: Any,
+    ) -> HttpService:
+        """transport: in place of this one."""
         config = ServiceConfig.model_validate({"url": "http://search.test", "attempts": 3, **chosen})
-        return HttpService("search", config, cassette, transport=httpx2.MockTransport(self))
+        return HttpService("search", config, cassette, transport=transport or httpx2.MockTransport(self))
 
 
 def path_of(raw: Any) -> str:

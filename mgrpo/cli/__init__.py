@@ -17,6 +17,7 @@ from mgrpo.cli.keys import app as keys_app
 from mgrpo.cli.plan import plan
 from mgrpo.cli.questions import app as questions_app
 from mgrpo.cli.store import app as store_app
+from mgrpo.cli.tools import app as tools_app
 from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
 
 # What a file system says of itself, and what starting again does not mend.
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
 app.add_typer(questions_app, name="questions")
+app.add_typer(tools_app, name="tools")
 
 Config = Annotated[Path, typer.Argument(help="The run's TOML file.", show_default=False)]
 Overrides = Annotated[

@@ -18,6 +18,8 @@ from mgrpo.plugins import errors_named, find_class
 BUILT_IN = {
     "atlas": "mgrpo.tasks.atlas.task:AtlasTask",
     "atlas-chat": "mgrpo.tasks.atlas.chat:AtlasChatTask",
+    "factbook": "mgrpo.tasks.factbook.task:FactbookTask",
+    "research": "mgrpo.tasks.research.task:ResearchTask",
 }
 GROUP = "mgrpo.tasks"
 

@@ -194,6 +194,10 @@ class HttpService:
     async def live(self, request: Request, *, repeatable: bool = True) -> object:
         """The answer to a request as it came, once read() has taken it. repeatable: a probe may send it again."""
         spent, made, before = 0, 0, self._answered
+        seen, has_waited = (
+            before,
+            False,
+        )  # requests answered at the last failure; an outage was for this request's sake
         while True:
             is_probe = await self._breaker.admit()
             try:
@@ -219,11 +223,15 @@ class HttpService:
                 failure = broken
                 if is_probe and await self._is_up():
                     self._breaker.answered()  # it is the request's own, and spends the attempts that come
-                elif not self._breaker.failed(
-                    broken.words, is_probe=is_probe, retry_after=broken.retry_after
-                ):
-                    spent += 1
-                is_probe = False
+                else:
+                    is_last = spent + 1 >= self.config.attempts and not has_waited
+                    suspects = is_last and self._answered == seen  # nobody else was answered meanwhile
+                    if not self._breaker.failed(
+                        broken.words, is_probe=is_probe, suspects=suspects, retry_after=broken.retry_after
+                    ):
+                        spent += 1
+                    has_waited = has_waited or suspects
+                is_probe, seen = False, self._answered
             finally:
                 if is_probe:
                     self._breaker.abandon()
