@@ -11,12 +11,16 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from mgrpo.config.run import RecordConfig
 from mgrpo.record.reader import Recording
+from mgrpo.record.rollouts import Asked, RolloutRecorder
 from mgrpo.record.schema import RolloutHead
+from mgrpo.tasks.research import calls
 from mgrpo.view.data import RunView
 from mgrpo.view.server import export
 from mgrpo.view.top import RunStatus, Watcher, render
 from tests.browser import MISSING, Browser, browser
+from tests.research_kit import FIJI, PLAIN, KitTask, by_task, lines, roll, said
 from tests.research_record import CALLS, DIGEST, STEP, add_metrics, add_research, add_secret, call
 from tests.runs import records
 from tests.test_view import EVIL, no_overflow
@@ -63,12 +67,12 @@ def test_records_of_before_kinds_were_kept_are_read() -> None:
 def test_lists_and_trees_name_failures_and_calls(research: Path) -> None:
     """Columns of the list and fields of the trees, rollout by rollout."""
     view = RunView(research)
-    lines = view.overview()["rollouts"]
-    place = {name: number for number, name in enumerate(lines["id"])}
+    listed = view.overview()["rollouts"]
+    place = {name: number for number, name in enumerate(listed["id"])}
     mine = [place[f"{STEP}/0/{k}"] for k in range(7)]
     kinds = ["", "", "infrastructure", "length", "deadline", "task", ""]
-    assert [lines["texts"][lines["failed_by"][n]] for n in mine] == kinds
-    assert [lines["tool_errors"][n] for n in mine] == [2, 0, 0, 0, 0, 0, 0]
+    assert [listed["texts"][listed["failed_by"][n]] for n in mine] == kinds
+    assert [listed["tool_errors"][n] for n in mine] == [2, 0, 0, 0, 0, 0, 0]
     tree = view.rollout(f"{STEP}/0/0")
     assert tree["tools"] == [*CALLS, HOSTILE] and tree["verdict"]["judge"] == "correct"
     assert (tree["question_id"], tree["tags"]) == ("fiji-1", {"level": "2"})
@@ -234,3 +238,41 @@ def test_secret_questions_are_shown_as_redacted(research: Path, tmp_path: Path) 
         rows = page.run("return [...document.querySelectorAll('tbody tr')].map(e => e.textContent)")
         assert rows == [f"redacted question {n}wrongcorrect" for n in (0, 1)]
         assert page.problems() == []
+
+
+def test_calls_of_the_research_task_stand_at_their_turns(recorded: Path, tmp_path: Path) -> None:
+    """A rollout that tasks/research has played: the turn that a call names is the agent's stretch of sampled text, from
+    0, whose words make that very call."""
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    both = calls.render("hermes", ("search", {"query": "suva"}), ("visit", {"url": "w/none"}))
+    rollout = roll(
+        KitTask(roles=("main", "left")),
+        main=lines(
+            said(ask="first"),
+            said(ask="second"),
+            said(answer="Nukualofa"),
+        ),
+        left=by_task({"first": [both, said(visit="w/fiji"), said(report="a")], "second": [said(report="b")]}),
+    )
+    recorder = RolloutRecorder(RecordConfig(tokens_every=1), run / "rollouts" / "8", print)
+    recorder.train(STEP, 3, rollout.query, rollout.rollout, Asked(FIJI.text, FIJI.answer), rollout, "")
+    recorder.close()
+    tree = RunView(run).rollout(f"{rollout.query}/{rollout.rollout}")
+    assert [(c["tool"], c["turn"], c["status"]) for c in tree["tools"]] == [
+        *(("ask", 0, "ok"), ("ask", 1, "ok")),
+        *(("search", 0, "ok"), ("visit", 0, "tool_error"), ("visit", 1, "ok")),
+    ]
+    played = {(t.role, t.invocation): t for t in rollout.trajectories()}
+    for made in tree["tools"]:
+        (shown,) = [
+            t
+            for t in tree["trajectories"]
+            if (t["role"], t["invocation"]) == (made["role"], made["invocation"])
+        ]
+        turn = [t for t in shown["turns"] if t["sampled"]][made["turn"]]
+        ids = played[made["role"], made["invocation"]].tokens[turn["from"] : turn["from"] + turn["tokens"]]
+        words = PLAIN.decode(ids.tolist())
+        assert f'"{made["tool"]}"' in words and made["arguments"] in words
+    listed = RunView(run).overview()["rollouts"]
+    assert listed["tool_errors"][listed["id"].index(tree["id"])] == 1
