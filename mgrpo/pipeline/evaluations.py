@@ -69,7 +69,16 @@ class Evaluations:
         def seen(number: int, result: RolloutResult) -> None:
             if result.request.rollout == 0:  # one of a question's repeats is enough to look at
                 question = asked(result.request.question)
-                context.recorder.evaluation(step, config.name, mode, number, question, result.rollout)
+                context.recorder.evaluation(
+                    step,
+                    config.name,
+                    mode,
+                    number,
+                    question,
+                    result.rollout,
+                    result.failure,
+                    result.kind or "",
+                )
 
         result = await play_set(
             context.task,
@@ -105,7 +114,9 @@ class Evaluations:
         async def accuracy(mode: str) -> Accuracy:
             def seen(number: int, result: RolloutResult) -> None:
                 question = asked(result.request.question)
-                context.recorder.evaluation(step, split, mode, number, question, result.rollout)
+                context.recorder.evaluation(
+                    step, split, mode, number, question, result.rollout, result.failure, result.kind or ""
+                )
 
             return await evaluate(
                 context.task,

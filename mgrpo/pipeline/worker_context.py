@@ -129,6 +129,7 @@ class WorkerContext:
             asked(result.request.question),
             result.rollout,
             result.failure,
+            result.kind or "",
         )
         self.shipper.ship(group, result)
 

@@ -47,29 +47,31 @@ class RolloutRecorder:
 
     def train(
         self, step: int, index: int, query: str, rollout: int, asked: Asked | tuple[str, str],
-        played: Rollout | None, failure: str,
+        played: Rollout | None, failure: str, kind: str = "",
     ) -> None:  # fmt: skip
-        """A rollout of a training group; `asked` is its question and gold answer, failure why there is none."""
+        """A rollout of a training group; `asked` is its question and gold answer, failure why there is none, kind that
+        of the failure."""
         if self._writer is None or not self._writer.active:
             return
         every, asked = self._config.tokens_every, _asked(asked)
         keep = every > 0 and step % every == 0
         self._write(
-            _head(query, rollout, (step, index), ("train", "sampled"), asked, played),
+            _head(query, rollout, (step, index), ("train", "sampled", kind), asked, played),
             _body(played, failure, keep, asked.secret),
         )
 
     def evaluation(
         self, step: int, split: str, mode: str, number: int, asked: Asked | tuple[str, str],
-        played: Rollout | None,
+        played: Rollout | None, failure: str = "", kind: str = "",
     ) -> None:  # fmt: skip
-        """A rollout of an evaluation: question `number` of `split`. Only the first few are kept."""
+        """A rollout of an evaluation: question `number` of `split`; failure and kind as in train(). Only the first few
+        are kept."""
         if self._writer is None or not self._writer.active or number >= self._config.evaluation:
             return
         query, asked = f"{EVALUATION}/{split}/{step}/{mode}/{number}", _asked(asked)
         self._write(
-            _head(query, 0, (step, number), (split, mode), asked, played),
-            _body(played, "", True, asked.secret),
+            _head(query, 0, (step, number), (split, mode, kind), asked, played),
+            _body(played, failure, True, asked.secret),
         )
 
     def _write(self, head: RolloutHead, body: RolloutBody) -> None:
@@ -101,7 +103,7 @@ def _number(value: object) -> float:
 
 
 def _head(
-    query: str, number: int, place: tuple[int, int], how: tuple[str, str], asked: Asked,
+    query: str, number: int, place: tuple[int, int], how: tuple[str, str, str], asked: Asked,
     rollout: Rollout | None,
 ) -> RolloutHead:  # fmt: skip
     tokens: dict[str, int] = {}
@@ -127,7 +129,16 @@ def _head(
         gold=clean(asked.gold),
         at=time.time(),
         redacted=asked.secret is not None,
+        failed_by="" if rollout else how[2],
+        tool_errors=_tool_errors(rollout),
     )
+
+
+def _tool_errors(rollout: Rollout | None) -> int:
+    calls = rollout.info.get("tools") if rollout else None
+    if not isinstance(calls, list | tuple):
+        return 0
+    return sum(isinstance(call, Mapping) and call.get("status") == "tool_error" for call in calls)
 
 
 def clean(value: object) -> str:
