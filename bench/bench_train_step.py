@@ -1,7 +1,7 @@
 """A whole optimizer step of a real-sized model without rollouts: forward, loss, backward, clip, AdamW.
 
     python -m bench.bench_train_step [--model smollm2|llama-1b|qwen3-0.6b|qwen3-8b] [--tokens 16384] [--lora RANK]
-        [--checkpointing] [--ours-only] [--plan] [--device cpu|cuda] [--json PATH]
+        [--checkpointing] [--compile] [--ours-only] [--plan] [--device cpu|cuda] [--json PATH]
 
 Random weights in the model's shape; trajectories of 221 to 643 tokens of which 42 % are masked and 29 % have advantage
 0, as a step of examples/smollm2 has. Rival: transformers' own model on padded rows, log-softmax of all logits, autograd
@@ -79,6 +79,8 @@ def settings_of(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         out["lora"] = {"rank": args.lora, "alpha": 2.0 * args.lora}
     if args.checkpointing:
         out["gradient_checkpointing"] = True
+    if args.compile:
+        out["compile"] = True
     return out
 
 
@@ -138,10 +140,13 @@ def main() -> int:
         "--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank alone"
     )
     arguments.add_argument("--checkpointing", action="store_true", help="compute activations twice")
+    arguments.add_argument(
+        "--compile", action="store_true", help="policy.compile: torch.compile of each layer"
+    )
     arguments.add_argument("--ours-only", action="store_true", help="no rival, no padded rows")
     arguments.add_argument("--plan", action="store_true", help="compare the memory with what mgrpo plan says")
     args = arguments.parse_args()
-    args.ours_only |= args.lora > 0  # the rival has no adapters
+    args.ours_only |= args.lora > 0 or args.compile  # the rival has no adapters, and would be compiled too
     cpu = args.device == "cpu"
     torch.set_num_threads(1)
     report = Report("bench_train_step")

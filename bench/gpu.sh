@@ -3,7 +3,7 @@
 # shape with their memory beside `mgrpo plan`'s, two ranks over NCCL where two GPUs are, vLLM where it is installed; one
 # table, bench/baselines/<gpu>.json. Needs nothing from a network: torch, triton, transformers, peft, pydantic, msgspec,
 # rich, numpy, pybind11, cmake, pytest, pytest-timeout and pytest-xdist come from the Python named by PYTHON. No step
-# runs longer than its own limit or than what is left of SECONDS_LIMIT (530).
+# runs longer than its own limit or than what is left of SECONDS_LIMIT (530). TESTS=0 leaves the tests out.
 #
 # DEVICE=cpu goes through the same steps with tiny sizes and writes JSON=<path> alone: it shows that they run, and its
 # figures mean nothing. Steps that need a GPU, a compiler or a server are left out there.
@@ -52,8 +52,11 @@ if [ "$DEVICE" = cuda ]; then
   within 120 build cmake --build "$out/build" -j >"$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
   cp "$out"/build/_C*.so mgrpo/
 
-  echo "== gpu tests"
-  within 150 tests "$PYTHON" -m pytest -q -m gpu -n auto -o filterwarnings=default tests/test_triton.py tests/test_gpu.py
+  if [ "${TESTS:-1}" = 1 ]; then
+    echo "== gpu tests"
+    within 150 tests "$PYTHON" -m pytest -q -m gpu -n auto -o filterwarnings=default tests/test_triton.py tests/test_gpu.py \
+      tests/test_hf_load.py
+  fi
 
   echo "== kernels and the head"
   bench 40 group_advantage group_advantage
@@ -62,8 +65,10 @@ if [ "$DEVICE" = cuda ]; then
 
   echo "== training steps"
   bench 90 step_0.6b train_step --model qwen3-0.6b --rounds 3 --plan
+  bench 90 step_0.6b_compiled train_step --model qwen3-0.6b --compile --rounds 3
   # All of an 8B's weights, gradients and Adam's state are 131 GB: adapters on one GPU.
   bench 110 step_8b_lora train_step --model qwen3-8b --lora 16 --checkpointing --ours-only --rounds 3 --plan
+  bench 110 step_8b_lora_compiled train_step --model qwen3-8b --lora 16 --checkpointing --compile --rounds 3
 
   if [ "$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; then
     echo "== two ranks"

@@ -358,7 +358,7 @@ def fake_cuda(monkeypatch: Any) -> Iterator[FakeCuda]:
 
     from mgrpo.ops import device
 
-    for module in (device.group_kernels, device.loss_kernels, device.row_kernels):
+    for module in (device.group_kernels, device.loss_kernels, device.row_kernels, device.total_kernels):
         for name in dir(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Launcher(getattr(module, name)))

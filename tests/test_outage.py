@@ -4,7 +4,6 @@ name only where it stays down."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo.environments.episode import Episode
-from mgrpo.errors import DeadlineError, InfrastructureError, ServiceError
-from mgrpo.pipeline.play import RolloutRequest, RolloutResult, play_all
+from mgrpo.errors import InfrastructureError, ServiceError
 from mgrpo.services import counters, outage
 from mgrpo.services.cassette import Cassette
 from mgrpo.services.client import HttpService
-from mgrpo.services.config import ServiceConfig
 from mgrpo.services.failures import ServiceFailure
-from mgrpo.types import Rollout
 from tests import fake_clock
-from tests.play_kit import REQUEST, GivenTask, SlowEngine, one_turn, team
-
-Handler = Callable[[httpx2.Request], Coroutine[Any, Any, httpx2.Response]]
-
-
-class Upstream:
-    """A service on the fake clock: an answer takes a tenth of a second; `down` says when it is down, and how."""
-
-    def __init__(self, *spans: tuple[float, float], how: int | str = 503, retry_after: str = "") -> None:
-        self.spans, self.how, self.retry_after = spans, how, retry_after
-        self.poison: set[str] = set()
-        self.times: list[float] = []
-        self.paths: list[str] = []
-
-    async def __call__(self, request: httpx2.Request) -> httpx2.Response:
-        self.times.append(fake_clock.now())
-        self.paths.append(request.url.path)
-        is_down = any(start <= fake_clock.now() < end for start, end in self.spans)
-        await asyncio.sleep(0.1)
-        if request.url.path in self.poison:
-            return httpx2.Response(500)
-        if not is_down:
-            return httpx2.Response(200, json={"path": request.url.path})
-        if self.how == "refused":
-            raise httpx2.ConnectError("connection refused")
-        if self.how == "page":
-            return httpx2.Response(200, text="<html>we are upgrading</html>")
-        return httpx2.Response(
-            int(self.how), headers={"Retry-After": self.retry_after} if self.retry_after else {}
-        )
-
-    def service(self, cassette: Cassette | None = None, **chosen: Any) -> HttpService:
-        config = ServiceConfig.model_validate({"url": "http://search.test", "attempts": 3, **chosen})
-        return HttpService("search", config, cassette, transport=httpx2.MockTransport(self))
-
-
-def path_of(raw: Any) -> str:
-    return str(raw["path"])
-
-
-async def ask(service: HttpService, path: str) -> str:
-    reply = await service.request("GET", path, path_of)
-    assert reply.value == path
-    return reply.value
-
+from tests.upstream import Upstream, ask, path_of
 
 # -- clocks ------------------------------------------------------------------------------------------------------------
 
@@ -169,7 +120,9 @@ def test_who_follows_a_call_waits_as_its_leader_does(tmp_path: Path) -> None:
         return found
 
     first, second, third = fake_clock.run(main())
-    assert first > 40.0 and second == pytest.approx(first - 20.0, abs=3.0)
+    assert first > 40.0 and second == pytest.approx(
+        first - 20.0, abs=3.0
+    )  # less its attempts before the outage
     assert third == pytest.approx(second - 10.0, abs=1e-6)
 
 
@@ -219,6 +172,20 @@ def test_probes_are_few_and_grow_apart() -> None:
         whole = min(1.0 * 2**number, 30.0)
         assert 0.5 * whole - 0.11 <= after - before <= 1.5 * whole + 0.21, (number, before, after)
     assert len(set(upstream.paths[8 : 8 + len(probes)])) == 8  # each has its turn
+
+
+def test_calls_that_queue_for_a_place_wait_too() -> None:
+    """Two places and twenty calls at once: four go out before the third failure, and then probes alone."""
+    upstream = Upstream((0.0, 30.0))
+
+    async def main() -> None:
+        service = upstream.service(backoff=0.5, concurrency=2)
+        await asyncio.gather(*(ask(service, f"/{number}") for number in range(20)))
+        await service.close()
+
+    fake_clock.run(main())
+    assert len([t for t in upstream.times if t < 0.25]) == 4
+    assert len([t for t in upstream.times if 0.25 <= t < 30.0]) <= 8
 
 
 def test_a_service_that_stays_down_ends_the_run_by_name() -> None:
@@ -275,6 +242,29 @@ def test_one_request_that_always_fails_is_no_outage() -> None:
     fake_clock.run(main())
 
 
+def test_a_late_answer_from_before_an_outage_costs_nobody_an_attempt_too_many() -> None:
+    """An answer that was long under way comes between two failures of the only other request: that one is not lost for
+    it, although fewer failures in a row than its attempts were seen since."""
+    times: list[float] = []
+
+    async def answer(request: httpx2.Request) -> httpx2.Response:
+        times.append(fake_clock.now())
+        if request.url.path == "/slow" and fake_clock.now() == 0.0:
+            await asyncio.sleep(1.0)
+        elif fake_clock.now() < 30.0:
+            return httpx2.Response(503)
+        return httpx2.Response(200, json={"path": request.url.path})
+
+    async def main() -> None:
+        service = Upstream().service(transport=httpx2.MockTransport(answer), backoff=4.0)
+        await asyncio.gather(ask(service, "/slow"), ask(service, "/a"))
+        await service.close()
+
+    counters.take()
+    fake_clock.run(main())
+    assert counters.take()["service/search/live"] == 2.0 and len(times) >= 5
+
+
 def test_a_single_attempt_is_one() -> None:
     """attempts = 1: a request that always fails does so at once, and does not hold up the service for ever."""
     upstream = Upstream()
@@ -295,7 +285,7 @@ def test_a_single_attempt_is_one() -> None:
 def test_a_probe_whose_rollout_ends_is_followed_by_another() -> None:
     """The call that is let through is cancelled while it is under way; the next one is let through at once. Those that
     wait can be cancelled too, and leave nothing behind."""
-    upstream = Upstream((0.0, 20.0), how="refused")
+    upstream = Upstream((0.0, 10.0), how="refused")  # the first probe comes after 15 to 45 s
 
     async def main() -> None:
         service = upstream.service(backoff=30.0)
@@ -388,75 +378,3 @@ def test_no_call_is_lost_to_outages(
     found = fake_clock.run(main())
     if len(spans) <= 1:  # one outage, however long: nothing is lost
         assert [value for value in found if isinstance(value, ServiceFailure)] == []
-
-
-# -- rollouts ----------------------------------------------------------------------------------------------------------
-
-
-def rollouts(
-    upstream: Upstream,
-    n: int = 12,
-    deadline: float | None = 8.0,
-    tool_timeout: float | None = 4.0,
-    **chosen: Any,
-) -> tuple[list[RolloutResult], list[float]]:
-    """The results of n rollouts at once, three searches and two turns each, and when each ended."""
-    results: list[RolloutResult] = []
-    times: list[float] = []
-
-    async def main() -> None:
-        service = upstream.service(backoff=0.5, **chosen)
-
-        async def script(episode: Episode) -> Rollout:
-            for turn in range(3):
-                path = f"/{episode.rollout}/{turn}"
-                await asyncio.sleep(0.3 * (1 + episode.rollout % 3))
-                await episode.tool("search", ask, service, path, timeout=tool_timeout, attempts=1)
-            await one_turn(episode, "sub")
-            await one_turn(episode, "main")
-            return episode.finish(1.0)
-
-        async def done(result: RolloutResult) -> None:
-            results.append(result)
-            times.append(fake_clock.now())
-
-        requests = [RolloutRequest("q", REQUEST.question, number) for number in range(n)]
-        try:
-            await play_all(GivenTask(script), requests, team(SlowEngine()), lambda r: 1, done, None, deadline)
-        finally:
-            await service.close()
-
-    fake_clock.run(main())
-    return results, times
-
-
-def test_an_outage_of_a_minute_costs_a_rollout_nothing() -> None:
-    """With 8 s a rollout and 4 s a call: all 12 end after the outage in their first attempt, none failed or late."""
-    results, times = rollouts(Upstream((1.0, 61.0)))
-    assert [(result.attempt, result.failure, result.rollout is not None) for result in results] == [
-        (0, "", True)
-    ] * 12
-    assert all(result.rollout is not None and result.rollout.correct == 1.0 for result in results)
-    assert min(times) >= 61.0 and max(times) < 61.0 + 46.0 + 8.0
-
-
-def test_without_a_breaker_they_would_be_lost() -> None:
-    """The same with a service that only seems up: each request is answered with 500 but for those that a probe
-    repeats. What fails then is a failed rollout, never one with a reward of 0."""
-    upstream = Upstream()
-    upstream.poison = {f"/{rollout}/1" for rollout in range(12)}
-    results, _ = rollouts(upstream, deadline=None, tool_timeout=None)
-    assert [(result.kind, result.rollout) for result in results] == [("infrastructure", None)] * 12
-
-
-def test_an_outage_longer_than_max_outage_ends_the_worker() -> None:
-    """The first rollout's ServiceError leaves play_all, which cancels the rest; none has failed for it."""
-    with pytest.raises(ServiceError, match="'search' at http://search.test was down for"):
-        rollouts(Upstream((1.0, 1e9)), max_outage=30.0)
-
-
-def test_a_call_that_hangs_is_late_all_the_same() -> None:
-    """The deadline stands still for outages alone."""
-    results, times = rollouts(Upstream(), n=1, deadline=0.65, tool_timeout=None)
-    assert results[0].kind == "deadline" and times == pytest.approx([0.65])
-    assert DeadlineError  # the store's is another matter: tests/test_outage_run.py

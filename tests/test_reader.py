@@ -28,7 +28,7 @@ to Suva</a>.<br>A new line.
 <table><tr><td><h2>Layout</h2><p>left<td>right</table>
 <pre>
   indented
-    code</pre>
+    <a href="/c">code</a></pre>
 <dl><dt>Term<dd>Meaning</dl>
 <a href="/all"><h3>Whole block</h3><p>is a link</p></a>
 <a href="javascript:x()">script</a> <a href="mailto:a@b">mail</a> <a href="http://[bad">bad</a> <a href="#here">here</a>
@@ -79,6 +79,7 @@ def test_an_article_reads_as_a_person_would_copy_it() -> None:
     assert page.links == (
         Link("link to Suva", "https://docs.org/fj/suva.html"),
         Link("more", "https://x.org/a?b=1&c=2"),
+        Link("code", "https://docs.org/c"),
         Link("Whole block is a link", "https://docs.org/all"),
     )
     assert [(h.text, h.level) for h in page.outline] == [

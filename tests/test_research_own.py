@@ -3,7 +3,6 @@ loads, makes its task and can be planned."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -38,7 +37,6 @@ WORDS = [
     ("rivers_of", {"country": "France"}), ("report", {"report": "1233"}), ("report", {"report": "2850"}),
     ("answer", {"answer": "1233"}), ("answer", {"answer": "2850"}), ("search", {"query": "x"}),
 ]  # fmt: skip
-HAS_MCP = importlib.util.find_spec("mgrpo.tools.mcp") is not None
 
 
 def calling_tokenizer() -> Any:
@@ -68,7 +66,7 @@ def test_a_task_of_ones_own_trains(tmp_path: Path) -> None:
     server = f'{{ type = "mcp", command = ["{sys.executable}", "{FOLDER / "my_server.py"}"] }}'
     prompt = "Call tools. {date}"
     sets = [
-        f"task.options.tools={{ rivers = {server} }}" if HAS_MCP else "task.options.tools={}",
+        f"task.options.tools={{ rivers = {server} }}",
         f'task.options.agents={{ main = {{ prompt = "{prompt}" }}, sub = {{ prompt = "{prompt}" }} }}',
         "task.options.limits={ turns = 3, asks = 3, turn_tokens = 4, answer_tokens = 4, observation_tokens = 128 }",
         f'agents.main.model="{model}"',
@@ -84,7 +82,7 @@ def test_a_task_of_ones_own_trains(tmp_path: Path) -> None:
     assert summary(out)["finished"] and leftovers(out) == []
     names = {name for record in records(out) for name in record}
     used = {name.split("/")[2] for name in names if name.startswith("rollout/tool/")}
-    assert used == ({"length", "rivers_of"} if HAS_MCP else {"length"})
+    assert used == {"length", "rivers_of"}
     assert {"main/task/turns", "sub/task/tool_errors", "rollout/task/judged", "sub/reward/format"} <= names
 
 
@@ -115,15 +113,10 @@ def test_the_papers_config(tmp_path: Path) -> None:
 
 
 def test_the_papers_task(tmp_path: Path) -> None:
-    """It is made, in both stages, with the tools of its services where they are there; agents have 20 turns."""
-    sets = paper_files(tmp_path)
-    if (
-        importlib.util.find_spec("mgrpo.tools.serper") is None
-        or importlib.util.find_spec("mgrpo.tools.jina") is None
-    ):
-        sets.append("task.options.tools={}")
-    task: Any = load_run_task(load_config(PAPER, sets))
+    """It is made, in both stages, with a search and a reader; agents have 20 turns."""
+    task: Any = load_run_task(load_config(PAPER, paper_files(tmp_path)))
     assert task.scores["sub"] == {"format", "expert"} and task.chat_use.tools
+    assert task.stages[0].team["sub"].tools.names == ("search", "visit")
     for stage in getattr(task, "stages", [task]):
         assert stage.options.limits.turns == 20 and stage.options.score.format == "strict"
 
@@ -141,7 +134,7 @@ def test_the_papers_config_can_be_planned(tmp_path: Path) -> None:
 
 def test_the_example_loads() -> None:
     """The file beside the config gives its class; questions of the splits differ."""
-    config = load_config(FOLDER / "my_research.toml", [] if HAS_MCP else ["task.options.tools={}"])
+    config = load_config(FOLDER / "my_research.toml", ["task.options.tools={}"])
     task: Any = load_task(config.task, config.roles)
     texts = [{q.text for q in task.questions(split, 6)} for split in ("train", "validation", "heldout")]
     assert all(texts) and not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]

@@ -15,8 +15,7 @@ from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.scoring.calibration import EXPERT_CASES
 from mgrpo.scoring.expert import ExpertConfig, path_score
-from mgrpo.scoring.judge import JudgeConfig
-from mgrpo.scoring.scorer import Scorer, ScorerConfig
+from mgrpo.scoring.scorer import Scorer
 from tests.judge_kit import URL, expert_of, judge_of, knows, knows_reports, shown_of
 
 PARIS = Question("Which city?", "Paris", answers=("Paris", "Paris, France"))
@@ -92,23 +91,18 @@ def test_the_scorers_digest_names_rule_judge_and_prompt() -> None:
     assert len({made.digest, *(scorer.digest for scorer in others)}) == 5
 
 
-def test_a_scorer_from_its_config() -> None:
-    """The rule's name is checked with the config, and the judge is opened, calibrated and closed with the scorer."""
-    with pytest.raises(ValidationError, match="rule 'bleu' is unknown"):
-        ScorerConfig(rule="bleu")
+def test_a_scorer_calibrates_and_closes_its_judge() -> None:
+    """Without one there is nothing to calibrate; an unknown rule is refused at once."""
+    judge, model = judge_of(knows)
+    scorer = Scorer("gaia", judge)
+    assert asyncio.run(scorer.calibrate()) == 1.0 and len(model.prompts) == 24
+    asyncio.run(scorer.close())
+    assert model.closed == 1
+    alone = Scorer("number:0.1")
+    assert asyncio.run(alone.calibrate()) == 1.0
+    asyncio.run(alone.close())
     with pytest.raises(ConfigError, match="rule 'bleu' is unknown"):
         Scorer("bleu")
-    config = ScorerConfig.model_validate({"rule": "number:0.1", "judge": {"url": URL, "model": "m"}})
-    assert isinstance(config.judge, JudgeConfig) and config.judge.asks == 3
-    scorer = Scorer.open(config)
-    assert scorer.rule == "number:0.1" and scorer.judge is not None
-    asyncio.run(scorer.close())
-
-    judge, model = judge_of(knows)
-    asked = Scorer("gaia", judge)
-    assert asyncio.run(asked.calibrate()) == 1.0 and asyncio.run(Scorer("gaia").calibrate()) == 1.0
-    asyncio.run(asked.close())
-    assert model.closed == 1
 
 
 def test_the_expert_sees_task_report_and_rubric_but_no_gold_answer() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +34,18 @@ from tests.play_kit import SlowEngine, team
 from tests.runs import (
     RELAY,
     command,
-    final_weights,
     leftovers,
+    processes_of,
     records,
     resume,
     started,
     steps_of,
     summary,
-    train,
     wait_for,
 )
 from tests.staged_relay import StagedRelay
 from tests.test_batch import Tokens, claimed
+from tests.worker_kit import ROLES, Worker
 
 STAGES = """[
     { name = "form", until = 2, options = { questions = { level = 1 } }, reward = { main = { format = 0.9 } } },
@@ -82,7 +81,7 @@ def config(*overrides: str) -> RunConfig:
         ),
         (
             "[{ until = 4 }, { reward = { main = { format = -1.0 } } }]",
-            "task.stages.1.reward.main.format: Input should",
+            "stages.1.reward.main.format: Input should",
         ),
         (
             "[{ until = 4 }, { reward = { main = { gate = 2 } } }]",
@@ -90,7 +89,7 @@ def config(*overrides: str) -> RunConfig:
         ),
         (
             "[{ until = 4 }, { reward = { left = { correct = 1.0 } } }]",
-            "task.stages.1.reward.left.correct has no meaning",
+            "stages.1.reward.left.correct has no meaning",
         ),
         (
             "[{ until = 4 }, { reward = { main = { format = 0.0, correct = 0.0 } } }]",
@@ -141,7 +140,7 @@ def test_a_run_without_stages_is_the_run_it_was() -> None:
     assert plain.stage_of(10**6) == 0 and plain.stage_reward("main", 0) is plain.agents["main"].reward
     moved = config("task.stages.1.until=6")
     assert config_digest(config()) != config_digest(moved)
-    with pytest.raises(ConfigError, match="task.stages"):
+    with pytest.raises(ConfigError, match=r"task\.stages"):
         check_same_run(config(), moved)
 
 
@@ -180,7 +179,7 @@ def test_a_step_with_groups_of_two_stages_pays_each_by_its_own() -> None:
         ],
     )
     groups = [claimed(f"{i // 2}/{i}", i, {0: [0.5], 1: [1.0], 2: [0.0]}, failed=3) for i in (1, 2)]
-    batch = BatchBuilder(staged, "left", Tokens(), ranks=1).build(1, groups)
+    batch = BatchBuilder(staged, "left", Tokens(), ranks=1).build(0, groups)
     rewards = {(m.group, m.invocation.rollout): m.reward for m in batch.members}
     wanted = {(0, 0): 0.3, (0, 1): 1.0, (0, 2): 0.1, (1, 0): 0.3, (1, 1): 0.8, (1, 2): 0.3}
     assert rewards == pytest.approx(wanted, abs=1e-15)
@@ -194,7 +193,7 @@ def test_the_worker_pays_the_main_agent_by_the_group() -> None:
         episode = Episode("0/0", 0, team(SlowEngine()), 1)
         main = episode.open("main")
         main.append("hi")
-        await main.sample(2)
+        await main.sample(2, stop=".")
         main.close(format=0.5)
         return episode.finish(1.0)
 
@@ -210,17 +209,16 @@ def test_a_group_is_known_by_its_query(index: int, pool: int) -> None:
 
 def test_a_part_that_the_task_does_not_score_in_a_stage_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the run, naming the stage."""
-    every = {
-        "main": frozenset({"format"}),
-        "left": frozenset({"format", "expert"}),
-        "right": frozenset({"expert"}),
+    every = {role: frozenset({"format", "expert"}) for role in ("left", "right")} | {
+        "main": frozenset({"format"})
     }
     monkeypatch.setattr(StagedRelay, "scores", every)
-    load_run_task(config())
+    known = "agents.right.reward.format=0.0"
+    load_run_task(config(known))
     with pytest.raises(
         ConfigError, match=r"^task.stages.1: agents.main.reward.style = 0.5: the task does not score"
     ):
-        load_run_task(config("task.stages.1.reward.main.style=0.5"))
+        load_run_task(config(known, "task.stages.1.reward.main.style=0.5"))
 
 
 def test_the_comparison_takes_the_expert_out_of_every_stage() -> None:
@@ -352,110 +350,79 @@ def test_a_preflight_ends_in_plain_words(error: BaseException | None, words: str
         asyncio.run(preflight(task, "relay", 0.01 if error is None else 10.0))
 
 
-# -- whole runs --------------------------------------------------------------------------------------------------------
+def test_a_worker_ends_where_its_preflight_fails(tmp_path: Path) -> None:
+    """With the ConfigError by which its process ends with status 2, and the run with it; the task is closed."""
+    notes = tmp_path / "notes"
+    task = StagedRelay({"refuse": "the judge at :9 is silent", "notes": str(notes)}, ROLES)
+    worker = Worker(tmp_path, task)
+    with pytest.raises(
+        ConfigError, match=r"^preflight of task 'tests.relay:RelayTask': the judge at :9 is silent$"
+    ):
+        worker.worker.run()
+    worker.close()
+    assert [line.split()[0] for line in notes.read_text().splitlines()] == ["preflight", "close"]
+    assert worker.store.records == []
 
-SETS = 'eval.sets=[{ name = "probe", source = "task", every = 3, repeats = 2, n = 4 }]'
-STEPS = 7
+
+# -- a whole run -------------------------------------------------------------------------------------------------------
+
+STEPS = 8
+CHOSEN = {"0/3/0": 0.9, "1/7/0": 0.9, "2/8/0": 0.2, "5/23/2": 0.2, "6/24/0": 0.2, "7/31/1": 0.2}
+"""Rollouts on both sides of each border -> the weight of their format score."""
 
 
-def settings(notes: Path) -> list[str]:
-    return [
-        TASK, f"task.stages={STAGES}", f'task.options.notes="{notes}"', SETS, f"trainer.steps={STEPS}",
+def test_killed_in_mid_stage_and_resumed_a_run_goes_through_its_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two workers; the launcher is killed within the second stage, and all processes with it; the resumed run has one.
+    Every group has the question of its number, no evaluation set is played twice, and replay finds the training of
+    every stage bit-equal, what the resumed trainer did included."""
+    out, notes = tmp_path / "run", tmp_path / "notes"
+    border = STAGES.replace("until = 5", "until = 6").replace(
+        "reward = { left = { expert = 0.0 } }", "reward = {}"
+    )
+    sets = [
+        TASK, f"task.stages={border}", f'task.options.notes="{notes}"', f"trainer.steps={STEPS}",
+        'eval.sets=[{ name = "probe", source = "task", every = 3, repeats = 2, n = 4 }]',
         "rollout.workers=2", "trainer.checkpoint_every=2", "eval.heldout=2", "eval.validation=2",
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """Seven steps of three stages, and its output."""
-    root = tmp_path_factory.mktemp("stages")
-    yield root / "run", train(RELAY, root / "run", *settings(root / "notes"))
-
-
-def asked(out: Path) -> dict[str, str]:
-    """Query -> question of every training rollout in the record."""
-    heads = [r.head for r in Recording([out]).rollouts.values()]
-    return {head.query: head.question for head in heads if head.split == "train"}
-
-
-def test_a_run_goes_through_its_stages(undisturbed: tuple[Path, str]) -> None:
-    """Every group of both workers has the question of its number; worker 0 names each stage as it begins, and asks
-    preflight once; both close."""
-    out, output = undisturbed
-    task = staged_task()
-    questions = asked(out)
-    assert len(questions) == 4 * STEPS
-    for query, text in questions.items():
-        index = index_of(query)
-        assert index is not None and text == task.question(index, 3).text
-    lines = [line for line in output.splitlines() if line.strip().startswith("stage ")]
-    assert lines == ["stage 2 from step 2 on", "stage hard from step 5 on"]
-    notes = [line.rsplit(" ", 1)[0] for line in (out.parent / "notes").read_text().splitlines()]
-    assert sorted(notes) == sorted(
-        [f"preflight {n}" for n in (1, 2, 3)] + 2 * [f"close {n}" for n in (1, 2, 3)]
-    )
-    assert {r["rollout/failed"] for r in records(out) if r["step"] == 4 and "rollout/failed" in r} == {0.0}
-    assert {r["rollout/failed"] for r in records(out) if r["step"] == 5 and "rollout/failed" in r} == {2.0}
-
-
-def test_replay_is_bit_equal_over_the_borders(
-    undisturbed: tuple[Path, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Rollouts of every stage, each with its own reward, and the page shows the weights that were paid."""
-    out, _ = undisturbed
-    chosen = ["1/7/0", "2/8/0", "4/19/2", "5/20/0", "6/27/1"]
-    replay_run(out, chosen, sample=0, seed=0)
-    assert capsys.readouterr().out.splitlines()[-1] == f"{len(chosen)} rollouts: every stage bit-equal"
-    view = RunView(out)
-    paid = {}
-    for name in chosen:
-        tree = view.rollout(name)
-        main = next(t for t in tree["trajectories"] if t["role"] == "main")
-        weights = {p["name"]: p["weight"] for p in main["parts"]}
-        paid[name] = weights["format"]
-        assert main["credit"]["reward"] == pytest.approx(sum(p["weight"] * p["score"] for p in main["parts"]))
-    assert paid == {"1/7/0": 0.9, **dict.fromkeys(chosen[1:], 0.2)}
-
-
-def test_killed_in_mid_stage_and_resumed_it_is_the_same_run(
-    undisturbed: tuple[Path, str], tmp_path: Path
-) -> None:
-    """The launcher is killed within the second stage, and all its processes with it: the resumed run asks the same
-    questions and ends with the same weights, bit for bit, and plays no evaluation set twice."""
-    out, notes = tmp_path / "run", tmp_path / "notes"
-    sets = [f"--set={s}" for s in settings(notes)]
-    with started(command("train", str(RELAY), "--out", str(out), *sets)) as process:
+    alone = RELAY.with_name("alone.toml")
+    with started(command("train", str(alone), "--out", str(out), *(f"--set={s}" for s in sets))) as process:
         wait_for(lambda: steps_of(out) >= 3 or process.poll() is not None, "step 3")
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=100)
-    wait_for(lambda: leftovers_of_processes(out) == [], "the end of its processes")
-    resume(out)
-    first, _ = undisturbed
-    assert asked(out) == asked(first)
-    assert final_weights(out) == final_weights(first)
+    wait_for(lambda: not processes_of(out), "the end of its processes")
+    assert steps_of(out) < STEPS
+    output = resume(out, "rollout.workers=1")
     assert leftovers(out) == []
+    heads = [r.head for r in Recording([out]).rollouts.values()]
+    questions = {head.query: head.question for head in heads if head.split == "train"}
+    task = load_staged(load_config(alone, sets))
+    assert questions == {query_of(i, 4): task.question(i, 3).text for i in range(4 * STEPS)}
+    assert "stage hard from step 6 on" in output
+    words = [line.rsplit(" ", 1)[0] for line in notes.read_text().splitlines()]
+    assert [words.count(f"preflight {n}") for n in (1, 2, 3)] == [
+        2,
+        2,
+        2,
+    ]  # of worker 0, in both lives of the run
+    assert [words.count(f"close {n}") for n in (1, 2, 3)] == [3, 3, 3]  # of every worker
+    failed = {r["step"]: r["rollout/failed"] for r in records(out) if "rollout/failed" in r}
+    assert (failed[5], failed[6], failed[7]) == (0.0, 4.0, 4.0)  # fail_every is an option of the last stage
     for name in ("avg", "stderr", "half-a/avg", "failed"):
-        series = [(r["step"], r[f"eval/probe/{name}"]) for r in records(out) if f"eval/probe/{name}" in r]
-        wanted = [(r["step"], r[f"eval/probe/{name}"]) for r in records(first) if f"eval/probe/{name}" in r]
-        assert [step for step, _ in wanted] == [0, 3, 6, 7] and series == wanted
-    assert summary(out)["sets"] == summary(first)["sets"] and list(summary(first)["sets"]["probe"]) == [
-        "0",
-        "3",
-        "6",
-        "7",
-    ]
+        assert [r["step"] for r in records(out) if f"eval/probe/{name}" in r] == [0, 3, 6, 8]
+    assert list(summary(out)["sets"]["probe"]) == ["0", "3", "6", "8"]
+    replay_run(out, list(CHOSEN), sample=0, seed=0)
+    assert capsys.readouterr().out.splitlines()[-1] == f"{len(CHOSEN)} rollouts: every stage bit-equal"
+    check_page(out)
 
 
-def leftovers_of_processes(out: Path) -> list[str]:
-    return [line for line in leftovers(out) if line.startswith("process")]
-
-
-def test_a_preflight_that_fails_stops_the_run(tmp_path: Path) -> None:
-    """Exit status 2, in the task's own words, before anything is trained."""
-    out = tmp_path / "run"
-    sets = [f"--set={s}" for s in (TASK, 'task.options.refuse="the judge at :9 is silent"')]
-    with started(command("train", str(RELAY), "--out", str(out), *sets)) as process:
-        output, _ = process.communicate(timeout=200)
-    assert process.returncode == 2, output
-    assert "preflight of task 'tests.staged_relay:StagedRelay': the judge at :9 is silent" in output
-    assert steps_of(out) == 0 and leftovers(out) == []
+def check_page(out: Path) -> None:
+    """The page shows what was paid by the weights of each rollout's stage."""
+    view = RunView(out)
+    for name, weight in CHOSEN.items():
+        (main,) = view.rollout(name)["trajectories"]
+        parts = {p["name"]: p for p in main["parts"]}
+        assert parts["format"]["weight"] == weight
+        assert main["credit"]["reward"] == sum(p["weight"] * p["score"] for p in parts.values())
+    assert [step for step, *_ in view.overview()["series"]["eval/probe/avg"]] == [0, 3, 6, 8]

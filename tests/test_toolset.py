@@ -286,6 +286,9 @@ def test_addresses_are_blocked_in_every_spelling() -> None:
     rules = blocking(**RULES)
     assert [url for url in BLOCKED if rules.rule_of_url(url) is None] == []
     assert [url for url in FREE if rules.rule_of_url(url) is not None] == []
+    assert blocking(hosts=["*.X.org"]).rule_of_url("https://a.x.org/") == "*.X.org"
+    assert blocking(hosts=["https://www.x.org/"]).rule_of_url("x.org") == "https://www.x.org/"
+    assert blocking(urls=["https://x.org/A*"]).rule_of_url("http://www.X.org/%41b") == "https://x.org/A*"
 
 
 def test_a_blocked_address_is_refused_before_the_call() -> None:
@@ -337,6 +340,14 @@ def test_no_text_breaks_the_rules_or_hides_an_address(text: str, url: str) -> No
     rules.rule_of_url(text)
     rules.rule_of_text(text)
     assert rules.rule_of_url(f"{text} {url}") is not None
+
+
+@pytest.mark.parametrize("piece", ["a", ".", "a.", "/", "http://", "a:/", "%25", "a.b ", "\\", "@", ":"])
+def test_a_policy_that_repeats_itself_costs_little(piece: str) -> None:
+    """50,000 characters are looked through in linear time: this would not end otherwise."""
+    text = piece * (50_000 // len(piece)) + " x"
+    assert blocking(**RULES).rule_of_url(text) is None
+    assert blocking(**RULES).rule_of_url(f"{text} https://huggingface.co") == "huggingface.co"
 
 
 def test_a_rule_that_blocks_everything_is_refused() -> None:

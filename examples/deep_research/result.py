@@ -37,12 +37,16 @@ def report(run: Path) -> list[str]:
     for step, m in merged:
         if "main/reward/mean" in m:
             values = [m.get(name) for name in COLUMNS.values()]
-            lines.append(f"{step:4}  " + "  ".join(" " * 10 + "-" if v is None else f"{v:11.3f}" for v in values))
+            lines.append(
+                f"{step:4}  " + "  ".join(" " * 10 + "-" if v is None else f"{v:11.3f}" for v in values)
+            )
     for step, m in merged:
         for split in ("validation", "heldout"):
             if f"eval/{split}/sampled" in m:
                 sampled, greedy = m[f"eval/{split}/sampled"], m[f"eval/{split}/greedy"]
-                lines.append(f"{split} at step {step}: right answers sampled {sampled:.3f}, greedy {greedy:.3f}")
+                lines.append(
+                    f"{split} at step {step}: right answers sampled {sampled:.3f}, greedy {greedy:.3f}"
+                )
     for tool in TOOLS:
         calls = [m[f"rollout/tool/{tool}/calls"] for _, m in merged if f"rollout/tool/{tool}/calls" in m]
         if calls:

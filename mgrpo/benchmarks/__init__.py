@@ -5,7 +5,8 @@ Nothing is fetched; encrypted sets are decrypted in memory only. See docs/benchm
 
 from __future__ import annotations
 
-from mgrpo.benchmarks.question_file import QuestionFile, QuestionFileConfig, QuestionSet
-from mgrpo.benchmarks.questions import read_questions, write_questions
+from mgrpo.benchmarks.question_file import QuestionFile, QuestionFileConfig
+from mgrpo.benchmarks.question_set import QuestionSet, read_questions
+from mgrpo.benchmarks.questions import write_questions
 
 __all__ = ["QuestionFile", "QuestionFileConfig", "QuestionSet", "read_questions", "write_questions"]

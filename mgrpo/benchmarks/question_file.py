@@ -16,51 +16,17 @@ the epoch and the ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
-from mgrpo.benchmarks.questions import order_key, read_questions
+from mgrpo.benchmarks.question_set import QuestionSet, first_problem
+from mgrpo.benchmarks.questions import order_key
 from mgrpo.config.settings import Settings
 from mgrpo.environments.task import Question, Split
 from mgrpo.errors import ConfigError
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 KEPT_EPOCHS = 4  # orders that are kept: those around the present one
-
-
-class QuestionSet(Settings):
-    """Which questions of which file."""
-
-    source: str = "jsonl"
-    """How the file is read: jsonl, gaia, xbench, browsecomp, webwalker, flashrag, simpleqa or frames."""
-    path: str
-    """A local file."""
-    where: dict[str, list[str]] = Field(default_factory=dict)
-    """Tag -> the values that are wanted, e.g. { level = ["1", "2"] }; several tags must all fit."""
-    pass_rate: list[float] | None = Field(None, min_length=2, max_length=2)
-    """Lowest and highest pass rate that is wanted, e.g. [0.0, 0.5]; questions without one are left out."""
-    rates: str | None = None
-    """The file of `mgrpo filter` with the pass rates. Unset: they stand in the file itself."""
-    limit: int | None = Field(None, ge=1)
-    """Only so many, chosen by a hash of their ids."""
-
-    @model_validator(mode="after")
-    def _rates_are_used(self) -> QuestionSet:
-        if self.rates is not None and self.pass_rate is None:
-            raise ValueError(f"rates={self.rates!r} has no effect without pass_rate")
-        return self
-
-    def read(self) -> list[Question]:
-        """Raises ConfigError as read_questions()."""
-        return read_questions(
-            self.source,
-            Path(self.path),
-            where=self.where or None,
-            pass_rate=None if self.pass_rate is None else (self.pass_rate[0], self.pass_rate[1]),
-            rates=None if self.rates is None else Path(self.rates),
-            limit=self.limit,
-        )
 
 
 class Fractions(Settings):
@@ -128,9 +94,7 @@ class QuestionFile:
         try:
             return cls(QuestionFileConfig.model_validate(options))
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "questions"
-            raise ConfigError(f"questions: {name}: {first['msg'].removeprefix('Value error, ')}") from None
+            raise ConfigError(f"questions: {first_problem(error)}") from None
 
     def __len__(self) -> int:
         """Questions to train on."""

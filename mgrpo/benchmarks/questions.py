@@ -1,8 +1,5 @@
 """Question sets as lists: read from a local file, chosen by tags and pass rates, written back as jsonl.
 
-    read_questions("gaia", Path("2023/validation/metadata.parquet"), where={"level": ["1", "2"], "files": ["0"]})
-    read_questions("jsonl", Path("hard.jsonl"), pass_rate=(0.0, 0.5))
-
 Questions of an encrypted set exist in memory only: write_questions() refuses them.
 """
 
@@ -26,43 +23,37 @@ Where = Mapping[str, Sequence[str]]
 Bounds = tuple[float, float]
 
 
-def read_questions(
-    source: str,
-    path: Path,
-    *,
-    where: Where | None = None,
-    pass_rate: Bounds | None = None,
-    rates: Path | None = None,
-    limit: int | None = None,
-    attachments: bool = True,
-) -> list[Question]:
-    """The questions of a local file, in its order.
-
-    source: a name of readers.SOURCES. where, pass_rate: which are wanted; pass rates stand in the file, or in `rates`,
-    which `mgrpo filter` wrote. limit: the first so many of those, by a hash of their ids. attachments: whether files
-    that belong to a question must be there.
-
-    Raises ConfigError naming file, line and column of what cannot be read or stands twice, a tag or value that no
-    question has, bounds that are none, and a file of which nothing is left.
-    """
-    questions = [reader_of(source)(row) for row in read_rows(path)]
+def read_all(source: str, path: Path) -> list[Question]:
+    """Every question of a local file. Raises ConfigError naming file, line and column."""
+    reader = reader_of(source)
+    questions = [reader(row) for row in read_rows(path)]
     check_ids(questions, path)
     if not questions:
         raise ConfigError(f"{path}: holds no question")
+    return questions
+
+
+def choose(
+    questions: list[Question],
+    path: Path,
+    where: Where,
+    bounds: Bounds | None,
+    rates: Path | None,
+    limit: int | None,
+) -> list[Question]:
+    """Those with these tags and a pass rate within these bounds, and of them the first `limit` by a hash of their ids.
+    rates: a file of `mgrpo filter`; None: pass rates stand in the file at `path`. Raises ConfigError where none is
+    left, saying what there is."""
     found = [q for q in questions if _has_tags(q, where)] if where else questions
-    if where and not found:
+    if not found:
         raise ConfigError(f"{path}: no question with {_shown(where)}; {_tags_there(questions, where)}")
     if rates is not None:
         found = with_rates(found, rates)
-    if pass_rate is not None:
-        found = _within(found, pass_rate, rates or path)
+    if bounds is not None:
+        found = _within(found, bounds, rates or path)
     if limit is not None:
-        if limit < 1:
-            raise ConfigError(f"limit {limit}: expected at least 1")
         chosen = {q.id for q in sorted(found, key=lambda q: order_key("limit", q.id))[:limit]}
         found = [q for q in found if q.id in chosen]
-    if attachments:
-        _check_attachments(found, path)
     return found
 
 
@@ -190,7 +181,8 @@ def _tags_there(questions: Sequence[Question], where: Where) -> str:
     return "; ".join(words)
 
 
-def _check_attachments(questions: Sequence[Question], path: Path) -> None:
+def check_attachments(questions: Sequence[Question], path: Path) -> None:
+    """Raise ConfigError for a question whose files are not there."""
     missing = [(q.id, a) for q in questions for a in q.attachments if not Path(a).is_file()]
     if missing:
         name, file = missing[0]

@@ -113,10 +113,9 @@ def run_bench(
             )
     torch.set_num_threads(config.rollout.threads)
     agents = load_agents(config.agents, config.rollout.slots, paths, greedy=plan.greedy)
-    at_once = config.rollout.concurrency or config.rollout.slots
 
     async def all_sets(display: Display) -> None:
-        async with Player(task, agents, at_once, config.rollout.deadline) as player:
+        async with Player(config, task, agents) as player:
             for chosen, questions in read:
                 await _one_set(plan, config, paths, chosen, questions, player, display, task.digests())
 

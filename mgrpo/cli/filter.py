@@ -77,8 +77,7 @@ def journal_of(out: Path) -> Path:
 
 def without_tools(config: RunConfig) -> RunConfig:
     """The same run with task.options.tools = {}."""
-    options = {**config.task.options, "tools": {}}
-    return config.model_copy(update={"task": config.task.model_copy(update={"options": options})})
+    return config.model_copy(update={"task": config.task.with_options({"tools": {}})})
 
 
 def _measure(
@@ -99,8 +98,7 @@ def _measure(
         count = Counter(display, "filter", total - len(what.missing(journal)), total)
 
         async def measure() -> None:
-            at_once = config.rollout.concurrency or config.rollout.slots
-            async with Player(task, agents, at_once, config.rollout.deadline) as player:
+            async with Player(config, task, agents) as player:
                 await player.play(what, journal, count)
 
         asyncio.run(measure())

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from mgrpo.benchmarks.questions import Where, digest_of, read_questions
+from mgrpo.benchmarks import read_questions
+from mgrpo.benchmarks.questions import Where, digest_of
 from mgrpo.benchmarks.readers import SOURCES, content_id
 from mgrpo.cli.evaluate import policy_paths
 from mgrpo.config import RunConfig, config_digest, load_config
+from mgrpo.environments.stages import tasks_of_stages
 from mgrpo.environments.task import Question, Split, Task
 from mgrpo.errors import ConfigError
 from mgrpo.run.folder import RunFolder, recorded_run
@@ -47,7 +49,7 @@ def source_and_path(text: str) -> tuple[str, str]:
     source, colon, path = text.partition(":")
     if colon and source in (*SOURCES, TASK) and path:
         return source, path
-    if text.endswith(".jsonl"):
+    if text.endswith(".jsonl") and (not colon or Path(text).exists()):
         return "jsonl", text
     raise ConfigError(
         f"{text!r}: expected SOURCE:PATH with a source of {', '.join(SOURCES)}, {TASK}; or a .jsonl file"
@@ -59,7 +61,7 @@ def questions_of(
 ) -> list[Question]:
     """The questions of a set; "task": those of a split of the task itself. Each has an id. Raises ConfigError."""
     if source != TASK:
-        return read_questions(source, Path(path), where=where, limit=limit)
+        return read_questions(source, Path(path), where=where or {}, limit=limit)
     if where:
         raise ConfigError(f"{TASK}:{path}: --where chooses among the questions of a file")
     return task_questions(task, path, limit)
@@ -70,6 +72,7 @@ def task_questions(task: Task, split: str, n: int | None) -> list[Question]:
     id, by its text where the task gives none. Raises ConfigError."""
     if split not in get_args(Split):
         raise ConfigError(f"split {split!r}: expected one of {', '.join(get_args(Split))}")
+    task = tasks_of_stages(task, 1)[-1]
     whole = getattr(task, "question_set", None)
     if whole is None and n is None:
         raise ConfigError(

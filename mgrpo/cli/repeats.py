@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -20,14 +20,19 @@ import msgspec
 
 from mgrpo.benchmarks.questions import order_key
 from mgrpo.benchmarks.statistics import QuestionScores
+from mgrpo.config import RunConfig
 from mgrpo.environments.episode import Agent, mix
 from mgrpo.environments.failure import encodable
+from mgrpo.environments.lifetime import close_task, preflight
 from mgrpo.environments.task import Question, Task
 from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.pipeline.play import RolloutRequest, RolloutResult, all_failed, play
 
 MAX_FAILED = (
     64  # rollouts in a row that fail for the infrastructure: an outage, which no further rollout mends
+)
+BLOCKED = (
+    "rollout/task/blocked"  # metric of a task: results that a block list left out, and calls that it refused
 )
 ANSWER = 1000  # characters that are kept of an answer
 
@@ -46,11 +51,11 @@ class Line(msgspec.Struct, omit_defaults=True):
     """Kind of its failure."""
     answer: str | None = None
     """Never of a redacted set."""
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = msgspec.field(default_factory=dict)
     """Role -> tokens of its trajectories."""
-    calls: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = msgspec.field(default_factory=dict)
     """Sub-agent role -> invocations."""
-    tools: dict[str, int] = field(default_factory=dict)
+    tools: dict[str, int] = msgspec.field(default_factory=dict)
     """Status -> tool calls, of a task that records them (rollout.info["tools"])."""
     blocked: int = 0
     """Results that a block list left out, and calls that it refused."""
@@ -72,10 +77,9 @@ def line_of(result: RolloutResult, redact: bool) -> Line:
     if not redact and answer is not None:
         line.answer = encodable(str(answer))[:ANSWER]
     for call in _tables(rollout.info.get("tools")):
-        status, blocked = call.get("status"), call.get("blocked")
-        if status in ("ok", "empty", "tool_error"):
+        if (status := call.get("status")) in ("ok", "empty", "tool_error"):
             line.tools[str(status)] = line.tools.get(str(status), 0) + 1
-        line.blocked += blocked if isinstance(blocked, int) else 0
+    line.blocked = int(sum(rollout.metrics.get(BLOCKED, [])))
     for verdict in _tables(rollout.info.get("verdict")):
         line.digest = str(verdict.get("digest") or "")[:64]
     return line
@@ -187,9 +191,11 @@ class Player:
     """Plays rollouts of a task with a team of agents. Use as an async context manager: leaving it closes the engines
     and the task's services."""
 
-    def __init__(self, task: Task, agents: Mapping[str, Agent], at_once: int, deadline: float | None) -> None:
-        """at_once: rollouts side by side. deadline: seconds of one."""
-        self._task, self._agents, self._at_once, self._deadline = task, agents, at_once, deadline
+    def __init__(self, config: RunConfig, task: Task, agents: Mapping[str, Agent]) -> None:
+        """config: whose bounds hold: rollouts side by side and seconds of each, seconds of the preflight."""
+        self._task, self._agents, self._name = task, agents, config.task.label
+        self._at_once = config.rollout.concurrency or config.rollout.slots
+        self._deadline, self._patience = config.rollout.deadline, config.store.idle_timeout
         self._asked = False
 
     async def play(self, what: Repeats, journal: Journal, done: Callable[[Line], None]) -> None:
@@ -201,7 +207,7 @@ class Player:
         missing = what.missing(journal)
         if missing and not self._asked:
             self._asked = True
-            await self._task.preflight()
+            await preflight(self._task, self._name, self._patience)
         state, todo = _State(), iter(missing)
 
         async def one_after_the_other() -> None:
@@ -241,7 +247,7 @@ class Player:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            await self._task.close()
+            await close_task(self._task)
         finally:
             for agent in self._agents.values():
                 await agent.engine.close()

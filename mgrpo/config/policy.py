@@ -84,6 +84,9 @@ class PolicyConfig(Settings):
     each minibatch, over which the load is counted first (docs/models.md)."""
     train_router: bool = True
     """false: the routers of a mixture of experts stay as they are. With adapters they do anyway."""
+    compile: bool = False
+    """Have torch.compile fuse what a decoder layer computes beside its matrix products. The first steps then take
+    longer, for compiling. For dense models, with whole layers on each rank."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in the backward pass."""
     activation_offload: bool = False
@@ -120,6 +123,10 @@ class PolicyConfig(Settings):
         if mesh.cp > 1 and self.attention not in ("auto", "sdpa"):
             raise ValueError(
                 f'mesh.cp={mesh.cp} divides padded rows, attention "{self.attention}" computes others; use "auto"'
+            )
+        if self.compile and (cut := next((n for n in ("cp", "tp", "ep") if getattr(mesh, n) > 1), None)):
+            raise ValueError(
+                f"compile=true and mesh.{cut}={getattr(mesh, cut)} exclude each other; use mesh.dp with it"
             )
         inner = ranks // mesh.replicate
         if mesh.ep > 1 and (mesh.ep % mesh.tp or inner % mesh.ep):

@@ -71,6 +71,9 @@ class StagedTask(Task):
     def evaluation_set(self, name: str, n: int | None = None) -> Sequence[Question]:
         return self.stages[-1].evaluation_set(name, n)
 
+    def digests(self) -> Mapping[str, str]:
+        return self.stages[-1].digests()
+
     def claims(self, figures: Figures) -> Sequence[Claim]:
         return self.stages[-1].claims(figures)
 

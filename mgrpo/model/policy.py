@@ -37,7 +37,13 @@ from mgrpo.model.groups import width_groups
 from mgrpo.model.precision import Precision, head_dtype
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
-from mgrpo.model.trained import choose_trained, decoder_layers, recompute_layers
+from mgrpo.model.trained import (
+    choose_trained,
+    compile_layers,
+    decoder_layers,
+    recompute_layers,
+    uncompiled,
+)
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.model.weight_files import write_weights
 
@@ -77,8 +83,10 @@ class Policy:
         head_guard.check_head(self.model, self._trunk, head, self._states, self.name)
         attention.check_padded(self.model, self._states, self.device, self.name)
         choose_trained(self.model, self.config, self.name)
+        compile_layers(self.model, self.config, self.name)
         self._round()
-        self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
+        with uncompiled():
+            self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
         recompute_layers(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
 
@@ -196,7 +204,7 @@ class Policy:
     def full_precision(self) -> Iterator[None]:
         """Inside the block what is computed in bfloat16 otherwise is computed in float32, hidden states and head_weight
         are float32. A collective where the policy lies on several ranks."""
-        with self.precision.full():
+        with self.precision.full(), uncompiled():
             yield
 
     def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,6 +35,29 @@ def choose_trained(model: Any, config: PolicyConfig, name: str) -> None:
     if not config.train_router:
         for router in moe.routers_of(model):
             router.module.requires_grad_(False)
+
+
+COMPILER = "inductor"
+"""torch.compile's backend."""
+
+
+def compile_layers(model: Any, config: PolicyConfig, name: str) -> None:
+    """With `compile`, have torch.compile make kernels of the decoder layers. All layers of one kind share what is
+    compiled, for any number of tokens. Comes before whatever else wraps a layer's forward."""
+    if config.compile:
+        if moe.routers_of(model):
+            raise ConfigError(
+                f"{name}: policy.compile=true with {type(model).__name__}, a mixture of experts, whose products depend "
+                "on where its routers send tokens; set compile=false"
+            )
+        for layer in decoder_layers(model, name):
+            layer.forward = torch.compile(layer.forward, backend=COMPILER, dynamic=True)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside the block, what compile_layers() compiled runs as it was written: for passes that come rarely."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def recompute_layers(model: Any, config: PolicyConfig, name: str) -> None:

@@ -63,6 +63,10 @@ class Rows(Protocol):
         self, logits: Tensor, tokens: Tokens, loss: PolicyLoss, grad: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tokens]: ...
 
+    def token_loss(
+        self, logp: Tensor, entropy: Tensor, tokens: Tokens, loss: PolicyLoss
+    ) -> tuple[Tensor, Tensor]: ...
+
     def row_partials(
         self, logits: Tensor, target_ids: Tensor, active: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...

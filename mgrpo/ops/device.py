@@ -14,9 +14,10 @@ from torch import Tensor
 from mgrpo.kernels import group_advantage as group_kernels
 from mgrpo.kernels import grpo_loss as loss_kernels
 from mgrpo.kernels import logprob as row_kernels
+from mgrpo.kernels import token_loss as total_kernels
 from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops.encoding import code, term_code
-from mgrpo.ops.token_loss import Tokens
+from mgrpo.ops.token_loss import METRICS, Tokens
 
 THREADS = 1024
 """Of a program on a row whose vocabulary and strides are multiples of 16."""
@@ -25,6 +26,8 @@ VEC_BYTES = 16
 TILE_BYTES = 32
 """Of a thread's logits on their way at a time, where the row is long enough."""
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1024
+TOTAL_BLOCK, TOTAL_WARPS = 1024, 16
+"""Of the one program that makes the loss and its metrics of the rows' log-probs."""
 GROUP_BLOCK = 32
 """Rewards a program reduces at a time; with 64 the loss spills on sm_100."""
 GROUP_ROWS = 256
@@ -73,7 +76,7 @@ def loss_rows(
     tokens."""
     t, v = logits.shape
     logp = torch.empty(t, dtype=torch.float32, device=logits.device)
-    entropy, has_grad = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.uint8)
+    entropy, has_grad = torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)
     groups = tokens.groups
     advantages = torch.empty_like(logp) if groups else _float(tokens.advantages)
     pw, w = _float(tokens.policy_weight), _float(tokens.weight)
@@ -105,7 +108,7 @@ def loss_rows(
                 rollout,
                 logp,
                 entropy,
-                has_grad,
+                has_grad.view(torch.uint8),
                 logits.stride(0),
                 out.stride(0),
                 v,
@@ -143,7 +146,54 @@ def loss_rows(
             )
     if groups:
         tokens = tokens.with_advantages(advantages)
-    return logp, entropy, has_grad.bool(), tokens
+    return logp, entropy, has_grad, tokens
+
+
+def token_loss(logp: Tensor, entropy: Tensor, tokens: Tokens, loss: PolicyLoss) -> tuple[Tensor, Tensor]:
+    """As native.token_loss, in one launch."""
+    config = loss.config
+    value, metrics = logp.new_empty(()), logp.new_empty(len(METRICS))
+    pw, w = _float(tokens.policy_weight), _float(tokens.weight)
+    given = (tokens.old_logprobs, tokens.ref_logprobs, tokens.rollout_logprobs)
+    old, ref, rollout = (w if x is None else _float(x) for x in given)
+    lower, upper = loss.ratio_bounds()
+    low, high = config.correction_bounds
+    with _on(logp):
+        total_kernels.token_loss_kernel[(1,)](
+            logp,
+            entropy,
+            tokens.mask.view(torch.uint8),
+            pw,
+            w,
+            _float(tokens.advantages),
+            old,
+            ref,
+            rollout,
+            value,
+            metrics,
+            logp.numel(),
+            lower,
+            upper,
+            math.inf if config.delta is None else config.delta,
+            config.log_ratio_clip,
+            config.sapo_temperature_pos,
+            config.sapo_temperature_neg,
+            config.kl_coef,
+            config.entropy_coef,
+            low,
+            high,
+            LOSS=term_code(loss),
+            KL=code("kl_estimator", config.kl_estimator),
+            KL_ACTS=config.kl_coef > 0,
+            ENTROPY=config.entropy_coef > 0,
+            CORRECTION=code("correction", "none" if given[0] is not None else config.correction),
+            HAS_OLD=given[0] is not None,
+            HAS_REF=given[1] is not None,
+            HAS_ROLLOUT=given[2] is not None,
+            BLOCK=TOTAL_BLOCK,
+            num_warps=TOTAL_WARPS,
+        )
+    return value, metrics
 
 
 class Launch(NamedTuple):
@@ -185,7 +235,7 @@ def row_partials(
     t, v = logits.shape
     maximum = torch.empty(t, dtype=torch.float32, device=logits.device)
     out = (maximum, torch.empty_like(maximum), torch.empty_like(maximum), torch.empty_like(maximum))
-    active_rows = target_ids if active is None else active.to(torch.uint8)
+    active_rows = target_ids if active is None else active.view(torch.uint8)
     launch = _launch(logits, v)
     with _on(logits):
         if t:

@@ -26,6 +26,7 @@ from mgrpo.ops.token_loss import (
     active_tokens,
     correction_weight,
     loss_denominator,
+    name_metrics,
     needs_two_phases,
     token_loss,
 )
@@ -179,7 +180,7 @@ def _fast(
         value, metrics, logp, entropy, _ = library.grpo_loss(
             z, *library.flatten(known), settings, need_grad, backend
         )
-    return value, library.name_metrics(metrics), logp, entropy
+    return value, name_metrics(metrics), logp, entropy
 
 
 def known_loss(config: GrpoLossConfig) -> PolicyLoss:
@@ -216,10 +217,14 @@ def prepare(
     check.mask(loss_mask, (rows,), like)
     check.weights("seq_weight", seq_weight, n, like)
     _check_sources(inputs, loss)
-    mask = torch.ones_like(target_ids, dtype=torch.bool) if loss_mask is None else loss_mask != 0
+    if loss_mask is None:
+        mask = torch.ones_like(target_ids, dtype=torch.bool)
+    else:
+        mask = loss_mask if loss_mask.dtype == torch.bool else loss_mask != 0
     target_ids, (old, ref, rollout) = _logprobs(target_ids, mask, loss, inputs, like)
     dtype = compute_dtype(like)
-    seq_id = torch.repeat_interleave(cu_seqlens.diff(), output_size=rows).long()
+    places = torch.arange(rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    seq_id = torch.searchsorted(cu_seqlens[1:], places, right=True)
     groups = None
     rewards, group_id = inputs.get("rewards"), inputs.get("group_id")
     if fuse_groups and rewards is not None and group_id is not None:
@@ -229,30 +234,61 @@ def prepare(
         advantages = torch.ones_like(target_ids, dtype=dtype)
     else:
         advantages = _advantages(like, seq_id, n, inputs, config, impl)
-    row_weight = cu_seqlens.new_ones(n, dtype=torch.float64) if seq_weight is None else seq_weight.double()
-    if loss.sequence_mean:
-        row_weight = row_weight / active_tokens(cu_seqlens, loss_mask).clamp(min=1.0)
-    if denominator is None:
-        denominator = loss_denominator(
-            config, cu_seqlens=cu_seqlens, loss_mask=loss_mask, seq_weight=seq_weight
-        )
-    row_weight = (row_weight * _inverse(denominator, like))[seq_id]
     value = None if loss_mask is None or loss_mask.dtype == torch.bool else loss_mask
     factor = inputs.get("token_weight")
     check.token_weight(factor, mask, like)
+    if factor is not None and not check.values_visible(factor):  # as one whose log-probs are not finite
+        target_ids = _spoil(target_ids, mask, factor)
+    row_weight = _row_weight(loss, cu_seqlens, loss_mask, seq_weight, denominator, like)
+    if row_weight.dim():
+        if value is None and factor is None:
+            row_weight = row_weight.to(dtype)
+        row_weight = row_weight[seq_id]
+    elif value is not None or factor is not None:
+        row_weight = row_weight.expand(rows)  # of a dimension, so that the products below are in float64
     if value is not None:
         row_weight = row_weight * value
     if factor is not None:
         row_weight = row_weight * factor.detach()
-        if not check.values_visible(factor):  # as one whose log-probs are not finite: idle, and counted
-            target_ids = torch.where(factor.isfinite() | ~mask, target_ids, -1)
-    weight = torch.where(mask, row_weight, 0.0).to(dtype)
+    row_weight = row_weight.to(dtype)
+    weight = torch.where(mask, row_weight, row_weight.new_zeros(()))
     tokens = Tokens(
         target_ids, seq_id, mask, weight, weight, advantages.to(dtype), old, ref, rollout, value, n, groups
     )
     if old is None or config.correction == "none":
         return tokens
     return replace(tokens, policy_weight=weight * correction_weight(old.to(dtype), tokens, config))
+
+
+def _row_weight(
+    loss: PolicyLoss,
+    cu_seqlens: Tensor,
+    loss_mask: Tensor | None,
+    seq_weight: Tensor | None,
+    denominator: Tensor | float | None,
+    like: Tensor,
+) -> Tensor:
+    """What a sampled token of each trajectory weighs, float64 (N,): its weight, its own normaliser and that of the
+    batch; 0-d where it is the same for all."""
+    if denominator is None:
+        denominator = loss_denominator(
+            loss.config, cu_seqlens=cu_seqlens, loss_mask=loss_mask, seq_weight=seq_weight
+        )
+    weight = None if seq_weight is None else seq_weight.double()
+    if loss.sequence_mean:
+        length = active_tokens(cu_seqlens, loss_mask).clamp(min=1.0)
+        weight = 1.0 / length if weight is None else weight / length
+    inverse = _inverse(denominator, like)
+    if weight is not None:
+        return weight * inverse
+    if isinstance(inverse, Tensor):
+        return inverse
+    return torch.full((), inverse, dtype=torch.float64, device=like.device)
+
+
+def _spoil(target_ids: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    """The ids, -1 in rows under the mask where x is not finite: such a row is idle, and counted."""
+    return target_ids.masked_fill(mask > (x.abs() < float("inf")), -1)
 
 
 def _logprobs(
@@ -266,10 +302,8 @@ def _logprobs(
         if x is not None:
             check.floating(name, x, (target_ids.shape[0],), like)
             check.finite(name, x, mask)
-            if not check.values_visible(
-                x
-            ):  # such a row is then treated as one with a bad id: idle, and counted
-                target_ids = torch.where(x.isfinite() | ~mask, target_ids, -1)
+            if not check.values_visible(x):  # such a row is then treated as one with a bad id
+                target_ids = _spoil(target_ids, mask, x)
     config = loss.config
     if loss.needs_reference and ref is None:
         why = f"kl_coef {config.kl_coef}" if config.kl_coef else f"type {config.type!r}"
@@ -277,10 +311,11 @@ def _logprobs(
     if config.correction != "none" and rollout is None:
         raise ValueError(f"rollout_logprobs: missing, with correction {config.correction!r}")
     # 0 in place of what is not finite, in rows that are masked or idle: 0 x NaN would spoil sums over rows
-    given = [None if x is None else torch.where(x.isfinite(), x, 0.0) for x in (old, ref)]
+    given = [None if x is None else x.nan_to_num(0.0, 0.0, 0.0) for x in (old, ref)]
     if rollout is not None:
         check.floating("rollout_logprobs", rollout, (target_ids.shape[0],), like)
-        rollout = torch.where(rollout.isfinite(), rollout, float("nan"))
+        nan = float("nan")
+        rollout = rollout.nan_to_num(nan, nan, nan)
     return target_ids, [*given, rollout]
 
 
@@ -340,15 +375,15 @@ def _check_rewards(rewards: Tensor, group_id: Tensor, n: int, like: Tensor) -> N
     check.rewards(rewards)
 
 
-def _inverse(denominator: Tensor | float, like: Tensor) -> Tensor:
-    """1 / denominator as a 0-d float64 tensor; 0 where the denominator is 0, NaN where it is below."""
+def _inverse(denominator: Tensor | float, like: Tensor) -> Tensor | float:
+    """1 / denominator; 0 where the denominator is 0. A 0-d float64 tensor where the denominator is one that the host
+    does not look at, and then NaN where it is below 0."""
     if isinstance(denominator, Tensor):
         check.number("denominator", denominator, like)
-        d = denominator.double()
-        if not check.values_visible(d):
-            return torch.where(d == 0, 0.0, 1.0 / torch.where(d < 0, float("nan"), d))
-    else:
-        d = torch.full((), denominator, dtype=torch.float64, device=like.device)
+        if not check.values_visible(denominator):
+            d = denominator.double()
+            return d.masked_fill(d < 0, float("nan")).reciprocal().nan_to_num(float("nan"), 0.0, 0.0)
     if not denominator >= 0:
         raise ValueError(f"denominator: {denominator} is below 0 or no number")
-    return torch.where(d > 0, 1.0 / d, 0.0)
+    d64 = float(denominator)
+    return 1.0 / d64 if d64 > 0 else 0.0

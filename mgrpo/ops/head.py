@@ -13,7 +13,9 @@ numbers come from products in float32, a block of columns at a time.
 
 Dead rows (masked, of weight 0, or of advantage 0 with no other term) never reach (1); rows whose gradient turned
 out to be 0, because the clip holds them or their logits are not finite, leave before (2) and (3) where the
-count is known without a device synchronisation (on the CPU). Where a row's coefficient depends on other rows,
+count is known without a device synchronisation (on the CPU). What is known of the active rows beside their hidden
+states is put in their order once, behind the first product, so that a GPU has work meanwhile; where all rows act, a GPU
+reads and writes them where they are. Where a row's coefficient depends on other rows,
 `logprob` runs (1) for every active row and `logprob_backward` all three for the rows that move.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops.backend import rows
-from mgrpo.ops.token_loss import Tokens, token_loss
+from mgrpo.ops.token_loss import Tokens
 
 _COMPACT_BELOW = 7 / 8  # moving the rows of a chunk together pays when at least this part of it falls away
 CHUNK = 4096
@@ -183,23 +186,25 @@ def loss(
     chunk: int,
     needs: Needs,
     shard: Shard,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """(loss, metrics, logp, entropy, d hidden, d weight) where a row's coefficient is known row by row: gradient in
-    forward. hidden (T, H) or (B, S, H); logp and entropy float32 (T,), 0 in rows that are not active."""
-    t = tokens.target_ids.shape[0]
-    logp, entropy = (hidden.new_zeros(t, dtype=torch.float32) for _ in range(2))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, METRICS as a vector, logp, entropy, d hidden, d weight) where a row's coefficient is known row by row:
+    gradient in forward. hidden (T, H) or (B, S, H); logp and entropy float32 (T,), 0 in rows that are not active."""
     weight = weight.to(hidden.dtype)
-    products = _Products(hidden, weight, needs, shard.backend)
-    for piece, h, z in _chunks(hidden, weight, tokens.active(loss), chunk):
-        part, grad = tokens.rows(piece), products.room(z)
-        lp, en, has_grad = shard.loss_rows(z, part, loss, grad)
-        logp[piece], entropy[piece] = lp, en
+    acting = _active_rows(hidden, tokens.active(loss))
+    products = _Products(hidden, weight, needs, shard.backend, acting.every)
+    ordered, found = None, []
+    for at, h, z in _chunks(hidden, weight, acting, chunk):
+        if ordered is None:
+            ordered = tokens if acting.every else tokens.rows(acting.index)
+        grad = products.room(z)
+        *values, has_grad = shard.loss_rows(z, ordered.rows(at), loss, grad)
+        found.append(values)
         if grad is not None:
-            products.add(grad, h, piece, has_grad)
+            products.add(grad, h, acting.place(at), has_grad)
     if needs.hidden:
         shard.reduce(products.hidden)
-    value, metrics = token_loss(logp, entropy, tokens, loss)
-    return value, metrics, logp, entropy, *products.done()
+    logp, entropy = (acting.whole(list(x), 0.0) for x in zip(*found, strict=True))
+    return *rows(shard.backend).token_loss(logp, entropy, tokens, loss), logp, entropy, *products.done()
 
 
 @_without_autocast
@@ -213,13 +218,14 @@ def logprob(
     shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, maximum, sum), float32 (T,); 0, 0, 0, 1 where `active` is False."""
-    out = [hidden.new_zeros(target_ids.shape, dtype=torch.float32) for _ in range(4)]
-    out[3].fill_(1.0)
-    for piece, _, z in _chunks(hidden, weight.to(hidden.dtype), active, chunk):
-        for whole, part in zip(out, shard.logprob(z, target_ids[piece], temperature), strict=True):
-            whole[piece] = part
-    logp, entropy, maximum, total = out
-    return logp, entropy, maximum, total
+    acting = _active_rows(hidden, active)
+    ordered, found = None, []
+    for at, _, z in _chunks(hidden, weight.to(hidden.dtype), acting, chunk):
+        if ordered is None:
+            ordered = target_ids[acting.place(slice(None))]
+        found.append(shard.logprob(z, ordered[at], temperature))
+    logp, entropy, maximum, total = (list(x) for x in zip(*found, strict=True))
+    return (*(acting.whole(x, 0.0) for x in (logp, entropy, maximum)), acting.whole(total, 1.0))
 
 
 @_without_autocast
@@ -235,15 +241,19 @@ def logprob_backward(
 ) -> tuple[Tensor, Tensor]:
     """(d hidden, d weight) of sum c logp + e entropy; coefficients: maximum, sum, entropy, c, e, each (T,)."""
     weight = weight.to(hidden.dtype)
-    products = _Products(hidden, weight, needs, shard.backend)
     *_, c, e = coefficients
-    local = shard.local_ids(target_ids)
-    for piece, h, z in _chunks(hidden, weight, (c != 0) | (e != 0), chunk):
-        m, s, entropy, cc, ee = (x[piece] for x in coefficients)
+    acting = _active_rows(hidden, (c != 0) | (e != 0))
+    products = _Products(hidden, weight, needs, shard.backend, acting.every)
+    ordered = None
+    for at, h, z in _chunks(hidden, weight, acting, chunk):
+        if ordered is None:
+            place = acting.place(slice(None))
+            ordered = [x[place] for x in (shard.local_ids(target_ids), *coefficients)]
+        ids, m, s, entropy, cc, ee = (x[at] for x in ordered)
         grad = products.room(z)
         if grad is not None:
-            rows(shard.backend).row_gradients(z, local[piece], (m, s, entropy, cc, ee), temperature, grad)
-            products.add(grad, h, piece, None)
+            rows(shard.backend).row_gradients(z, ids, (m, s, entropy, cc, ee), temperature, grad)
+            products.add(grad, h, acting.place(at), None)
     if needs.hidden:
         shard.reduce(products.hidden)
     return products.done()
@@ -260,17 +270,47 @@ def empty_like_needed(hidden: Tensor, weight: Tensor, needs: Needs) -> tuple[Ten
     return dh, dw
 
 
+@dataclass(frozen=True, slots=True)
+class _ActiveRows:
+    """The rows that are computed, in their order."""
+
+    index: Tensor  # int64 (n,), their places among all
+    total: int  # T, of all
+    every: bool
+    """They are all rows, and are read and written where they are: on a GPU, where hidden states are a block of memory.
+    On a CPU products of copies and of rows in place may round in another way."""
+
+    def place(self, at: slice) -> Tensor | slice:
+        """Where the active rows `at` are among all."""
+        return at if self.every else self.index[at]
+
+    def whole(self, parts: list[Tensor], absent: float) -> Tensor:
+        """(T,) of the chunks' values, `absent` in rows that are not active."""
+        found = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.every:
+            return found
+        return found.new_full((self.total,), absent).index_put_((self.index,), found)
+
+
+def _active_rows(hidden: Tensor, active: Tensor) -> _ActiveRows:
+    """Rows of hidden (T, H) or (B, S, H) where `active` (T,) is True."""
+    index, total = active.nonzero().squeeze(1), active.shape[0]
+    in_place = hidden.device.type != "cpu" and hidden.is_contiguous()
+    return _ActiveRows(index, total, in_place and index.numel() == total)
+
+
 def _chunks(
-    hidden: Tensor, weight: Tensor, active: Tensor, chunk: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(row indices, hidden rows, their logits) of the active rows, which alone are read of hidden (T, H) or (B, S, H);
-    the logits' buffer is the same every time. weight has hidden's dtype."""
-    index = active.nonzero().squeeze(1)
+    hidden: Tensor, weight: Tensor, acting: _ActiveRows, chunk: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(which of the active rows, their hidden states, their logits), chunk after chunk: they alone are read of hidden
+    (T, H) or (B, S, H); the logits' buffer is the same every time. weight has hidden's dtype."""
+    count = acting.index.numel()
     wide = torch.float32 if hidden.dtype in HALF else hidden.dtype
-    buffer = hidden.new_empty(min(chunk, index.numel()), weight.shape[0], dtype=wide)
-    for piece in torch.split(index, chunk):
-        h = hidden[piece] if hidden.dim() == 2 else _padded_rows(hidden, piece)
-        z = buffer[: piece.numel()]
+    buffer = hidden.new_empty(min(chunk, count), weight.shape[0], dtype=wide)
+    for start in range(0, max(count, 1), chunk):
+        at = slice(start, min(start + chunk, count))
+        h = _rows(hidden, acting.place(at))
+        z = buffer[: at.stop - start]
         if wide == h.dtype:
             torch.mm(h, weight.t(), out=z)
         elif h.device.type == "cpu":
@@ -279,11 +319,15 @@ def _chunks(
                 torch.mm(h32, weight[v : v + COLUMNS].float().t(), out=z[:, v : v + COLUMNS])
         else:
             torch.mm(h, weight.t(), out_dtype=torch.float32, out=z)
-        yield piece, h, z
+        yield at, h, z
 
 
-def _padded_rows(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Rows (n, H) of hidden (B, S, H) by their number in B x S, however hidden lies in memory."""
+def _rows(hidden: Tensor, rows: Tensor | slice) -> Tensor:
+    """Rows (n, H) of hidden (T, H), or of (B, S, H) by their number in B x S, however hidden lies in memory."""
+    if hidden.dim() == 2:
+        return hidden[rows]
+    if isinstance(rows, slice):
+        return hidden.flatten(0, -2)[rows]
     length = max(hidden.shape[1], 1)
     return hidden[rows // length, rows % length]
 
@@ -291,16 +335,18 @@ def _padded_rows(hidden: Tensor, rows: Tensor) -> Tensor:
 class _Products:
     """Products (2) and (3), chunk after chunk in a fixed order."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs, backend: str) -> None:
-        """weight: in hidden's dtype."""
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs, backend: str, every: bool) -> None:
+        """weight: in hidden's dtype. every: all rows will come, by slices."""
         self.needs = needs
         self.head = weight
         self.hidden, self.weight = empty_like_needed(hidden, weight, needs)
-        self.hidden.zero_()
+        if not every:
+            self.hidden.zero_()
         self._rows = self.hidden.flatten(0, -2) if needs.hidden else self.hidden  # a view
         self.untouched = True  # a first product that overwrites saves writing and reading zeros
         self._in_place = hidden.dtype not in HALF or backend == "cpu"  # whose rows are of one dtype
         self._room = hidden.new_empty(0)
+        self._zero = hidden.new_zeros(())
 
     def room(self, z: Tensor) -> Tensor | None:
         """Where the gradient of the logits z of a chunk is written: over them, or beside them in the operands' dtype
@@ -319,15 +365,22 @@ class _Products:
             self.weight.zero_()
         return self.hidden, self.weight
 
-    def add(self, z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor | None) -> None:
+    def add(self, z: Tensor, h: Tensor, piece: Tensor | slice, has_grad: Tensor | None) -> None:
         """z (n, V): the gradient of rows `piece`, whose hidden states are h; has_grad None: all of them."""
-        if has_grad is not None:
+        if has_grad is not None and (isinstance(piece, slice) or z.device.type != "cpu"):
+            # A row that is not finite must go: 0 x NaN would spoil the products. How many there are is not known here
+            # without waiting for the device.
+            h = torch.where(has_grad[:, None], h, self._zero)
+        elif has_grad is not None:
             z, h, piece = _drop(z, h, piece, has_grad)
         if h.dtype in HALF and h.device.type == "cpu":
             self._add_in_float32(z, h, piece)
             return
         if self.needs.hidden:
-            self._rows[piece] = z @ self.head
+            if isinstance(piece, slice):
+                torch.mm(z, self.head, out=self._rows[piece])
+            else:
+                self._rows[piece] = torch.mm(z, self.head)
         if self.needs.weight:
             self._add_weight(z, h)
             self.untouched = False
@@ -343,7 +396,7 @@ class _Products:
         else:
             torch.addmm(self.weight, z.t(), h, out_dtype=torch.float32, out=self.weight)
 
-    def _add_in_float32(self, z: Tensor, h: Tensor, piece: Tensor) -> None:
+    def _add_in_float32(self, z: Tensor, h: Tensor, piece: Tensor | slice) -> None:
         """What tensor cores do with half-precision operands: z, rounded as they are, times them in float32."""
         if self.untouched:
             self.weight.zero_()
@@ -361,9 +414,7 @@ class _Products:
 
 
 def _drop(z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Leave rows out whose gradient is 0. A row that is not finite must go: 0 x NaN would spoil the products."""
-    if z.device.type != "cpu":  # the count is not known here without waiting for the device
-        return z, torch.where(has_grad[:, None], h, 0.0), piece
+    """Leave rows out whose gradient is 0, on the CPU."""
     count = int(has_grad.sum())
     if count > _COMPACT_BELOW * z.shape[0]:
         return z, torch.where(has_grad[:, None], h, 0.0), piece

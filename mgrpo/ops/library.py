@@ -15,18 +15,7 @@ from torch import Tensor
 from mgrpo.ops import head
 from mgrpo.ops.backend import rows, scale_in_place
 from mgrpo.ops.encoding import decode
-from mgrpo.ops.token_loss import METRICS, VECTORS, Groups, Tokens, token_loss
-
-
-def stack(metrics: dict[str, Tensor]) -> Tensor:
-    """METRICS as the vector an op returns."""
-    return torch.stack([metrics[name].to(torch.float32) for name in METRICS])
-
-
-def name_metrics(stacked: Tensor) -> dict[str, Tensor]:
-    """METRICS from the vector an op returns."""
-    return dict(zip(METRICS, stacked.detach().unbind(), strict=True))
-
+from mgrpo.ops.token_loss import METRICS, VECTORS, Groups, Tokens
 
 # -- group_advantage
 # -----------------------------------------------------------------------------------------------
@@ -200,8 +189,7 @@ def _loss_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = decode(settings)
     logp, entropy, _, tokens = rows(backend).loss_rows(logits, tokens, loss, grad)
-    value, metrics = token_loss(logp, entropy, tokens, loss)
-    return value, stack(metrics), logp, entropy
+    return *rows(backend).token_loss(logp, entropy, tokens, loss), logp, entropy
 
 
 _VALUES = 4  # outputs of an op of the loss before its gradients

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgrpo.ops import head
 from mgrpo.ops.encoding import decode
-from mgrpo.ops.library import fake_value, gather, save_grad, scale_grad, stack
+from mgrpo.ops.library import fake_value, gather, save_grad, scale_grad
 
 
 @torch.library.custom_op("mgrpo::linear_logprob", mutates_args=())
@@ -119,7 +119,7 @@ def linear_grpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, metrics, logp, entropy, d hidden, d weight): logp and entropy float32 (T,), of the active rows; gradients
     empty where needs says so. hidden (T, H) or (B, S, H)."""
-    value, metrics, logp, entropy, dh, dw = head.loss(
+    return head.loss(
         hidden,
         weight,
         gather(tokens, present, num_sequences),
@@ -128,7 +128,6 @@ def linear_grpo_loss(
         head.Needs(*needs),
         head.Local(backend),
     )
-    return value, stack(metrics), logp, entropy, dh, dw
 
 
 @linear_grpo_loss.register_fake

@@ -16,7 +16,7 @@ from mgrpo.ops.backend import choose, fast
 from mgrpo.ops.encoding import encode
 from mgrpo.ops.grpo_loss import LossInputs, known_loss, prepare
 from mgrpo.ops.selective_logprob import row_logprob, rows_logprob
-from mgrpo.ops.token_loss import Tokens, needs_two_phases, token_loss
+from mgrpo.ops.token_loss import Tokens, name_metrics, needs_two_phases, token_loss
 from mgrpo.ops.token_values import TokenValues, token_values
 
 if TYPE_CHECKING:
@@ -131,4 +131,4 @@ def _fast(
     value, metrics, logp, entropy, _, _ = library_head.linear_grpo_loss(
         hidden, weight, *library.flatten(known), encode(config), chunk, needs, backend
     )
-    return value, library.name_metrics(metrics), logp, entropy
+    return value, name_metrics(metrics), logp, entropy

@@ -9,7 +9,8 @@ from torch import Tensor
 from mgrpo import _C
 from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops.encoding import code, term_code
-from mgrpo.ops.token_loss import Tokens
+from mgrpo.ops.token_loss import Tokens, stack
+from mgrpo.ops.token_loss import token_loss as reference
 
 
 def group_advantage(
@@ -75,6 +76,13 @@ def loss_rows(
         has_grad.data_ptr(),
     )
     return logp, entropy, has_grad, tokens
+
+
+def token_loss(logp: Tensor, entropy: Tensor, tokens: Tokens, loss: PolicyLoss) -> tuple[Tensor, Tensor]:
+    """(loss 0-d, METRICS as a vector), float32, of the rows' logp and entropy (T,), for a loss whose term the kernels
+    know."""
+    value, metrics = reference(logp, entropy, tokens, loss)
+    return value, stack(metrics)
 
 
 def row_partials(

@@ -18,7 +18,7 @@ from torch import Tensor
 from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops import head
 from mgrpo.ops.backend import rows
-from mgrpo.ops.token_loss import METRICS, Tokens, needs_two_phases, token_loss
+from mgrpo.ops.token_loss import Tokens, name_metrics, needs_two_phases, token_loss
 
 
 def merge_partials(partials: Tensor, temperature: float) -> Tensor:
@@ -100,10 +100,10 @@ def loss(
             hidden, weight, tokens, loss, chunk, shard
         )
         return *token_loss(logp, entropy, tokens, loss), logp, entropy
-    value, logp, entropy, *stats = _Loss.apply(  # type: ignore[no-untyped-call]
+    value, metrics, logp, entropy = _Loss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, tokens, loss, chunk, shard
     )
-    return value, dict(zip(METRICS, stats, strict=True)), logp, entropy
+    return value, name_metrics(metrics), logp, entropy
 
 
 class _Loss(torch.autograd.Function):
@@ -123,8 +123,8 @@ class _Loss(torch.autograd.Function):
         value, metrics, logp, entropy, dh, dw = head.loss(hidden, weight, tokens, loss, chunk, needs, shard)
         ctx.needs = needs
         ctx.save_for_backward(dh, dw)
-        ctx.mark_non_differentiable(logp, entropy, *metrics.values())
-        return value, logp, entropy, *metrics.values()
+        ctx.mark_non_differentiable(metrics, logp, entropy)
+        return value, metrics, logp, entropy
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:

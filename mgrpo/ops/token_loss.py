@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,13 +113,11 @@ class Tokens:
         """The same with the advantages (T,) a kernel computed from `groups`."""
         return replace(self, advantages=advantages, groups=None)
 
-    def rows(self, index: Tensor) -> Tokens:
-        """The same knowledge about the rows `index` (int64) alone, in that order."""
-
-        taken: dict[str, Any] = {
-            name: None if x is None else x[index] for name in VECTORS for x in (getattr(self, name),)
-        }
-        return replace(self, **taken)
+    def rows(self, index: Tensor | slice) -> Tokens:
+        """The same knowledge about the rows `index` (int64) alone, in that order; of a slice without copies."""
+        given = {name: x for name in VECTORS if (x := getattr(self, name)) is not None}
+        taken = {id(x): x[index] for x in given.values()}  # policy_weight may be weight
+        return replace(self, **{name: taken[id(x)] for name, x in given.items()})
 
 
 VECTORS = tuple(field.name for field in fields(Tokens))[:-2]
@@ -145,14 +142,20 @@ def loss_denominator(
     Packed: cu_seqlens int32 or int64 (N+1,), loss_mask (T,) or None (all ones). Padded: loss_mask (N, S) alone.
     seq_weight (N,) or None (all ones). TypeError where the trajectories are given in neither way.
     """
+    if cu_seqlens is None and (loss_mask is None or loss_mask.dim() != 2):
+        raise TypeError("cu_seqlens: missing; only a padded loss_mask (B, S) needs none")
+    loss = find_loss(config)
+    if seq_weight is None and loss_mask is not None and loss_mask.dtype == torch.bool:  # whole numbers, exact
+        n = loss_mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        weights = torch.full((), n, dtype=torch.float64, device=loss_mask.device)
+        return loss.denominator(weights, loss_mask.sum(dtype=torch.float64))
     if cu_seqlens is None:
-        if loss_mask is None or loss_mask.dim() != 2:
-            raise TypeError("cu_seqlens: missing; only a padded loss_mask (B, S) needs none")
+        assert loss_mask is not None
         active = _mask_values(loss_mask).sum(1, dtype=torch.float64)
     else:
         active = active_tokens(cu_seqlens, loss_mask)
     w = torch.ones_like(active) if seq_weight is None else seq_weight.double()
-    return find_loss(config).denominator(w.sum(), (w * active).sum())
+    return loss.denominator(w.sum(), (w * active).sum())
 
 
 def active_tokens(cu_seqlens: Tensor, loss_mask: Tensor | None) -> Tensor:
@@ -267,6 +270,16 @@ def token_loss(
             "rollout_missing_rows": (tokens.mask & ~_sampled(tokens, tokens.mask)).sum(),
         }
     return value, {name: metrics[name].detach() for name in METRICS}
+
+
+def stack(metrics: dict[str, Tensor]) -> Tensor:
+    """METRICS as the vector an op returns."""
+    return torch.stack([metrics[name].to(torch.float32) for name in METRICS])
+
+
+def name_metrics(stacked: Tensor) -> dict[str, Tensor]:
+    """METRICS from the vector an op returns."""
+    return dict(zip(METRICS, stacked.detach().unbind(), strict=True))
 
 
 def log_ratio_of(logp: Tensor, base: Tensor, tokens: Tokens, loss: PolicyLoss, counted: Tensor) -> Tensor:

@@ -1,10 +1,7 @@
 """The named evaluation sets of a run ([[eval.sets]]): their questions, when each is due, and what comes of it.
 
-    avg      mean over the questions of the mean outcome of their rollouts
-    stderr   sqrt(sum (m_q - avg)^2 / (Q - 1) / Q) over the Q questions, m_q the mean of question q: the repeats of one
-             question are not independent of each other, so they count as one measurement
-
-A failed rollout is counted beside and in no mean; a question none of whose rollouts ended is left out of Q.
+The figures are those of `mgrpo bench` (mgrpo/benchmarks/statistics.py): avg is the mean over the questions of the mean
+outcome of their rollouts, its error is over the questions, and a failed rollout is counted beside and in no mean.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mgrpo.benchmarks.statistics import QuestionScores, by_tag, score_set
 from mgrpo.config.evaluation import OWN, EvalSetConfig
 from mgrpo.environments.episode import Agent, mix
 from mgrpo.environments.task import Question, Task
@@ -44,7 +42,7 @@ class EvalSet:
 
 @dataclass(frozen=True, slots=True)
 class SetResult:
-    """avg and stderr as above; stderr is None for fewer than two questions. failed: rollouts. tags: "<tag>-<value>" ->
+    """stderr is None for fewer than two questions. failed: rollouts. tags: "<tag>-<value>" ->
     avg of the questions with it."""
 
     avg: float
@@ -87,9 +85,8 @@ async def play_set(
     config, failure = played.config, ""
     if config.greedy:
         agents = {role: replace(agent, temperature=0.0) for role, agent in agents.items()}
-    outcomes: list[list[float]] = [[] for _ in played.questions]
-    failed = 0
-    numbers = {f"eval/{config.name}/{i}": i for i in range(len(played.questions))}
+    scores = [QuestionScores(question.id, _words(question.tags)) for question in played.questions]
+    numbers = {f"eval/{config.name}/{i}": i for i in range(len(scores))}
     requests = [
         RolloutRequest(query, played.questions[i], repeat)
         for query, i in numbers.items()
@@ -97,48 +94,41 @@ async def play_set(
     ]
 
     async def count(result: RolloutResult) -> None:
-        nonlocal failed, failure
-        number = numbers[result.request.query]
+        nonlocal failure
+        number, repeat = numbers[result.request.query], result.request.rollout
         seen(number, result)
         if result.rollout is None:
-            failed, failure = failed + 1, result.failure
+            scores[number].failed[repeat], failure = str(result.kind), result.failure
         else:
-            outcomes[number].append(result.rollout.correct)
+            scores[number].scores[repeat] = result.rollout.correct
 
     def seed_of(request: RolloutRequest) -> int:
         return mix(seed, numbers[request.query])
 
     await play_all(task, requests, agents, seed_of, count, accept, deadline)
-    if failed == len(requests):
-        raise InfrastructureError(all_failed(failed, f"evaluation set {config.name!r}", failure))
-    return result_of(played.questions, outcomes, failed)
+    if not any(question.scores for question in scores):
+        raise InfrastructureError(all_failed(len(requests), f"evaluation set {config.name!r}", failure))
+    return result_of(scores, config.repeats)
 
 
-def result_of(questions: Sequence[Question], outcomes: Sequence[Sequence[float]], failed: int) -> SetResult:
-    """outcomes: of the rollouts of each question that did not fail, at least one among all."""
-    means = {n: math.fsum(o) / len(o) for n, o in enumerate(outcomes) if o}
-    avg, stderr = _mean_and_error(list(means.values()))
-    groups: dict[str, dict[str, list[float]]] = {}
-    for number, mean in means.items():
-        for tag, value in questions[number].tags.items():
-            groups.setdefault(_word(tag), {}).setdefault(_word(value), []).append(mean)
+def result_of(questions: Sequence[QuestionScores], repeats: int) -> SetResult:
+    """Of `repeats` rollouts of each question, at least one of which did not fail. tags: as _words() makes them."""
+    figures = score_set(questions, repeats)
     tags = {
-        f"{tag}-{value}": _mean_and_error(found)[0]
-        for tag, values in sorted(groups.items())
+        f"{tag}-{value}": found.mean
+        for tag, values in by_tag(questions, repeats).items()
         if len(values) <= MAX_VALUES
-        for value, found in sorted(values.items())
+        for value, found in values.items()
+        if found.scored
     }
-    return SetResult(avg, stderr, failed, tags)
+    stderr = None if math.isnan(figures.stderr) else figures.stderr
+    return SetResult(figures.mean, stderr, sum(figures.failed.values()), tags)
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+def _words(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as parts of a metric's name."""
+    return {_word(tag): _word(value) for tag, value in tags.items()}
 
 
 def _word(text: object) -> str:
-    """A tag or its value as a part of a metric's name."""
     return _OTHER.sub("_", str(text)).strip("_") or "none"

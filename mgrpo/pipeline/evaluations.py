@@ -13,7 +13,7 @@ import asyncio
 from mgrpo.environments.task import Split
 from mgrpo.pipeline.eval_sets import EvalSet, play_set, read_set
 from mgrpo.pipeline.play import Accuracy, RolloutResult, evaluate
-from mgrpo.pipeline.worker_context import WorkerContext, asked, secret_id
+from mgrpo.pipeline.worker_context import WorkerContext, asked
 
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
 SET = "eval_set"  # the kind of a set's report
@@ -69,7 +69,16 @@ class Evaluations:
         def seen(number: int, result: RolloutResult) -> None:
             if result.request.rollout == 0:  # one of a question's repeats is enough to look at
                 question = asked(result.request.question)
-                context.recorder.evaluation(step, config.name, mode, number, question, result.rollout)
+                context.recorder.evaluation(
+                    step,
+                    config.name,
+                    mode,
+                    number,
+                    question,
+                    result.rollout,
+                    result.failure,
+                    result.kind or "",
+                )
 
         result = await play_set(
             context.task,
@@ -104,9 +113,9 @@ class Evaluations:
 
         async def accuracy(mode: str) -> Accuracy:
             def seen(number: int, result: RolloutResult) -> None:
-                question = result.request.question
+                question = asked(result.request.question)
                 context.recorder.evaluation(
-                    step, split, mode, number, asked(question), result.rollout, secret_id(question)
+                    step, split, mode, number, question, result.rollout, result.failure, result.kind or ""
                 )
 
             return await evaluate(

@@ -110,8 +110,6 @@ async def play(
             f"in attempt {attempts.number} with {attempts.calls()} calls of sub-agents"
         )
         result = RolloutResult(request, attempts.number, None, text, "deadline")
-    if result.rollout is None and request.question.secret:  # what was raised may quote it
-        result = replace(result, failure=f"{result.kind}; the question is secret, so no words of it are kept")
     seconds, tools = time.monotonic() - began, attempts.tools.metrics()
     return replace(result, calls=attempts.calls(), seconds=seconds, tools=tools)
 
@@ -162,7 +160,10 @@ class _Attempts:
             if failure.kind != "infrastructure":
                 break
         assert failure is not None
-        return RolloutResult(request, self.number, None, failure.text, failure.kind)
+        text = failure.text
+        if request.question.secret and failure.wordless is not None:
+            text = f"{failure.wordless}; its message is withheld, because the question is secret"
+        return RolloutResult(request, self.number, None, text, failure.kind)
 
 
 async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from mgrpo.pipeline.play import RolloutResult
 
 CALLS = {0: "0", 1: "1", 2: "2", 4: "3_4", 8: "5_8", 16: "9_16"}  # most calls -> name of the bucket
 DURATIONS = {1: "1s", 4: "4s", 16: "16s", 64: "64s", 256: "256s", 1024: "1024s"}  # most seconds -> name
+QUANTILES = {"median": 0.5, "p95": 0.95}  # of a tool's seconds
 MORE = "more"  # name of the bucket beyond the last
 
 
@@ -78,7 +80,19 @@ class RolloutMetrics:
             **calls.report(),
             **duration.report(),
             **{name: sum(values) / len(values) for name, values in sorted(self.values.items())},
+            **self._of_tools(),
         }
+
+    def _of_tools(self) -> dict[str, float]:
+        """Median and 95th percentile of the seconds of each tool's calls, by nearest rank: a mean hides the few slow
+        calls that rollouts wait for."""
+        found: dict[str, float] = {}
+        for name, values in self.values.items():
+            if name.startswith("rollout/tool/") and name.endswith("/seconds"):
+                ranked = sorted(values)
+                for word, share in QUANTILES.items():
+                    found[f"{name}_{word}"] = ranked[math.ceil(share * len(ranked)) - 1]
+        return found
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from mgrpo.pipeline.play import RolloutResult, question_of
 from mgrpo.pipeline.shipper import Shipper
 from mgrpo.pipeline.team import WAIT_SLICE, Team
 from mgrpo.pipeline.worker_loop import WorkerLoop
-from mgrpo.record.rollouts import RolloutRecorder
+from mgrpo.record.rollouts import Asked, RolloutRecorder
 from mgrpo.store.records import World
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
 from mgrpo.types import MAIN, Rollout
@@ -129,7 +129,7 @@ class WorkerContext:
             asked(result.request.question),
             result.rollout,
             result.failure,
-            secret_id(result.request.question),
+            result.kind or "",
         )
         self.shipper.ship(group, result)
 
@@ -174,14 +174,10 @@ def index_of(query: str) -> int | None:
     return int(index) if step.isdigit() else None
 
 
-def asked(question: Question) -> tuple[str, str]:
-    """A question and its gold answer, as the record can write them."""
-    return encodable(str(question.text)), encodable(str(question.answer))
-
-
-def secret_id(question: Question) -> str | None:
-    """The id of a question of which no record may hold a word; None for any other."""
-    return str(question.id) if question.secret else None
+def asked(question: Question) -> Asked:
+    """A question and its gold answer, as the record can write them, and whether it may."""
+    secret = str(question.id) if question.secret else None
+    return Asked(encodable(str(question.text)), encodable(str(question.answer)), secret)
 
 
 def oldest_version(world: World) -> int:

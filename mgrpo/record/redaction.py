@@ -22,7 +22,7 @@ WORDS = frozenset(
 )
 """Texts that say nothing of a question: states of tool calls, where an answer came from, verdicts, names of rules."""
 KEYS = {
-    "tools": ("role", "invocation", "turn", "status", "source", "seconds", "chars", "blocked"),
+    "tools": ("role", "invocation", "turn", "status", "source", "seconds", "chars"),
     "verdict": ("rule", "rule_score", "judge", "source"),
 }
 """Parts of info that are tables, or lists of tables, and what is kept of each."""

@@ -14,38 +14,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pydantic import field_validator
-
-from mgrpo.config.settings import Settings
 from mgrpo.environments.task import Question
-from mgrpo.errors import ConfigError
-from mgrpo.scoring.judge import Judge, JudgeConfig
+from mgrpo.scoring.judge import Judge
 from mgrpo.scoring.rules import find_rule, score
 from mgrpo.tools.base import Source
-
-if TYPE_CHECKING:
-    from mgrpo.services.cassette import Cassette
-
-
-class ScorerConfig(Settings):
-    """How answers are scored."""
-
-    rule: str = "gaia"
-    """gaia, exact, f1, sub_exact, number, number:TOLERANCE, list, or package.module:function of one's own; see
-    mgrpo/scoring/rules.py."""
-    judge: JudgeConfig | None = None
-    """A model that decides what the rule does not accept. Unset: the rule alone decides."""
-
-    @field_validator("rule")
-    @classmethod
-    def _known(cls, rule: str) -> str:
-        try:
-            find_rule(rule)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +46,6 @@ class Scorer:
         self.digest = hashlib.sha256(f"{rule}\n{judge.digest if judge else ''}".encode()).hexdigest()[:16]
         """Names rule, judge and prompt: equal digests score alike."""
         self._accepted = self._answers = 0
-
-    @classmethod
-    def open(cls, config: ScorerConfig, cassette: Cassette | None = None) -> Scorer:
-        """The scorer of a config. Raises ConfigError."""
-        return cls(config.rule, None if config.judge is None else Judge(config.judge, cassette))
 
     async def score(self, question: Question, answer: str | None, occurrence: str = "") -> Outcome:
         """answer: None where the team gave none, or in a form that does not count. occurrence: as of Judge.verdict().

@@ -102,7 +102,5 @@ def _from_object(text: str, label: str) -> tuple[object, str] | None:
 
 def _labelled(text: str, label: str) -> list[str]:
     """What follows the label in each line that begins with it."""
-    line = re.compile(
-        rf"{MARK}*(?:(?:my|the|final)\s+)*{label}{MARK}*{COLON}(.*)", re.IGNORECASE | re.DOTALL
-    )
+    line = re.compile(rf"{MARK}*(?:(?:my|the|final)\s+)*{label}{MARK}*{COLON}(.*)", re.IGNORECASE | re.DOTALL)
     return [match[1] for text_line in text.splitlines() if (match := line.fullmatch(text_line))]

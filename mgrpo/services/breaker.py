@@ -4,9 +4,10 @@
                                                  |
                                                  +--(longer than max_outage)--> ServiceError, for good
 
-While it is open one waiting call after the other is let through as a probe, after pauses that double; one that fails
-goes to the end of the queue, so that a request which can never be answered is not the only one that is tried. Attempts
-that fail meanwhile are the outage's and not spent. Waiting stops the clocks of the rollout (outage.py).
+It opens also where a request is about to fail for good and no other was answered since its failure before. While it is
+open one waiting call after the other is let through as a probe, after pauses that double; one that fails goes to the
+end of the queue, so that a request which can never be answered is not the only one that is tried. Attempts that fail
+meanwhile are the outage's and not spent. Waiting stops the clocks of the rollout (outage.py).
 
 Failures in a row may also be one request's own (a page that its reader cannot load): the client therefore repeats, with
 each probe that failed, the last request that was answered. An answer to that closes the breaker, and what fails then
@@ -109,8 +110,11 @@ class Breaker:
         while self._queue:
             self._let_through(self._queue.popleft(), False)
 
-    def failed(self, words: str, *, is_probe: bool, retry_after: float | None = None) -> bool:
+    def failed(
+        self, words: str, *, is_probe: bool, suspects: bool = False, retry_after: float | None = None
+    ) -> bool:
         """An attempt failed. Returns whether that was the outage's doing, which spends no attempt of the request.
+        suspects: open in any case: it was a request's last attempt, and nothing says that the service is up.
         retry_after: seconds for which the service asked not to be asked."""
         self._row, self._last = self._row + 1, words
         if self._open:
@@ -118,7 +122,7 @@ class Breaker:
                 self._probing = False
                 self._after_a_probe(retry_after)
             return True
-        if self._row < self._threshold:
+        if self._row < self._threshold and not suspects:
             return False
         now = asyncio.get_running_loop().time()
         self._open, self._since, self._since_clock = True, now, time.monotonic()

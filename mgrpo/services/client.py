@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from mgrpo.errors import ConfigError, ServiceError
+from mgrpo.services import outage
 from mgrpo.services.answers import as_text as text_of
 from mgrpo.services.answers import decoded, message_of, one_line, seconds_of, without
 from mgrpo.services.breaker import Breaker
@@ -193,6 +194,10 @@ class HttpService:
     async def live(self, request: Request, *, repeatable: bool = True) -> object:
         """The answer to a request as it came, once read() has taken it. repeatable: a probe may send it again."""
         spent, made, before = 0, 0, self._answered
+        seen, has_waited = (
+            before,
+            False,
+        )  # requests answered at the last failure; an outage was for this request's sake
         while True:
             is_probe = await self._breaker.admit()
             try:
@@ -200,7 +205,8 @@ class HttpService:
                     if self._breaker.is_open and not is_probe:
                         continue  # it opened while this call waited for its place
                     made += 1
-                    raw = await self._attempt(request)
+                    with outage.waiting() if is_probe else contextlib.nullcontext():
+                        raw = await self._attempt(request)
                 is_probe = False
                 self._note_answer(request if repeatable else None)
                 self.counters.live += 1
@@ -217,11 +223,15 @@ class HttpService:
                 failure = broken
                 if is_probe and await self._is_up():
                     self._breaker.answered()  # it is the request's own, and spends the attempts that come
-                elif not self._breaker.failed(
-                    broken.words, is_probe=is_probe, retry_after=broken.retry_after
-                ):
-                    spent += 1
-                is_probe = False
+                else:
+                    is_last = spent + 1 >= self.config.attempts and not has_waited
+                    suspects = is_last and self._answered == seen  # nobody else was answered meanwhile
+                    if not self._breaker.failed(
+                        broken.words, is_probe=is_probe, suspects=suspects, retry_after=broken.retry_after
+                    ):
+                        spent += 1
+                    has_waited = has_waited or suspects
+                is_probe, seen = False, self._answered
             finally:
                 if is_probe:
                     self._breaker.abandon()
@@ -371,7 +381,7 @@ class HttpService:
         if self._last_answered is None:
             return False
         try:
-            with contextlib.suppress(ServiceAnswer):
+            with contextlib.suppress(ServiceAnswer), outage.waiting():
                 async with self._slots:
                     await self._attempt(self._last_answered)
         except (_Broken, ServiceFailure):

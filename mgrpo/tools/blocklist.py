@@ -11,10 +11,11 @@ redirector that carries a blocked one is blocked as well.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from fnmatch import translate
 from urllib.parse import unquote
 
@@ -25,9 +26,8 @@ from mgrpo.errors import ConfigError
 from mgrpo.tools.base import Observation, Result
 
 _ADDRESS = re.compile(
-    r"(?:[a-z][a-z0-9+.-]*:)?[/\\]{2,}(?P<rest>[^\s\"'<>]+)|[a-z][a-z0-9+.-]*:/(?P<one>[^\s\"'<>]+)"
-)
-_BARE = re.compile(r"[^\s/?#@]+\.[^\s/?#]+(?:[/?#]\S*)?")  # an address without its scheme
+    r"(?:[/\\]{2,}|:[/\\])([^\s\"'<>]{1,512})"
+)  # what stands behind a scheme; linear in any text
 _DECODED = 3  # times that percent-escapes are decoded: an address may carry one that carries one
 
 
@@ -52,7 +52,7 @@ class BlockList:
             for rule in rules:
                 if not rule.strip(" *./"):
                     raise ConfigError(f"blocked.{field}: {rule!r} would block everything")
-        self._hosts = {rule: _host(_plain(rule)) for rule in config.hosts}
+        self._hosts = {rule: _host(_plain(rule).removeprefix("*.")) for rule in config.hosts}
         self._urls = {rule: re.compile(translate(_address(_plain(rule)))) for rule in config.urls}
         self._texts = {rule: _spaced(rule) for rule in config.texts}
         self.hits: Counter[str] = Counter()
@@ -85,7 +85,7 @@ class BlockList:
         if self._counted(self.rule_of_text(seen.text)):
             return refusal(seen)
         links = tuple(link for link in seen.links if self.rule_of_url(link) is None)
-        return seen if links == seen.links else _with_links(seen, links)
+        return seen if links == seen.links else dataclasses.replace(seen, links=links)
 
     def _rule_of_result(self, result: Result) -> str | None:
         return self.rule_of_url(result.url) or self.rule_of_text(
@@ -116,12 +116,6 @@ def refusal(seen: Observation | None = None) -> Observation:
     return Observation(words, status="tool_error", source=source, seconds=seconds, blocked=1)
 
 
-def _with_links(seen: Observation, links: Sequence[str]) -> Observation:
-    return Observation(
-        seen.text, tuple(links), seen.status, seen.source, seen.seconds, seen.results, seen.blocked
-    )
-
-
 def _strings(tree: object) -> Iterator[str]:
     """Every text in a tree of tables and lists, keys too."""
     if isinstance(tree, str):
@@ -139,13 +133,12 @@ def _addresses(text: str) -> Iterator[str]:
     """Every address in a text, from behind its scheme on; the whole of a text that may be one without a scheme."""
     for _ in range(_DECODED):
         plain = _plain(text)
-        if _BARE.fullmatch(plain):
+        if not re.search(r"\s", plain) and "." in re.split(r"[/?#]", plain, maxsplit=1)[0].strip("."):
             yield plain
         at = 0
         while found := _ADDRESS.search(plain, at):
-            rest = found["rest"] or found["one"]
-            yield rest
-            at = found.end() - len(rest)  # an address may stand in an address
+            yield found[1]
+            at = found.start(1)  # an address may stand in an address
         decoded = unquote(text)
         if decoded == text:
             return
@@ -153,7 +146,7 @@ def _addresses(text: str) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Lower case, full-width letters and dots as plain ones, and no scheme of a whole address kept apart."""
+    """Lower case, with full-width letters and dots as plain ones."""
     return unicodedata.normalize("NFKC", text).strip().lower()
 
 
@@ -169,7 +162,7 @@ def _address(address: str) -> str:
     cut = re.search(r"[/\\?]", bare)
     path = unquote(bare[cut.start() :]).replace("\\", "/") if cut else ""
     host = _host(bare) or bare[: cut.start() if cut else None]
-    return host + path
+    return (host + path).lower()
 
 
 def _spaced(text: str) -> str:

@@ -52,12 +52,15 @@ CREATE TABLE pages (
 CREATE TABLE spans (id INTEGER PRIMARY KEY, page INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL);
 CREATE VIRTUAL TABLE passages USING fts5(title, heading, text, tokenize = 'porter unicode61 remove_diacritics 2');
 """
-SEARCH = f"""
-SELECT s.page, p.url, p.title, snippet(passages, 2, '', '', '...', {SNIPPET}), passages.text, passages.rank
-FROM passages JOIN spans s ON s.id = passages.rowid JOIN pages p ON p.id = s.page
-WHERE passages MATCH ? AND passages.rank MATCH 'bm25({", ".join(map(str, WEIGHTS))})'
-ORDER BY passages.rank, passages.rowid LIMIT ?
+RANKED = f"""
+SELECT rowid, rank FROM passages WHERE passages MATCH ? AND rank MATCH 'bm25({", ".join(map(str, WEIGHTS))})'
+ORDER BY rank, rowid LIMIT ?
 """
+SHOWN = f"""
+SELECT p.url, p.title, snippet(passages, 2, '', '', '...', {SNIPPET}), passages.text
+FROM passages JOIN spans s ON s.id = passages.rowid JOIN pages p ON p.id = s.page
+WHERE passages MATCH ? AND passages.rowid = ?
+"""  # of the passages that are shown alone: a snippet of each that matches would cost more than the search
 WITHIN = f"""
 SELECT s.start, s.stop FROM passages JOIN spans s ON s.id = passages.rowid
 WHERE passages MATCH ? AND passages.rowid BETWEEN ? AND ? AND passages.rank MATCH 'bm25({", ".join(map(str, WEIGHTS))})'
@@ -138,19 +141,12 @@ class Corpus:
         match = _match(query)
         if not match or k < 1:
             return []
-        most = 4 * k
         with self._connection() as db:
-            while True:
-                rows = db.execute(SEARCH, (match, most)).fetchall()
-                found: list[Hit] = []
-                seen: set[int] = set()
-                for page, url, title, snippet, text, rank in rows:
-                    if page not in seen:
-                        seen.add(page)
-                        found.append(Hit(url, title, " ".join(snippet.split()), -rank, text))
-                if len(found) >= k or len(rows) < most:
-                    return found[:k]
-                most *= 4
+            hits = []
+            for passage, rank in _best(db, match, k):
+                url, title, snippet, text = db.execute(SHOWN, (match, passage)).fetchone()
+                hits.append(Hit(url, title, " ".join(snippet.split()), -rank, text))
+        return hits
 
     def random(self, query: str, k: int) -> list[Hit]:
         """k pages that a hash of the query draws, in place of those that match it: a control."""
@@ -290,6 +286,20 @@ def _chunks(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
         if text[start:end].strip():
             yield start, end
         start = end
+
+
+def _best(db: sqlite3.Connection, match: str, k: int) -> list[tuple[int, float]]:
+    """(passage, rank) of the best passage of each of the k best pages; a lower rank is better."""
+    most = 4 * k
+    while True:
+        rows = db.execute(RANKED, (match, most)).fetchall()
+        best: dict[int, tuple[int, float]] = {}
+        for passage, rank in rows:
+            page = db.execute("SELECT page FROM spans WHERE id = ?", (passage,)).fetchone()[0]
+            best.setdefault(page, (passage, rank))
+        if len(best) >= k or len(rows) < most:
+            return list(best.values())[:k]
+        most *= 4
 
 
 def _match(query: str) -> str:

@@ -7,6 +7,7 @@ the next.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,11 @@ def excerpt(page: Page, spans: Sequence[tuple[int, int]]) -> Part:
     """Only these spans of a page's text, in order, with the links that they hold."""
     pieces = [page.text[start:end].strip() for start, end in spans]
     text = "\n\n[...]\n\n".join(pieces)
-    links = [(f"[{n}] {_link(link)}", link.url) for n, link in enumerate(page.links, 1) if link.text in text]
+    links = [
+        (f"[{n}] {_link(link)}", link.url)
+        for n, link in enumerate(page.links, 1)
+        if link.text.strip() and link.text in text
+    ]
     head = _head(page, 1, 1).replace("\n\n", "\nOnly the passages nearest to the goal.\n\n", 1)
     return Part(head + _body(text.split("\n"), links), tuple(url for _, url in links), 1, 1)
 
@@ -113,26 +118,22 @@ def _lines(page: Page, size: int) -> Iterator[tuple[str, str | None]]:
     """(line, None) of the text and (line, address) of each link behind the line in which its text first stands, looked
     for from the link before on; a link that stands nowhere comes last. No line is longer than `size` - 1."""
     lines = [piece for line in page.text.split("\n") for piece in _pieces(line, size - 1)]
+    text, starts, at = "\n".join(lines), [], 0
+    for line in lines:
+        starts.append(at)
+        at += len(line) + 1
     behind: dict[int, list[tuple[str, str]]] = {}
     at = 0
     for number, link in enumerate(page.links, 1):
         shown = f"[{number}] {_link(link)}"[: size - 1]
-        found = _place(lines, link.text, at)
-        if found is not None:
-            at = found
-        behind.setdefault(len(lines) - 1 if found is None else found, []).append((shown, link.url))
+        wanted, place = link.text.strip(), len(lines) - 1
+        found = text.find(wanted, at)
+        if wanted and (found >= 0 or (found := text.find(wanted)) >= 0):
+            at, place = found, bisect_right(starts, found) - 1
+        behind.setdefault(place, []).append((shown, link.url))
     for number, line in enumerate(lines):
         yield line, None
         yield from behind.get(number, ())
-
-
-def _place(lines: Sequence[str], text: str, at: int) -> int | None:
-    """The first line from `at` on that holds a text, else the first of all."""
-    wanted = text.strip()
-    if not wanted:
-        return None
-    order = (*range(at, len(lines)), *range(at))
-    return next((number for number in order if wanted in lines[number]), None)
 
 
 def _link(link: Link) -> str:

@@ -157,7 +157,9 @@ class _Reader:
             elif not isinstance(element.tag, str) or _hidden(element):
                 self._say(element.tail)
             elif element.tag == "pre":
-                self._block(_raw(element), "\n\n")
+                self._end()
+                self._links(element)
+                self._block("".join(_shown(element)).strip("\n").rstrip(), "\n\n")
                 self._say(element.tail)
             elif element.tag == "table" and not _lays_out(element):
                 self._table(element)
@@ -236,12 +238,15 @@ class _Reader:
             cells = [row] if row.tag == "caption" else [cell for cell in row if cell.tag in ("td", "th")]
             shown = [_inline(cell) for cell in cells]
             for cell in cells:
-                for anchor in cell.iter("a"):
-                    if anchor.get("href"):
-                        self._link(str(anchor.get("href")), _inline(anchor))
+                self._links(cell)
             if any(shown):
                 self._block(" | ".join(shown), before)
                 before = "\n"
+
+    def _links(self, element: Any) -> None:
+        for anchor in element.iter("a"):
+            if anchor.get("href"):
+                self._link(str(anchor.get("href")), _inline(anchor))
 
     def _link(self, href: str, text: str) -> None:
         url = _joined(self._base, href)
@@ -287,7 +292,8 @@ def _shown(element: Any) -> Iterator[str]:
             continue
         seen = isinstance(current.tag, str) and (current is element or not _hidden(current))
         if seen:
-            yield " " if current.tag in _BLOCKS else "\n" if current.tag == "br" else ""
+            block = current.tag in _BLOCKS and current is not element
+            yield " " if block else "\n" if current.tag == "br" else ""
             yield current.text or (f" {current.get('alt') or ''} " if current.tag == "img" else "")
         if current is not element:
             stack.append((current, True))
@@ -297,7 +303,3 @@ def _shown(element: Any) -> Iterator[str]:
 
 def _inline(element: Any) -> str:
     return " ".join("".join(_shown(element)).split())
-
-
-def _raw(element: Any) -> str:
-    return "".join(_shown(element)).strip("\n").rstrip()

@@ -25,9 +25,13 @@ from mgrpo.record.segments import Frame
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.summary import read_summary
 from mgrpo.view.timeline import timeline
+from mgrpo.view.transcript import labels, tool_calls, verdict
 
 HIDDEN = ("seq",)
-COLUMNS = ("id", "text", "gold", "answer", "step", "split", "mode", "ok", "correct", "tokens")
+COLUMNS = ("id", "text", "gold", "answer", "step", "split", "mode", "ok", "correct", "tokens", "failed_by",
+           "tool_errors", "redacted")  # fmt: skip
+COUNTERS = "service/"
+"""What begins the names of metrics that count what was added since the report before: they are summed."""
 Json = dict[str, Any]
 
 
@@ -106,14 +110,18 @@ class RunView:
         return read_summary(self.run) or None
 
     def _series(self) -> dict[str, list[list[float]]]:
-        """Name -> [[step, value, seconds], ...]; a step that was reported again counts once, the last time."""
+        """Name -> [[step, value, seconds], ...]; a step that was reported again counts once, the last time. Counters of
+        services are the sum of all that was reported at a step, by several workers or again after a restart."""
         points: dict[str, dict[int, list[float]]] = {}
         for record in read_metrics(self.run):
             step = int(record.pop("step"))
             seconds = float(record.pop("time"))
             for name, value in record.items():
-                if value is not None and name not in HIDDEN:
-                    points.setdefault(name, {})[step] = [step, value, seconds]
+                if value is None or name in HIDDEN:
+                    continue
+                known = points.setdefault(name, {})
+                before = known[step][1] if step in known and name.startswith(COUNTERS) else 0.0
+                known[step] = [step, before + value, seconds]
         return {name: [found[s] for s in sorted(found)] for name, found in sorted(points.items())}
 
     def _timeline(self) -> Json | None:
@@ -148,6 +156,9 @@ class RunView:
             out["ok"].append(int(head.status == "ok"))
             out["correct"].append(head.correct)
             out["tokens"].append(sum(head.tokens.values()))
+            out["failed_by"].append(text(head.failed_by))
+            out["tool_errors"].append(head.tool_errors)
+            out["redacted"].append(int(head.redacted))
             for role in roles[1:]:
                 out["d_k"][role].append(head.d_k.get(role, 0))
             for role in roles:
@@ -204,6 +215,7 @@ class RunView:
                 {
                     "query": query,
                     "question": next((h.question for h in heads.values()), ""),
+                    "redacted": any(h.redacted for h in heads.values()),
                     "mean": body.mean[number],
                     "std": body.std[number],
                     "rollouts": rollouts,
@@ -238,11 +250,13 @@ class RunView:
                     "credit": credit.of(head.query, head.rollout, t.invocation) if credit else None,
                 }
             )
-        info = {k: v for k, v in body.info.items() if k != "opened_at"}
+        info = body.info
         return {
             "id": head.id, "question": head.question, "gold": head.gold, "answer": head.answer,
             "correct": head.correct, "status": head.status, "failure": body.failure, "step": head.step,
-            "split": head.split, "mode": head.mode, "info": info, "trajectories": trajectories,
+            "split": head.split, "mode": head.mode, "trajectories": trajectories,
+            "failed_by": head.failed_by, "redacted": head.redacted, "tools": tool_calls(info),
+            "verdict": verdict(info), **labels(info),
         }  # fmt: skip
 
     def _reward_of(self, role: str, head: RolloutHead) -> RewardConfig:

@@ -134,8 +134,9 @@ def gold_path(question: Question) -> list[tuple[str, ...]]:
     `names`. Empty: the question has none. Raises ConfigError for a path of another shape."""
     steps = question.info.get(PATH, ())
     found = []
+    listed = isinstance(steps, list | tuple)
     for step in steps if isinstance(steps, list | tuple) else [steps]:
-        table: Mapping[str, object] = step if isinstance(step, Mapping) else {}
+        table: Mapping[str, object] = step if listed and isinstance(step, Mapping) else {}
         value, names = table.get("value"), table.get("names")
         if not isinstance(value, str) or not value.strip():
             raise ConfigError(
