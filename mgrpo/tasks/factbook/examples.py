@@ -25,13 +25,21 @@ LEADS: Sequence[Sequence[Step]] = (
         ("Amaurot", ANSWER, "Amaurot"),
     ),
     (
+        (
+            "What is the currency of the largest export partner of Atlantis?",
+            ASK,
+            "largest export partner of Atlantis",
+        ),
+        ("Brobdingnag", ASK, "currency of Brobdingnag"),
+        ("sprugs", ANSWER, "sprugs"),
+    ),
+    (
         ("What is the area in square kilometers of Lilliput?", ASK, "area of Lilliput"),
         ("912", ANSWER, "912"),
     ),
     (
-        ("What is the currency of the largest export partner of Atlantis?", ASK, "largest export partner of Atlantis"),
-        ("Brobdingnag", ASK, "currency of Brobdingnag"),
-        ("sprugs", ANSWER, "sprugs"),
+        ("What is the median age in years of Laputa?", ASK, "median age of Laputa"),
+        ("31.4", ANSWER, "31.4"),
     ),
 )
 LOOKS_UP: Sequence[Sequence[Step]] = (
