@@ -10,7 +10,6 @@ from mgrpo.tasks.factbook.small.view import RESULTS, language, view_of
 from mgrpo.tasks.words.claims import claims
 from mgrpo.tasks.words.play import Library
 from mgrpo.tasks.words.questions import QuestionBank
-from mgrpo.tasks.words.start import BOUNDS
 from mgrpo.tasks.words.task import WordsTask
 
 HOP_WEIGHTS = (0.0, 0.5, 0.5)
@@ -29,8 +28,6 @@ class SmallTask(WordsTask):
     """Options are those of atlas: search, facts, turn_tokens, width."""
 
     positions = 160
-    # Documents are longer than those of atlas: 900 steps of SFT give .96.
-    bounds = BOUNDS | {"sub_copy": (0.93, 1.0)}
     main_weights = HOP_WEIGHTS
     sub_weights = HOP_WEIGHTS
 
