@@ -47,7 +47,10 @@ def test_every_variant_is_a_config_that_can_run() -> None:
         chosen(config, ["lr 1"])
     asked = scores(config.roles, every, load_run_task(config).controls)
     names = [s.name for s in asked]
-    assert [set(s.policies) for s in asked if s.name in ("single", "no alignment")] == [{"main"}, {"main", "sub"}]
+    assert [set(s.policies) for s in asked if s.name in ("single", "no alignment")] == [
+        {"main"},
+        {"main", "sub"},
+    ]
     assert names[0] == BEFORE_RL and len(set(names)) == len(names)
     assert names[-2:] == ["random search results", "permuted facts"]
 
@@ -229,8 +232,8 @@ def test_a_comparison_from_runs_to_report(tmp_path: Path) -> None:
     out = tmp_path / "compare"
     short = ["trainer.steps=2", "trainer.questions=2", "eval.every=2", "eval.validation=2", "eval.heldout=2"]
     arguments = command(
-        "compare", str(RELAY), "--out", str(out), "--seeds", "1", "--jobs", "1", "--n", "6", "--variants", "lr-0,single",
-        "--repeats", "2",
+        "compare", str(RELAY), "--out", str(out), "--seeds", "1", "--jobs", "1", "--n", "6", "--repeats", "2",
+        "--variants", "lr-0,single",
         *(f"--set={s}" for s in short),
     )  # fmt: skip
     shown = finish(arguments, 1200)
@@ -243,8 +246,12 @@ def test_a_comparison_from_runs_to_report(tmp_path: Path) -> None:
         assert table["lr 0"][mode]["mean"] == table["before RL"][mode]["mean"]
     assert (report["failed"], report["seeds"], report["n"], report["repeats"]) == ({}, [1], 6, 2)
     costs = {row["name"]: row for row in report["costs"]}
-    assert {row["rollouts"] for row in costs.values()} == {2 * 2 * 4} and "2 questions x 4 rollouts = 16" in shown
-    assert set(costs["lr 0"]["tokens"]) == {"main", "left", "right"} and set(costs["single"]["tokens"]) == {"main"}
+    assert {row["rollouts"] for row in costs.values()} == {
+        2 * 2 * 4
+    } and "2 questions x 4 rollouts = 16" in shown
+    assert set(costs["lr 0"]["tokens"]) == {"main", "left", "right"} and set(costs["single"]["tokens"]) == {
+        "main"
+    }
     assert costs["single"]["total"] == costs["single"]["tokens"]["main"] > 0
     assert [row["repeats"] for row in report["evaluations"] if row["name"] == "single"] == [2]
     alone = recorded_run(out / "runs" / "seed-1" / "single")

@@ -1,4 +1,4 @@
-"""The comparison of the paper: one start for all variants, a single agent, no alignment, repeats, and what runs cost."""
+"""The comparison of the paper: one start for all variants, a single agent, no alignment, repeats, costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ import pytest
 from mgrpo.cli.comparison import jobs, verdict
 from mgrpo.cli.comparison.command import Request, compare
 from mgrpo.cli.comparison.scores import means_of
-from mgrpo.cli.comparison.spent import cost_table, costs, evaluation_table, evaluations, held_equal, heldout, spent
+from mgrpo.cli.comparison.spent import (
+    cost_table,
+    costs,
+    evaluation_table,
+    evaluations,
+    held_equal,
+    heldout,
+    spent,
+)
 from mgrpo.cli.comparison.variants import chosen, single_agent
 from mgrpo.config import RunConfig, dump_config, load_config
 from mgrpo.environments.comparison import BEFORE_RL, COTRAIN, MODES
@@ -51,10 +59,8 @@ def test_the_prompt_of_the_single_agent_is_its_own() -> None:
     assert KitTask(options).team["main"].prompt == "you lead"
     alone = KitTask(KitTask(options).single_agent(options), roles=("main",)).team["main"]
     assert alone.prompt == "you alone" and alone.tools.names == ("search", "visit") and not alone.delegates
-    plain = KitTask({}, roles=("main",)).team["main"]
-    assert KitTask(KitTask().single_agent({"agents": {"sub": {"about": "x"}}}), roles=("main",)).team["main"].prompt == (
-        plain.prompt
-    )
+    other = KitTask(KitTask().single_agent({"agents": {"sub": {"about": "x"}}}), roles=("main",))
+    assert other.team["main"].prompt == KitTask({}, roles=("main",)).team["main"].prompt
 
 
 def test_a_task_without_a_single_agent_refuses_it_by_name(tmp_path: Path) -> None:
@@ -93,10 +99,14 @@ def test_the_papers_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ]
     assert all(line.startswith("  mgrpo train ") for line in shown[2::2])
     assert [path.name for path in out.iterdir()] == ["single.json"]
-    basis = jobs.Basis(FACTBOOK, load_config(FACTBOOK), [], out, jobs.final_policies(run, load_config(FACTBOOK)), 3)
+    basis = jobs.Basis(
+        FACTBOOK, load_config(FACTBOOK), [], out, jobs.final_policies(run, load_config(FACTBOOK)), 3
+    )
     for job in jobs.plan(basis, [1, 2], chosen(basis.config, names)):
         config = load_config(job.config, job.sets)
-        assert config.roles == (("main",) if job.variant.alone else ("main", "sub")) and config.seed == job.seed
+        assert (
+            config.roles == (("main",) if job.variant.alone else ("main", "sub")) and config.seed == job.seed
+        )
         for role, agent in config.agents.items():
             assert agent.model == str(run / "agents" / role / "final") and agent.sft.steps == 0
             assert agent.frozen == (job.variant.name == "frozen sub" and role == "sub")
@@ -108,7 +118,9 @@ def test_the_papers_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_missing_start_is_named(tmp_path: Path) -> None:
     """A role without a policy after RL is an error before anything starts; so is a folder that is no run's."""
     run = stage_one(tmp_path / "stage1", ("main",))
-    with pytest.raises(ConfigError, match=r"no policy of 'sub' after RL \(.*agents/sub/final does not exist\)"):
+    with pytest.raises(
+        ConfigError, match=r"no policy of 'sub' after RL \(.*agents/sub/final does not exist\)"
+    ):
         jobs.final_policies(run, load_config(FACTBOOK))
     with pytest.raises(ConfigError, match="no policy of 'left' after RL"):
         jobs.final_policies(run, load_config(RELAY))
@@ -152,7 +164,10 @@ def test_a_question_counts_by_its_rollouts() -> None:
     """Means over the rollouts of each question; one of which all failed is in no mean, and in no difference."""
     assert means_of([[1.0, 0.0, 0.0, 1.0], [], [1.0]]) == [0.5, None, 1.0]
     results: Mapping[int, Mapping[str, Any]] = {
-        1: {COTRAIN: dict.fromkeys(MODES, [1.0, None, 0.5, 1.0]), "single": dict.fromkeys(MODES, [0.5, 1.0, None, 0.0])}
+        1: {
+            COTRAIN: {mode: [1.0, None, 0.5, 1.0] for mode in MODES},
+            "single": {mode: [0.5, 1.0, None, 0.0] for mode in MODES},
+        }
     }
     line = verdict.row(results, "single")["sampled"]
     assert line["mean"] == 0.5 and line["by_seed"] == [0.5] and line["cotrain_minus"] == 0.75
@@ -173,7 +188,7 @@ def finished(folder: Path, config: RunConfig, records: list[dict[str, float]], s
 
 
 def test_what_runs_cost(tmp_path: Path) -> None:
-    """Failed rollouts are not trained on, a step that was trained again counts once, and all that was sampled counts."""
+    """Failed rollouts are not trained on, a step that was trained again counts once, all that was sampled counts."""
     sets = ["trainer.steps=2", "trainer.questions=2", "trainer.group_size=4"]
     config = load_config(RELAY, sets)
     team: list[dict[str, float]] = [
@@ -189,7 +204,9 @@ def test_what_runs_cost(tmp_path: Path) -> None:
     lone: list[dict[str, float]] = [
         {"step": s, "left/rollouts/failed": 0.0, "rollout/tokens/main": 25} for s in (1, 2)
     ]
-    rows = costs({COTRAIN: {1: run}, "frozen main": {1: finished(tmp_path / "frozen", frozen, lone)}, "lr 0": {}})
+    rows = costs(
+        {COTRAIN: {1: run}, "frozen main": {1: finished(tmp_path / "frozen", frozen, lone)}, "lr 0": {}}
+    )
     assert [(row["name"], row["rollouts"], row["total"], row["of_cotrain"]) for row in rows] == [
         (COTRAIN, 15.0, 200.0, 1.0),
         ("frozen main", 16.0, 50.0, 0.25),
@@ -210,11 +227,15 @@ def test_named_sets_are_those_of_the_runs_ends(tmp_path: Path) -> None:
 
     def run(name: str, *averages: float) -> Path:
         steps = {
-            str(25 * i): {"avg": value, "stderr": 0.1 * (1 + i)} for i, value in reversed([*enumerate(averages)])
+            str(25 * i): {"avg": value, "stderr": 0.1 * (1 + i)}
+            for i, value in reversed([*enumerate(averages)])
         }
         return finished(tmp_path / name, config, [], {"gaia": steps})
 
-    runs = {COTRAIN: {1: run("a", 0.1, 0.3, 0.5), 2: run("b", 0.2, 0.3, 0.7)}, "single": {1: run("c", 0.1, 0.4)}}
+    runs = {
+        COTRAIN: {1: run("a", 0.1, 0.3, 0.5), 2: run("b", 0.2, 0.3, 0.7)},
+        "single": {1: run("c", 0.1, 0.4)},
+    }
     rows = {row["name"]: row for row in evaluations(runs)}
     assert list(rows) == [BEFORE_RL, COTRAIN, "single"]
     assert rows[BEFORE_RL]["by_seed"] == [0.1, 0.2] and rows[COTRAIN]["by_seed"] == [0.5, 0.7]

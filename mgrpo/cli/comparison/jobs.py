@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mgrpo.cli.comparison.variants import Variant, single_agent
@@ -134,16 +134,13 @@ def refused(basis: Basis, task: Task, chosen: Sequence[Variant]) -> dict[str, st
                 basis.out.mkdir(parents=True, exist_ok=True)
                 dump_config(config, single_config(basis.out))
             job = _job(basis, 1, variant)
-            if variant.overrides and load_config(job.config, job.sets) == _without(basis, job):
+            plain = _job(basis, 1, replace(variant, overrides=()))
+            wanted = load_config(job.config, job.sets)
+            if variant.overrides and wanted == load_config(plain.config, plain.sets):
                 raise ConfigError("the config is that variant already")
         except ConfigError as error:
             reasons[variant.name] = str(error)
     return reasons
-
-
-def _without(basis: Basis, job: Job) -> RunConfig:
-    """A job's config without what makes its variant."""
-    return load_config(job.config, [s for s in job.sets if s not in job.variant.overrides])
 
 
 def run_folder(out: Path, seed: int, variant: str) -> Path:

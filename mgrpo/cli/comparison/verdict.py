@@ -26,9 +26,10 @@ def interval(difference: Outcomes, seed: int = 0) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     seeds, n = difference.shape
     means = np.empty(RESAMPLES)
+    mean = mean_of if np.isnan(difference).any() else np.mean  # the plain one takes half the time
     for i in range(RESAMPLES):
         rows = difference[rng.integers(seeds, size=seeds)]
-        means[i] = mean_of(rows[:, rng.integers(n, size=n)])
+        means[i] = mean(rows[:, rng.integers(n, size=n)])
     means = means[~np.isnan(means)]
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
