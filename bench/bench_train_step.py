@@ -6,8 +6,9 @@
 Random weights in the model's shape; trajectories of 221 to 643 tokens of which 42 % are masked and 29 % have advantage
 0, as a step of examples/smollm2 has; their log-probs are the model's own and a little noise, as a sampler's are, so
 that no ratio is near a bound of the clip, where rounding would choose which tokens train. Rival: transformers' own
-model on padded rows, log-softmax of all logits, autograd through it. On a GPU bfloat16 over float32 weights (the rival's by autocast), wall time; on the CPU float32, process
-time. All ways start from the same weights and their gradients are compared before anything is timed.
+model on padded rows, log-softmax of all logits, autograd through it. On a GPU bfloat16 over float32 weights (the
+rival's by autocast), wall time; on the CPU float32, process time. All ways start from the same weights and their
+gradients are compared before anything is timed.
 
 --plan: beside the memory of the step, what `mgrpo plan` predicts for it (planned.py): for as many tokens as the largest
 micro-batch computes, and for one that is full, which is what the command plans for. qwen3-8b trained whole takes 131
