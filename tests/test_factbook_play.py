@@ -111,7 +111,7 @@ def test_the_oracle_is_always_right(cache: Path, options: dict[str, Any]) -> Non
     """By search, under invented names and by links alone: answer, format and every report are worth 1, and what it read
     were tool results. Questions that no training question shares an end with."""
     task = make(cache, **options)
-    questions = task.questions("heldout", 6)
+    questions = task.questions("heldout", 4)
     rollouts = [play(task, question) for question in questions]
     asyncio.run(task.close())
     assert [r.info["answer"] for r in rollouts] == [q.answer for q in questions]
@@ -204,3 +204,29 @@ def test_a_single_agent_has_the_tools(cache: Path) -> None:
     assert roll(task, question, ROOM, main=script).correct == 1.0
     asyncio.run(task.close())
     assert agent("main", script).role == "main"
+
+
+def test_examples_are_turns_of_the_chat(cache: Path) -> None:
+    """A small model sees two kinds of work done before its own, as context; the question comes last and names the tool
+    to begin with, and nothing of the examples is trained on."""
+    task = make(cache, examples=True, format="json")
+    question = task.questions("heldout", 1)[0]
+    call = render("json", ("answer", {"answer": question.answer}))
+    rollout = roll(task, question, ROOM, main=lambda chat: call, sub=lambda chat: "")
+    read = words_of(rollout.main, 0)
+    assert rollout.correct == 1.0 and rollout.main.scores == {"format": 1.0}
+    assert read.index('{"name": "ask", "arguments": {"task": "capital of Utopia"}}') < read.index(
+        question.text
+    )
+    assert f"Question: {question.text}\nBegin with ask." in read
+    assert words_of(rollout.main, 1) == call + END
+    assert task.chat_use.first[:3] == ("system", "user", "assistant") and task.chat_use.first[-1] == "user"
+    asyncio.run(task.close())
+    for options, roles, words in (
+        ({"mode": "links"}, ("main", "sub"), "examples = true shows a search"),
+        ({}, ("main",), "options.examples: they show a main agent that asks"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_task(
+                TaskConfig(name="factbook", options={"examples": True, "cache": str(cache), **options}), roles
+            )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -26,10 +27,12 @@ from mgrpo.config.settings import Settings
 from mgrpo.environments.task import QuestionSource
 from mgrpo.tasks.factbook.chains import HOPS
 from mgrpo.tasks.factbook.corpora import Mode, default_folder, open_corpus, world_tools
+from mgrpo.tasks.factbook.examples import with_examples
 from mgrpo.tasks.factbook.source import FactbookSource
 from mgrpo.tasks.factbook.world import World
 from mgrpo.tasks.research.task import ResearchTask
 from mgrpo.tools.base import Tool
+from mgrpo.types import MAIN
 
 
 class WorldOptions(Settings):
@@ -49,11 +52,17 @@ class WorldOptions(Settings):
     """Of a search."""
     page_chars: int = Field(4000, ge=200)
     """Characters of a part of a page."""
+    examples: bool = False
+    """Begin each chat with two worked examples, for a small model (examples.py); mode "search", a team of two."""
     cache: str | None = None
     """Folder of the corpus' file. Unset: $XDG_CACHE_HOME/mgrpo, or ~/.cache/mgrpo."""
 
     @model_validator(mode="after")
     def _is_searched(self) -> WorldOptions:
+        if self.examples and (self.mode == "links" or self.search == "none"):
+            raise ValueError(
+                "examples = true shows a search, which there is only in the mode 'search' with tools"
+            )
         if self.mode == "links" and self.search == "random":
             raise ValueError("search = 'random' has no effect in the mode 'links', which has no search")
         return self
@@ -82,6 +91,14 @@ class FactbookTask(ResearchTask):
             self.controls = MappingProxyType({"closed book": {"search": "none"}})
         self.world = _world(self.world_options.names == "invented", self.world_options.world_seed)
         super().__init__(rest, roles)
+        if self.world_options.examples:
+            if len(self.roles) < 2:
+                raise ValueError(
+                    "options.examples: they show a main agent that asks, but the run has only main"
+                )
+            self.team = with_examples(self.team, self.options.format)
+            first = tuple(message["role"] for message in self.team[MAIN].messages("?"))
+            self.chat_use = replace(self.chat_use, first=first)
 
     def make_questions(self) -> QuestionSource:
         return FactbookSource(self.world, self.world_options.hops)
