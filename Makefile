@@ -11,7 +11,7 @@ SEED ?= 1
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
 .PHONY: setup browser demo test lint vllm test-vllm verl test-embed bench soak sanitize chaos clean smollm2 smollm2-shared \
-    smollm2-model embed-trl
+    smollm2-model embed-trl factbook
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -78,6 +78,16 @@ smollm2 smollm2-shared: setup smollm2-model
 	@$(BIN)/mgrpo train examples/smollm2/$@.toml --out $(OUT) --fresh --set seed=$(SEED) \
 	    --set trainer.steps=$(STEPS) $(if $(filter hf,$(ENGINE)),--set rollout.threads=2 $(IN_PROCESS))
 	@$(BIN)/python examples/smollm2/result.py $(OUT)
+
+# Deep research without the internet: the world is built and every gold path walked, then two copies of SmolLM2 search and
+# read it for STEPS steps (examples/deep_research).
+factbook: OUT := runs/factbook
+factbook: STEPS ?= 4
+factbook: setup smollm2-model
+	@$(BIN)/python examples/deep_research/world.py
+	@$(BIN)/mgrpo train examples/deep_research/factbook.toml --out $(OUT) --fresh --set seed=$(SEED) \
+	    --set trainer.steps=$(STEPS)
+	@$(BIN)/python examples/deep_research/result.py $(OUT)
 
 # A team whose sub-agent TRL's trainer trains, beside mgrpo's own for the main agent (examples/embed_trl).
 embed-trl: OUT := runs/embed_trl

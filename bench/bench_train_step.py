@@ -152,7 +152,7 @@ def naive_loss(model: Any, rows: MicroBatch, denominator: float, device: str) ->
     return loss.sum() / denominator
 
 
-def main() -> int:
+def arguments_of() -> argparse.Namespace:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--model", default="smollm2", choices=list(SHAPES))
     arguments.add_argument("--tokens", type=int, default=16384)
@@ -170,6 +170,11 @@ def main() -> int:
     arguments.add_argument("--plan", action="store_true", help="compare the memory with what mgrpo plan says")
     args = arguments.parse_args()
     args.ours_only |= args.lora > 0 or args.compile  # the rival has no adapters, and would be compiled too
+    return args
+
+
+def main() -> int:
+    args = arguments_of()
     cpu = args.device == "cpu"
     torch.set_num_threads(1)
     report = Report("bench_train_step")

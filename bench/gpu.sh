@@ -55,7 +55,8 @@ if [ "$DEVICE" = cuda ]; then
   if [ "${TESTS:-1}" = 1 ]; then
     echo "== gpu tests"
     within 150 tests "$PYTHON" -m pytest -q -m gpu -n auto -o filterwarnings=default tests/test_triton.py tests/test_gpu.py \
-    tests/test_hf_load.py
+      tests/test_hf_load.py
+  fi
 
   echo "== kernels and the head"
   bench 40 group_advantage group_advantage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -34,11 +34,10 @@ def sections(model: type[BaseModel], path: str) -> list[tuple[str, type[BaseMode
         if name == "agents":
             found += sections(model.model_fields[name].annotation.__args__[1], "agents.<role>")
         else:
-            found += [
-                section
-                for table in tables(inner)
-                for section in sections(table, f"{path}.{name}" if path else name)
-            ]
+            place = f"{path}.{name}" if path else name
+            if get_origin(inner) is tuple and tables(inner):
+                place = f"[{place}]"  # a list of tables
+            found += [section for table in tables(inner) for section in sections(table, place)]
     return found
 
 

@@ -37,7 +37,7 @@ from mgrpo.algorithms.statistics import LARGEST_REWARD, Float64, GroupRelative, 
 from mgrpo.alignment import Mode, align, query_name
 from mgrpo.config.algorithm import BatchAlgorithm
 from mgrpo.config.loss import WITHOUT_DEVIATION
-from mgrpo.config.run import RewardConfig
+from mgrpo.config.reward import RewardConfig
 from mgrpo.types import MAIN
 
 Fold = Literal["sequence-mean", "token-mean"]

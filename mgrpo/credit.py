@@ -23,7 +23,8 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mgrpo.config.run import RewardConfig
+from mgrpo.config.reward import RewardConfig
+from mgrpo.config.run import RunConfig
 from mgrpo.errors import ConfigError
 from mgrpo.types import MAIN
 
@@ -39,6 +40,26 @@ class Part:
     name: str
     weight: float
     score: float | None
+
+
+class StageRewards:
+    """What the trajectories of every role earn, stage by stage of the run's curriculum (task.stages): that of a group
+    follows from its number alone. Without stages it is agents.<role>.reward everywhere."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._rewards = {
+            role: [config.stage_reward(role, stage) for stage in range(config.task.last_stage + 1)]
+            for role in config.agents
+        }
+
+    def of_group(self, role: str, index: int) -> RewardConfig:
+        """In rollout group number `index`."""
+        return self._rewards[role][self._config.stage_of(index)]
+
+    def of_evaluation(self, role: str) -> RewardConfig:
+        """In an evaluation: what the last stage would pay."""
+        return self._rewards[role][-1]
 
 
 def trajectory_reward(role: str, weights: RewardConfig, scores: Mapping[str, float], correct: float) -> float:

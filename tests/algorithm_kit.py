@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from mgrpo.algorithms.base import Algorithm, GroupMember, GroupRollout, RolloutGroup
 from mgrpo.algorithms.registry import BUILT_IN, GROUP
 from mgrpo.config.algorithm import AlgorithmConfig
-from mgrpo.config.run import RewardConfig
+from mgrpo.config.reward import RewardConfig
 from mgrpo.plugins import find_class
 
 Call = tuple[int, float, float]

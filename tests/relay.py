@@ -6,6 +6,7 @@ rewards differ within groups and there is something to learn from the first step
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from mgrpo.environments.episode import Agent, Episode
@@ -16,12 +17,17 @@ from mgrpo.types import Rollout
 from tests.models import tiny_policy
 
 ROLES = ("main", "left", "right")
+KEY_ENV = "MGRPO_RELAY_KEY"
+SECRETS = ("w61 w72 w83", "w94 w95 w96")
+"""Question and answer of every secret one."""
 
 
 class RelayTask(Task):
     """options: {"fail_every": n} makes every n-th rollout of a query fail for good, {"lose_every": n} all rollouts of
     every n-th query, {"outage": "batches" or "evaluations"} all of training or of the evaluations, {"valid": false}
-    fails the start validation, {"bug": true} makes every rollout raise an error of the task's own code."""
+    fails the start validation, {"bug": true} makes every rollout raise an error of the task's own code,
+    {"secret": true} evaluates on secret questions, of which it says all in every place where a task may say something.
+    """
 
     roles = ROLES
 
@@ -31,14 +37,19 @@ class RelayTask(Task):
         self.roles = tuple(roles)
         self._fail_every = int(str(options.get("fail_every", 0)))
         self._lose_every = int(str(options.get("lose_every", 0)))
-        self._outage = options.get("outage")
+        self._outage, self._secret = options.get("outage"), bool(options.get("secret"))
         self._valid, self._bug = bool(options.get("valid", True)), bool(options.get("bug", False))
 
     def question(self, index: int, seed: int) -> Question:
         return Question(f"w{1 + index % 7} w{1 + seed % 5}", answer="even", info={"index": index})
 
     def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]:
+        if self._secret:
+            return [Question(*SECRETS, info={"index": i}, id=f"secret-{i}", secret=True) for i in range(n)]
         return [self.question(i, seed) for i in range(n)]
+
+    def single_agent(self, options: Mapping[str, object]) -> Mapping[str, object]:
+        return options
 
     def build_policy(self, role: str, seed: int, path: str) -> None:
         save_policy(tiny_policy("shift", seed * 10 + ROLES.index(role)), path)
@@ -55,6 +66,8 @@ class RelayTask(Task):
             raise InfrastructureError("the relay is gone")
         if self._lose_every and int(str(question.info["index"])) % self._lose_every == 1:
             raise InfrastructureError("nobody answers this question")
+        if question.id == "secret-1":
+            raise InfrastructureError(f"{question.text} is not answered for {os.environ.get(KEY_ENV)}")
         main = episode.open("main")
         main.append(question.text)
         await main.sample(4, stop="w0")
@@ -70,4 +83,5 @@ class RelayTask(Task):
         main.append("w2")
         await main.sample(3, stop="w0")
         main.close(format=float(len(main) % 2))
-        return episode.finish(float(main.last_sampled() % 2 == 0))
+        info = {"answer": question.answer, "calls": [{"task": question.text}]} if question.secret else {}
+        return episode.finish(float(main.last_sampled() % 2 == 0), **info)

@@ -79,7 +79,10 @@ class FakeStore:
 
     def world(self) -> Any:
         roles = [SimpleNamespace(version=0)]
-        return SimpleNamespace(control=SimpleNamespace(state=self.state), roles=roles)
+        return SimpleNamespace(control=SimpleNamespace(state=self.state), roles=roles, paused=[])
+
+    def be_alive(self) -> None:
+        pass
 
     def stats(self) -> dict[str, Any]:
         return {"roles": {"main": {"skipped": 0, "step": -1}}}

@@ -15,6 +15,8 @@ from mgrpo.record.reader import Recording
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.view.data import RunView
 from tests.browser import MISSING, browser
+from tests.question_kit import files_with
+from tests.relay import KEY_ENV, SECRETS
 from tests.runs import ROOT, final_weights, leftovers, records, resume, summary, train
 from tests.test_cli import mgrpo, refused
 from tests.test_view import served
@@ -45,12 +47,25 @@ def test_one_agent_trains(alone: Path) -> None:
     assert leftovers(alone) == []
 
 
-def test_a_resumed_run_ends_with_the_same_bits(alone: Path, tmp_path: Path) -> None:
-    """Two steps, then one more from the checkpoint: the weights of the run that was never interrupted."""
-    out = tmp_path / "run"
-    train(ALONE, out, "trainer.steps=2")
+def test_a_resumed_run_ends_with_the_same_bits(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps, then one more from the checkpoint: the weights of the run that was never interrupted. It is evaluated
+    on secret questions: no file of it holds one, its answer or the key of a service, whatever the task says of them."""
+    out, key = tmp_path / "run", "sk-0123-of-a-service"
+    monkeypatch.setenv(KEY_ENV, key)
+    train(ALONE, out, "trainer.steps=2", "task.options.secret=true")
     resume(out, "trainer.steps=3")
     assert final_weights(out) == final_weights(alone)
+    assert files_with(out, *SECRETS, key) == set()
+    asked = load_task(recorded_run(out).task, ["main"]).question(0, recorded_run(out).seed).text
+    assert {"store.db", "rollouts/0/000001.rec"} <= files_with(out, asked)  # the search finds what is there
+    kept = [r for r in Recording([out]).rollouts.values() if r.head.split != "train"]
+    assert {r.head.status for r in kept} == {"ok", "failed"} and all(r.head.redacted for r in kept)
+    tokens = [t.tokens + t.logprobs for r in kept for t in r.body().trajectories]
+    assert tokens and not any(tokens) and {r.body().info.get("question_id", "secret-1") for r in kept} == {
+        f"secret-{i}" for i in range(8)
+    }  # fmt: skip
 
 
 def test_every_rollout_replays(alone: Path) -> None:

@@ -15,13 +15,11 @@ from mgrpo.model import trained
 from mgrpo.model.policy import Policy
 from mgrpo.model.probe import probe, probe_ids
 from tests.models import tiny_model, tiny_tokenizer
-from tests.test_attention import batch
 from tests.moe_ranks import moe_policy
+from tests.test_attention import batch
 
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor:UserWarning"
-)  # torch hides it
+# torch hides it from users, and not where warnings are errors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.config.run import RewardConfig
+from mgrpo.config.reward import RewardConfig
 from mgrpo.credit import check_names, reward_parts, trajectory_reward
 from mgrpo.errors import ConfigError
 from tests.runs import RELAY, command, started

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
 from mgrpo.pipeline.play import RolloutResult
 from mgrpo.pipeline.rollout_metrics import Load, RolloutMetrics
 from tests.play_kit import REQUEST
@@ -55,3 +61,20 @@ def test_load_is_a_mean_over_time() -> None:
     }
     load.change(1, 15.0)
     assert load.report(16.0)["rollout/perf/busy"] == 0.25
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40))
+def test_slow_tool_calls_are_not_hidden_by_a_mean(seconds: list[float]) -> None:
+    """Median and 95th percentile of a tool's seconds over all rollouts, failed ones included, as numpy computes them;
+    no other number has them."""
+    metrics = RolloutMetrics()
+    for number, value in enumerate(seconds):
+        tools = {"rollout/tool/search/seconds": [value], "rollout/tool/search/calls": [1.0]}
+        metrics.take(replace(result(0, 1.0, number % 2 == 1), tools=tools))
+    report = metrics.report(1.0)
+    for word, share in (("median", 50), ("p95", 95)):
+        wanted = np.percentile(seconds, share, method="inverted_cdf")
+        assert report[f"rollout/tool/search/seconds_{word}"] == wanted
+    assert {name for name in report if name.startswith("rollout/tool/search/calls")} == {
+        "rollout/tool/search/calls"
+    }

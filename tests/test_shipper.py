@@ -22,7 +22,7 @@ from tests.ship_kit import FakeLog, FakeStore, group
 
 @contextmanager
 def shipping(store: FakeStore, trajectory_log: Any, timeout: float = 60.0) -> Iterator[Shipper]:
-    shipper = Shipper(store, {"main": trajectory_log}, lambda rollout: 1.0, timeout)  # type: ignore[arg-type]
+    shipper = Shipper(store, {"main": trajectory_log}, lambda index, rollout: 1.0, timeout)  # type: ignore[arg-type]
     try:
         yield shipper
     finally:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mgrpo.config.run import RewardConfig
+from mgrpo.config.reward import RewardConfig
 from mgrpo.credit import trajectory_reward
 from mgrpo.types import Float32, Int32, UInt8
 
@@ -67,8 +67,10 @@ class Algorithm(ABC):
     """Whether advantages() gives every token one of its own."""
 
     def __init__(self, settings: Any, role: str, weights: RewardConfig) -> None:
-        """settings: `agents.<role>.algorithm`; of a class from outside its `options`. weights: `agents.<role>.reward`.
-        Raises ValueError naming a setting that it cannot work with."""
+        """settings: `agents.<role>.algorithm`; of a class from outside its `options`. weights: `agents.<role>.reward`,
+        in a curriculum as one stage has it: reward() is asked of the instance of the group's stage, advantages() of the
+        first stage's, since the groups of one step may be of two stages. Raises ValueError naming a setting that it
+        cannot work with."""
         self.settings, self.role, self.weights = settings, role, weights
 
     def reward(self, scores: Mapping[str, float], rollout: GroupRollout) -> float:

@@ -21,14 +21,15 @@ BUILT_IN = {
 GROUP = "mgrpo.algorithms"
 
 
-def open_algorithm(config: RunConfig, role: str) -> Algorithm:
-    """The algorithm of `role`. Raises ConfigError for a name that is not known, and for settings that it refuses."""
+def open_algorithm(config: RunConfig, role: str, stage: int = 0) -> Algorithm:
+    """The algorithm of `role`, with the reward of a stage of the curriculum. Raises ConfigError for a name that is
+    not known, and for settings that it refuses."""
     section = config.agents[role].algorithm
     where = f"agents.{role}.algorithm"
     found = find_class(f"{where}.type", section.type, BUILT_IN, GROUP, Algorithm)  # type: ignore[type-abstract]
     settings = section.options if isinstance(section, PluginAlgorithm) else section
     try:
-        return found(settings, role, config.agents[role].reward)
+        return found(settings, role, config.stage_reward(role, stage))
     except KeyError as error:
         raise ConfigError(f"{where}.options: {error} is missing") from error
     except (TypeError, ValueError) as error:

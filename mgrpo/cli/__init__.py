@@ -9,11 +9,15 @@ from typing import Annotated
 
 import typer
 
+from mgrpo.cli.bench import bench
 from mgrpo.cli.cluster.command import launch as launch_run
 from mgrpo.cli.cluster.command import monitor as follow_run
+from mgrpo.cli.filter import filter_questions
 from mgrpo.cli.keys import app as keys_app
 from mgrpo.cli.plan import plan
+from mgrpo.cli.questions import app as questions_app
 from mgrpo.cli.store import app as store_app
+from mgrpo.cli.tools import app as tools_app
 from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
 
 # What a file system says of itself, and what starting again does not mend.
@@ -28,6 +32,8 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
+app.add_typer(questions_app, name="questions")
+app.add_typer(tools_app, name="tools")
 
 Config = Annotated[Path, typer.Argument(help="The run's TOML file.", show_default=False)]
 Overrides = Annotated[
@@ -97,15 +103,34 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Seeds 1 to this number.")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs side by side; 0: one for each core.")] = 0,
     n: Annotated[int, typer.Option(help="Held-out questions of each score.")] = 400,
-    variant: Annotated[
-        list[str] | None, typer.Option(help="Only these beside co-training; repeatable.", show_default=False)
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Sampled rollouts of each held-out question, and of each question of eval.sets."),
     ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant", "--variants", metavar="NAME,...", show_default=False,
+            help="Only these beside cotrain: main-only, single, no-alignment, shared ...; repeatable.",
+        ),
+    ] = None,
+    origin: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", show_default=False,
+                     help="A run whose policies after RL every variant begins with."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and start none.")] = False,
     overrides: Overrides = None,
-) -> None:
-    """Co-training beside frozen agents and controls: runs, held-out scores, a table. Started again, it goes on."""
+) -> None:  # fmt: skip
+    """Co-training beside frozen agents, a single agent and controls at equal rollouts: runs, held-out scores, tables.
+
+    Started again, it goes on."""
     from mgrpo.cli.comparison import command
 
-    command.compare(config, out, overrides or [], seeds=seeds, at_once=jobs, n=n, names=variant or [])
+    request = command.Request(
+        config, out, overrides or [], seeds, jobs, n, variants or [], origin, repeats, dry_run
+    )
+    command.compare(request)
 
 
 @app.command()
@@ -221,6 +246,8 @@ def engine(
 
 
 app.command()(plan)
+app.command()(bench)
+app.command(name="filter")(filter_questions)
 app.command(name="launch")(launch_run)
 app.command(name="monitor")(follow_run)
 

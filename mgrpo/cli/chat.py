@@ -15,6 +15,7 @@ from mgrpo.cli.evaluate import load_agents, policy_paths
 from mgrpo.engines.base import SamplingParams
 from mgrpo.environments.episode import Agent, Conversation, Episode
 from mgrpo.environments.failure import failure_of
+from mgrpo.environments.lifetime import close_task
 from mgrpo.environments.task import Question, Task
 from mgrpo.errors import ConfigError
 from mgrpo.run.folder import RunFolder, recorded_run
@@ -67,12 +68,16 @@ def converse(run: Path, before: bool, sampled: bool, questions: Sequence[str]) -
         example = task.questions("heldout", 1)[0]
         console.print(f"A question in the task's own words, e.g. {clean(example.text)!r}; Ctrl-D ends.")
     asked = iter(questions) if questions else iter(lambda: _typed(console), None)
-    for seed, text in zip(itertools.count(), asked, strict=False):
-        if text.strip():
-            ask(task, Question(text.strip(), answer=""), agents, seed, console)
+    with asyncio.Runner() as loop:  # one for all questions: what the task opens for one serves the next
+        try:
+            for seed, text in zip(itertools.count(), asked, strict=False):
+                if text.strip():
+                    loop.run(ask(task, Question(text.strip(), answer=""), agents, seed, console))
+        finally:
+            loop.run(close_task(task))
 
 
-def ask(
+async def ask(
     task: Task, question: Question, agents: Mapping[str, Agent], seed: int, console: Console
 ) -> Rollout | None:
     """One rollout, shown turn by turn; None when it failed."""
@@ -87,7 +92,7 @@ def ask(
         console.print(line)
 
     try:
-        rollout = asyncio.run(task.play(question, ShownEpisode(agents, seed, show)))
+        rollout = await task.play(question, ShownEpisode(agents, seed, show))
     except Exception as error:  # of the task's code, a tool or the question as it was typed
         console.print(Text(f"no answer: {clean(failure_of(error, task).text)}", style="red"))
         return None

@@ -14,6 +14,7 @@ from rich.table import Table
 from mgrpo.config import AgentConfig, RunConfig
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.environments.episode import Agent
+from mgrpo.environments.lifetime import close_task
 from mgrpo.environments.task import Split, Task
 from mgrpo.errors import ConfigError
 from mgrpo.model.loading import load_policy
@@ -85,11 +86,14 @@ def load_agents(
 async def _accuracies(
     task: Task, agents: Mapping[str, Agent], split: str, n: int, seed: int
 ) -> tuple[Accuracy, Accuracy]:
-    questions = task.questions(cast(Split, split), n)
-    sampled = await evaluate(task, questions, agents, greedy=False, seed=seed)
-    greedy = await evaluate(task, questions, agents, greedy=True, seed=seed)
-    for agent_ in agents.values():
-        await agent_.engine.close()
+    try:
+        questions = task.questions(cast(Split, split), n)
+        sampled = await evaluate(task, questions, agents, greedy=False, seed=seed)
+        greedy = await evaluate(task, questions, agents, greedy=True, seed=seed)
+    finally:
+        await close_task(task)
+        for agent_ in agents.values():
+            await agent_.engine.close()
     return sampled, greedy
 
 

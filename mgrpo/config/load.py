@@ -37,8 +37,9 @@ WIDE_MARKS = {  # the longer first: those of UTF-32 begin like those of UTF-16
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path` (.toml, or the .json that a run keeps of itself) and apply overrides such as "trainer.steps=40".
 
-    An override's value is read as TOML and, failing that, as a string. task.path becomes absolute, so that every
-    process of the run finds it. Raises ConfigError.
+    An override's value is read as TOML and, failing that, as a string; a table of a list is named by its number, e.g.
+    "eval.sets.0.n=20". task.path and the paths of eval.sets become absolute, so that every process of the run finds
+    them. Raises ConfigError.
     """
     text = _text(path)
     try:
@@ -49,7 +50,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: expected a table at the top, got {type(tree).__name__}")
     for override in overrides:
         _apply(tree, override)
-    _resolve_task(tree, path)
+    _resolve_paths(tree, path)
     try:
         # JSON mode: the kept copy of a config has lists where the tree has tuples.
         return RunConfig.model_validate(tree)
@@ -86,6 +87,8 @@ def check_same_run(recorded: RunConfig, wanted: RunConfig) -> None:
 def _computed(config: RunConfig) -> dict[str, Any]:
     """The part of a config on which the numbers of a run depend: all but MAY_CHANGE."""
     tree = config.model_dump(mode="json")
+    if not config.task.stages:  # a run without a curriculum is the run that it was before there were any
+        del tree["task"]["stages"]
     if config.task.path is not None:  # where the file lies may differ from server to server
         tree["task"]["path"] = config.task.label
     for name in MAY_CHANGE:
@@ -154,17 +157,32 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = text.strip()
     node: Any = tree
     for depth, part in enumerate(parts[:-1]):
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
+        if isinstance(node, list):
+            node = node[int(part)] if _is_place(part, node) else None
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
             raise ConfigError(f"override {override!r}: {'.'.join(parts[: depth + 1])} is not a section")
-    node[parts[-1]] = value
+    if isinstance(node, dict):
+        node[parts[-1]] = value
+    elif _is_place(parts[-1], node):
+        node[int(parts[-1])] = value
+    else:
+        raise ConfigError(f"override {override!r}: {'.'.join(parts[:-1])} has {len(node)} entries")
 
 
-def _resolve_task(tree: dict[str, Any], path: Path) -> None:
-    """Make task.path absolute; what is no text is left for the config to refuse."""
-    task = tree.get("task")
-    if isinstance(task, dict) and isinstance(task.get("path"), str):
-        task["path"] = str((path.parent / task["path"]).resolve())
+def _is_place(part: str, entries: list[Any]) -> bool:
+    """Whether `part` is the number of one of the entries."""
+    return part.isascii() and part.isdigit() and int(part) < len(entries)
+
+
+def _resolve_paths(tree: dict[str, Any], path: Path) -> None:
+    """Make the paths of files absolute; what is no text is left for the config to refuse."""
+    task, evaluation = tree.get("task"), tree.get("eval")
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    for table in (task, *(sets if isinstance(sets, list) else ())):
+        if isinstance(table, dict) and isinstance(table.get("path"), str):
+            table["path"] = str((path.parent / table["path"]).resolve())
 
 
 def _first(error: ValidationError) -> str:

@@ -7,14 +7,17 @@ the key. Fields of a role that only another role can use (an outcome weight on t
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Collection
+from typing import ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mgrpo.config.algorithm import AlgorithmConfig, MGrpoAlgorithm
 from mgrpo.config.engine import EngineConfig, HfEngineConfig
+from mgrpo.config.evaluation import EvalConfig
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
+from mgrpo.config.reward import RewardConfig
 from mgrpo.config.settings import MAX_SECONDS, Settings
 from mgrpo.config.sharing import check_engines, with_shared_engines
 from mgrpo.config.store import LinkConfig, StoreConfig
@@ -71,38 +74,6 @@ class SftConfig(Settings):
     """How it falls."""
 
     _pair = field_validator("betas", mode="before")(lambda v: tuple(v) if isinstance(v, list) else v)
-
-
-_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_METRICS = ("mean", "std", "gated")  # of a role's rewards, beside one of each score
-
-
-class RewardConfig(Settings):
-    """What a trajectory of this role earns: the gate times the weighted sum of its parts. Every field but `gate` is the
-    weight of a part, a number >= 0. `correct` (main) and `outcome` (sub-agents) weigh the outcome of the rollout; every
-    other name weighs the score of that name which the task gives the trajectory, e.g. format, expert, citation. A score
-    that is known and not paid has weight 0. A name that the task does not score, and a score without a name here, are
-    refused."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, _Weight] = Field(init=False)
-
-    gate: bool = True
-    """A trajectory whose format score is 0 earns exactly 0, whatever else is true (the paper's equations 4 and 5)."""
-
-    @model_validator(mode="after")
-    def _names_are_free(self) -> RewardConfig:
-        for name in self.parts:
-            if not name.isidentifier():
-                raise ValueError(f"{name!r} is no name of a score: expected letters, digits and _")
-            if name in _METRICS:
-                raise ValueError(f"{name} is a metric of the reward itself; give the score another name")
-        return self
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Name of each part -> its weight."""
-        return dict(self.__pydantic_extra__ or {})
 
 
 class AlignmentConfig(Settings):
@@ -246,22 +217,8 @@ class RolloutConfig(Settings):
     admit."""
     deadline: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Seconds that one rollout may take; one that takes longer counts as failed, for the reason "deadline", in
-    an evaluation too. Must be less than store.group_timeout. Unset: no bound of its own."""
-
-
-class EvalConfig(Settings):
-    """Accuracy on questions that are never trained on."""
-
-    renamed: ClassVar = {"gate": "start_validation"}
-
-    every: int = Field(25, ge=1)
-    """Steps between evaluations on the validation split."""
-    validation: int = Field(120, ge=1)
-    """Questions of one evaluation on the validation split."""
-    heldout: int = Field(400, ge=1)
-    """Questions of the held-out evaluations: at the start and at the end."""
-    start_validation: int = Field(200, ge=0)
-    """Questions that validate the policies before RL; 0 skips the validation, and the run counts as not valid."""
+    an evaluation too. It does not run while the rollout waits for a service that is down. Must be less than
+    store.group_timeout. Unset: no bound of its own."""
 
 
 class RecordConfig(Settings):
@@ -321,12 +278,6 @@ class RunConfig(Settings):
         if MAIN not in self.agents:
             raise ValueError(f"agents.{MAIN} is missing; found {sorted(self.agents)}")
         for role, agent in self.agents.items():
-            wrong, right = ("outcome", "correct") if role == MAIN else ("correct", "outcome")
-            if agent.reward.parts.get(wrong):
-                raise ValueError(
-                    f"agents.{role}.reward.{wrong} has no meaning for role {role!r}, "
-                    f"whose part of the rollout's outcome is called {right!r}"
-                )
             if role == MAIN and agent.d_max != 1:
                 raise ValueError(f"agents.main.d_max must be 1 (one trajectory a rollout), got {agent.d_max}")
             if agent.model is not None and agent.sft.steps:
@@ -347,12 +298,7 @@ class RunConfig(Settings):
         self._check_rollouts()
         if all(self.agents[self.policy_of(r)].frozen for r in self.agents):
             raise ValueError("every agent is frozen; nothing would be trained")
-        for role in self.training_roles:
-            paid = MAIN if self.agents[role].algorithm.type == "grpo" else role  # a team reward is main's
-            if not any(self.agents[paid].reward.parts.values()):
-                raise ValueError(
-                    f"agents.{paid}.reward has no part with a weight above 0: all its rewards would be equal"
-                )
+        self._check_rewards()
         remote = [r for r, a in self.agents.items() if a.url is None] if self.store.url else []
         if (
             self.store.url
@@ -361,6 +307,42 @@ class RunConfig(Settings):
         ):
             raise ValueError(f"agents.{remote[0]}.url is missing: other agents of this run have an address")
         return self
+
+    def _check_rewards(self) -> None:
+        """Of every stage that changes one; without stages, those of the agents."""
+        for number, stage in enumerate(self.task.stages):
+            if unknown := sorted(set(stage.reward) - set(self.agents)):
+                raise ValueError(
+                    f"task.stages.{number}.reward.{unknown[0]}: no such role; found {sorted(self.agents)}"
+                )
+        for number in range(self.task.last_stage + 1):
+            changed = self.task.stages[number].reward if self.task.stages else {}
+
+            def where(role: str, number: int = number, changed: Collection[str] = tuple(changed)) -> str:
+                return f"task.stages.{number}.reward.{role}" if role in changed else f"agents.{role}.reward"
+
+            for role in self.agents:
+                try:
+                    reward = self.stage_reward(role, number)
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    field = ".".join(map(str, (where(role), *first["loc"])))
+                    raise ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}") from None
+                self._check_reward(role, reward, where(role))
+            for role in self.training_roles:
+                paid = MAIN if self.agents[role].algorithm.type == "grpo" else role  # a team reward is main's
+                if not any(self.stage_reward(paid, number).parts.values()):
+                    raise ValueError(
+                        f"{where(paid)} has no part with a weight above 0: all its rewards would be equal"
+                    )
+
+    def _check_reward(self, role: str, reward: RewardConfig, where: str) -> None:
+        wrong, right = ("outcome", "correct") if role == MAIN else ("correct", "outcome")
+        if reward.parts.get(wrong):
+            raise ValueError(
+                f"{where}.{wrong} has no meaning for role {role!r}, "
+                f"whose part of the rollout's outcome is called {right!r}"
+            )
 
     def _check_rollouts(self) -> None:
         if self.rollout.concurrency is not None and not self.trainer.max_lag:
@@ -392,6 +374,18 @@ class RunConfig(Settings):
                 raise ValueError(
                     f"agents.{role}.{name} differs from that of {agent.shares!r}, whose policy it shares"
                 )
+
+    def stage_of(self, index: int) -> int:
+        """Number of the stage that rollout group `index` belongs to: that of the step which claims it where no group is
+        lost."""
+        return self.task.stage_at(index // self.trainer.pool)
+
+    def stage_reward(self, role: str, stage: int) -> RewardConfig:
+        """What a trajectory of `role` earns in a stage."""
+        reward, stages = self.agents[role].reward, self.task.stages
+        if not stages or role not in stages[stage].reward:
+            return reward
+        return RewardConfig.model_validate({**reward.model_dump(), **stages[stage].reward[role]})
 
     def policy_of(self, role: str) -> str:
         """The role whose policy `role` acts with: itself, unless it shares another's."""

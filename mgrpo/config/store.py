@@ -16,11 +16,12 @@ class StoreConfig(Settings):
     """Seconds that any call may take before it fails with a named error."""
     idle_timeout: float = Field(1800.0, gt=0, le=MAX_SECONDS)
     """Seconds that a trainer or worker waits for its next work. A trainer does not count the time in which workers have
-    groups in hand: that is bounded by group_timeout."""
+    groups in hand, which is bounded by group_timeout, and nobody that in which a worker waits for a service that is
+    down, which is bounded by the service's max_outage."""
     group_timeout: float = Field(1800.0, gt=0, le=MAX_SECONDS)
     """Seconds without a finished rollout after which the store closes a group: it is trained on with the rollouts it
     has (at least half of them and two), or dropped, and its worker goes on with the next one. Must exceed the longest
-    rollout."""
+    rollout. The time in which its worker waits for a service that is down does not count."""
     lease: float = Field(60.0, gt=0, le=MAX_SECONDS)
     """Seconds after which groups that a trainer has claimed are handed out again unless it renews its claim, which it
     does three times in that time."""

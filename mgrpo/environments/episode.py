@@ -320,9 +320,10 @@ class Episode:
         """What call(*args) returns: a coroutine function's result, or that of an ordinary one in a thread of its own.
 
         Tried again, up to `attempts` times in all, where the tool could not be reached (mgrpo/environments/tools.py);
-        a call that may not be repeated gets attempts=1. timeout: seconds of one attempt; a thread cannot be ended, its
-        late result is thrown away. backoff: seconds before the second attempt; doubles each time, +-50 % by the
-        rollout's seed. Measured as `rollout/tool/<name>/{seconds,calls,retries,failures}`. No agent may sample in it.
+        a call that may not be repeated gets attempts=1. timeout: seconds of one attempt, without those in which it
+        waits for a service that is down; a thread cannot be ended, its late result is thrown away. backoff: seconds
+        before the second attempt; doubles each time, +-50 % by the rollout's seed. Measured as
+        `rollout/tool/<name>/{seconds,calls,retries,failures}`. No agent may sample in it.
 
         Raises InfrastructureError naming the tool where the last attempt failed, AttemptOverError once the episode has
         ended, ValueError for a name that is no identifier or bounds that are none, and what else `call` raises.

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mgrpo.environments.stages import StagedTask
 from mgrpo.environments.task import Task
 from mgrpo.errors import ChatError, ConfigError, ContextOverflowError, InfrastructureError, MgrpoError
 
@@ -28,10 +29,12 @@ NAME_BYTES = 256  # of a string in the store
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """text: what happened and where (file:line of the task's code)."""
+    """text: what happened and where (file:line of the task's code). wordless: the same without the error's message,
+    which may quote a question; None where the text holds none."""
 
     kind: Kind
     text: str
+    wordless: str | None = None
 
 
 def failure_of(error: BaseException, task: Task) -> Failure:
@@ -44,9 +47,9 @@ def failure_of(error: BaseException, task: Task) -> Failure:
             raise leaf
     for leaf in leaves:  # the others may be its consequence
         if isinstance(leaf, InfrastructureError | ConnectionError | TimeoutError):
-            return Failure("infrastructure", _text(leaf, task))
+            return Failure("infrastructure", *_texts(leaf, task))
     first = leaves[0]
-    return Failure("length" if isinstance(first, ContextOverflowError) else "task", _text(first, task))
+    return Failure("length" if isinstance(first, ContextOverflowError) else "task", *_texts(first, task))
 
 
 def encodable(text: str) -> str:
@@ -81,14 +84,17 @@ def _is_ours(error: BaseException) -> bool:
     return module.startswith("mgrpo.") and not module.startswith("mgrpo.tasks.")
 
 
-def _text(error: BaseException, task: Task) -> str:
+def _texts(error: BaseException, task: Task) -> tuple[str, str]:
+    """With the error's message and without it."""
+    if isinstance(task, StagedTask):  # its own code is that of its stages
+        task = task.stages[-1]
     message = str(error) if isinstance(error, MgrpoError) else f"{type(error).__name__}: {error}"
     frames = _frames(error)
     module = type(task).__module__
     package = module.rpartition(".")[0] or module
     own = [place for name, place in frames if f"{name}.".startswith(f"{package}.")]
     place = own[-1] if own else _place_of_play(task)  # it returned something that cannot be used
-    return encodable(f"{message[:LONGEST]} ({place})")
+    return encodable(f"{message[:LONGEST]} ({place})"), encodable(f"{type(error).__name__} ({place})")
 
 
 def _place_of_play(task: Task) -> str:

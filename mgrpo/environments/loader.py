@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mgrpo.config.task import TaskConfig
@@ -18,6 +18,9 @@ from mgrpo.plugins import errors_named, find_class
 BUILT_IN = {
     "atlas": "mgrpo.tasks.atlas.task:AtlasTask",
     "atlas-chat": "mgrpo.tasks.atlas.chat:AtlasChatTask",
+    "factbook": "mgrpo.tasks.factbook.task:FactbookTask",
+    "factbook-small": "mgrpo.tasks.factbook.small.task:SmallTask",
+    "research": "mgrpo.tasks.research.task:ResearchTask",
 }
 GROUP = "mgrpo.tasks"
 
@@ -25,12 +28,22 @@ GROUP = "mgrpo.tasks"
 def load_task(config: TaskConfig, roles: Sequence[str]) -> Task:
     """The task of a config; its module is imported only now. Raises ConfigError naming what is wrong, and where the
     task's own code raised."""
-    found = _find(config)
-    with errors_named(f"task {config.label!r}"):
-        try:
-            return found(dict(config.options), tuple(roles))
-        except (ValueError, TypeError) as error:  # a refusal
-            raise ConfigError(f"task {config.label!r}: {error}") from error
+    return load_tasks(config, roles, {"": config.options})[0]
+
+
+def load_tasks(
+    config: TaskConfig, roles: Sequence[str], options: Mapping[str, Mapping[str, object]]
+) -> list[Task]:
+    """One task of the config's class for each of `options`, which stand here by what their errors begin with. Raises
+    ConfigError as load_task does."""
+    found, made = _find(config), []
+    for where, given in options.items():
+        with errors_named(f"{where}task {config.label!r}"):
+            try:
+                made.append(found(dict(given), tuple(roles)))
+            except (ValueError, TypeError) as error:  # a refusal
+                raise ConfigError(f"{where}task {config.label!r}: {error}") from error
+    return made
 
 
 def _find(config: TaskConfig) -> type[Task]:

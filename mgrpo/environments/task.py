@@ -85,6 +85,9 @@ class Task(ABC):
     controls: Mapping[str, Mapping[str, object]] = MappingProxyType({})
     """For `mgrpo compare`: name of a control -> task options under which co-training's policies are scored as well."""
 
+    evaluation_sets: tuple[str, ...] = ()
+    """Names of the sets that evaluation_set() gives, for [[eval.sets]] with source = "task"."""
+
     def __init__(
         self, options: Mapping[str, object] = MappingProxyType({}), roles: Sequence[str] | None = None
     ) -> None:
@@ -103,6 +106,10 @@ class Task(ABC):
     def questions(self, split: Split, n: int, seed: int = 0) -> Sequence[Question]:
         """n fixed questions of a split, the same for every policy."""
 
+    def evaluation_set(self, name: str, n: int | None = None) -> Sequence[Question]:
+        """The first n questions (None: all) of one of `evaluation_sets`: fixed, and never trained on."""
+        raise NotImplementedError(f"{type(self).__name__} has no evaluation set {name!r}")
+
     @abstractmethod
     async def play(self, question: Question, episode: Episode) -> Rollout:
         """Run one rollout to its end: the agents talk, tools answer, conversations are closed with their scores.
@@ -114,6 +121,11 @@ class Task(ABC):
         again. Any other exception fails this rollout, which is counted and never scored 0. asyncio
         tasks that it starts end with it: what still runs when it returns or raises is cancelled and awaited.
         """
+
+    def single_agent(self, options: Mapping[str, object]) -> Mapping[str, object] | None:
+        """[task.options], or those of a stage, for "main" alone with every tool of the team whose options are given:
+        the variant "single" of `mgrpo compare`. None: there is no such agent; the default."""
+        return None
 
     # -- policies that start from scratch (a task over pretrained models need not override the rest) --
 
@@ -141,6 +153,11 @@ class Task(ABC):
 
     async def close(self) -> None:  # noqa: B027
         """Called when the worker ends, on the loop that played: close connections, end processes. Idempotent."""
+
+    def digests(self) -> Mapping[str, str]:
+        """What an outcome depends on beside questions and policies, by name: scorer, judge, prompt, corpus. A
+        benchmark's report carries them, so that two reports can be compared. The default: nothing."""
+        return {}
 
     def claims(self, figures: Figures) -> Sequence[Claim]:
         """What `mgrpo compare` must show, each claim beside what was measured; the default claims nothing."""

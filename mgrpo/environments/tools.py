@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgrpo.errors import ConfigError, InfrastructureError
+from mgrpo.services import outage
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts at a call
 UNREACHABLE = {
@@ -139,7 +140,7 @@ def _words(error: BaseException) -> str:
 async def _once(name: str, call: Callable[[], Any], timeout: float | None) -> Any:
     token = _inside.set(name)
     try:
-        async with asyncio.timeout(timeout) as bound:
+        async with outage.timeout(timeout) as bound:
             result = await call() if _is_async(call) else await _in_thread(name, call)
             return await result if inspect.isawaitable(result) else result
     except TimeoutError as error:

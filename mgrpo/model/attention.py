@@ -16,7 +16,6 @@ varlen has run on an H100 (tests/test_gpu.py: six architectures, bfloat16, forwa
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,11 +116,25 @@ def use(model: Any, kind: Kind) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
 
+    if kind == "varlen":
+        _varlen_groups()
     name = f"mgrpo_packed_{kind}"
     AttentionInterface.register(name, {"varlen": _varlen, "flash": _flash}[kind])
     # None for causal attention without padding; where there is padding, the 2-D mask, which unpacked refuses.
     AttentionMaskInterface.register(name, flash_attention_mask)
     model.set_attn_implementation(name)
+
+
+_groups_heads = False
+"""Whether torch's varlen_attn takes fewer heads of keys than of queries (torch 2.11 does not). A global that is set
+when a model is told to use it: torch.compile cannot trace the question."""
+
+
+def _varlen_groups() -> None:
+    global _groups_heads
+    from torch.nn.attention.varlen import varlen_attn
+
+    _groups_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +198,8 @@ def packs(states: Callable[..., Tensor], device: torch.device, half: bool) -> bo
 
 def _off(a: Tensor, b: Tensor) -> Tensor:
     """Distance of each token's hidden state (T, H) from the other, relative to its size."""
-    return (a - b).float().norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-6)
+    off: Tensor = (a - b).float().norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-6)
+    return off
 
 
 @torch.no_grad()
@@ -244,7 +258,7 @@ def _varlen(
     longest = kwargs["max_length_q"]
     grouped: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
-        if _varlen_groups():
+        if _groups_heads:
             grouped["enable_gqa"] = True
         else:  # torch 2.11
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -253,14 +267,6 @@ def _varlen(
     out = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=limits, **grouped)
     assert isinstance(out, Tensor)
     return out[None], None
-
-
-@functools.cache
-def _varlen_groups() -> bool:
-    """Whether torch's varlen_attn takes fewer heads of keys than of queries."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _flash(

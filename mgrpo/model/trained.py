@@ -56,7 +56,8 @@ def compile_layers(model: Any, config: PolicyConfig, name: str) -> None:
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Inside the block, what compile_layers() compiled runs as it was written: for passes that come rarely."""
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def recompute_layers(model: Any, config: PolicyConfig, name: str) -> None:

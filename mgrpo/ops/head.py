@@ -224,11 +224,13 @@ def logprob(
         if ordered is None:
             ordered = target_ids[acting.place(slice(None))]
         found.append(shard.logprob(z, ordered[at], temperature))
-    logp, entropy, maximum, total = (
-        acting.whole(list(x), absent)
-        for x, absent in zip(zip(*found, strict=True), (0.0, 0.0, 0.0, 1.0), strict=True)
+    logp, entropy, maximum, total = (list(x) for x in zip(*found, strict=True))
+    return (
+        acting.whole(logp, 0.0),
+        acting.whole(entropy, 0.0),
+        acting.whole(maximum, 0.0),
+        acting.whole(total, 1.0),
     )
-    return logp, entropy, maximum, total
 
 
 @_without_autocast
@@ -370,11 +372,13 @@ class _Products:
 
     def add(self, z: Tensor, h: Tensor, piece: Tensor | slice, has_grad: Tensor | None) -> None:
         """z (n, V): the gradient of rows `piece`, whose hidden states are h; has_grad None: all of them."""
-        if has_grad is not None and z.device.type == "cpu":
-            assert isinstance(piece, Tensor), "slices are a GPU's"
-            z, h, piece = _drop(z, h, piece, has_grad)
-        elif has_grad is not None:  # how many rows leave is not known here without waiting for the device
+        if has_grad is not None and (isinstance(piece, slice) or z.device.type != "cpu"):
+            # A row that is not finite must go: 0 x NaN would spoil the products. How many there are is not known here
+            # without waiting for the device.
             h = torch.where(has_grad[:, None], h, self._zero)
+        elif has_grad is not None:
+            assert not isinstance(piece, slice)
+            z, h, piece = _drop(z, h, piece, has_grad)
         if h.dtype in HALF and h.device.type == "cpu":
             self._add_in_float32(z, h, piece)
             return
@@ -416,7 +420,7 @@ class _Products:
 
 
 def _drop(z: Tensor, h: Tensor, piece: Tensor, has_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Leave rows out whose gradient is 0. A row that is not finite must go: 0 x NaN would spoil the products."""
+    """Leave rows out whose gradient is 0, on the CPU."""
     count = int(has_grad.sum())
     if count > _COMPACT_BELOW * z.shape[0]:
         return z, torch.where(has_grad[:, None], h, 0.0), piece

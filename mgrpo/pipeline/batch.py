@@ -19,6 +19,7 @@ from mgrpo.algorithms.statistics import LARGEST_REWARD, group_statistics
 from mgrpo.alignment import align
 from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
+from mgrpo.credit import StageRewards
 from mgrpo.losses.registry import find_loss
 from mgrpo.pipeline.batch_metrics import Member, batch_metrics, pool_metrics, sample_metrics
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation
@@ -76,7 +77,9 @@ class BatchBuilder:
 
     def __init__(self, config: RunConfig, role: str, trajectory_log: Trajectories, ranks: int) -> None:
         """ranks: processes of the trainer that the micro-batches are divided among."""
-        self._algorithm = open_algorithm(config, role)
+        stages = range(config.task.last_stage + 1)
+        self._of_stage = [open_algorithm(config, role, stage) for stage in stages]
+        self._algorithm, self._rewards = self._of_stage[0], StageRewards(config)
         self._config, self._role, self._trajectories = config, role, trajectory_log
         self._agent = config.agents[role]
         self._ranks = ranks
@@ -128,11 +131,11 @@ class BatchBuilder:
         for group in groups:
             self._batcher.drop(group.query)
         metrics = {
-            **sample_metrics(self._role, self._agent.reward, pool.groups, pool.members),
+            **sample_metrics(self._role, self._rewards, pool.groups, pool.members),
             **batch_metrics(step, plans, members),
         }
         if informative is not None:
-            of_trained = sample_metrics(self._role, self._agent.reward, groups, members)
+            of_trained = sample_metrics(self._role, self._rewards, groups, members)
             metrics |= pool_metrics(informative, len(groups), of_trained)
         mean, std = group_statistics(read.scored)
         used = {group.query for group in groups}
@@ -169,6 +172,7 @@ class BatchBuilder:
         has no part in its group's statistics."""
         group = groups[number]
         first = len(members)
+        algorithm = self._of_stage[self._config.stage_of(group.index)]
         rollouts = {
             r.rollout: GroupRollout(r.rollout, r.status == "ok", r.correct, r.reward, r.d_k)
             for r in group.rollouts
@@ -178,7 +182,7 @@ class BatchBuilder:
         for invocation in group.invocations:
             if invocation.rollout in claimed:
                 counts[invocation.rollout] += 1
-                reward = self._algorithm.reward(invocation.scores, rollouts[invocation.rollout])
+                reward = algorithm.reward(invocation.scores, rollouts[invocation.rollout])
                 if not abs(reward) <= LARGEST_REWARD:
                     raise ValueError(
                         f"{self._name(group.query, invocation)}: reward {reward} is not within +-{LARGEST_REWARD:g}"

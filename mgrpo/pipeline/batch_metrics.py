@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mgrpo.batcher import Plan
-from mgrpo.config.run import RewardConfig
-from mgrpo.credit import is_gated
+from mgrpo.credit import StageRewards, is_gated
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation, ClaimedRollout
 from mgrpo.types import MAIN, Trajectory
 
@@ -26,7 +25,7 @@ class Member:
 
 
 def sample_metrics(
-    role: str, weights: RewardConfig, groups: Sequence[ClaimedGroup], members: Sequence[Member]
+    role: str, rewards_of: StageRewards, groups: Sequence[ClaimedGroup], members: Sequence[Member]
 ) -> dict[str, float]:
     """Of all groups that were sampled for a step: rewards of the role's trajectories, outcomes, failures and calls."""
     finished = [r for g in groups for r in g.rollouts if r.status == "ok"]
@@ -36,7 +35,9 @@ def sample_metrics(
         "reward/mean": _mean(rewards),
         "reward/std": float(np.std(rewards)) if rewards else 0.0,
         "reward/correct": _mean([r.correct for r in finished]),
-        "reward/gated": _mean([is_gated(weights, i.scores) for i in mine]),
+        "reward/gated": _mean(
+            [is_gated(rewards_of.of_group(role, g.index), i.scores) for g in groups for i in g.invocations]
+        ),
         "rollouts/failed": float(sum(r.status != "ok" for g in groups for r in g.rollouts)),
     }
     for name in sorted({name for i in mine for name in i.scores}):

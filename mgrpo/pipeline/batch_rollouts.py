@@ -17,6 +17,7 @@ from mgrpo.pipeline.evaluations import Evaluations
 from mgrpo.pipeline.play import RolloutRequest, RolloutResult, all_failed, play_all
 from mgrpo.pipeline.rollout_metrics import RolloutMetrics
 from mgrpo.pipeline.worker_context import MAX_FAILED_BATCHES, WorkerContext, is_closed
+from mgrpo.services.counters import take
 from mgrpo.store.worker_client import WorkerGroup
 
 RolloutBatch = list[tuple[WorkerGroup, Question]]
@@ -81,7 +82,7 @@ class BatchRollouts:
         }
         version = context.team.sync(min_versions)
         if context.number == 0 and self._evaluations.due(version):
-            context.loop.run(self._evaluations.run("validation", version))
+            context.loop.run(self._evaluations.run_due(version))
         began = time.monotonic()
         groups = {group.query: group for group, _ in batch}
         requests = [
@@ -117,6 +118,7 @@ class BatchRollouts:
             "rollout/time/batch": seconds,
             "rollout/perf/busy": metrics.seconds / ((now - self._reported_at) * rollouts),
             "rollout/closed_groups": float(self._skipped + self._context.shipper.closed_groups()),
+            **take(),
         }
         self._skipped, self._reported_at = 0, now
         self._store.report("rollouts", {"step": version, "metrics": report})

@@ -2,8 +2,9 @@
 
 A failure of an engine, tool or judge (InfrastructureError) is tried again with another attempt number. If it stays, or
 if anything else is raised (see failure.py), the rollout is a failed one: it leaves its group, is counted and is never
-scored. So is one that takes longer than its deadline, all attempts together. What play() starts ends with its attempt:
-asyncio tasks that still run are cancelled and awaited.
+scored. So is one that takes longer than its deadline, all attempts together. The deadline does not run while a rollout
+waits for a service that is down (mgrpo/services/outage.py), which spends no attempt either. What play() starts ends
+with its attempt: asyncio tasks that still run are cancelled and awaited.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mgrpo.environments.failure import Failure, Kind, failure_of
 from mgrpo.environments.task import Question, Task
 from mgrpo.environments.tools import ToolCalls
 from mgrpo.errors import InfrastructureError
+from mgrpo.services import outage
 from mgrpo.types import Rollout, Trajectory
 
 ATTEMPTS = 3
@@ -91,13 +93,13 @@ async def play(
 ) -> RolloutResult:
     """Play one rollout, with up to ATTEMPTS attempts. The seed names the noise: same seed and weights, same rollout.
     accept: raises for a rollout that cannot be used, which is then a failed one. deadline: seconds that all attempts
-    together may take."""
+    together may take, without the outages of services that they wait for."""
     if isinstance(request.question, Unasked):
         return RolloutResult(request, 0, None, request.question.failure.text, request.question.failure.kind)
     began = time.monotonic()
     attempts = _Attempts(task, request, agents, seed, accept)
     try:
-        async with asyncio.timeout(deadline) as limit:
+        async with outage.timeout(deadline) as limit:
             result = await attempts.play(limit.expired)
     except TimeoutError:  # of ours: those of the task's code are failures
         result = None
@@ -158,7 +160,10 @@ class _Attempts:
             if failure.kind != "infrastructure":
                 break
         assert failure is not None
-        return RolloutResult(request, self.number, None, failure.text, failure.kind)
+        text = failure.text
+        if request.question.secret and failure.wordless is not None:
+            text = f"{failure.wordless}; its message is withheld, because the question is secret"
+        return RolloutResult(request, self.number, None, text, failure.kind)
 
 
 async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:

@@ -23,7 +23,7 @@ import torch
 from mgrpo.algorithms import open_algorithm
 from mgrpo.config import RunConfig
 from mgrpo.config.policy import EXTERNAL
-from mgrpo.credit import trajectory_reward
+from mgrpo.credit import StageRewards, trajectory_reward
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.losses.registry import find_loss
 from mgrpo.model.loading import load_policy, load_reference
@@ -285,12 +285,13 @@ def _claimed(
 ) -> ClaimedGroup:
     """A group as the store would deliver it to `role`."""
     ended, invocations = [], []
+    weights = StageRewards(config).of_group(MAIN, index)
     for rollout in rollouts:
         head, body = rollout.head, rollout.body()
         main = next((t for t in body.trajectories if t.role == MAIN), None)
         scores, reward = (main.scores if main else {}), 0.0
         if head.status == "ok":
-            reward = trajectory_reward(MAIN, config.agents[MAIN].reward, scores, head.correct)
+            reward = trajectory_reward(MAIN, weights, scores, head.correct)
         ended.append(
             ClaimedRollout(head.rollout, head.status, reward, head.correct, head.d_k, scores, -1, -1)
         )

@@ -55,7 +55,7 @@ class RoleStream:
     def claim(self, step: int, is_wanted: Callable[[], bool]) -> list[ClaimedGroup]:
         """The groups of this step; waits for them in slices. is_wanted: whether the trainer itself waits for them,
         asked after each slice; it raises to stop waiting. Time in which it does not, or in which workers have groups in
-        hand, does not count: the store closes those of which nothing arrives."""
+        hand or wait for a service that is down, does not count: the store closes those of which nothing arrives."""
         limit, wanted = self._config.store.idle_timeout, self._config.trainer.pool
         busy = time.monotonic()
         while True:
@@ -67,7 +67,7 @@ class RoleStream:
                         f"trainer {self.role} at step {step}: no {wanted} finished groups in "
                         f"the store's claim queue, and no worker had any in hand for {limit:g} s (store.idle_timeout)"
                     ) from None
-            if not is_wanted() or self.store.world().open:
+            if not is_wanted() or (world := self.store.world()).open or world.paused:
                 busy = time.monotonic()
 
     def check(self) -> None:

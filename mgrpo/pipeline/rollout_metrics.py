@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from mgrpo.pipeline.play import RolloutResult
 
 CALLS = {0: "0", 1: "1", 2: "2", 4: "3_4", 8: "5_8", 16: "9_16"}  # most calls -> name of the bucket
 DURATIONS = {1: "1s", 4: "4s", 16: "16s", 64: "64s", 256: "256s", 1024: "1024s"}  # most seconds -> name
+QUANTILES = {"median": 0.5, "p95": 0.95}  # of a tool's seconds
+SAMPLED = "rollout/tokens/"  # the metric of each role: its sampled tokens
 MORE = "more"  # name of the bucket beyond the last
 
 
@@ -43,7 +46,7 @@ class DropRate:
 class RolloutMetrics:
     """Counts over the results of a batch, or of a span of time."""
 
-    tokens: int = 0  # sampled
+    tokens: Counter[str] = field(default_factory=Counter)  # sampled, by role
     mismatches: int = 0  # turns with a retokenization mismatch
     seconds: float = 0.0  # that the rollouts took, summed
     failed: Counter[str] = field(default_factory=Counter)  # by kind
@@ -62,7 +65,8 @@ class RolloutMetrics:
             self.failure = result.failure
         for rate, value in zip(self.drop, (result.calls, result.seconds), strict=True):
             rate.take(value, result.kind is not None)
-        self.tokens += sum(int(t.loss_mask.sum()) for t in result.trajectories())
+        for trajectory in result.trajectories():
+            self.tokens[trajectory.role] += int(trajectory.loss_mask.sum())
         for name, values in result.metrics().items():
             self.values.setdefault(name, []).extend(values)
 
@@ -71,14 +75,27 @@ class RolloutMetrics:
         reported one."""
         calls, duration = self.drop
         return {
-            "rollout/perf/tok_per_s": self.tokens / seconds,
+            "rollout/perf/tok_per_s": self.tokens.total() / seconds,
+            **{f"{SAMPLED}{role}": count for role, count in sorted(self.tokens.items())},
             "rollout/retokenization_mismatch": self.mismatches,
             "rollout/failed": self.failed.total(),
             **{f"rollout/failed_by_{kind}": self.failed[kind] for kind in KINDS},
             **calls.report(),
             **duration.report(),
             **{name: sum(values) / len(values) for name, values in sorted(self.values.items())},
+            **self._of_tools(),
         }
+
+    def _of_tools(self) -> dict[str, float]:
+        """Median and 95th percentile of the seconds of each tool's calls, by nearest rank: a mean hides the few slow
+        calls that rollouts wait for."""
+        found: dict[str, float] = {}
+        for name, values in self.values.items():
+            if name.startswith("rollout/tool/") and name.endswith("/seconds"):
+                ranked = sorted(values)
+                for word, share in QUANTILES.items():
+                    found[f"{name}_{word}"] = ranked[math.ceil(share * len(ranked)) - 1]
+        return found
 
 
 @dataclass(slots=True)

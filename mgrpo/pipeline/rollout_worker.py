@@ -1,4 +1,4 @@
-"""A rollout worker: start validation -> rollouts, in batches or streaming -> the last evaluation.
+"""A rollout worker: preflight -> start validation -> rollouts, in batches or streaming -> the last evaluation.
 
 How rollouts are played follows from trainer.max_lag: 0 plays one step's share after the other (batch_rollouts.py),
 reproducible to the last bit; from 1 on they stream (streaming.py). Worker 0 also validates the start before RL, and
@@ -16,6 +16,7 @@ import torch
 
 from mgrpo.addresses import Addresses
 from mgrpo.config import RunConfig, config_digest
+from mgrpo.environments.lifetime import close_task, preflight
 from mgrpo.environments.task import Split, Task
 from mgrpo.errors import MgrpoError
 from mgrpo.pipeline.batch_rollouts import BatchRollouts
@@ -26,6 +27,7 @@ from mgrpo.pipeline.team import Team
 from mgrpo.pipeline.worker_context import WorkerContext, main_reward
 from mgrpo.pipeline.worker_loop import Shutdown, WorkerLoop
 from mgrpo.record.rollouts import RolloutRecorder
+from mgrpo.services.outage import outages
 from mgrpo.store.worker_client import WorkerClient
 from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.transport.client import Client
@@ -45,7 +47,9 @@ class RolloutWorker:
         torch.set_num_threads(config.rollout.threads)
         digest, name, timeout = config_digest(config), f"rollout-{number}", config.store.timeout
         key = client_keys(addresses, "worker")
-        store = WorkerClient(addresses.store, "worker", name=name, run=digest, timeout=timeout, key=key)
+        store = WorkerClient(
+            addresses.store, "worker", name=name, run=digest, timeout=timeout, key=key, waits=outages
+        )
         sender = Sender(digest, "worker", name, "")
         self._clients = {
             role: Client(url, peer=f"trainer {role}", timeout=timeout, sender=sender, security=key)
@@ -88,13 +92,18 @@ class RolloutWorker:
         context.recorder.close()
         if self._streaming is not None:
             self._streaming.close()
-        context.loop.close(context.team.close())
+        context.loop.close(self._close())
 
     def run(self) -> None:
         """Roll out until every trainer has made its last step, the run is stopped, or stop() was called."""
         context = self._context
         try:
             context.team.connect(context.log, context.recorder.tokenizer)
+            if context.number == 0:
+                self._evaluations.prepare()
+                context.loop.run(
+                    preflight(context.task, context.config.task.label, context.config.store.idle_timeout)
+                )
             version = self._wait_for_version(0)
             if context.number == 0 and version == 0 and not self._validate_start():
                 return
@@ -124,8 +133,10 @@ class RolloutWorker:
         """Validate the policies RL starts from; False ends the run. A run that skips this goes on, and is not valid."""
         context = self._context
         n = context.config.eval.start_validation
+        context.store.be_alive()  # before it opens a group: the evaluation may wait for a service
         context.team.sync({})
         self._evaluate("heldout", "validation", step=0)
+        context.loop.run(self._evaluations.run_sets(0))
         if not n:
             context.store.report(
                 "start_validation",
@@ -146,11 +157,19 @@ class RolloutWorker:
         context = self._context
         context.team.sync(dict.fromkeys(context.config.training_roles, version))
         self._evaluate("validation", "heldout", step=version)
+        context.loop.run(self._evaluations.run_sets(version))
         context.store.set_control("finished", "all steps done")
 
     def _evaluate(self, *splits: Split, step: int) -> None:
         for split in splits:
             self._context.loop.run(self._evaluations.run(split, step))
+
+    async def _close(self) -> None:
+        """The last work on the worker's loop."""
+        try:
+            await self._context.team.close()
+        finally:
+            await close_task(self._context.task)
 
     def _wait_for_version(self, version: int) -> int:
         """The oldest published version, once it is at least `version`."""

@@ -54,11 +54,11 @@ class Shipper:
         self,
         store: WorkerClient,
         logs: Mapping[str, TrajectoryLogClient],
-        reward: Callable[[Rollout], float],
+        reward: Callable[[int, Rollout], float],
         timeout: float,
     ) -> None:
-        """logs: of the roles that train; other roles' tokens are dropped. timeout: seconds that the store and the
-        logs may go without taking a record."""
+        """logs: of the roles that train; other roles' tokens are dropped. reward: what the main agent earns in a
+        group of that number. timeout: seconds that the store and the logs may go without taking a record."""
         self._store, self._logs, self._reward, self._timeout = store, logs, reward, timeout
         self._queue: deque[_Work] = deque()
         self._error: BaseException | None = None
@@ -223,7 +223,7 @@ class Shipper:
         return self._store.rollout_final(
             work.group,
             rollout.rollout,
-            reward=self._reward(rollout),
+            reward=self._reward(work.group.index, rollout),
             correct=rollout.correct,
             d_k={role: n for role, n in rollout.d_k().items() if role in self._logs},
             scores=rollout.main.scores,

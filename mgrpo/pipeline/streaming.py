@@ -31,6 +31,7 @@ from mgrpo.pipeline.play import RolloutRequest, RolloutResult, all_failed, play
 from mgrpo.pipeline.rollout_metrics import Load, RolloutMetrics
 from mgrpo.pipeline.team import WAIT_SLICE
 from mgrpo.pipeline.worker_context import MAX_FAILED_BATCHES, WorkerContext, is_closed, oldest_version
+from mgrpo.services.counters import take
 from mgrpo.store.records import World
 from mgrpo.store.worker_client import WorkerGroup
 
@@ -159,7 +160,7 @@ class Streaming:
 
     async def _evaluate(self, version: int) -> None:
         await self._until(lambda: not self._loading)
-        await self._evaluations.run("validation", version)
+        await self._evaluations.run_due(version)
         self._evaluating = False
         self._notify()
 
@@ -305,7 +306,8 @@ class Streaming:
             self._start_rollouts()
             self._divide_groups()
             await self._report()
-            if self._groups.in_flight or self._evaluating:
+            assert self._world is not None
+            if self._groups.in_flight or self._evaluating or self._world.paused:
                 idle_since = time.monotonic()
             else:
                 self._context.check_idle(self._published + 1, idle_since)
@@ -326,7 +328,7 @@ class Streaming:
         seconds = max(now - self._load.since, 1e-9)
         closed = self._skipped + self._context.shipper.closed_groups()
         load = self._load.report(now)
-        report = self._metrics.report(seconds) | load | {"rollout/closed_groups": float(closed)}
+        report = self._metrics.report(seconds) | load | {"rollout/closed_groups": float(closed)} | take()
         step, self._reported = self._reported, self._published
         self._metrics, self._skipped = RolloutMetrics(), 0
         await self._in_thread(

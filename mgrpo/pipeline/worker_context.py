@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mgrpo.config import RunConfig
-from mgrpo.credit import check_scores, trajectory_reward
+from mgrpo.credit import StageRewards, check_scores, trajectory_reward
 from mgrpo.environments.episode import mix
 from mgrpo.environments.failure import encodable, shortened
 from mgrpo.environments.task import Question, Task
@@ -17,7 +17,7 @@ from mgrpo.pipeline.play import RolloutResult, question_of
 from mgrpo.pipeline.shipper import Shipper
 from mgrpo.pipeline.team import WAIT_SLICE, Team
 from mgrpo.pipeline.worker_loop import WorkerLoop
-from mgrpo.record.rollouts import RolloutRecorder
+from mgrpo.record.rollouts import Asked, RolloutRecorder
 from mgrpo.store.records import World
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
 from mgrpo.types import MAIN, Rollout
@@ -37,7 +37,13 @@ class WorkerContext:
     recorder: RolloutRecorder
     team: Team
     loop: WorkerLoop
-    _scored: set[str] = field(default_factory=set)  # roles whose scores have fitted their reward
+    _paused_at: float = -1e9  # when published() last found a paused worker
+    _scored: set[tuple[str, int]] = field(default_factory=set)  # role and stage whose scores have fitted
+    _stage: int = 0  # of the newest group that was opened
+    _rewards: StageRewards = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rewards = StageRewards(self.config)
 
     @property
     def share(self) -> int:
@@ -54,7 +60,10 @@ class WorkerContext:
 
     def published(self) -> int:
         """The oldest version that the training roles have published (-1 before the first)."""
-        return oldest_version(self.store.world())
+        world = self.store.world()
+        if world.paused:
+            self._paused_at = time.monotonic()
+        return oldest_version(world)
 
     def wait_a_little(self, version: int, since: float) -> None:
         """Wait for a version, but not for long: a dropped group may have left room for another one meanwhile. Raises
@@ -66,8 +75,9 @@ class WorkerContext:
         self.loop.check()
 
     def check_idle(self, version: int, since: float) -> None:
-        """Raise DeadlineError when this version has not come for idle_timeout seconds since `since`."""
-        if time.monotonic() - since > self.config.store.idle_timeout:
+        """Raise DeadlineError when this version has not come for idle_timeout seconds since `since`, or since another
+        worker last waited for a service that is down."""
+        if time.monotonic() - max(since, self._paused_at) > self.config.store.idle_timeout:
             raise DeadlineError(
                 f"worker {self.number}: version {version} of {', '.join(self.config.training_roles)} was not "
                 f"published within {self.config.store.idle_timeout:g} s"
@@ -79,16 +89,21 @@ class WorkerContext:
         question = question_of(self.task, index, self.config.seed)
         try:
             group = self.store.open_group(
-                query=f"{index // self.config.trainer.pool}/{index}",
+                query=query_of(index, self.config.trainer.pool),
                 k=self.config.trainer.group_size,
                 d_max={role: self.config.agents[role].d_max for role in self.config.roles},
                 index=index,
-                meta={"question": shortened(question.text[:200])},
+                meta={"question": "" if question.secret else shortened(question.text[:200])},
                 seed=self.config.seed,
                 timeout=0.0,
             )
         except GroupClosedError:
             return None
+        if (stage := self.config.stage_of(index)) > self._stage:
+            self._stage = stage
+            if self.number == 0:
+                name, step = self.config.task.stage_name(stage), index // self.config.trainer.pool
+                self.log(f"stage {name} from step {step} on")
         return group, question
 
     def is_beyond_the_run(self, index: int) -> bool:
@@ -114,31 +129,55 @@ class WorkerContext:
             asked(result.request.question),
             result.rollout,
             result.failure,
+            result.kind or "",
         )
         self.shipper.ship(group, result)
 
     def check_rewards(self, rollout: Rollout) -> None:
-        """Raise for a rollout that could not be paid. Where the names of its scores never fitted the reward, that would
-        be so in every rollout: ConfigError. Where they did, or the task declared them, it is this rollout's failure."""
+        """Raise for a rollout that could not be paid. Where the names of its scores never fitted the reward of its
+        stage, that would be so in every rollout: ConfigError. Where they did, or the task declared them, it is this
+        rollout's failure."""
+        index = index_of(rollout.query)
+        stage = self.config.task.last_stage if index is None else self.config.stage_of(index)
         for t in rollout.trajectories():
+            weights = (
+                self._rewards.of_evaluation(t.role)
+                if index is None
+                else self._rewards.of_group(t.role, index)
+            )
             try:
-                check_scores(t.role, self.config.agents[t.role].reward, t.scores)
+                check_scores(t.role, weights, t.scores)
             except ConfigError as error:
-                if t.role in self.task.scores or t.role in self._scored:
-                    raise ValueError(str(error)) from None
-                raise
-            self._scored.add(t.role)
+                where = f"stage {self.config.task.stage_name(stage)}: " if self.config.task.stages else ""
+                if t.role in self.task.scores or (t.role, stage) in self._scored:
+                    raise ValueError(f"{where}{error}") from None
+                raise ConfigError(f"{where}{error}") from None
+            self._scored.add((t.role, stage))
 
 
-def main_reward(config: RunConfig) -> Callable[[Rollout], float]:
-    """What the main agent's trajectory of a rollout earns."""
-    weights = config.agents[MAIN].reward
-    return lambda rollout: trajectory_reward(MAIN, weights, rollout.main.scores, rollout.correct)
+def main_reward(config: RunConfig) -> Callable[[int, Rollout], float]:
+    """What the main agent's trajectory of a rollout earns in a group of that number."""
+    rewards = StageRewards(config)
+    return lambda index, rollout: trajectory_reward(
+        MAIN, rewards.of_group(MAIN, index), rollout.main.scores, rollout.correct
+    )
 
 
-def asked(question: Question) -> tuple[str, str]:
-    """A question and its gold answer, as the record can write them."""
-    return encodable(str(question.text)), encodable(str(question.answer))
+def query_of(index: int, pool: int) -> str:
+    """What the store calls group number `index`; pool: groups that a step claims."""
+    return f"{index // pool}/{index}"
+
+
+def index_of(query: str) -> int | None:
+    """The number of a training group of that name; None for the query of an evaluation."""
+    step, _, index = query.rpartition("/")
+    return int(index) if step.isdigit() else None
+
+
+def asked(question: Question) -> Asked:
+    """A question and its gold answer, as the record can write them, and whether it may."""
+    secret = str(question.id) if question.secret else None
+    return Asked(encodable(str(question.text)), encodable(str(question.answer)), secret)
 
 
 def oldest_version(world: World) -> int:

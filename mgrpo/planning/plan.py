@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgrpo.config import RunConfig, load_config, view_of
-from mgrpo.environments.loader import load_task
+from mgrpo.environments.stages import load_staged
 from mgrpo.errors import ConfigError
 from mgrpo.planning.assumptions import Assumptions, Gpu
 from mgrpo.planning.machine import host_memory
@@ -95,7 +95,7 @@ def plan_agent(config: RunConfig, role: str, limits: Limits) -> AgentPlan:
     with tempfile.TemporaryDirectory() as made:
         folder = view.agent.model
         if folder is None:
-            load_task(config.task, config.roles).build_policy(role, config.seed, made)
+            load_staged(config).build_policy(role, config.seed, made)
         memory, parameters = plan_step(Path(folder or made), view, f"agents.{role}.model")
     traffic = traffic_of(config, view, parameters, limits.assumed)
     cuda = policy.device == "cuda"

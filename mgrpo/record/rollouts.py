@@ -5,17 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from mgrpo.config.run import RecordConfig
+from mgrpo.record.redaction import WITHHELD, redacted_info
 from mgrpo.record.schema import EVALUATION, RolloutBody, RolloutHead, TrajectoryRecord
 from mgrpo.record.writer import RecordWriter, Report
 from mgrpo.types import Rollout, Trajectory
 
 TEXT = 300  # characters of a question or an answer in a record's head
 TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question and its gold answer. secret: its id where nothing but ids, scores and lengths may be kept of it, no
+    text and no token; None for any other question."""
+
+    text: str
+    gold: str
+    secret: str | None = None
 
 
 class RolloutRecorder:
@@ -34,27 +46,33 @@ class RolloutRecorder:
             self._writer.file(f"{role}.{TOKENIZER}", files[TOKENIZER])
 
     def train(
-        self, step: int, index: int, query: str, rollout: int, asked: tuple[str, str], played: Rollout | None,
-        failure: str,
+        self, step: int, index: int, query: str, rollout: int, asked: Asked | tuple[str, str],
+        played: Rollout | None, failure: str, kind: str = "",
     ) -> None:  # fmt: skip
-        """A rollout of a training group; `asked` is its question and gold answer, failure why there is none."""
+        """A rollout of a training group; `asked` is its question and gold answer, failure why there is none, kind that
+        of the failure."""
         if self._writer is None or not self._writer.active:
             return
-        every = self._config.tokens_every
+        every, asked = self._config.tokens_every, _asked(asked)
         keep = every > 0 and step % every == 0
         self._write(
-            _head(query, rollout, (step, index), ("train", "sampled"), asked, played),
-            _body(played, failure, keep),
+            _head(query, rollout, (step, index), ("train", "sampled", kind), asked, played),
+            _body(played, failure, keep, asked.secret),
         )
 
     def evaluation(
-        self, step: int, split: str, mode: str, number: int, asked: tuple[str, str], played: Rollout | None
-    ) -> None:
-        """A rollout of an evaluation: question `number` of `split`. Only the first few are kept."""
+        self, step: int, split: str, mode: str, number: int, asked: Asked | tuple[str, str],
+        played: Rollout | None, failure: str = "", kind: str = "",
+    ) -> None:  # fmt: skip
+        """A rollout of an evaluation: question `number` of `split`; failure and kind as in train(). Only the first few
+        are kept."""
         if self._writer is None or not self._writer.active or number >= self._config.evaluation:
             return
-        query = f"{EVALUATION}/{split}/{step}/{mode}/{number}"
-        self._write(_head(query, 0, (step, number), (split, mode), asked, played), _body(played, "", True))
+        query, asked = f"{EVALUATION}/{split}/{step}/{mode}/{number}", _asked(asked)
+        self._write(
+            _head(query, 0, (step, number), (split, mode, kind), asked, played),
+            _body(played, failure, True, asked.secret),
+        )
 
     def _write(self, head: RolloutHead, body: RolloutBody) -> None:
         assert self._writer is not None
@@ -72,6 +90,10 @@ class RolloutRecorder:
             self._writer.close()
 
 
+def _asked(asked: Asked | tuple[str, str]) -> Asked:
+    return asked if isinstance(asked, Asked) else Asked(*asked)
+
+
 def _number(value: object) -> float:
     """A score as a task gave it; NaN for what is no number."""
     try:
@@ -81,13 +103,15 @@ def _number(value: object) -> float:
 
 
 def _head(
-    query: str, number: int, place: tuple[int, int], how: tuple[str, str], asked: tuple[str, str],
+    query: str, number: int, place: tuple[int, int], how: tuple[str, str, str], asked: Asked,
     rollout: Rollout | None,
 ) -> RolloutHead:  # fmt: skip
     tokens: dict[str, int] = {}
     for trajectory in rollout.trajectories() if rollout else []:
         tokens[trajectory.role] = tokens.get(trajectory.role, 0) + len(trajectory)
     answer = rollout.info.get("answer") if rollout else None
+    if asked.secret is not None:
+        asked, answer = Asked("", "", asked.secret), None
     return RolloutHead(
         id=f"{query}/{number}",
         query=query,
@@ -100,11 +124,21 @@ def _head(
         correct=_number(rollout.correct) if rollout else 0.0,
         d_k=rollout.d_k() if rollout else {},
         tokens=tokens,
-        question=clean(asked[0]),
+        question=clean(asked.text),
         answer="" if answer is None else clean(answer),
-        gold=clean(asked[1]),
+        gold=clean(asked.gold),
         at=time.time(),
+        redacted=asked.secret is not None,
+        failed_by="" if rollout else how[2],
+        tool_errors=_tool_errors(rollout),
     )
+
+
+def _tool_errors(rollout: Rollout | None) -> int:
+    calls = rollout.info.get("tools") if rollout else None
+    if not isinstance(calls, list | tuple):
+        return 0
+    return sum(isinstance(call, Mapping) and call.get("status") == "tool_error" for call in calls)
 
 
 def clean(value: object) -> str:
@@ -116,10 +150,11 @@ def clean(value: object) -> str:
     return text[:TEXT].encode("utf-8", "replace").decode()
 
 
-def _body(rollout: Rollout | None, failure: str, keep: bool) -> RolloutBody:
+def _body(rollout: Rollout | None, failure: str, keep: bool, secret: str | None) -> RolloutBody:
     if rollout is None:
-        return RolloutBody([], {}, clean(failure))
-    return RolloutBody([_record(t, keep) for t in rollout.trajectories()], dict(rollout.info))
+        return RolloutBody([], {}, clean(failure) if secret is None else WITHHELD)
+    info = dict(rollout.info) if secret is None else redacted_info(rollout, secret)
+    return RolloutBody([_record(t, keep and secret is None) for t in rollout.trajectories()], info)
 
 
 def _record(trajectory: Trajectory, keep: bool) -> TrajectoryRecord:

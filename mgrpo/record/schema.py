@@ -30,6 +30,9 @@ class RolloutHead(msgspec.Struct, tag="rollout", gc=False):
     answer: str
     gold: str
     at: float = 0.0  # Unix time of the recording
+    redacted: bool = False  # of a secret question: its texts are empty, and no tokens are kept
+    failed_by: str = ""  # kind of the failure (environments/failure.py); "" in records of before it was kept
+    tool_errors: int = 0  # tool calls that its agents got wrong, where the task records them in info["tools"]
 
 
 class TrajectoryRecord(msgspec.Struct, gc=False):

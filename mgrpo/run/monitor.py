@@ -192,6 +192,8 @@ class Monitor:
             text = f"{payload['split']} accuracy at step {step}: "
             text += ", ".join(f"{m} {payload[m]:.3f}" for m in ("sampled", "greedy") if m in payload)
             self._display.line(f"{text}  ({payload['n']} questions)", "bold")
+        elif kind == "eval_set":
+            self._display.line(_set_line(step, payload), "bold")
         elif kind == "start_validation":
             self._display.line(f"start validation: {payload['text']}", "green" if payload["valid"] else "red")
         elif kind != "rollouts":
@@ -202,6 +204,15 @@ class Monitor:
         step, values = values_of(kind, payload)
         if values and self._metrics is not None:
             self._metrics.write(step, time.monotonic() - self._began, values, seq)
+
+
+def _set_line(step: int, payload: Mapping[str, Any]) -> str:
+    """What a named evaluation set has shown, for people."""
+    error = "" if payload["stderr"] is None else f" ± {payload['stderr']:.3f}"
+    how = "greedy" if payload["mode"] == "greedy" else f"{payload['repeats']} sampled each"
+    failed = f", {payload['failed']} rollouts failed" if payload["failed"] else ""
+    text = f"{payload['split']} at step {step}: avg {payload['avg']:.3f}{error}"
+    return f"{text}  ({payload['n']} questions, {how}{failed})"
 
 
 def part_of(source: str) -> str:
@@ -221,7 +232,7 @@ class Progress:
             kind == "rollouts"
         ):  # of groups that are played once; a batch in which everything failed is no progress
             return float(payload["metrics"].get("rollout/perf/tok_per_s", 0.0)) > 0
-        if kind not in ("sft", "step", "eval", "start_validation"):
+        if kind not in ("sft", "step", "eval", "eval_set", "start_validation"):
             return False
         key = (part_of(source), kind, str(payload.get("role", "")), str(payload.get("split", "")))
         step = int(payload.get("step", 0))
@@ -238,6 +249,7 @@ class _Summary:
         self._config = config
         self._heldout: dict[str, dict[str, float] | None] = {"start": None, "final": None}
         self._validation: dict[int, dict[str, float]] = {}
+        self._sets: dict[str, dict[int, dict[str, float]]] = {}  # name of a named set -> step -> avg, stderr
         self._validated: dict[str, Any] | None = None
         self._d_k: dict[str, Any] = {}
         self._steps = dict.fromkeys(config.training_roles, 0)
@@ -271,7 +283,10 @@ class _Summary:
             self._mismatch = max(self._mismatch, int(value))
         elif first == "eval":
             split, _, mode = rest.partition("/")
-            self._accuracy(split, step)[mode] = float(value)
+            if split in ("validation", "heldout"):
+                self._accuracy(split, step)[mode] = float(value)
+            elif mode in ("avg", "stderr"):
+                self._sets.setdefault(split, {}).setdefault(step, {})[mode] = float(value)
         elif rest == "reward/mean" and first in self._steps:
             self._steps[first] = step
             self._trained = True
@@ -300,10 +315,18 @@ class _Summary:
             if payload["split"] == "heldout":
                 self._d_k = payload["d_k"]
 
+        elif kind == "eval_set":
+            known = self._sets.setdefault(payload["split"], {}).setdefault(payload["step"], {})
+            known.update({name: payload[name] for name in ("avg", "stderr") if payload[name] is not None})
+
     def result(self, seconds: float, finished: bool) -> dict[str, Any]:
         return {
             "heldout": self._heldout,
             "validation": {str(step): self._validation[step] for step in sorted(self._validation)},
+            "sets": {
+                name: {str(step): steps[step] for step in sorted(steps)}
+                for name, steps in sorted(self._sets.items())
+            },
             "valid": self._validated is not None and bool(self._validated["valid"]),
             "start_validation": self._validated,
             "finished": finished,

@@ -10,6 +10,7 @@ from types import FrameType
 
 from mgrpo.algorithms import open_algorithm
 from mgrpo.config import RunConfig, config_digest, load_config, view_of
+from mgrpo.config.evaluation import OWN
 from mgrpo.credit import check_names
 from mgrpo.engines.process import run_server
 from mgrpo.engines.registry import find_engine
@@ -45,13 +46,28 @@ def check_plugins(config: RunConfig) -> None:
 
 
 def load_run_task(config: RunConfig) -> Task:
-    """The task of a config. Raises ConfigError when its options, the config's roles or their rewards do not fit it."""
-    from mgrpo.environments.loader import load_task
+    """The task of a config. Raises ConfigError when its options, the config's roles, their rewards or its evaluation
+    sets do not fit it."""
+    from mgrpo.environments.stages import load_staged, tasks_of_stages
 
-    task = load_task(config.task, config.roles)
-    for role, names in task.scores.items():
-        if role in config.agents:
-            check_names(role, config.agents[role].reward, names)
+    task = load_staged(config)
+    for stage, of_stage in enumerate(tasks_of_stages(task, config.task.last_stage + 1)):
+        for role, names in of_stage.scores.items():
+            if role not in config.agents:
+                continue
+            try:
+                check_names(role, config.stage_reward(role, stage), names)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"task.stages.{stage}: {error}" if config.task.stages else str(error)
+                ) from None
+    for number, evaluation in enumerate(config.eval.sets):
+        if evaluation.source == OWN and evaluation.name not in task.evaluation_sets:
+            known = ", ".join(task.evaluation_sets) or "none"
+            raise ConfigError(
+                f"eval.sets.{number}.name {evaluation.name!r}: task {config.task.label!r} has no such set "
+                f"(its sets: {known})"
+            )
     return task
 
 

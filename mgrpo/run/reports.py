@@ -48,6 +48,18 @@ class _Eval(msgspec.Struct):
     d_k: dict[str, dict[str, int]]
 
 
+class _EvalSet(msgspec.Struct):
+    step: int
+    split: str
+    mode: str
+    n: int
+    repeats: int
+    avg: float
+    stderr: float | None
+    failed: int
+    tags: dict[str, float]
+
+
 class _StartValidation(msgspec.Struct):
     valid: bool
     text: str
@@ -58,6 +70,7 @@ _FORMS = {
     "sft": _Sft,
     "rollouts": _Rollouts,
     "eval": _Eval,
+    "eval_set": _EvalSet,
     "start_validation": _StartValidation,
 }
 
@@ -88,6 +101,10 @@ def values_of(kind: str, payload: Mapping[str, Any]) -> tuple[int, dict[str, flo
         return step - payload["steps"], {f"{payload['role']}/sft/loss": payload["loss"]}
     if kind == "eval":
         return step, {f"eval/{payload['split']}/{m}": payload[m] for m in ("sampled", "greedy")}
+    if kind == "eval_set":
+        named = {"avg": payload["avg"], "stderr": payload["stderr"], "failed": float(payload["failed"])}
+        named |= {f"{tag}/avg": value for tag, value in payload["tags"].items()}
+        return step, {f"eval/{payload['split']}/{m}": v for m, v in named.items() if v is not None}
     if kind == "start_validation":
         return step, {"start_validation/valid": float(payload["valid"])}
     return step, {}

@@ -52,6 +52,9 @@ def draw_curves(folder: Path, title: str) -> Path | None:
             if points:
                 accuracy.plot(*zip(*points, strict=True), style, color=colour, label=f"{split}, {mode}")
     accuracy.set(title="accuracy on questions never trained on", ylim=(0, 1.02))
+    for name in sorted({k for r in records for k in r if k.startswith("eval/") and k.count("/") == 2}):
+        if name.endswith("/avg"):
+            accuracy.plot(*zip(*series(records, name), strict=True), "s--", label=name.split("/")[1])
     for axis, name, label in (
         (reward, "reward/mean", "mean reward"),
         (entropy, "policy/entropy", "entropy (nats)"),

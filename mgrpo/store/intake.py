@@ -248,9 +248,20 @@ class Intake:
 
     # -- closing --------------------------------------------------------------------------------------------
 
+    def pause(self, worker: str, now: float) -> None:
+        """The worker waits for a service that is down, and says so again and again: its groups lose no time."""
+        self.state.paused.add(worker)
+        for group in self.state.open.values():
+            if group.worker == worker:
+                group.progress_at = now
+
+    def go_on(self, worker: str) -> None:
+        """It does not wait any more."""
+        self.state.paused.discard(worker)
+
     def expire(self, now: float) -> None:
         """Close groups of which nothing has arrived for group_timeout_s: a rollout may take that long, and a group as
-        long as its rollouts keep ending."""
+        long as its rollouts keep ending. Those of a paused worker get that time anew."""
         limit = self.state.params.group_timeout_s
         for group in [g for g in self.state.open.values() if now - g.progress_at >= limit]:
             self._close(

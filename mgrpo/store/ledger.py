@@ -28,6 +28,7 @@ HEARD = 4096  # report numbers remembered per sender
 METHODS: dict[str, tuple[type[Any] | None, str]] = {  # method -> (request record, who may call it)
     "open_group": (rec.OpenGroup, WORKER),
     "heartbeat": (None, WORKER),
+    "pause": (None, WORKER),
     "open_groups": (rec.OpenGroups, ANY),
     "invocation_done": (rec.InvocationDone, WORKER),
     "rollout_final": (rec.RolloutFinal, WORKER),
@@ -59,7 +60,8 @@ class Ledger:
         self.deliveries = Deliveries(state)
         self._calls: dict[str, Callable[[Any, Sender, float], Any]] = {
             "open_group": lambda r, s, now: self.intake.open_group(r, s.name, s.session, now),
-            "heartbeat": lambda r, s, now: None,  # as every request of a worker, it counts as a sign of life
+            "heartbeat": lambda r, s, now: self.intake.go_on(s.name),  # also a sign of life, as every request
+            "pause": lambda r, s, now: self.intake.pause(s.name, now),
             "open_groups": lambda r, s, now: self.intake.open_groups(r.worker, r.first, r.last),
             "invocation_done": lambda r, s, now: self.intake.invocation_done(r, now),
             "rollout_final": lambda r, s, now: self.intake.rollout_final(r, now),
@@ -145,8 +147,9 @@ class Ledger:
         roles = [role.status() for role in state.roles.values()]
         workers = sorted(worker for worker in state.workers if state.is_alive(worker, now))
         open_, trainers = len(state.open), state.present_trainers(now)
+        paused = [worker for worker in workers if worker in state.paused]
         return rec.World(
-            satisfied, state.control, roles, state.sealed, state.last_report, open_, workers, trainers
+            satisfied, state.control, roles, state.sealed, state.last_report, open_, workers, trainers, paused
         )
 
     def stats(self) -> dict[str, Any]:

@@ -253,7 +253,8 @@ class WaitFor(Record):
 class World(Record):
     """What a wait answers: the state of everything one can wait for, and whether the condition holds. open: groups
     that workers have in hand. workers: names of the rollout workers that gave a sign of life within
-    heartbeat_timeout_s, sorted. trainers: roles whose trainer did, and has not left since, sorted."""
+    heartbeat_timeout_s, sorted. trainers: roles whose trainer did, and has not left since, sorted. paused: those of the
+    workers whose last sign of life says that they wait for a service that is down."""
 
     satisfied: bool
     control: Control
@@ -263,6 +264,7 @@ class World(Record):
     open: int = 0
     workers: list[str] = msgspec.field(default_factory=list)
     trainers: list[str] = msgspec.field(default_factory=list)
+    paused: list[str] = msgspec.field(default_factory=list)
 
 
 class OpenGroups(Record):

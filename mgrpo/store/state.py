@@ -185,6 +185,7 @@ class State:
         self.counters: Counter[str] = Counter()
         self.settled: set[str] = set()
         self.workers: dict[str, float] = {}  # workers that are alive -> when each gave its last sign of life
+        self.paused: set[str] = set()  # workers that wait for a service that is down; no row
         self.trainers: dict[str, float] = {}  # "trainer:<role>" -> when it gave its last sign of life; no row
         self._arrived = 0  # every group below this index is sealed or dropped
         self.dirty: dict[tuple[object, ...], Row] = {}
@@ -328,6 +329,7 @@ class State:
         silent = [worker for worker in self.workers if not self.is_alive(worker, now)]
         for worker in silent:
             del self.workers[worker]
+            self.paused.discard(worker)
         if silent:
             self.save_meta("workers", sorted(self.workers))
 

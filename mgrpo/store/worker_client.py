@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from mgrpo.transport.client import Answer
 from mgrpo.transport.codec import Record
 
 log = logging.getLogger("mgrpo.store")
+LOOK_SECONDS = 0.25  # between two looks at what the worker waits for: its groups lose no more time than that
 
 
 @dataclass(slots=True)
@@ -46,10 +47,15 @@ class WorkerGroup:
 
 class WorkerClient(StoreClient):
     """Opens groups and fills them. Records are pipelined: the methods return futures that raise the typed errors, and
-    flush raises the first of them. From the first open_group on a background thread tells the store that this worker is
-    alive, however long its rollouts take."""
+    flush raises the first of them. From be_alive() or the first open_group on a background thread tells the store that
+    this worker is alive, however long its rollouts take."""
 
-    def __init__(self, url: str, role: str = "worker", **options: Any) -> None:
+    def __init__(
+        self, url: str, role: str = "worker", *, waits: Callable[[], list[str]] = list, **options: Any
+    ) -> None:
+        """waits: the services that are down and that this worker waits for now, a sentence each. While there are any
+        the store closes none of its groups, and people are told. Asked from another thread."""
+        self._waits = waits
         self._failed: list[BaseException] = []
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
@@ -69,7 +75,7 @@ class WorkerClient(StoreClient):
         """Open group number `index`, or open it again (a new attempt): after a crash of this worker, or of the one that
         had it. Waits while the store refuses it and raises RetryAfterError after `timeout` (0: at once): GroupHeldError
         where another worker has the group and is alive, otherwise because the trainers are too far behind."""
-        self._be_alive()
+        self.be_alive()
         limit = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
         while True:
@@ -184,7 +190,8 @@ class WorkerClient(StoreClient):
         future.add_done_callback(remember)
         return future
 
-    def _be_alive(self) -> None:
+    def be_alive(self) -> None:
+        """Give signs of life from now on. Idempotent."""
         if self._heart is None:
             period = (self._params or self.params()).heartbeat_timeout_s / 4
             self._heart = threading.Thread(
@@ -193,9 +200,19 @@ class WorkerClient(StoreClient):
             self._heart.start()
 
     def _beat(self, period: float) -> None:
-        while not self._stop.wait(period):
+        beaten, waited = time.monotonic(), False
+        while not self._stop.wait(min(period, LOOK_SECONDS)):
+            waits = self._waits()
+            if bool(waits) == waited and time.monotonic() - beaten < period:
+                continue
             try:
-                self._call("heartbeat", None, None, timeout=self.timeout, queue="heartbeat")
+                method = "pause" if waits else "heartbeat"
+                self._call(method, None, None, timeout=self.timeout, queue=method)
+                if waits and not waited:
+                    self.report("phase", {"text": f"worker {self.name} is {waits[0]}"})
+                elif waited and not waits:
+                    self.report("phase", {"text": f"worker {self.name} goes on: the services answer"})
             except MgrpoError as error:
                 if not self._stop.is_set():
                     log.warning("no heartbeat of worker %s: %s", self.name, error)
+            beaten, waited = time.monotonic(), bool(waits)

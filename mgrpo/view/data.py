@@ -15,18 +15,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgrpo.credit import is_gated, reward_parts
+from mgrpo.config.reward import RewardConfig
+from mgrpo.credit import StageRewards, is_gated, reward_parts
 from mgrpo.errors import ConfigError, CorruptionError
 from mgrpo.metrics import read_metrics
 from mgrpo.record.reader import RecordedRollout, Recording
-from mgrpo.record.schema import StepBody, TrajectoryRecord
+from mgrpo.record.schema import RolloutHead, StepBody, TrajectoryRecord
 from mgrpo.record.segments import Frame
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.summary import read_summary
 from mgrpo.view.timeline import timeline
+from mgrpo.view.transcript import labels, tool_calls, verdict
 
 HIDDEN = ("seq",)
-COLUMNS = ("id", "text", "gold", "answer", "step", "split", "mode", "ok", "correct", "tokens")
+COLUMNS = ("id", "text", "gold", "answer", "step", "split", "mode", "ok", "correct", "tokens", "failed_by",
+           "tool_errors", "redacted")  # fmt: skip
+COUNTERS = "service/"
+"""What begins the names of metrics that count what was added since the report before: they are summed."""
 Json = dict[str, Any]
 
 
@@ -35,7 +40,7 @@ class RunView:
 
     def __init__(self, run: Path) -> None:
         self.run, self.config = run, recorded_run(run)
-        self._folder = RunFolder(run)
+        self._folder, self._rewards = RunFolder(run), StageRewards(self.config)
         self._lock = threading.Lock()
         self._recording = Recording([run])
         self._texts = Texts(self._recording)
@@ -105,14 +110,18 @@ class RunView:
         return read_summary(self.run) or None
 
     def _series(self) -> dict[str, list[list[float]]]:
-        """Name -> [[step, value, seconds], ...]; a step that was reported again counts once, the last time."""
+        """Name -> [[step, value, seconds], ...]; a step that was reported again counts once, the last time. Counters of
+        services are the sum of all that was reported at a step, by several workers or again after a restart."""
         points: dict[str, dict[int, list[float]]] = {}
         for record in read_metrics(self.run):
             step = int(record.pop("step"))
             seconds = float(record.pop("time"))
             for name, value in record.items():
-                if value is not None and name not in HIDDEN:
-                    points.setdefault(name, {})[step] = [step, value, seconds]
+                if value is None or name in HIDDEN:
+                    continue
+                known = points.setdefault(name, {})
+                before = known[step][1] if step in known and name.startswith(COUNTERS) else 0.0
+                known[step] = [step, before + value, seconds]
         return {name: [found[s] for s in sorted(found)] for name, found in sorted(points.items())}
 
     def _timeline(self) -> Json | None:
@@ -147,6 +156,9 @@ class RunView:
             out["ok"].append(int(head.status == "ok"))
             out["correct"].append(head.correct)
             out["tokens"].append(sum(head.tokens.values()))
+            out["failed_by"].append(text(head.failed_by))
+            out["tool_errors"].append(head.tool_errors)
+            out["redacted"].append(int(head.redacted))
             for role in roles[1:]:
                 out["d_k"][role].append(head.d_k.get(role, 0))
             for role in roles:
@@ -203,6 +215,7 @@ class RunView:
                 {
                     "query": query,
                     "question": next((h.question for h in heads.values()), ""),
+                    "redacted": any(h.redacted for h in heads.values()),
                     "mean": body.mean[number],
                     "std": body.std[number],
                     "rollouts": rollouts,
@@ -228,8 +241,8 @@ class RunView:
                 {
                     "role": t.role,
                     "invocation": t.invocation,
-                    "parts": self._parts(t, head.correct),
-                    "gated": is_gated(self.config.agents[t.role].reward, t.scores),
+                    "parts": self._parts(t, head),
+                    "gated": is_gated(self._reward_of(t.role, head), t.scores),
                     "tokens": t.n,
                     "versions": [t.version_min, t.version_max],
                     "turns": self._texts.turns(t),
@@ -237,16 +250,23 @@ class RunView:
                     "credit": credit.of(head.query, head.rollout, t.invocation) if credit else None,
                 }
             )
-        info = {k: v for k, v in body.info.items() if k != "opened_at"}
+        info = body.info
         return {
             "id": head.id, "question": head.question, "gold": head.gold, "answer": head.answer,
             "correct": head.correct, "status": head.status, "failure": body.failure, "step": head.step,
-            "split": head.split, "mode": head.mode, "info": info, "trajectories": trajectories,
+            "split": head.split, "mode": head.mode, "trajectories": trajectories,
+            "failed_by": head.failed_by, "redacted": head.redacted, "tools": tool_calls(info),
+            "verdict": verdict(info), **labels(info),
         }  # fmt: skip
 
-    def _parts(self, t: TrajectoryRecord, correct: float) -> list[Json]:
+    def _reward_of(self, role: str, head: RolloutHead) -> RewardConfig:
+        """What the rollout's stage of the curriculum pays."""
+        rewards = self._rewards
+        return rewards.of_group(role, head.index) if head.split == "train" else rewards.of_evaluation(role)
+
+    def _parts(self, t: TrajectoryRecord, head: RolloutHead) -> list[Json]:
         """What the reward of a trajectory is made of, scores that are not paid included."""
-        parts = reward_parts(t.role, self.config.agents[t.role].reward, t.scores, correct)
+        parts = reward_parts(t.role, self._reward_of(t.role, head), t.scores, head.correct)
         named = {p.name for p in parts}
         return [{"name": p.name, "weight": p.weight, "score": p.score} for p in parts] + [
             {"name": name, "weight": 0.0, "score": score}

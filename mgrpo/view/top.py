@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mgrpo.config import RunConfig, config_digest, load_config
+from mgrpo.environments.failure import KINDS
 from mgrpo.errors import ConfigError, DeadlineError, PeerError
 from mgrpo.metrics import read_metrics
 from mgrpo.run.external import external_roles
@@ -43,14 +44,24 @@ class RunStatus:
         self.stats: dict[str, Any] | None = None  # None: the store does not answer
         self.state = ""
         self.missing: list[str] = []  # roles whose external trainer is not there
+        self.paused: list[str] = []  # workers that wait for a service that is down
+        self.services: dict[str, dict[str, float]] = {}  # name -> counter -> sum over all reports
         self.recent: list[Mapping[str, Any]] = []  # lines of metrics.jsonl, for the timeline
+        self._counted: set[int] = set()  # numbers of the reports whose counters are in the sums
         self._durations: dict[str, list[float]] = {role: [] for role in config.roles}
 
-    def take(self, step: int, values: Mapping[str, Any]) -> None:
-        """One report or one line of metrics.jsonl."""
+    def take(self, step: int, values: Mapping[str, Any], seq: int | None = None) -> None:
+        """One report or one line of metrics.jsonl. seq: number of the report, which may come in both ways."""
+        counts = seq is None or seq not in self._counted
+        if seq is not None:
+            self._counted.add(seq)
         for name, value in values.items():
             if value is None:
                 continue
+            if name.startswith("service/") and name.count("/") == 2:
+                _, service, counter = name.split("/")
+                known = self.services.setdefault(service, {})
+                known[counter] = known.get(counter, 0.0) + (float(value) if counts else 0.0)
             self.values[name] = (step, float(value))
             role, _, rest = name.partition("/")
             if rest == "reward/mean" and role in self.steps:
@@ -102,20 +113,22 @@ class Watcher:
         try:
             status.stats = self._client.stats()
             status.state = str(status.stats["control"])
-            there = self._client.world().trainers
-            status.missing = [role for role in external_roles(status.config) if role not in there]
+            world = self._client.world()
+            status.missing = [role for role in external_roles(status.config) if role not in world.trainers]
+            status.paused = list(world.paused)
             for report in every_report(self._client, self._seen):
                 self._seen = report.seq
-                status.take(*values_of(report.kind, report.payload))
+                status.take(*values_of(report.kind, report.payload), report.seq)
         except (DeadlineError, PeerError):
-            status.stats, status.state = None, "no answer from the store"
+            status.stats, status.state, status.paused = None, "no answer from the store", []
         if self._folder is not None:
             # A resumed run's store keeps its latest reports only; the file has all of them.
             for number, record in enumerate(read_metrics(self._folder)):
                 if number >= self._lines:
                     self._lines = number + 1
                     status.note(record)
-                    status.take(int(record.pop("step")), record)
+                    seq = record.pop("seq", None)
+                    status.take(int(record.pop("step")), record, None if seq is None else int(seq))
 
     def close(self) -> None:
         self._client.close()
@@ -154,7 +167,8 @@ def render(status: RunStatus) -> Group:
         )  # fmt: skip
     found = timeline(status.recent, config.training_roles)
     bars = [Text(line) for line in as_text(found)] if found else []
-    return Group(table, Text(_evaluations(status)), *bars, Text(_foot(status)))
+    lines = [Text(line) for line in (_evaluations(status), *_services(status))]
+    return Group(table, *lines, *bars, Text(_foot(status)))
 
 
 def _evaluations(status: RunStatus) -> str:
@@ -165,7 +179,32 @@ def _evaluations(status: RunStatus) -> str:
         step = next((known[0] for _, known in found if known), 0)
         if texts:
             parts.append(f"{split} at step {step}: {', '.join(texts)}")
+    for name in sorted(n for n in status.values if n.startswith("eval/") and n.count("/") == 2):
+        if name.endswith("/avg"):
+            step, value = status.values[name]
+            error = status.value(name.removesuffix("avg") + "stderr")
+            spread = "" if math.isnan(error) else f" ± {error:.3f}"
+            parts.append(f"{name.split('/')[1]} at step {step}: avg {value:.3f}{spread}")
     return "accuracy  " + ("; ".join(parts) or "not evaluated yet")
+
+
+def _services(status: RunStatus) -> list[str]:
+    """A line for each service that was asked, one for failed rollouts."""
+    lines = []
+    for name, known in sorted(status.services.items()):
+        calls = known.get("calls", 0.0)
+        recorded = known.get("cache", 0.0) + known.get("replay", 0.0)
+        parts = [f"{calls:.0f} calls"] + ([f"{recorded / calls:.0%} recorded answers"] if calls else [])
+        parts += [f"{known[c]:.0f} {c}" for c in ("retries", "failures", "outages") if known.get(c)]
+        if known.get("live"):
+            parts.append(f"{known.get('seconds', 0.0) / known['live']:.2f} s a live call")
+        if known.get("waited"):
+            parts.append(f"{clock(known['waited'])} waited")
+        lines.append(f"service {clean(name)}: {', '.join(parts)}")
+    kinds = [(k, status.value(f"rollout/failed_by_{k}")) for k in KINDS]
+    if found := [f"{value:.0f} {kind}" for kind, value in kinds if value > 0]:
+        lines.append(f"failed rollouts in the last report: {', '.join(found)}")
+    return lines
 
 
 def _foot(status: RunStatus) -> str:
@@ -181,6 +220,8 @@ def _foot(status: RunStatus) -> str:
         parts.append(f"{clock(left)} left")
     if status.missing and status.state == "running":
         parts.append(f"waiting for the external trainer of {', '.join(status.missing)}")
+    if status.paused:
+        parts.append(f"waiting for a service that is down: {', '.join(map(clean, status.paused))}")
     parts.append(clean(status.state))
     return "; ".join(parts)
 

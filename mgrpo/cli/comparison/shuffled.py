@@ -11,7 +11,7 @@ import numpy as np
 from mgrpo.algorithms.base import RolloutGroup
 from mgrpo.algorithms.mgrpo import MGrpo
 from mgrpo.config.algorithm import MGrpoAlgorithm
-from mgrpo.config.run import RewardConfig
+from mgrpo.config.reward import RewardConfig
 from mgrpo.types import Float32
 
 

@@ -14,10 +14,11 @@ key or beside the name, further arguments, numbers in place of strings.
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from mgrpo.tasks.json_objects import objects
 
 TOOLS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "main": {"ask": ("relation", "entity"), "answer": ("value",)},
@@ -27,9 +28,6 @@ TOOLS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 MAX_VALUE = 80
 """Characters of one argument; the rest is cut off. No name of the world is longer than 40."""
-
-MAX_CANDIDATES = 8
-"""Opening braces of one turn that are tried as the beginning of a call."""
 
 Message = dict[str, str]
 
@@ -137,50 +135,15 @@ def sub_document(title: str, fields: Sequence[tuple[str, str]], relation: str) -
 
 def parse(role: str, text: str) -> ToolCall | None:
     """The tool call in one turn of `role`; None when there is none that can be understood."""
-    for found, whole in _objects(text):
-        if (call := _call(role, found)) is not None:
+    text = text.strip()
+    for found in objects(text):
+        if (call := _call(role, found.value)) is not None:
+            whole = found.start == 0 and found.end == len(text)
             return ToolCall(call.name, call.arguments, call.strict and whole)
     return None
 
 
-def _objects(text: str) -> Iterator[tuple[dict[str, object], bool]]:
-    """The objects in a text from left to right, and of each whether it is all of the text. The first candidate is
-    mended where that helps; MAX_CANDIDATES are looked at."""
-    text = text.strip()
-    at = text.find("{")
-    for number in range(MAX_CANDIDATES):
-        if at < 0:
-            return
-        found, end = _read(text, at)
-        if found is None and number == 0:
-            found, end = _mended(text, at)
-        if isinstance(found, dict):
-            yield found, at == 0 and end == len(text)
-        at = text.find("{", max(end, at + 1))
-
-
-def _read(text: str, at: int) -> tuple[object, int]:
-    """(value, its end) of the JSON that begins at text[at]; (None, at) where there is none."""
-    try:
-        return json.JSONDecoder().raw_decode(text, at)
-    except (ValueError, RecursionError):  # a turn may nest a thousand brackets
-        return None, at
-
-
-def _mended(text: str, at: int) -> tuple[object, int]:
-    """As _read, of all that is left, with what may be missing at its end and with Python's quotes. The end lies behind
-    the text: what was mended is never all of it."""
-    rest = text[at:].strip("` \n")
-    for ending in ("", "}", "}}", '"}}'):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                return read(rest + ending), len(text) + 1
-            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-                continue
-    return None, at
-
-
-def _call(role: str, found: dict[str, object]) -> ToolCall | None:
+def _call(role: str, found: Mapping[str, object]) -> ToolCall | None:
     name = found.get("name")
     if not isinstance(name, str) or name not in TOOLS[role]:
         return None

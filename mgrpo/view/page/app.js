@@ -1,6 +1,6 @@
 // Which view is open, and following a live run.
 
-const TABS = [["curves", "Curves"], ["steps", "Alignment"], ["rollouts", "Rollouts"], ["compare", "Before and after"]];
+const TABS = [["curves", "Curves"], ["steps", "Alignment"], ["rollouts", "Rollouts"], ["compare", "Before and after"], ["services", "Services"]];
 const FOLLOW_MS = 2000;
 const lines = new Lines();
 let run = null, state = { tab: "curves" }, shown = null;
@@ -19,7 +19,7 @@ function go(next, quiet = false) {
 }
 
 function draw() {
-  const views = { curves: () => curvesView(run), steps: () => stepsView(run, state, go), rollouts: () => rolloutsView(run, lines, state, go), compare: () => beforeAfterView(run, lines, state, go) };
+  const views = { curves: () => curvesView(run), steps: () => stepsView(run, state, go), rollouts: () => rolloutsView(run, lines, state, go), services: () => servicesView(run), compare: () => beforeAfterView(run, lines, state, go) };
   document.getElementById("tabs").replaceChildren(...TABS.map(([tab, title]) => el("button", { type: "button", "data-tab": tab, "aria-current": tab === state.tab ? "page" : "false", onclick: () => go({ tab }) }, title)));
   shown = views[state.tab]();
   document.getElementById("view").replaceChildren(shown);
@@ -27,7 +27,8 @@ function draw() {
 
 function status(text) {
   const s = run.settings, steps = Math.max(0, ...Object.values(run.steps).map((list) => (list.length ? list[list.length - 1] + 1 : 0)));
-  const state = run.live ? "running" : run.summary ? run.summary.outcome : "not running";
+  const reason = run.summary && run.summary.outcome === "failed" && run.summary.reason ? ` (${clean(run.summary.reason)})` : "";
+  const state = run.live ? "running" : run.summary ? run.summary.outcome + reason : "not running";
   document.getElementById("status").textContent = text || `${clean(s.task)}, seed ${s.seed}: step ${steps} of ${s.steps}, ${state}; ${s.questions} questions × ${s.k} rollouts a step, agents ${s.roles.map(clean).join(", ")}`;
 }
 
@@ -42,7 +43,7 @@ async function follow() {
       document.getElementById("title").textContent = clean(run.title);
       status();
       if (first) draw();
-      else if (grown && state.tab === "curves") draw();
+      else if (grown && (state.tab === "curves" || state.tab === "services")) draw();
       else if (grown && shown && shown.grown) shown.grown();
     }
   } catch (error) {

@@ -7,11 +7,20 @@ function charts(run) {
   const roles = run.settings.roles;
   const perRole = (name, among = roles) => among.map((role) => ({ label: role, index: roles.indexOf(role), points: run.series[`${role}/${name}`] }));
   const accuracy = ["validation", "heldout"].flatMap((split, i) => ["sampled", "greedy"].map((mode, j) => ({ label: `${split}, ${mode}`, index: j, dash: i, dots: i === 1, points: run.series[`eval/${split}/${mode}`] })));
+  const sets = Object.keys(run.series).filter((n) => /^eval\/[^/]+\/avg$/.test(n)).map((n) => n.split("/")[1]);
+  const ofSets = sets.map((name, i) => ({ label: clean(name), index: i, dash: Math.floor(i / 4), points: run.series[`eval/${name}/avg`], errors: run.series[`eval/${name}/stderr`] }));
+  const failedInSets = sets.map((name, i) => ({ label: clean(name), index: i, dash: Math.floor(i / 4), points: run.series[`eval/${name}/failed`] })).filter((line) => line.points && line.points.some((p) => p[1] > 0));
+  const ofTags = (set) => Object.keys(run.series).filter((n) => n.startsWith(`eval/${set}/`) && n.endsWith("/avg") && n.split("/").length > 3).sort()
+    .map((n, i) => ({ label: clean(n.split("/").slice(2, -1).join("/")), index: i, dash: Math.floor(i / 4), points: run.series[n] }));
+  const kinds = Object.keys(FAILURES).map((kind, i) => ({ label: kind, index: i - 1, dash: i > 4 ? 1 : 0, points: run.series[`rollout/failed_by_${kind}`] })).filter((line) => line.points && line.points.some((p) => p[1] > 0));
   const subs = roles.slice(1);
   const own = [...new Set(Object.keys(run.series).map((n) => n.split("/")).filter((n) => n[1] === "task").map((n) => n[2]))].sort();
   const ofTask = (name) => [...perRole(`task/${name}`), { label: "rollout", index: 0, dash: 1, points: run.series[`rollout/task/${name}`] }];
   return [
     ["accuracy on questions never trained on", accuracy, [0, 1]],
+    ["accuracy on the named sets, mean of the repeats", ofSets, [0, 1]],
+    ...sets.map((set) => [`${clean(set)} by tag`, ofTags(set), [0, 1]]),
+    ["failed rollouts of the named sets", failedInSets],
     ["mean reward", perRole("reward/mean")],
     ["share of correct answers in training", [{ label: "correct", index: 0, points: run.series["main/reward/correct"] }], [0, 1]],
     ["invocations per rollout, d_k", perRole("d_k/mean", subs)],
@@ -21,6 +30,7 @@ function charts(run) {
     ["gradient norm", perRole("policy/grad_norm")],
     ["copies among the aligned", perRole("align/dup_ratio", subs)],
     ["dropped by the alignment", perRole("align/drop_ratio", subs)],
+    ["failed rollouts by kind", kinds],
     ["sampled tokens per second", [{ label: "all agents", index: 0, points: run.series["rollout/perf/tok_per_s"] }]],
     ["seconds per step", perRole("time/step")],
     ["share of the rollout places that were busy", [{ label: "all agents", index: 0, points: run.series["rollout/perf/busy"] }], [0, 1]],
@@ -52,17 +62,26 @@ function chart(title, lines, range) {
   for (const t of ticks(y0, y1, 4)) {
     picture.append(svg("line", { x1: L, x2: W - R, y1: y(t), y2: y(t), stroke: "var(--line)" }), svg("text", { x: L - 5, y: y(t) + 4, "text-anchor": "end" }, String(+t.toPrecision(4))));
   }
-  for (const t of ticks(x0, x1, 6)) picture.append(svg("text", { x: x(t), y: H - 8, "text-anchor": "middle" }, String(+t.toPrecision(6))));
+  for (const t of ticks(x0, x1, Math.max(1, Math.min(6, x1 - x0)))) picture.append(svg("text", { x: x(t), y: H - 8, "text-anchor": "middle" }, String(+t.toPrecision(6))));
   for (const line of lines) {
     const at = line.points.map((p) => `${x(p[0]).toFixed(1)},${y(p[1]).toFixed(1)}`);
-    if (!line.dots) picture.append(svg("polyline", { points: at.join(" "), fill: "none", stroke: colour(line.index), "stroke-width": 1.8, "stroke-dasharray": DASH[line.dash || 0] }));
-    if (line.dots || line.points.length < 25) for (const p of line.points) picture.append(svg("circle", { cx: x(p[0]), cy: y(p[1]), r: line.dots ? 4 : 2.5, fill: colour(line.index) }, svg("title", {}, `${line.label}, step ${p[0]}: ${p[1]}`)));
+    if (!line.dots) picture.append(svg("polyline", { points: at.join(" "), fill: "none", stroke: colour(line.index), "stroke-width": 1.8, "stroke-dasharray": DASH[(line.dash || 0) % DASH.length] }));
+    const spread = new Map((line.errors || []).map((p) => [p[0], p[1]]));
+    for (const p of line.points) if (spread.get(p[0])) picture.append(svg("line", { class: "error", x1: x(p[0]), x2: x(p[0]), y1: y(Math.max(y0, p[1] - spread.get(p[0]))), y2: y(Math.min(y1, p[1] + spread.get(p[0]))), stroke: colour(line.index) }));
+    if (line.dots || line.points.length < 25) for (const p of line.points) picture.append(svg("circle", { cx: x(p[0]), cy: y(p[1]), r: line.dots ? 4 : 2.5, fill: colour(line.index) }, svg("title", {}, `${line.label}, step ${p[0]}: ${p[1]}` + (spread.has(p[0]) ? ` ± ${spread.get(p[0])}` : ""))));
   }
   const legend = lines.map((line) => {
     const last = line.points[line.points.length - 1];
-    return el("span", { title: `at step ${last[0]}: ${last[1]}` }, el("span", { class: line.dots ? "key dot" : "key", style: `background:${colour(line.index)}` }), `${line.label} ${num(last[1])}`);
+    return el("span", { title: `at step ${last[0]}: ${last[1]}` }, legendKey(line), `${line.label} ${Number.isInteger(last[1]) && Math.abs(last[1]) > 1 ? last[1] : num(last[1])}`);
   });
   return el("figure", { "data-chart": title }, el("figcaption", {}, title), picture, el("div", { class: "legend" }, legend));
+}
+
+// Dashed lines are told apart by their dashes where more than four share the colours.
+function legendKey(line) {
+  if (line.dots) return el("span", { class: "key dot", style: `background:${colour(line.index)}` });
+  if (!line.dash) return el("span", { class: "key", style: `background:${colour(line.index)}` });
+  return svg("svg", { viewBox: "0 0 20 4", class: "key" }, svg("line", { x1: 0, x2: 20, y1: 2, y2: 2, stroke: colour(line.index), "stroke-width": 2.5, "stroke-dasharray": DASH[line.dash % DASH.length] }));
 }
 
 function curvesView(run) {
