@@ -95,7 +95,7 @@ def variants() -> list[Variant]:
     total = {"BLOCK": device.TOTAL_BLOCK, "HAS_OLD": True, "HAS_ROLLOUT": True, "KL": 3, "CORRECTION": 0}
     terms = {"KL_ACTS": True, "ENTROPY": True, "HAS_REF": True}
     for case, constants in {
-        "plain": dict.fromkeys(terms, False) | {"LOSS": 0},
+        "no other term": dict.fromkeys(terms, False) | {"LOSS": 0},
         "everything": terms | {"LOSS": 0, "HAS_OLD": False, "CORRECTION": 2},
         "sapo": terms | {"LOSS": 2, "KL": 2},
         "cispo": terms | {"LOSS": 1, "KL": 1},
