@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import sass
-from mgrpo.kernels import group_advantage, grpo_loss, logprob
+from mgrpo.kernels import group_advantage, grpo_loss, logprob, token_loss
 from mgrpo.ops import device
 
 ARCHS = (80, 90, 100)
@@ -92,6 +92,16 @@ def variants() -> list[Variant]:
         out.append(_row_variant(f"partials {dtype}", logprob.partials_kernel, dtype, rows))
         block = {"BLOCK": device.SCALE_BLOCK}
         out.append(_variant(f"scale {dtype}", logprob.scale_kernel, dtype, block, warps=8))
+    total = {"BLOCK": device.TOTAL_BLOCK, "HAS_OLD": True, "HAS_ROLLOUT": True, "KL": 3, "CORRECTION": 0}
+    terms = {"KL_ACTS": True, "ENTROPY": True, "HAS_REF": True}
+    for case, constants in {
+        "no other term": dict.fromkeys(terms, False) | {"LOSS": 0},
+        "everything": terms | {"LOSS": 0, "HAS_OLD": False, "CORRECTION": 2},
+        "sapo": terms | {"LOSS": 2, "KL": 2},
+        "cispo": terms | {"LOSS": 1, "KL": 1},
+    }.items():
+        kernel, constants = token_loss.token_loss_kernel, total | constants
+        out.append(_variant(f"token_loss {case}", kernel, "fp32", constants, warps=device.TOTAL_WARPS))
     group = {
         "ESTIMATOR": 0,
         "WEIGHTED": True,
@@ -108,12 +118,12 @@ def variants() -> list[Variant]:
 
 _INT64 = {"target_ids", "seq_id", "order"}
 _INT32 = {"group_id", "ids"}
-_BYTES = {"active", "has_grad_out"}
+_BYTES = {"active", "has_grad_out", "mask"}
 _FLOAT64 = {"deviation"}
 _SIZES = {"stride", "grad_stride", "vocabulary", "n"}
 _SCALARS = {
     "k", "inverse_temperature", "eps_low", "eps_high", "delta", "log_ratio_clip", "tau_pos", "tau_neg",
-    "kl_coef", "entropy_coef", "correction_low", "correction_high", "advantage_eps", "eps",
+    "kl_coef", "entropy_coef", "correction_low", "correction_high", "advantage_eps", "eps", "lower", "upper",
 }  # fmt: skip
 
 

@@ -4,11 +4,14 @@
         [--checkpointing] [--compile] [--ours-only] [--plan] [--device cpu|cuda] [--json PATH]
 
 Random weights in the model's shape; trajectories of 221 to 643 tokens of which 42 % are masked and 29 % have advantage
-0, as a step of examples/smollm2 has. Rival: transformers' own model on padded rows, log-softmax of all logits, autograd
-through it. On a GPU bfloat16 over float32 weights (the rival's by autocast), wall time; on the CPU float32, process
-time. All ways start from the same weights and their gradients are compared before anything is timed.
+0, as a step of examples/smollm2 has; their log-probs are the model's own and a little noise, as a sampler's are, so
+that no ratio is near a bound of the clip, where rounding would choose which tokens train. Rival: transformers' own
+model on padded rows, log-softmax of all logits, autograd through it. On a GPU bfloat16 over float32 weights (the
+rival's by autocast), wall time; on the CPU float32, process time. All ways start from the same weights and their
+gradients are compared before anything is timed.
 
---plan: beside the memory of the step, what `mgrpo plan` predicts for it (planned.py). qwen3-8b trained whole takes 131
+--plan: beside the memory of the step, what `mgrpo plan` predicts for it (planned.py): for as many tokens as the largest
+micro-batch computes, and for one that is full, which is what the command plans for. qwen3-8b trained whole takes 131
 GB of weights, gradients and Adam's state, more than one GPU of 80 GB has: there give --lora 16 --checkpointing
 --ours-only.
 """
@@ -36,9 +39,10 @@ from bench.rivals import PeakMemory, that_fit
 from mgrpo import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.model import attention
+from mgrpo.model.attention import PACKED
 from mgrpo.model.policy import Policy
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
-from mgrpo.trainers.torch.learner import Learner, adamw
+from mgrpo.trainers.torch.learner import Learner, adamw, logprobs_of
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -59,6 +63,8 @@ UNTIED = ("qwen3-8b",)
 PEAK_TFLOPS = {"NVIDIA H100": 989.0, "NVIDIA H200": 989.0, "NVIDIA A100": 312.0}
 """Dense bfloat16 products of a device; another device has no MFU."""
 LOSS = GrpoLossConfig(type="dapo", clip_eps_high=0.28)
+NOISE = 0.02
+"""Standard deviation of what a sampler's log-probs are off by, in nats: a tenth of the way to a bound of the clip."""
 
 
 def make_model(name: str, device: str) -> Any:
@@ -92,7 +98,8 @@ def make_policy(model: Any, settings: dict[str, Any]) -> Policy:
 
 
 def make_rows(tokens: int, vocabulary: int) -> MicroBatch:
-    """About `tokens` tokens of distinct trajectories."""
+    """About `tokens` tokens of distinct trajectories, sampled by a uniform policy (`sample` puts in the model's own
+    log-probs)."""
     g = torch.Generator().manual_seed(1)
     lengths = torch.randint(221, 644, (max(2, tokens // 432),), generator=g)
     shape = (len(lengths), int(lengths.max()))
@@ -116,6 +123,22 @@ def cut(rows: MicroBatch, size: int) -> list[MicroBatch]:
     return parts
 
 
+def sample(policy: Policy, micro: list[MicroBatch]) -> None:
+    """Write the policy's own log-probs into the rollout's, NOISE off."""
+    g = torch.Generator().manual_seed(2)
+    for rows in micro:
+        found = logprobs_of(policy, rows, LOSS.temperature).cpu()
+        noise = NOISE * torch.randn(found.shape, generator=g)
+        rows.rollout_logprobs[:, 1:][rows.active().mask] = found + noise
+
+
+def computed_tokens(micro: list[MicroBatch], packed: bool) -> int:
+    """Tokens of the largest micro-batch that go through the model: trajectories without an advantage stay out. Padded
+    ones unless they are packed."""
+    kept = [rows.rows(rows.with_advantage()).lengths for rows in micro]
+    return max(int(x.sum()) if packed else int(x.max()) * len(x) for x in kept if len(x))
+
+
 def naive_loss(model: Any, rows: MicroBatch, denominator: float, device: str) -> torch.Tensor:
     """The clipped loss of padded rows as a plain loop writes it: whole logits, log-softmax, autograd."""
     ids, lengths = rows.ids.to(device), rows.lengths.to(device)
@@ -129,7 +152,7 @@ def naive_loss(model: Any, rows: MicroBatch, denominator: float, device: str) ->
     return loss.sum() / denominator
 
 
-def main() -> int:
+def arguments_of() -> argparse.Namespace:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--model", default="smollm2", choices=list(SHAPES))
     arguments.add_argument("--tokens", type=int, default=16384)
@@ -147,6 +170,11 @@ def main() -> int:
     arguments.add_argument("--plan", action="store_true", help="compare the memory with what mgrpo plan says")
     args = arguments.parse_args()
     args.ours_only |= args.lora > 0 or args.compile  # the rival has no adapters, and would be compiled too
+    return args
+
+
+def main() -> int:
+    args = arguments_of()
     cpu = args.device == "cpu"
     torch.set_num_threads(1)
     report = Report("bench_train_step")
@@ -154,6 +182,7 @@ def main() -> int:
     packed = make_policy(model, settings_of(args, "auto"))
     rows = make_rows(args.tokens, model.config.vocab_size)
     micro = cut(rows, args.micro_batch)
+    sample(packed, micro)
     denominator = float(rows.loss_mask.sum())
     optimizer = adamw(packed, 1e-6)
     wait = (lambda: None) if cpu else torch.cuda.synchronize
@@ -207,11 +236,22 @@ def main() -> int:
         if not cpu and name == mine:
             held = torch.cuda.max_memory_allocated()
             report.figure("memory of the step, weights and state included: ours", held / 1e9, "GB")
-    if args.plan and (planned := planned_bytes(model, settings_of(args, "auto"), args.micro_batch)):
-        report.figure("memory of the step, by mgrpo plan", planned / 1e9, "GB")
-        if not cpu:
-            report.figure("mgrpo plan / measured", planned / held, "x", at_least=0.9, at_most=1.1)
+    if args.plan:
+        report_plan(report, model, args, computed_tokens(micro, best in PACKED), held)
     return report.finish(args)
+
+
+def report_plan(report: Report, model: Any, args: argparse.Namespace, tokens: int, held: float) -> None:
+    """What `mgrpo plan` says for a micro-batch of `tokens`, against the measured `held` bytes (0: not measured), and
+    for one as large as it may be."""
+    settings = settings_of(args, "auto")
+    if planned := planned_bytes(model, settings, tokens):
+        report.figure("memory of the step, by mgrpo plan", planned / 1e9, "GB", note=f"{tokens} tokens")
+        if held:
+            report.figure("mgrpo plan / measured", planned / held, "x", at_least=0.9, at_most=1.1)
+    if full := planned_bytes(model, settings, args.micro_batch):
+        note = f"{args.micro_batch} tokens"
+        report.figure("memory of a full micro-batch, by mgrpo plan", full / 1e9, "GB", note=note)
 
 
 def compare(

@@ -30,7 +30,7 @@ def planned_bytes(model: Any, policy: dict[str, Any], micro_batch: int) -> float
     """Peak bytes of one rank's device in a step; None, with a line that says why, where the command does not answer.
 
     model: a transformers model, whose configuration alone is looked at; policy: the agent's settings; micro_batch:
-    padded tokens.
+    its tokens, padded ones unless attention is packed; the plan fills it with trajectories of 1024.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

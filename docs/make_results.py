@@ -5,6 +5,8 @@
 
     python docs/make_results.py runs/atlas-1 runs/atlas-2    # the runs only
 
+    python docs/make_results.py --task factbook-small runs/small-1 runs/small-2    # that task's section instead
+
 Every run that is named stands in the table, also one whose start was not valid; so does every run of a comparison.
 """
 
@@ -28,6 +30,8 @@ from mgrpo.metrics import read_metrics
 from mgrpo.run.summary import series
 
 DOCS = Path(__file__).parent
+MARKS = {"atlas": "", "factbook-small": "small-"}
+"""Task -> what the names of its tables and pictures begin with."""
 CLOSE = 0.03  # accuracies that differ by less are called as good as each other
 
 
@@ -96,7 +100,7 @@ def picture(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
             )
         points = series(records, "sub/d_k/mean")
         axes[2].plot(*zip(*points, strict=True), alpha=0.7, label=f"seed {summary['seed']}")
-    titles = ("accuracy on countries never trained on", "mean reward", "sub-agent calls per rollout (d_k)")
+    titles = ("accuracy on entries never trained on", "mean reward", "sub-agent calls per rollout (d_k)")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="RL step")
         axis.grid(alpha=0.3)
@@ -106,12 +110,12 @@ def picture(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def comparison(folder: Path, report: Mapping[str, Any]) -> str:
+def comparison(folder: Path, report: Mapping[str, Any], mark: str) -> str:
     """The tables of a comparison, every run in it, and what the numbers allow to be said."""
     parts = [(folder / "compare.md").read_text(encoding="utf-8").strip()]
     if report["overrides"]:
         parts.append("Overrides: " + ", ".join(f"`{o}`" for o in report["overrides"]) + ".")
-    parts.append("![Held-out accuracy and validation curves of every variant](img/compare.png)")
+    parts.append(f"![Held-out accuracy and validation curves of every variant](img/{mark}compare.png)")
     parts += ["Every score, seed by seed (sampled / greedy):", "\n".join(by_seed(report))]
     reasons = [f"- {name}: {reason}" for name, reason in report["failed"].items()]
     parts.append(times(folder, report))
@@ -204,21 +208,23 @@ def put(page: str, name: str, content: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--task", choices=MARKS, default="atlas", help="which section of the page")
     parser.add_argument("--compare", metavar="FOLDER", type=Path, help="the folder of a finished comparison")
     given = parser.parse_args()
     page = DOCS / "results.md"
     text = page.read_text(encoding="utf-8")
     folders: list[Path] = given.runs
+    mark = MARKS[given.task]
     if given.compare is not None:
         report = json.loads((given.compare / "compare.json").read_text(encoding="utf-8"))
-        text = put(text, "compare", comparison(given.compare, report))
-        shutil.copyfile(given.compare / "compare.png", DOCS / "img" / "compare.png")
+        text = put(text, f"{mark}compare", comparison(given.compare, report, mark))
+        shutil.copyfile(given.compare / "compare.png", DOCS / "img" / f"{mark}compare.png")
         folders = folders or [given.compare / "runs" / f"seed-{s}" / "co-training" for s in report["seeds"]]
     if not folders:
         parser.error("name runs, or --compare FOLDER")
     runs = [(folder, json.loads((folder / "summary.json").read_text())) for folder in folders]
-    page.write_text(put(text, "runs", table(runs)), encoding="utf-8")
-    picture([r for r in runs if r[1]["outcome"] == "finished"], DOCS / "img" / "atlas.png")
+    page.write_text(put(text, f"{mark}runs", table(runs)), encoding="utf-8")
+    picture([r for r in runs if r[1]["outcome"] == "finished"], DOCS / "img" / f"{given.task}.png")
 
 
 if __name__ == "__main__":

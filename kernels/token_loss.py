@@ -35,15 +35,15 @@ def term(ratio, logp, a, lower, upper, delta, tau_pos, tau_neg, LOSS: tl.constex
 def k3(diff, bound):
     """exp(d) - d - 1 of d = min(diff, bound); its series below 1, where the difference would cancel."""
     d = tl.minimum(diff, bound)
-    series = 1.0 + d / 11.0
-    series = 1.0 + d / 10.0 * series
-    series = 1.0 + d / 9.0 * series
-    series = 1.0 + d / 8.0 * series
-    series = 1.0 + d / 7.0 * series
-    series = 1.0 + d / 6.0 * series
-    series = 1.0 + d / 5.0 * series
-    series = 1.0 + d / 4.0 * series
-    series = 1.0 + d / 3.0 * series
+    series = 1.0 + d * (1.0 / 11.0)
+    series = 1.0 + d * (1.0 / 10.0) * series
+    series = 1.0 + d * (1.0 / 9.0) * series
+    series = 1.0 + d * (1.0 / 8.0) * series
+    series = 1.0 + d * (1.0 / 7.0) * series
+    series = 1.0 + d * (1.0 / 6.0) * series
+    series = 1.0 + d * (1.0 / 5.0) * series
+    series = 1.0 + d * (1.0 / 4.0) * series
+    series = 1.0 + d * (1.0 / 3.0) * series
     return tl.where(tl.abs(d) < 1.0, 0.5 * d * d * series, tl.exp(d) - 1.0 - d)
 
 

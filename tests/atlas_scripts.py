@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 
 from mgrpo.environments.episode import Agent
 from mgrpo.environments.scripted import ScriptedEngine
-from mgrpo.tasks.atlas.facts import NONE
-from mgrpo.tasks.atlas.protocol import vocabulary
-from mgrpo.tasks.atlas.questions import plan_of
+from mgrpo.tasks.atlas.language import language
+from mgrpo.tasks.words.protocol import NONE, Language
+from mgrpo.tasks.words.questions import plan_of
 
 Script = Callable[[list[str]], str]
 """All words of a trajectory so far -> the next turn."""
 
 
 class Words:
-    """The task's vocabulary as a tokenizer, without transformers."""
+    """A task's vocabulary as a tokenizer, without transformers; atlas' where no other is given."""
 
-    def __init__(self) -> None:
-        self.words = vocabulary()
+    def __init__(self, of: Language | None = None) -> None:
+        self.words = (of or language()).vocabulary
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -28,8 +28,8 @@ class Words:
         return " ".join(self.words[i] for i in token_ids)
 
 
-def scripted(role: str, script: Script, max_length: int = 64) -> Agent:
-    words = Words()
+def scripted(role: str, script: Script, max_length: int = 64, of: Language | None = None) -> Agent:
+    words = Words(of)
     engine = ScriptedEngine(lambda text: script(text.split()), words)
     return Agent(role, engine, words, 1.0, max_length)
 

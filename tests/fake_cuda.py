@@ -6,6 +6,9 @@ before mgrpo is imported), and products that only a GPU has are computed as it d
 step's results can be compared with the CPU's, and code whose shapes depend on values runs as it is. torch's own fake
 tensors have no values, and stop at the first such shape.
 
+FakeCuda.launches counts operations by their name, and Triton kernels: about what a GPU would be given to do. (An
+operation may be several kernels, and what is made on the device out of nothing is not seen.)
+
 What a GPU would make the host wait for is written to FakeCuda.waits, by the function of this project (or else of a
 library) that asked: reading a number or a whole tensor, nonzero and masks as indices, and ordinary copies to the
 device, which end when the source has been read.
@@ -42,6 +45,14 @@ _READS = {
     aten.repeat_interleave.Tensor: "a number",
 }
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+_NO_LAUNCH = {getattr(aten, name).default for name in (
+    "alias", "detach", "empty_like", "expand", "new_empty", "permute", "t", "unsqueeze", "view",
+    "_reshape_alias", "_unsafe_view", "as_strided",
+)} | {
+    aten.select.int, aten.slice.Tensor, aten.squeeze.dim, aten.transpose.int, aten.unbind.int,
+    aten.flatten.using_ints, aten.view.dtype,
+}  # fmt: skip
+"""Operations that start no kernel."""
 _active: list[FakeCuda] = []
 
 
@@ -100,6 +111,8 @@ class FakeCudaTensor(torch.Tensor):
             out = func(plain[0].float(), *plain[1:], **plain_kwargs).to(plain[0].dtype)
         else:
             out = func(*plain, **plain_kwargs)
+        if func not in _NO_LAUNCH and not (func.overloadpacket is aten.to and out is plain[0]):
+            _active[-1].launches[func.name().removeprefix("aten::")] += 1
         out = tree_map(wrap, out)
         return return_and_correct_aliasing(func, args, kwargs, out)
 
@@ -192,6 +205,7 @@ class FakeCuda(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
         self.pinned = 0  # tensors that were made in pinned memory
 
     def __enter__(self) -> FakeCuda:
@@ -291,6 +305,7 @@ class Launcher:
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
+            _active[-1].launches[self.kernel.fn.__name__] += 1
             for name, x in zip(self.arg_names, args, strict=False):
                 if isinstance(x, Tensor):
                     assert isinstance(x, FakeCudaTensor), f"{name} is on the cpu"

@@ -48,6 +48,9 @@ class RelayTask(Task):
             return [Question(*SECRETS, info={"index": i}, id=f"secret-{i}", secret=True) for i in range(n)]
         return [self.question(i, seed) for i in range(n)]
 
+    def single_agent(self, options: Mapping[str, object]) -> Mapping[str, object]:
+        return options
+
     def build_policy(self, role: str, seed: int, path: str) -> None:
         save_policy(tiny_policy("shift", seed * 10 + ROLES.index(role)), path)
 

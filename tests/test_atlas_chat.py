@@ -20,7 +20,7 @@ from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError
 from mgrpo.tasks.atlas.chat import AtlasChatTask
 from mgrpo.tasks.atlas.chat_calls import render
-from mgrpo.tasks.atlas.questions import plan_of
+from mgrpo.tasks.words.questions import plan_of
 from mgrpo.types import Rollout, Trajectory
 
 CHATML = (

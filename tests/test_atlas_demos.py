@@ -10,15 +10,16 @@ import pytest
 
 from mgrpo.environments.episode import Conversation, Episode
 from mgrpo.environments.task import Question
-from mgrpo.tasks.atlas.facts import NONE, RELATIONS, entities
-from mgrpo.tasks.atlas.play import play_sub
-from mgrpo.tasks.atlas.protocol import Call, parse_main, parse_sub, vocabulary
-from mgrpo.tasks.atlas.questions import plan_of
+from mgrpo.tasks.atlas.facts import RELATIONS, entities
+from mgrpo.tasks.atlas.language import language
 from mgrpo.tasks.atlas.task import AtlasTask
+from mgrpo.tasks.words.play import play_sub
+from mgrpo.tasks.words.protocol import NONE, Call
+from mgrpo.tasks.words.questions import plan_of
 from tests.atlas_scripts import gold_main, gold_sub, scripted
 
 TASK = AtlasTask({})
-WORDS = vocabulary()
+WORDS = language().vocabulary
 ENTITIES = frozenset(entities())
 Demo = tuple[list[str], list[int]]
 
@@ -56,7 +57,7 @@ def test_sub_demos_keep_the_protocol_and_copy() -> None:
                 document = words
                 assert words[:2] == ["<doc>", opened[-1]] and len(words) in (4, 14, 16)
                 continue
-            assert parse_sub(" ".join(words), state) is not None  # type: ignore[arg-type]
+            assert language().parse_sub(" ".join(words), state) is not None  # type: ignore[arg-type]
             if words[0] == "<open>":
                 opened.append(words[1])
                 state = "read" if len(opened) == 1 else "last"
@@ -87,7 +88,7 @@ def test_main_demos_keep_the_protocol_and_copy() -> None:
                 last = words[1]
                 known.add(last)
                 continue
-            move = parse_main(" ".join(words))
+            move = language().parse_main(" ".join(words))
             assert move is not None
             if isinstance(move, Call):
                 assert move.entity in known

@@ -16,9 +16,10 @@ from mgrpo.tasks.atlas.facts import (
     load_countries,
     split_countries,
 )
-from mgrpo.tasks.atlas.protocol import vocabulary
-from mgrpo.tasks.atlas.questions import HOP_WEIGHTS, QuestionBank, plan_of, start_of
-from mgrpo.tasks.atlas.search import Index
+from mgrpo.tasks.atlas.language import language
+from mgrpo.tasks.atlas.questions import HOP_WEIGHTS, QuestionBank
+from mgrpo.tasks.words.questions import plan_of, start_of
+from mgrpo.tasks.words.search import Index
 
 WORLD = World()
 DOCUMENTS = build_documents(WORLD)
@@ -31,7 +32,7 @@ def test_sizes_of_the_world() -> None:
     assert {split: len(n) for split, n in names.items()} == {"train": 109, "validation": 27, "heldout": 45}
     assert len(set.union(*names.values())) == len(load_countries()) == 181
     assert len(entities()) == 955 and len(DOCUMENTS) == 543
-    assert len(vocabulary()) == len(set(vocabulary())) == 976
+    assert len(language().vocabulary) == len(set(language().vocabulary)) == 976
 
 
 def test_known_facts() -> None:

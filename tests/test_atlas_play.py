@@ -15,10 +15,11 @@ from mgrpo.environments.scripted import ScriptedEngine
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError
 from mgrpo.tasks.atlas.facts import entities
-from mgrpo.tasks.atlas.play import Finding, play_sub
-from mgrpo.tasks.atlas.protocol import Call, parse_main, parse_sub, vocabulary
-from mgrpo.tasks.atlas.questions import plan_of
+from mgrpo.tasks.atlas.language import language
 from mgrpo.tasks.atlas.task import AtlasTask
+from mgrpo.tasks.words.play import Finding, play_sub
+from mgrpo.tasks.words.protocol import Call
+from mgrpo.tasks.words.questions import plan_of
 from mgrpo.types import Rollout
 from tests.atlas_scripts import Script, gold_main, gold_sub, lines, scripted
 
@@ -55,7 +56,7 @@ def test_the_gold_plan_is_always_right(options: dict[str, object]) -> None:
 
 def test_masks_mark_what_each_agent_said() -> None:
     """loss_mask is 1 on an agent's own turns only; tool output and the other agent's words are context."""
-    words, rollout = vocabulary(), roll(SUVA)
+    words, rollout = language().vocabulary, roll(SUVA)
 
     def said(tokens: object, mask: object, wanted: int) -> str:
         return " ".join(words[t] for t, m in zip(tokens, mask, strict=True) if m == wanted)  # type: ignore[call-overload]
@@ -199,11 +200,11 @@ def test_every_conversation_is_released() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from([*vocabulary()[:21], "Fiji", "Suva"]), max_size=5))
+@given(st.lists(st.sampled_from([*language().vocabulary[:21], "Fiji", "Suva"]), max_size=5))
 def test_parsers_accept_exactly_the_grammar(words: list[str]) -> None:
     """Whatever is accepted prints back to the same words."""
     text = " ".join(words)
-    match parse_main(text):
+    match language().parse_main(text):
         case Call(relation, entity):
             assert words == ["<call>", relation, entity, "."]
         case None:
@@ -211,7 +212,7 @@ def test_parsers_accept_exactly_the_grammar(words: list[str]) -> None:
         case answer:
             assert words == ["<ans>", answer.value, "."]
     for state in ("search", "open", "read", "last"):
-        if parse_sub(text, state) is not None:  # type: ignore[arg-type]
+        if language().parse_sub(text, state) is not None:  # type: ignore[arg-type]
             assert words[-1] == "." and words[0] in ("<search>", "<open>", "<ans>") and 3 <= len(words) <= 4
 
 
@@ -249,4 +250,4 @@ def test_bad_options_are_named(options: dict[str, object], roles: list[str], mes
 
 def test_entities_are_names() -> None:
     """Every entity can be said in every place for a name: none collides with a word of the protocol."""
-    assert all(parse_main(f"<call> capital {e} .") == Call("capital", e) for e in entities())
+    assert all(language().parse_main(f"<call> capital {e} .") == Call("capital", e) for e in entities())

@@ -38,13 +38,25 @@ def test_every_variant_is_a_config_that_can_run() -> None:
     every = variants(config)
     assert every[0].name == COTRAIN and len({v.name for v in every}) == len(every)
     for variant in every[1:]:
-        assert load_config(ATLAS, variant.overrides) != config
+        assert variant.alone or load_config(ATLAS, variant.overrides) != config
     assert [v.name for v in chosen(config, ["lr 0"])] == [COTRAIN, "lr 0"]
-    with pytest.raises(ConfigError, match="expected one of"):
+    assert [v.name for v in chosen(config, [])] == [v.name for v in every if not v.on_request]
+    paper = chosen(config, ["cotrain,main-only", "single, no-alignment"])
+    assert [v.name for v in paper] == [COTRAIN, "frozen sub", "single", "no alignment"]
+    with pytest.raises(ConfigError, match=r"'lr 1': expected one of .*lr-0, no-alignment, .*single"):
         chosen(config, ["lr 1"])
-    names = [s.name for s in scores(config.roles, every, load_run_task(config).controls)]
+    asked = scores(config.roles, every, load_run_task(config).controls)
+    names = [s.name for s in asked]
+    assert [set(s.policies) for s in asked if s.name in ("single", "no alignment")] == [
+        {"main"},
+        {"main", "sub"},
+    ]
     assert names[0] == BEFORE_RL and len(set(names)) == len(names)
     assert names[-2:] == ["random search results", "permuted facts"]
+
+
+def basis_of(path: Path, out: Path, *overrides: str, **more: Any) -> jobs.Basis:
+    return jobs.Basis(path, load_config(path, overrides), overrides, out, **more)
 
 
 class FakeRuns:
@@ -53,7 +65,7 @@ class FakeRuns:
     def __init__(self, fails: set[tuple[int, str]]) -> None:
         self.fails, self.started = fails, list[tuple[int, str]]()
 
-    def __call__(self, config_path: Path, config: object, job: jobs.Job, overrides: object) -> Any:
+    def __call__(self, job: jobs.Job) -> Any:
         self.started.append((job.seed, job.variant.name))
         outcome = "invalid" if (job.seed, job.variant.name) in self.fails else "finished"
         script = (
@@ -73,30 +85,28 @@ def test_runs_wait_for_their_seed_and_are_not_repeated(
 ) -> None:
     """Variants start after their seed's co-training; a failed start takes its seed along and no other; what is finished
     is never started again."""
-    config = load_config(ATLAS)
-    every = chosen(config, ["frozen sub", "lr 0"])
-    planned = jobs.plan(tmp_path, [1, 2], every)
+    basis = basis_of(ATLAS, tmp_path)
+    planned = jobs.plan(basis, [1, 2], chosen(basis.config, ["frozen sub", "lr 0"]))
     fake = FakeRuns({(2, COTRAIN)})
     monkeypatch.setattr(jobs, "_start", fake)
     lines: list[str] = []
-    failed = jobs.run_all(ATLAS, config, planned, [], 2, lines.append)
+    failed = jobs.run_all(basis, planned, 2, lines.append)
     assert set(fake.started) == {(1, COTRAIN), (2, COTRAIN), (1, "frozen sub"), (1, "lr 0")}
     assert fake.started.index((1, COTRAIN)) < fake.started.index((1, "lr 0"))
     assert failed["seed 2, co-training"] == "the start"
     assert failed["seed 2, lr 0"] == "its seed's co-training run failed"
     again = FakeRuns(set())
     monkeypatch.setattr(jobs, "_start", again)
-    assert jobs.run_all(ATLAS, config, planned, [], 2, lines.append) == {}
+    assert jobs.run_all(basis, planned, 2, lines.append) == {}
     assert set(again.started) == {(2, COTRAIN), (2, "frozen sub"), (2, "lr 0")}
 
 
 def test_variants_begin_with_the_start_policies_of_their_seed(tmp_path: Path) -> None:
     """Their configs name the co-training run's start policies and train none of their own."""
-    config = load_config(ATLAS)
-    _, job = jobs.plan(
-        tmp_path, [3], [Variant(COTRAIN, ""), Variant("lr 0", "", ("agents.sub.optimizer.lr=0.0",))]
-    )
-    made = load_config(ATLAS, jobs.settings(config.policy_roles, job, ["trainer.steps=5"]))
+    basis = basis_of(ATLAS, tmp_path, "trainer.steps=5")
+    config, slow = basis.config, Variant("lr 0", "", ("agents.sub.optimizer.lr=0.0",))
+    _, job = jobs.plan(basis, [3], [Variant(COTRAIN, ""), slow])
+    made = load_config(job.config, job.sets)
     assert (made.seed, made.trainer.steps, made.agents["sub"].optimizer.lr) == (3, 5, 0.0)
     for role in config.roles:
         assert made.agents[role].model == str(
@@ -217,11 +227,13 @@ def test_the_control_of_shuffled_rewards_is_a_config(recorded: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_a_comparison_from_runs_to_report(tmp_path: Path) -> None:
     """The command trains, scores and reports; without an update a team is the team before RL, question by question;
-    started again, it repeats no run and no score and says the same."""
+    started again, it repeats no run and no score and says the same. Main alone stands beside the team, and the rollouts
+    and tokens of each are shown."""
     out = tmp_path / "compare"
     short = ["trainer.steps=2", "trainer.questions=2", "eval.every=2", "eval.validation=2", "eval.heldout=2"]
     arguments = command(
-        "compare", str(RELAY), "--out", str(out), "--seeds", "1", "--jobs", "1", "--n", "6", "--variant", "lr 0",
+        "compare", str(RELAY), "--out", str(out), "--seeds", "1", "--jobs", "1", "--n", "6", "--repeats", "2",
+        "--variants", "lr-0,single",
         *(f"--set={s}" for s in short),
     )  # fmt: skip
     shown = finish(arguments, 1200)
@@ -232,12 +244,24 @@ def test_a_comparison_from_runs_to_report(tmp_path: Path) -> None:
     for mode in MODES:
         assert scores["lr-0"][mode] == scores["before-RL"][mode] and len(scores["lr-0"][mode]) == 6
         assert table["lr 0"][mode]["mean"] == table["before RL"][mode]["mean"]
-    assert (report["failed"], report["seeds"], report["n"]) == ({}, [1], 6)
+    assert (report["failed"], report["seeds"], report["n"], report["repeats"]) == ({}, [1], 6, 2)
+    costs = {row["name"]: row for row in report["costs"]}
+    assert {row["rollouts"] for row in costs.values()} == {
+        2 * 2 * 4
+    } and "2 questions x 4 rollouts = 16" in shown
+    assert set(costs["lr 0"]["tokens"]) == {"main", "left", "right"} and set(costs["single"]["tokens"]) == {
+        "main"
+    }
+    assert costs["single"]["total"] == costs["single"]["tokens"]["main"] > 0
+    assert [row["repeats"] for row in report["evaluations"] if row["name"] == "single"] == [2]
+    alone = recorded_run(out / "runs" / "seed-1" / "single")
+    start = (out / "runs" / "seed-1" / COTRAIN / "agents" / "main" / "start").resolve()
+    assert alone.roles == ("main",) and alone.agents["main"].model == str(start)
     assert (out / "compare.png").stat().st_size > 10_000
     written = {
         p: p.stat().st_mtime_ns for p in [*out.glob("scores/*/*.json"), *out.glob("runs/*/*/metrics.jsonl")]
     }
-    assert "2 of 2 runs are finished already" in finish(arguments, 500)
+    assert "3 of 3 runs are finished already" in finish(arguments, 500)
     assert all(p.stat().st_mtime_ns == before for p, before in written.items())
     assert json.loads((out / "compare.json").read_text())["table"] == report["table"]
 

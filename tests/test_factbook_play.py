@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,9 +225,25 @@ def test_examples_are_turns_of_the_chat(cache: Path) -> None:
     asyncio.run(task.close())
     for options, roles, words in (
         ({"mode": "links"}, ("main", "sub"), "examples = true shows a search"),
-        ({}, ("main",), "options.examples: they show a main agent that asks"),
+        ({"search": "none"}, ("main",), "examples = true shows a search"),
     ):
         with pytest.raises(ConfigError, match=words):
             load_task(
                 TaskConfig(name="factbook", options={"examples": True, "cache": str(cache), **options}), roles
             )
+
+
+def test_examples_of_a_single_agent_and_the_controls(cache: Path) -> None:
+    """Main alone is shown the look-ups of one question after the other, with its own tools only; every control of a
+    task with examples can be played."""
+    options = {"examples": True, "format": "json", "cache": str(cache)}
+    alone = load_task(TaskConfig(name="factbook", options=options), ("main",))
+    assert isinstance(alone, FactbookTask)
+    *shown, last = alone.team["main"].messages("What?")
+    calls = [json.loads(str(m["content"])) for m in shown if m["role"] == "assistant"]
+    two_hops = ["search", "visit", "search", "visit", "answer"]
+    assert [call["name"] for call in calls] == ["search", "visit", "answer", *two_hops]
+    assert calls[-1]["arguments"] == {"answer": "Amaurot"} and calls[5] == calls[0]
+    assert last["content"] == "Question: What?\nBegin with search."
+    for control in alone.controls.values():
+        load_task(TaskConfig(name="factbook", options=options | dict(control)), ("main", "sub"))

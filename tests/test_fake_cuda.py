@@ -240,6 +240,49 @@ def test_padded_rows_and_what_nobody_looks_at(config: Any, cuda: Any) -> None:
     cuda.waits.clear()
 
 
+BOUNDS = {"grpo_loss": (15, 20), "linear_grpo_loss": (44, 70)}
+"""Operations and kernels of a call, forward and backward, at most: of what the bench gives; of what a training step
+does, with old and rollout log-probs, weights and masked rows. The head has four chunks."""
+
+
+def loss_call(op: str, every: bool, launches: Counter[str]) -> int:
+    """How much a call queues. every: all that a training step gives, and masked rows."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(32, 8, generator=g), torch.randn(16, 8, generator=g)
+    mask = (torch.arange(32) % 5 != 0) | torch.tensor(not every)
+    inputs = {"cu_seqlens": torch.arange(0, 33, 8, dtype=torch.int32), "loss_mask": mask}
+    inputs["advantages"] = torch.randn(4, generator=g)
+    if every:
+        near = -torch.rand(2, 32, generator=g)
+        inputs |= {"old_logprobs": near[0], "rollout_logprobs": near[1], "seq_weight": torch.ones(4)}
+    config = settings("dapo")
+    there: dict[str, Any] = {name: x.to("cuda") for name, x in inputs.items()}
+    ids = torch.randint(16, (32,), generator=g).to("cuda")
+    more: dict[str, Any] = {"denominator": 32.0} if every else {}
+    if op == "grpo_loss":
+        leaves = [(hidden @ weight.t()).to("cuda").requires_grad_()]
+    else:
+        leaves = [x.bfloat16().to("cuda").requires_grad_() for x in (hidden, weight)]
+    launches.clear()
+    if op == "grpo_loss":
+        loss, _ = grpo_loss(leaves[0], ids, config=config, inplace=True, **there, **more)
+    else:
+        loss, _ = linear_grpo_loss(*leaves, ids, config=config, chunk=8, **there, **more)
+    torch.autograd.grad(loss, leaves)
+    return launches.total()
+
+
+@inside
+@numpy_warns
+@pytest.mark.parametrize("op", BOUNDS)
+def test_a_loss_call_queues_few_operations(op: str, cuda: Any) -> None:
+    """Each costs the host time before the first large kernel may start, or the device behind the last one."""
+    for every, bound in zip((False, True), BOUNDS[op], strict=True):
+        total = loss_call(op, every, cuda.launches)
+        assert total <= bound, (total, sorted(cuda.launches.items()))
+        assert cuda.launches["token_loss_kernel"] == 1, cuda.launches
+
+
 def turns(
     device: str, name: str, dtype: torch.dtype, waits: Counter[str]
 ) -> tuple[list[Generation], HfEngine]:

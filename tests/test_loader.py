@@ -68,7 +68,7 @@ def test_an_installed_package_gives_a_name(tmp_path: Path, monkeypatch: pytest.M
     (info / "entry_points.txt").write_text("[mgrpo.tasks]\nsample = loader_sample:MyTask\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert type(load_task(TaskConfig(name="sample"), PAIR)).__name__ == "MyTask"
-    with pytest.raises(ConfigError, match=r"expected atlas, atlas-chat, sample or 'package\.module:Class'"):
+    with pytest.raises(ConfigError, match=r"expected atlas, .*, research, sample or 'package\.module:Class'"):
         load_task(TaskConfig(name="smaple"), PAIR)
     sys.modules.pop("loader_sample")
 

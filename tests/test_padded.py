@@ -112,13 +112,14 @@ def test_padded_is_packed(config: GrpoLossConfig, impl: str) -> None:
 
 def test_masked_rows_of_hidden_states_are_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a slice of hidden states, which is no block of memory, only the rows that act are copied."""
-    gathered, rows = [], head._padded_rows
+    gathered, rows = [], head._rows
 
-    def counted(hidden: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+    def counted(hidden: torch.Tensor, piece: torch.Tensor | slice) -> torch.Tensor:
+        assert isinstance(piece, torch.Tensor)
         gathered.append(piece.numel())
         return rows(hidden, piece)
 
-    monkeypatch.setattr(head, "_padded_rows", counted)
+    monkeypatch.setattr(head, "_rows", counted)
     data = batch()
     run(data, settings("dapo"))
     assert gathered == [int(data["loss_mask"][:3].sum())] != [B * S]  # the last row's advantage is 0

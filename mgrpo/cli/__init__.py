@@ -103,15 +103,34 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Seeds 1 to this number.")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs side by side; 0: one for each core.")] = 0,
     n: Annotated[int, typer.Option(help="Held-out questions of each score.")] = 400,
-    variant: Annotated[
-        list[str] | None, typer.Option(help="Only these beside co-training; repeatable.", show_default=False)
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Sampled rollouts of each held-out question, and of each question of eval.sets."),
     ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant", "--variants", metavar="NAME,...", show_default=False,
+            help="Only these beside cotrain: main-only, single, no-alignment, shared ...; repeatable.",
+        ),
+    ] = None,
+    origin: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", show_default=False,
+                     help="A run whose policies after RL every variant begins with."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and start none.")] = False,
     overrides: Overrides = None,
-) -> None:
-    """Co-training beside frozen agents and controls: runs, held-out scores, a table. Started again, it goes on."""
+) -> None:  # fmt: skip
+    """Co-training beside frozen agents, a single agent and controls at equal rollouts: runs, held-out scores, tables.
+
+    Started again, it goes on."""
     from mgrpo.cli.comparison import command
 
-    command.compare(config, out, overrides or [], seeds=seeds, at_once=jobs, n=n, names=variant or [])
+    request = command.Request(
+        config, out, overrides or [], seeds, jobs, n, variants or [], origin, repeats, dry_run
+    )
+    command.compare(request)
 
 
 @app.command()

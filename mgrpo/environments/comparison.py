@@ -12,7 +12,13 @@ import numpy.typing as npt
 COTRAIN = "co-training"
 BEFORE_RL = "before RL"
 MODES = ("sampled", "greedy")
-Outcomes = npt.NDArray[np.float64]  # (seeds, questions)
+Outcomes = npt.NDArray[np.float64]  # (seeds, questions); NaN where a question was not scored
+
+
+def mean_of(outcomes: Outcomes) -> float:
+    """Over everything that was scored; NaN where nothing was."""
+    scored = outcomes[~np.isnan(outcomes)]
+    return float(scored.mean()) if scored.size else float("nan")
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Figures:
     def real(self, name: str, mode: str) -> float | None:
         """How often a score's answers are the questions' `real_answer`."""
         found = outcomes(self.results, name, f"real_{mode}")
-        return None if found is None else float(found.mean())
+        return None if found is None else mean_of(found)
 
     def calls(self, name: str) -> dict[int, int]:
         """d_k -> number of rollouts of a score with so many invocations, over all sub-agent roles and seeds."""

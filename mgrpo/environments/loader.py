@@ -19,6 +19,7 @@ BUILT_IN = {
     "atlas": "mgrpo.tasks.atlas.task:AtlasTask",
     "atlas-chat": "mgrpo.tasks.atlas.chat:AtlasChatTask",
     "factbook": "mgrpo.tasks.factbook.task:FactbookTask",
+    "factbook-small": "mgrpo.tasks.factbook.small.task:SmallTask",
     "research": "mgrpo.tasks.research.task:ResearchTask",
 }
 GROUP = "mgrpo.tasks"

@@ -74,6 +74,9 @@ class StagedTask(Task):
     def digests(self) -> Mapping[str, str]:
         return self.stages[-1].digests()
 
+    def single_agent(self, options: Mapping[str, object]) -> Mapping[str, object] | None:
+        return self.stages[-1].single_agent(options)
+
     def claims(self, figures: Figures) -> Sequence[Claim]:
         return self.stages[-1].claims(figures)
 

@@ -122,6 +122,11 @@ class Task(ABC):
         tasks that it starts end with it: what still runs when it returns or raises is cancelled and awaited.
         """
 
+    def single_agent(self, options: Mapping[str, object]) -> Mapping[str, object] | None:
+        """[task.options], or those of a stage, for "main" alone with every tool of the team whose options are given:
+        the variant "single" of `mgrpo compare`. None: there is no such agent; the default."""
+        return None
+
     # -- policies that start from scratch (a task over pretrained models need not override the rest) --
 
     def build_policy(self, role: str, seed: int, path: str) -> None:

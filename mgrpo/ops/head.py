@@ -225,7 +225,12 @@ def logprob(
             ordered = target_ids[acting.place(slice(None))]
         found.append(shard.logprob(z, ordered[at], temperature))
     logp, entropy, maximum, total = (list(x) for x in zip(*found, strict=True))
-    return (*(acting.whole(x, 0.0) for x in (logp, entropy, maximum)), acting.whole(total, 1.0))
+    return (
+        acting.whole(logp, 0.0),
+        acting.whole(entropy, 0.0),
+        acting.whole(maximum, 0.0),
+        acting.whole(total, 1.0),
+    )
 
 
 @_without_autocast
@@ -372,6 +377,7 @@ class _Products:
             # without waiting for the device.
             h = torch.where(has_grad[:, None], h, self._zero)
         elif has_grad is not None:
+            assert not isinstance(piece, slice)
             z, h, piece = _drop(z, h, piece, has_grad)
         if h.dtype in HALF and h.device.type == "cpu":
             self._add_in_float32(z, h, piece)

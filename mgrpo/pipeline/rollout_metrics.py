@@ -13,6 +13,7 @@ from mgrpo.pipeline.play import RolloutResult
 CALLS = {0: "0", 1: "1", 2: "2", 4: "3_4", 8: "5_8", 16: "9_16"}  # most calls -> name of the bucket
 DURATIONS = {1: "1s", 4: "4s", 16: "16s", 64: "64s", 256: "256s", 1024: "1024s"}  # most seconds -> name
 QUANTILES = {"median": 0.5, "p95": 0.95}  # of a tool's seconds
+SAMPLED = "rollout/tokens/"  # the metric of each role: its sampled tokens
 MORE = "more"  # name of the bucket beyond the last
 
 
@@ -45,7 +46,7 @@ class DropRate:
 class RolloutMetrics:
     """Counts over the results of a batch, or of a span of time."""
 
-    tokens: int = 0  # sampled
+    tokens: Counter[str] = field(default_factory=Counter)  # sampled, by role
     mismatches: int = 0  # turns with a retokenization mismatch
     seconds: float = 0.0  # that the rollouts took, summed
     failed: Counter[str] = field(default_factory=Counter)  # by kind
@@ -64,7 +65,8 @@ class RolloutMetrics:
             self.failure = result.failure
         for rate, value in zip(self.drop, (result.calls, result.seconds), strict=True):
             rate.take(value, result.kind is not None)
-        self.tokens += sum(int(t.loss_mask.sum()) for t in result.trajectories())
+        for trajectory in result.trajectories():
+            self.tokens[trajectory.role] += int(trajectory.loss_mask.sum())
         for name, values in result.metrics().items():
             self.values.setdefault(name, []).extend(values)
 
@@ -73,7 +75,8 @@ class RolloutMetrics:
         reported one."""
         calls, duration = self.drop
         return {
-            "rollout/perf/tok_per_s": self.tokens / seconds,
+            "rollout/perf/tok_per_s": self.tokens.total() / seconds,
+            **{f"{SAMPLED}{role}": count for role, count in sorted(self.tokens.items())},
             "rollout/retokenization_mismatch": self.mismatches,
             "rollout/failed": self.failed.total(),
             **{f"rollout/failed_by_{kind}": self.failed[kind] for kind in KINDS},

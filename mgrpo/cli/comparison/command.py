@@ -8,6 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mgrpo.cli.comparison import jobs, verdict
+from mgrpo.cli.comparison import spent as spending
+from mgrpo.cli.comparison.jobs import Basis, final_policies, refused
 from mgrpo.cli.comparison.scores import score
-from mgrpo.cli.comparison.variants import Variant, chosen, scores
+from mgrpo.cli.comparison.variants import Variant, chosen, named, scores
 from mgrpo.config import load_config
 from mgrpo.environments.comparison import COTRAIN, MODES, Figures
 from mgrpo.environments.task import Task
@@ -28,52 +31,84 @@ from mgrpo.run.progress import Display
 from mgrpo.run.text import clean
 
 
-def compare(
-    config_path: Path, out: Path, overrides: Sequence[str], *, seeds: int, at_once: int, n: int,
-    names: Sequence[str],
-) -> None:  # fmt: skip
-    """Run what is missing, score what is new, and write compare.json, compare.md and compare.png."""
-    for option, value in (("--seeds", seeds), ("--n", n)):
-        if value < 1:
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. names: of variants; none: all that are not on request. origin: the run whose policies after
+    RL every variant begins with. repeats: sampled rollouts of each question; None: one of the held-out ones, and of
+    the named sets as many as the config says."""
+
+    config: Path
+    out: Path
+    overrides: Sequence[str]
+    seeds: int = 3
+    at_once: int = 0
+    n: int = 400
+    names: Sequence[str] = ()
+    origin: Path | None = None
+    repeats: int | None = None
+    dry_run: bool = False
+
+    def command(self) -> str:
+        """As it is typed, without what changes no number."""
+        more = [f" --repeats {self.repeats}"] if self.repeats is not None else []
+        more += [f" --variants {','.join(self.names)}"] if self.names else []
+        more += [f" --from {self.origin}"] if self.origin is not None else []
+        return f"mgrpo compare {self.config} --seeds {self.seeds} --n {self.n}{''.join(more)}"
+
+
+def compare(request: Request) -> None:
+    """Run what is missing, score what is new, and write compare.json, compare.md and compare.png. Raises ConfigError
+    before anything is started."""
+    for option, value in (("--seeds", request.seeds), ("--n", request.n), ("--repeats", request.repeats)):
+        if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: expected at least 1")
+    config = load_config(request.config, request.overrides)
+    every = chosen(config, request.names)
+    origin = final_policies(request.origin, config) if request.origin is not None else {}
+    basis = Basis(request.config, config, request.overrides, request.out, origin, request.repeats)
+    task = load_run_task(config)
+    left_out = refused(basis, task, every)
+    for name in named(config, request.names) | {COTRAIN}:
+        if name in left_out:
+            raise ConfigError(f"--variant {name!r}: {left_out[name]}")
+    every = [v for v in every if v.name not in left_out]
+    numbers = list(range(1, request.seeds + 1))
+    planned = jobs.plan(basis, numbers, every)
+    jobs.check(planned)
+    lines = [spending.held_equal(config), *(f"{name} is left out: {why}" for name, why in left_out.items())]
+    if request.dry_run:
+        print("\n".join([*lines, *map(jobs.described, planned)]))
+        return
     # Both end a comparison as Ctrl-C does, also where a shell started it in the background with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    config = load_config(config_path, overrides)
-    every = chosen(config, list(names))
-    task = load_run_task(config)
-    numbers = list(range(1, seeds + 1))
     began = time.monotonic()
     with Display() as display:
-        planned = jobs.plan(out, numbers, every)
-        jobs.check(config_path, config.policy_roles, planned, overrides)
-        failed = jobs.run_all(
-            config_path, config, planned, overrides, at_once or jobs.side_by_side(), display.line
-        )
+        for line in lines:
+            display.line(line)
+        failed = jobs.run_all(basis, planned, request.at_once or jobs.side_by_side(), display.line)
         jobs.need(failed)
         results: dict[int, dict[str, Any]] = {seed: {} for seed in numbers}
         for seed in numbers:
-            trained = [v for v in every if jobs.is_finished(jobs.run_folder(out, seed, v.name))]
+            trained = [v for v in every if jobs.is_finished(jobs.run_folder(request.out, seed, v.name))]
             for wanted in scores(config.roles, trained, task.controls):
-                found = score(out, seed, wanted, n, display.line)
+                found = score(request.out, seed, wanted, request.n, request.repeats or 1, display.line)
                 if found is not None:
                     results[seed][wanted.name] = found
-    seconds = time.monotonic() - began
-    report = _report(task, out, every, results) | {
-        "command": f"mgrpo compare {config_path} --seeds {seeds} --n {n}",
-        "overrides": list(overrides),
-        "n": n, "seconds_of_this_call": round(seconds, 1), "machine": _machine(), "failed": failed,
+    report = _report(task, request, every, results) | {
+        "held_equal": spending.held_equal(config), "left_out": left_out, "failed": failed, "machine": _machine(),
+        "seconds_of_this_call": round(time.monotonic() - began, 1),
     }  # fmt: skip
-    remove_partials(out)
-    write_atomic(out / "compare.json", json.dumps(report, indent=2) + "\n")
-    write_atomic(out / "compare.md", _markdown(report))
-    _show(report, out)
+    remove_partials(request.out)
+    write_atomic(request.out / "compare.json", json.dumps(report, indent=2) + "\n")
+    write_atomic(request.out / "compare.md", _markdown(report))
+    _show(report, request.out)
 
 
 def _report(
-    task: Task, out: Path, every: Sequence[Variant], results: Mapping[int, Mapping[str, Any]]
+    task: Task, request: Request, every: Sequence[Variant], results: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    names = list(dict.fromkeys(name for r in results.values() for name in r))
+    names, out = list(dict.fromkeys(name for r in results.values() for name in r)), request.out
     table = [verdict.row(results, name) for name in names]
     runs = {
         v.name: {s: folder for s in results if jobs.is_finished(folder := jobs.run_folder(out, s, v.name))}
@@ -81,10 +116,24 @@ def _report(
     }
     verdict.draw(out / "compare.png", table, runs)
     figures = Figures({line["name"]: line for line in table}, results, _largest_difference(runs))
+    repeated = spending.heldout(table, request.repeats) if request.repeats is not None else []
     return {
+        "command": request.command(),
+        "overrides": list(request.overrides),
+        "n": request.n,
+        "repeats": request.repeats or 1,
+        "from": None if request.origin is None else str(request.origin),
         "seeds": list(results),
         "table": table,
         "claims": [claim.as_json() for claim in task.claims(figures)],
+        "evaluations": [*repeated, *spending.evaluations(runs)],
+        "costs": spending.costs(runs),
+        "failed_rollouts": {
+            name: sum(
+                r[name].get(f"failed_{mode}", 0) for r in results.values() if name in r for mode in MODES
+            )
+            for name in names
+        },
         "equal_seconds": {mode: verdict.at_equal_seconds(runs, mode) for mode in MODES},
         "runs": {
             name: {str(s): str(folder) for s, folder in by_seed.items()} for name, by_seed in runs.items()
@@ -131,31 +180,50 @@ def _markdown(report: Mapping[str, Any]) -> str:
         f"`{report['command']}`: {len(report['seeds'])} seeds, {report['n']} held-out questions, "
         f"{report['machine']['cores']} cores ({report['machine']['cpu']}).",
         "",
-        "| variant | sampled | co-training minus it | greedy | co-training minus it |",
-        "|---|---|---|---|---|",
+        *_lines([_HEAD, *_rows(report)]),
+        "",
+        "Mean ± standard deviation over seeds; in brackets 95 % of the paired bootstrap.",
     ]
-    for line in report["table"]:
-        cells = [c for mode in MODES for c in _cells(line, mode)]
-        lines.append(f"| {line['name']} | {' | '.join(cells)} |")
-    lines += ["", "Mean ± standard deviation over seeds; in brackets 95 % of the paired bootstrap."]
+    if lost := {name: count for name, count in report["failed_rollouts"].items() if count}:
+        counts = ", ".join(f"{name} {count}" for name, count in lost.items())
+        lines += ["", f"Rollouts that failed and are in no mean: {counts}."]
+    if report["evaluations"]:
+        lines += ["", *_lines(spending.evaluation_table(report["evaluations"]))]
+        lines += [
+            "",
+            "avg@n: mean over questions of the mean of n rollouts; stderr: over the questions of one seed.",
+        ]
+    lines += ["", report["held_equal"], "", *_lines(spending.cost_table(report["costs"]))]
     if report["claims"]:
-        lines += ["", "| claim | measured | bound | holds |", "|---|---|---|---|"]
-        for claim in report["claims"]:
-            bound = " ".join(
-                f"{sign} {claim[key]:g}" for key, sign in (("low", ">="), ("high", "<=")) if key in claim
-            )
-            value = "not measured" if claim["value"] is None else f"{claim['value']:.3g}"
-            lines.append(f"| {claim['claim']} | {value} | {bound} | {_word(claim['holds'])} |")
-    lines += ["", "| equal seconds (validation) | seconds | sampled | co-training | greedy | co-training |",
-              "|---|---|---|---|---|---|"]  # fmt: skip
+        lines += ["", *_lines([["claim", "measured", "bound", "holds"], *map(_claim, report["claims"])])]
     sampled, greedy = (report["equal_seconds"][mode] for mode in MODES)
+    equal = [["equal seconds (validation)", "seconds", "sampled", "co-training", "greedy", "co-training"]]
     for name, s in sampled.items():
         g = greedy.get(name, s)
-        lines.append(
-            f"| {name} | {s['seconds']:.0f} | {s['accuracy']:.3f} | {s['cotrain']:.3f} | {g['accuracy']:.3f} | "
-            f"{g['cotrain']:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+        numbers = (s["accuracy"], s["cotrain"], g["accuracy"], g["cotrain"])
+        equal.append([name, f"{s['seconds']:.0f}", *(f"{x:.3f}" for x in numbers)])
+    return "\n".join([*lines, "", *_lines(equal)]) + "\n"
+
+
+_HEAD = ["variant", "sampled", "co-training minus it", "greedy", "co-training minus it"]
+
+
+def _rows(report: Mapping[str, Any]) -> list[list[str]]:
+    return [[line["name"], *(c for mode in MODES for c in _cells(line, mode))] for line in report["table"]]
+
+
+def _lines(table: Sequence[Sequence[str]]) -> list[str]:
+    """Of a table in Markdown; the first row is its head."""
+    head, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return [head, "|---" * len(table[0]) + "|", *rows]
+
+
+def _claim(claim: Mapping[str, Any]) -> list[str]:
+    bound = " ".join(
+        f"{sign} {claim[key]:g}" for key, sign in (("low", ">="), ("high", "<=")) if key in claim
+    )
+    value = "not measured" if claim["value"] is None else f"{claim['value']:.3g}"
+    return [claim["claim"], value, bound, _word(claim["holds"])]
 
 
 def _word(holds: bool | None) -> str:
@@ -165,10 +233,14 @@ def _word(holds: bool | None) -> str:
 def _show(report: Mapping[str, Any], out: Path) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.width = max(console.width, 120)  # a table that was piped into a file is not broken at 80
-    table = Table("variant", "sampled", "co-training minus it", "greedy", "co-training minus it")
-    for line in report["table"]:
-        table.add_row(line["name"], *(c for mode in MODES for c in _cells(line, mode)))
-    console.print(table)
+    tables = [[_HEAD, *_rows(report)], spending.evaluation_table(report["evaluations"])]
+    for head, *rows in [*tables, spending.cost_table(report["costs"])]:
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*row)
+        if rows:
+            console.print(table)
+    console.print(report["held_equal"])
     for claim in report["claims"]:
         if not claim["holds"]:
             state = "not measured" if claim["holds"] is None else f"does not hold: {claim['value']:.3g}"

@@ -6,13 +6,15 @@ sides share (an easy question, a lucky start) cancels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mgrpo.environments.comparison import COTRAIN, MODES, Outcomes, outcomes
+from mgrpo.benchmarks.statistics import standard_error
+from mgrpo.environments.comparison import COTRAIN, MODES, Outcomes, mean_of, outcomes
 from mgrpo.metrics import read_metrics
 from mgrpo.run.summary import save_figure
 
@@ -24,30 +26,46 @@ def interval(difference: Outcomes, seed: int = 0) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     seeds, n = difference.shape
     means = np.empty(RESAMPLES)
+    mean = mean_of if np.isnan(difference).any() else np.mean  # the plain one takes half the time
     for i in range(RESAMPLES):
         rows = difference[rng.integers(seeds, size=seeds)]
-        means[i] = rows[:, rng.integers(n, size=n)].mean()
+        means[i] = mean(rows[:, rng.integers(n, size=n)])
+    means = means[~np.isnan(means)]
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 
 def row(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """One line of the table: of each mode mean, spread over seeds, and co-training minus this one with its interval."""
+    """One line of the table: of each mode mean, spread over seeds, standard error over a seed's questions, and
+    co-training minus this one with its interval. Questions that one of the two was not scored on are in no
+    difference."""
     line: dict[str, Any] = {"name": name}
     for mode in MODES:
         mine = outcomes(results, name, mode)
         if mine is None:
             continue
-        by_seed = mine.mean(1)
+        by_seed = np.array([mean_of(questions) for questions in mine])
         spread = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else 0.0
-        line[mode] = {"mean": float(mine.mean()), "std_over_seeds": spread, "by_seed": by_seed.tolist()}
+        line[mode] = {
+            "mean": mean_of(mine), "std_over_seeds": spread, "by_seed": by_seed.tolist(),
+            "stderr": root_mean_square([standard_error(q[~np.isnan(q)].tolist()) for q in mine]),
+        }  # fmt: skip
         both = {s: r for s, r in results.items() if name in r and COTRAIN in r}
         if name != COTRAIN and both:
             ours, theirs = outcomes(both, COTRAIN, mode), outcomes(both, name, mode)
             assert ours is not None and theirs is not None
-            low, high = interval(ours - theirs)
-            line[mode] |= {"cotrain_minus": float((ours - theirs).mean()), "low": low, "high": high}
+            difference = ours - theirs
+            if np.isnan(difference).all():
+                continue
+            low, high = interval(difference)
+            line[mode] |= {"cotrain_minus": mean_of(difference), "low": low, "high": high}
     return line
+
+
+def root_mean_square(errors: Sequence[float | None]) -> float | None:
+    """Of standard errors, one a seed: that of a typical seed. None where there is none, e.g. of a single question."""
+    known = [error for error in errors if error is not None and not math.isnan(error)]
+    return math.sqrt(math.fsum(e * e for e in known) / len(known)) if known else None
 
 
 def curve(run: Path, mode: str) -> list[tuple[int, float, float]]:

@@ -1,14 +1,15 @@
 """The embedded default task: real facts, real search, two agents that need each other.
 
-    facts -> documents -> search        what there is to know, and the tools
-    questions, protocol, play           what is asked, what may be said, how a rollout goes
-    demos, decoder, policy, start       the start: demonstrations, fresh policies, are they valid
+    facts -> documents, language        what there is to know, and the words of it
+    questions                           what is asked
+    decoder                             the architecture of fresh policies
     claims                              what a comparison on it must show
-    task                                all of it behind the interface of a Task
+    task                                all of it, with what every such task has (words/), behind a Task's interface
+    chat, chat_calls                    the same for pretrained models: the task "atlas-chat"
 
 What the recipe needs (chosen on the validation split):
 
-- SFT: batch 96, AdamW 4e-3 at width 64 and in proportion to 1 / width (policy.py says why), betas
+- SFT: batch 96, AdamW 4e-3 at width 64 and in proportion to 1 / width (words/policy.py says why), betas
   .9/.98, 30 warm-up steps, linear decay over the last 40 %; 1400 steps for the sub, 700 to 1000 for the
   main. A shorter one may miss the start validation's copy bound of .97 for the sub (1000 steps: .945 to 1.0 by seed and
   machine; 700: .95 to .97, 500: .91).

@@ -36,11 +36,12 @@ from mgrpo.tasks.atlas.chat_calls import (
     sub_titles,
 )
 from mgrpo.tasks.atlas.documents import build_documents
-from mgrpo.tasks.atlas.facts import NONE, FactsMode, World
-from mgrpo.tasks.atlas.play import SCORES, Delegate
-from mgrpo.tasks.atlas.protocol import MAX_CALLS, Call
+from mgrpo.tasks.atlas.facts import World
 from mgrpo.tasks.atlas.questions import HOP_WEIGHTS, QuestionBank
-from mgrpo.tasks.atlas.search import Index, SearchMode
+from mgrpo.tasks.words.play import SCORES, Delegate
+from mgrpo.tasks.words.protocol import MAX_CALLS, NONE, Call
+from mgrpo.tasks.words.search import Index, SearchMode
+from mgrpo.tasks.words.world import FactsMode
 from mgrpo.types import MAIN, Rollout
 
 BOUNDS = {"main_format": (0.05, 1.0), "sub_format": (0.05, 1.0), "joint_sampled": (0.0, 0.95)}

@@ -9,29 +9,8 @@ A value stands only in the document it belongs to: a wrong document that was ope
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-
 from mgrpo.tasks.atlas.facts import FIELDS, SPLIT_SIZES, World
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """title, then (relation, value) pairs in the order they are written."""
-
-    title: str
-    fields: tuple[tuple[str, str], ...]
-
-    @property
-    def body(self) -> str:
-        return " ".join(f"{relation} {value}" for relation, value in self.fields)
-
-    @property
-    def text(self) -> str:
-        return f"{self.title} {self.body}"
-
-    def value(self, relation: str) -> str | None:
-        return dict(self.fields).get(relation)
+from mgrpo.tasks.words.documents import Document, stable_hash
 
 
 def build_documents(world: World) -> dict[str, Document]:
@@ -47,8 +26,3 @@ def build_documents(world: World) -> dict[str, Document]:
                 titles.append(Document(value, (("country", name),)))
             documents.update((d.title, d) for d in titles)
     return documents
-
-
-def stable_hash(text: str) -> int:
-    """A 64-bit hash that is the same in every process and on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -9,23 +9,20 @@ language is its code with an underscore (`en_`), a calling code keeps its plus (
 from __future__ import annotations
 
 import functools
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mgrpo.environments.task import Split
-
-FactsMode = Literal["real", "permuted"]
+from mgrpo.tasks.words.world import FactsMode, fold
+from mgrpo.tasks.words.world import World as WordsWorld
 
 FIELDS = ("capital", "people", "currency", "language", "region", "phone", "neighbour")
 """Relations of a country; "country" is the relation of a city and of a people."""
 RELATIONS = ("country", *FIELDS)
-NONE = "none"
-"""The answer to a question without one."""
 
 SPLIT_SIZES: Mapping[Split, int] = {"train": 109, "validation": 27, "heldout": 45}
 MIN_POPULATION = 100_000
@@ -83,12 +80,6 @@ def _read(info: Mapping[str, Any]) -> Country | None:
     return Country(name, code, values, tuple(info.get("borders") or ()))
 
 
-def fold(text: str) -> str:
-    """ASCII letters and digits of a name, accents dropped: `Côte d'Ivoire` -> `CotedIvoire`."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return "".join(c for c in ascii_text if c.isalnum())
-
-
 @functools.cache
 def entities() -> tuple[str, ...]:
     """Every name and value of every split, sorted: the entity tokens of a policy's vocabulary."""
@@ -114,7 +105,7 @@ def split_countries(split: Split) -> tuple[Country, ...]:
     raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLIT_SIZES)}")
 
 
-class World:
+class World(WordsWorld):
     """The facts the documents tell: (relation, entity) -> value. Chains never leave a split.
 
     facts = "permuted" deals the values of each relation anew among the countries of a split: documents then
@@ -125,7 +116,7 @@ class World:
         if facts not in ("real", "permuted"):
             raise ValueError(f"facts={facts!r}, expected 'real' or 'permuted'")
         self.altered = facts == "permuted"
-        self.facts: dict[tuple[str, str], str] = {}
+        super().__init__({})
         self.countries: dict[Split, tuple[str, ...]] = {}
         rng = np.random.default_rng(_PERMUTATION_SEED) if facts == "permuted" else None
         for split in SPLIT_SIZES:
@@ -150,21 +141,6 @@ class World:
             self.facts[relation, country.name] = value
             if relation in ("capital", "people"):
                 self.facts["country", value] = country.name
-
-    def value(self, relation: str, entity: str) -> str | None:
-        """What the documents say about (relation, entity); None when the question makes no sense."""
-        return self.facts.get((relation, entity))
-
-    def follow(self, entity: str, plan: Sequence[str]) -> list[str] | None:
-        """The value after each relation of `plan` (innermost first), or None where the chain breaks."""
-        values: list[str] = []
-        for relation in plan:
-            value = self.value(relation, entity)
-            if value is None:
-                return None
-            values.append(value)
-            entity = value
-        return values
 
 
 def _values(members: Sequence[Country], relation: str) -> list[str | None]:

@@ -5,6 +5,7 @@
     renaming                              the same world under invented names
     world                                 all of it, built in seconds, the same bit for bit
     source, task                          the world as the questions and the tools of the task "research"
+    small                                 a closed view of the world, for policies that learn to read from nothing
     check                                 figures that say how hard the questions are without doing the work
 
 The texts are real. The links between pages are ours: an entity that a border, a trade partner or an independence names

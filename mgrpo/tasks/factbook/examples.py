@@ -54,14 +54,27 @@ LOOKS_UP: Sequence[Sequence[Step]] = (
         ("Atlantis: Economy\n\nExports - partners: Utopia 51%, Lilliput 7%", REPORT, "Utopia"),
     ),
 )
+_FIND, _READ = LOOKS_UP
+ALONE: Sequence[Sequence[Step]] = (
+    (("What is the capital of Utopia?", *_FIND[0][1:]), _FIND[1], (_FIND[2][0], ANSWER, "Amaurot")),
+    (
+        ("What is the capital of the largest export partner of Atlantis?", *_READ[0][1:]),
+        _READ[1],
+        (_READ[2][0], *_FIND[0][1:]),
+        _FIND[1],
+        (_FIND[2][0], ANSWER, "Amaurot"),
+    ),
+)
+"""Of main without sub-agents: the same look-ups, one after the other."""
 ARGUMENTS = {ASK: "task", "search": "query", "visit": "url", ANSWER: ANSWER, REPORT: REPORT}
 
 
 LEAD_WORDS, LOOK_UP_WORDS = "Question: {}\nBegin with ask.", "Task: {}\nBegin with search."
+ALONE_WORDS = "Question: {}\nBegin with search."
 """What stands around a question and a task: they name the tool to begin with."""
 
 
-MINE, THEIRS = (LEADS, LEAD_WORDS), (LOOKS_UP, LOOK_UP_WORDS)
+LEAD, THEIRS, MINE_ALONE = (LEADS, LEAD_WORDS), (LOOKS_UP, LOOK_UP_WORDS), (ALONE, ALONE_WORDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +90,9 @@ class ShownRole(Role):
 
 
 def with_examples(team: Mapping[str, Role], form: Format) -> dict[str, Role]:
-    """The roles of a team, main and those that look things up, with examples of what each does."""
-    return {name: _shown(role, form, *(MINE if name == MAIN else THEIRS)) for name, role in team.items()}
+    """The roles of a team, main and those that look things up, or main alone, with examples of what each does."""
+    main = LEAD if len(team) > 1 else MINE_ALONE
+    return {name: _shown(role, form, *(main if name == MAIN else THEIRS)) for name, role in team.items()}
 
 
 def _shown(role: Role, form: Format, examples: Sequence[Sequence[Step]], words: str) -> ShownRole:

@@ -34,6 +34,9 @@ from mgrpo.tasks.research.task import ResearchTask
 from mgrpo.tools.base import Tool
 from mgrpo.types import MAIN
 
+CLOSED_BOOK: Mapping[str, object] = {"search": "none", "examples": False}
+"""The options of a control; examples would show a search."""
+
 
 class WorldOptions(Settings):
     """What [task.options] of "factbook" has beside those of "research"."""
@@ -53,7 +56,7 @@ class WorldOptions(Settings):
     page_chars: int = Field(4000, ge=200)
     """Characters of a part of a page."""
     examples: bool = False
-    """Begin each chat with two worked examples, for a small model (examples.py); mode "search", a team of two."""
+    """Begin each chat with two worked examples, for a small model (examples.py); mode "search"."""
     cache: str | None = None
     """Folder of the corpus' file. Unset: $XDG_CACHE_HOME/mgrpo, or ~/.cache/mgrpo."""
 
@@ -72,7 +75,7 @@ class FactbookTask(ResearchTask):
     """See the module's docstring."""
 
     controls: MappingProxyType[str, Mapping[str, object]] = MappingProxyType(
-        {"random search": {"search": "random"}, "closed book": {"search": "none"}}
+        {"random search": {"search": "random"}, "closed book": CLOSED_BOOK}
     )
 
     def __init__(
@@ -88,14 +91,10 @@ class FactbookTask(ResearchTask):
         if isinstance(score := rest.get("score", {}), Mapping):
             rest["score"] = {"expert": "path"} | dict(score)
         if self.world_options.mode == "links":
-            self.controls = MappingProxyType({"closed book": {"search": "none"}})
+            self.controls = MappingProxyType({"closed book": CLOSED_BOOK})
         self.world = _world(self.world_options.names == "invented", self.world_options.world_seed)
         super().__init__(rest, roles)
         if self.world_options.examples:
-            if len(self.roles) < 2:
-                raise ValueError(
-                    "options.examples: they show a main agent that asks, but the run has only main"
-                )
             self.team = with_examples(self.team, self.options.format)
             first = tuple(message["role"] for message in self.team[MAIN].messages("?"))
             self.chat_use = replace(self.chat_use, first=first)

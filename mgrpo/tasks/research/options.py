@@ -99,6 +99,9 @@ class ResearchOptions(Settings):
     """What no agent may see: hosts, urls, texts (mgrpo/tools/blocklist.py)."""
     agents: dict[str, AgentOptions] = Field(default_factory=dict)
     """One table a role."""
+    single: AgentOptions | None = None
+    """Of main in a run of agents.main alone, in the place of agents.main: the single agent that `mgrpo compare` puts
+    beside the team."""
     score: ScoreOptions = ScoreOptions()
     limits: LimitOptions = LimitOptions()
     format: Format = "hermes"

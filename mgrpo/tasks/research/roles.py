@@ -40,6 +40,8 @@ def make_roles(options: ResearchOptions, names: Sequence[str], tools: ToolSet) -
         raise ValueError(f"roles {list(names)} given, expected {MAIN!r} first")
     if unknown := sorted(set(options.agents) - set(names)):
         raise ValueError(f"options.agents.{unknown[0]}: the run has no such role; it has {', '.join(names)}")
+    if len(names) == 1 and options.single is not None:
+        options = options.model_copy(update={"agents": {MAIN: options.single}})
     subs = names[1:]
     asks = {ASK: subs[0]} if len(subs) == 1 else {name: name for name in subs}
     return {name: _role(options, name, tools, asks if name == MAIN else {}) for name in names}

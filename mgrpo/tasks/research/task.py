@@ -101,6 +101,11 @@ class ResearchTask(Task):
         """How answers and reports are scored."""
         return Scores(self.options.score, self.cassette)
 
+    def single_agent(self, options: Mapping[str, object]) -> Mapping[str, object]:
+        """The prompts and tools of a team go; main has those of options.single, or the default ones of an agent that is
+        alone: every tool."""
+        return {key: value for key, value in options.items() if key != "agents"}
+
     # -- questions --
 
     def question(self, index: int, seed: int) -> Question:

@@ -1,8 +1,8 @@
-"""Full-text search over the corpus: SQLite FTS5, bm25, the title weighs 6 times the body, the best three.
+"""Full-text search over the corpus: SQLite FTS5, bm25, the title weighs 6 times the body, the best few.
 
-The order of the three is shuffled by a hash of the query, so that rank says nothing and a policy has to read
-titles. Where fewer than three documents match, hash-chosen ones fill up: the number of results never changes.
-search = "random" replaces all three by hash-chosen documents, the control in which nothing can be known.
+Their order is shuffled by a hash of the query, so that rank says nothing and a policy has to read
+titles. Where fewer documents match, hash-chosen ones fill up: the number of results never changes.
+search = "random" replaces all of them by hash-chosen documents, the control in which nothing can be known.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Literal
 
 import numpy as np
 
-from mgrpo.tasks.atlas.documents import Document, stable_hash
+from mgrpo.tasks.words.documents import Document, stable_hash
 
 SearchMode = Literal["bm25", "random"]
-RESULTS = 3
 TITLE_WEIGHT = 6.0
 
 
 class Index:
-    """Titles of the RESULTS best documents of a query. Answers are remembered: the corpus has few words."""
+    """Titles of the best documents of a query. Answers are remembered: the corpus has few words."""
 
-    def __init__(self, documents: Iterable[Document], mode: SearchMode = "bm25") -> None:
+    def __init__(self, documents: Iterable[Document], mode: SearchMode = "bm25", results: int = 3) -> None:
         if mode not in ("bm25", "random"):
             raise ValueError(f"search={mode!r}, expected 'bm25' or 'random'")
         self.mode = mode
+        self._results = results
         documents = list(documents)
         self._titles = [d.title for d in documents]
         self._found: dict[str, tuple[str, ...]] = {}
@@ -39,7 +39,7 @@ class Index:
         self._db.executemany("INSERT INTO docs VALUES (?, ?)", [(d.title, d.body) for d in documents])
 
     def search(self, query: str) -> tuple[str, ...]:
-        """RESULTS distinct titles. Any text is a valid query; it is matched as one phrase."""
+        """As many distinct titles as it has results. Any text is a valid query; it is matched as one phrase."""
         found = self._found.get(query)
         if found is None:
             found = self._found[query] = self._search(query)
@@ -48,19 +48,27 @@ class Index:
     def _search(self, query: str) -> tuple[str, ...]:
         rng = np.random.default_rng(stable_hash(query))
         titles = self._match(query) if self.mode == "bm25" else []
-        while len(titles) < RESULTS:
+        while len(titles) < self._results:
             title = self._titles[int(rng.integers(len(self._titles)))]
             if title not in titles:
                 titles.append(title)
-        return tuple(titles[i] for i in rng.permutation(RESULTS))
+        return tuple(titles[i] for i in rng.permutation(self._results))
 
     def _match(self, query: str) -> list[str]:
-        phrase = '"' + query.replace('"', '""').replace("\0", " ") + '"'
+        return self._best(phrase(query), self._results)
+
+    def _best(self, pattern: str, n: int) -> list[str]:
+        """The n best titles of a pattern in the words of FTS5."""
         rows = self._db.execute(
             "SELECT title FROM docs WHERE docs MATCH ? ORDER BY bm25(docs, ?, 1.0), rowid LIMIT ?",
-            (phrase, TITLE_WEIGHT, RESULTS),
+            (pattern, TITLE_WEIGHT, n),
         )
         return [str(title) for (title,) in rows]
 
     def close(self) -> None:
         self._db.close()
+
+
+def phrase(text: str) -> str:
+    """The pattern that finds a text as one phrase."""
+    return '"' + text.replace('"', '""').replace("\0", " ") + '"'

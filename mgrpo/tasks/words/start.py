@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 from mgrpo.environments.episode import Agent, Conversation, Episode, mix
 from mgrpo.environments.task import Question, StartReport
-from mgrpo.tasks.atlas.play import Finding, Library, MainTrace, play, play_main, play_sub
-from mgrpo.tasks.atlas.protocol import Call
-from mgrpo.tasks.atlas.questions import QuestionBank, plan_of, start_of
+from mgrpo.tasks.words.play import Finding, Library, MainTrace, play, play_main, play_sub
+from mgrpo.tasks.words.protocol import Call
+from mgrpo.tasks.words.questions import QuestionBank, plan_of, start_of
 
 BOUNDS = {
     "main_copy": (0.97, 1.0),
@@ -34,10 +34,15 @@ BOUNDS = {
 
 
 async def validate_start(
-    library: Library, bank: QuestionBank, agents: Mapping[str, Agent], n: int, seed: int
+    library: Library,
+    bank: QuestionBank,
+    agents: Mapping[str, Agent],
+    n: int,
+    seed: int,
+    bounds: Mapping[str, tuple[float, float]] = BOUNDS,
 ) -> StartReport:
-    """Measure the figures of BOUNDS on n validation questions."""
-    return await _Validation(library, bank, agents, seed).report(n)
+    """Measure the figures of BOUNDS on n validation questions; `bounds` in the place of its bounds."""
+    return await _Validation(library, bank, agents, seed).report(n, bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class _Validation:
     agents: Mapping[str, Agent]
     seed: int
 
-    async def report(self, n: int) -> StartReport:
+    async def report(self, n: int, bounds: Mapping[str, tuple[float, float]]) -> StartReport:
         questions = self.bank.fixed("validation", n, self.seed)
         # Each twice, and as many questions as there are: the lower bound is close to what a good start has.
         two_hops = 2 * self.bank.with_hops("validation", 2, 2 * n, self.seed)
@@ -60,12 +65,13 @@ class _Validation:
         if "sub" in self.agents:
             findings = await self._subs([c for q in questions for c in self._hops(q)][:n])
             figures |= {
-                "sub_copy": _mean([f.copied and f.query == f.call.entity for f in findings]),
+                "sub_copy": _mean([f.copied and _searched(f) for f in findings]),
                 "joint_sampled": await self._team(questions, temperature=1.0),
                 "joint_greedy": await self._team(questions, temperature=0.0),
             }
-        bounds = {name: bound for name, bound in BOUNDS.items() if name in figures}
-        return StartReport({name: (figures[name], low, high) for name, (low, high) in bounds.items()})
+        return StartReport(
+            {name: (figures[name], *bound) for name, bound in bounds.items() if name in figures}
+        )
 
     async def _mains(self, questions: Sequence[Question], temperature: float) -> list[MainTrace]:
         """The main agent with a sub-agent that knows the corpus by heart."""
@@ -75,7 +81,7 @@ class _Validation:
 
         async def one(i: int, question: Question) -> MainTrace:
             main = self._conversation("main", f"start/main/{temperature}/{i}", i, temperature)
-            trace = await play_main(main, question, oracle, self.library.turn_tokens)
+            trace = await play_main(main, question, oracle, self.library)
             main.close()
             return trace
 
@@ -106,6 +112,11 @@ class _Validation:
         start, plan = start_of(question), plan_of(question)
         values = self.library.world.follow(start, plan) or []
         return [Call(r, e) for r, e in zip(plan, [start, *values], strict=False)]
+
+
+def _searched(finding: Finding) -> bool:
+    """Whether the query was for the entity that was asked about."""
+    return finding.query is not None and finding.query.split()[0] == finding.call.entity
 
 
 def _copies(trace: MainTrace, question: Question) -> bool:

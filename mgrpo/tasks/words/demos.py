@@ -3,9 +3,10 @@
 Every sequence relabels all entity tokens by its own random permutation, so no fact can be memorised: a value can only
 be copied from the context, and a held-out name is a token like any other. Only training countries occur in tasks.
 
-sub    85 % a hop of a real chain, 15 % a mostly ill-posed task; the query is the entity; opens a uniformly
-       random result, with .35 a second one; answers from the last document: its field is the asked relation
-       with .7, else uniform; where the asked relation is absent, `none` with .5; the value is an exact copy.
+sub    85 % a hop of a real chain, 15 % a mostly ill-posed task; the query is the entity, with the right section
+       (.4) or any one where documents have sections; opens a uniformly random result, with .35 a second one where it
+       may; answers from the last document: its field is the asked relation with .7, else uniform; where the asked
+       relation is absent, `none` with .5; the value is an exact copy.
        (A second document that is always the right one was tried: RL then opens two for ever, the first one at
        random, and stays below .8 sampled.)
 main   25 % the right chain, 15 % a truncated one, 40 % the outermost relation first, 20 % random calls;
@@ -18,22 +19,21 @@ row's unused places are dropped at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from mgrpo.environments.task import Question
-from mgrpo.tasks.atlas.facts import FIELDS, NONE, RELATIONS, World, entities
-from mgrpo.tasks.atlas.play import Library
-from mgrpo.tasks.atlas.protocol import (
+from mgrpo.tasks.words.play import Library
+from mgrpo.tasks.words.protocol import (
     ANSWER,
     CALL,
     CONTROL,
     DOCUMENT,
     GO,
     MAX_CALLS,
+    NONE,
     OF,
     OPEN,
     QUESTION,
@@ -41,40 +41,42 @@ from mgrpo.tasks.atlas.protocol import (
     SEARCH,
     STOP,
     TASK,
-    vocabulary,
 )
-from mgrpo.tasks.atlas.questions import plan_of, start_of
-from mgrpo.tasks.atlas.search import RESULTS
+from mgrpo.tasks.words.questions import Pools, plan_of, start_of
+from mgrpo.tasks.words.world import World
 from mgrpo.types import Int32, UInt8
 
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 Demo = tuple[Int32, UInt8]
 
-_SUB_HOP_WEIGHTS = (0.25, 0.5, 0.25)
-_MAIN_HOP_WEIGHTS = (0.25, 0.375, 0.375)
+_SECOND = 0.35  # share of sub-agents that open a second document
+_RIGHT_SECTION = 0.4  # share of queries for the section that tells the relation, and what chance adds
 _STRATEGIES = (0.25, 0.15, 0.40, 0.20)  # right, truncated, outermost first, random
 _RIGHT, _TRUNCATED, _OUTER_FIRST, _RANDOM = range(4)
 _ABSENT = -1
 
 
 class Demonstrations:
-    """Draws batches of demonstrations; `chains` are the training questions by number of hops."""
+    """Draws batches of demonstrations; `chains` are the training questions by number of hops, which weigh as said
+    for either role."""
 
-    def __init__(self, library: Library, chains: tuple[list[Question], ...]) -> None:
-        words = vocabulary()
-        self._id = {word: i for i, word in enumerate(words)}
+    def __init__(
+        self, library: Library, chains: Pools, main_weights: Sequence[float], sub_weights: Sequence[float]
+    ) -> None:
+        self._language = language = library.language
+        self._id = language.ids
         self._relation0 = len(CONTROL)
-        self._entity0 = self._relation0 + len(RELATIONS)
+        self._section0 = self._relation0 + len(language.relations) + len(language.fields)
+        self._entity0 = self._section0 + len(language.sections)
+        self._main_weights, self._sub_weights = main_weights, sub_weights
         self._none = self._id[NONE]
         self._facts = self._fact_table(library.world)
         self._questions = self._question_table(chains)
         self._sub_tasks = self._hop_table(library.world, chains)
         self._names = self._named(chains)
-        self._results = np.full((len(words), RESULTS), _ABSENT, np.int32)
-        for i in self._names:
-            self._results[i] = [self._id[title] for title in library.index.search(words[i])]
-        self._corpus = self._document_table(library)
+        self._corpus = _document_table(library)
+        self._results = self._result_table(library)
 
     def batch(self, role: str, step: int, size: int, seed: int) -> list[Demo]:
         """`size` demonstrations of `role` for SFT step `step`, shortest first: a pure function of the
@@ -93,30 +95,43 @@ class Demonstrations:
 
     def _sub(self, rng: np.random.Generator, n: int) -> _Sheet:
         relation, entity = self._draw_tasks(rng, n)
-        order = rng.permuted(np.tile(np.arange(RESULTS), (n, 1)), axis=1)
-        found = self._results[entity]  # (n, RESULTS)
+        section, query = self._query(rng, relation, entity)
+        results, titles = self._language.results, self._corpus.titles
+        order = rng.permuted(np.tile(np.arange(results), (n, 1)), axis=1)
+        found = self._results[entity, section]  # (n, results), numbers of documents
         rows = np.arange(n)
         first, second = found[rows, order[:, 0]], found[rows, order[:, 1]]
-        twice = rng.random(n) < 0.35
+        twice = rng.random(n) < (_SECOND if self._language.max_opens > 1 else 0.0)
         field, value = self._read(rng, relation, np.where(twice, second, first))
 
         sheet = _Sheet(n)
         sheet.observe(self._word(TASK), relation, self._word(OF), entity, self._word(GO))
-        sheet.act(self._word(SEARCH), entity, self._word(STOP))
-        sheet.observe(self._word(RESULT), *found.T)
-        sheet.act(self._word(OPEN), first, self._word(STOP))
+        sheet.act(self._word(SEARCH), *query, self._word(STOP))
+        sheet.observe(self._word(RESULT), *titles[found].reshape(n, -1).T)
+        sheet.act(self._word(OPEN), *titles[first].T, self._word(STOP))
         sheet.observe(self._word(DOCUMENT), *self._corpus.words[first].T)
-        sheet.act(self._word(OPEN), second, self._word(STOP), where=twice)
+        sheet.act(self._word(OPEN), *titles[second].T, self._word(STOP), where=twice)
         sheet.observe(self._word(DOCUMENT), *self._corpus.words[second].T, where=twice)
         sheet.act(self._word(ANSWER), field, value, self._word(STOP))
         return sheet
+
+    def _query(self, rng: np.random.Generator, relation: Ids, entity: Ids) -> tuple[Ids, tuple[Ids, ...]]:
+        """(number of the section, the query's words)."""
+        sections = self._language.sections
+        if not sections:
+            return np.zeros_like(entity), (entity,)
+        homes = np.array([sections.index(home) for home in self._language.homes], np.int32)
+        anywhere = rng.integers(len(sections), size=len(entity))
+        right = rng.random(len(entity)) < _RIGHT_SECTION
+        section = np.where(right, homes[relation - self._relation0], anywhere).astype(np.int32)
+        return section, (entity, section + np.int32(self._section0))
 
     def _draw_tasks(self, rng: np.random.Generator, n: int) -> tuple[Ids, Ids]:
         """(relation ids, entity ids) the sub-agent is asked about."""
         tasks, weights = self._sub_tasks
         relation, entity = tasks[rng.choice(len(tasks), size=n, p=weights)].T
         ill = rng.random(n) < 0.15
-        any_relation = self._relation0 + rng.integers(len(RELATIONS), size=n)
+        any_relation = self._relation0 + rng.integers(len(self._language.relations), size=n)
         any_entity = self._names[rng.integers(len(self._names), size=n)]
         return (
             np.where(ill, any_relation, relation).astype(np.int32),
@@ -139,7 +154,7 @@ class Demonstrations:
 
     def _main(self, rng: np.random.Generator, n: int) -> _Sheet:
         bank = self._questions
-        hops = 1 + rng.choice(len(bank.counts), size=n, p=_MAIN_HOP_WEIGHTS)
+        hops = 1 + rng.choice(len(bank.counts), size=n, p=self._main_weights)
         pick = bank.starts[hops - 1] + (rng.random(n) * bank.counts[hops - 1]).astype(int)
         plan, calls, at_random = self._plans(rng, bank.plans[pick], hops)
 
@@ -183,7 +198,7 @@ class Demonstrations:
         )
         # Random calls: half of the relations come from the question, half from anywhere.
         mentioned = np.take_along_axis(right, rng.integers(hops[:, None], size=(n, MAX_CALLS)), axis=1)
-        anywhere = self._relation0 + rng.integers(len(RELATIONS), size=(n, MAX_CALLS))
+        anywhere = self._relation0 + rng.integers(len(self._language.relations), size=(n, MAX_CALLS))
         mixed = np.where(rng.random((n, MAX_CALLS)) < 0.5, mentioned, anywhere)
         plan = np.where(at_random[:, None], mixed, plan).astype(np.int32)
         calls = np.where(strategy == _TRUNCATED, rng.integers(hops), hops)
@@ -204,18 +219,18 @@ class Demonstrations:
         return self._id[word]
 
     def _relabel(self, rng: np.random.Generator, words: Ids) -> None:
-        count = len(entities())
+        count = len(self._language.entities)
         permutations = rng.permuted(np.tile(np.arange(count, dtype=np.int32), (len(words), 1)), axis=1)
         rows, columns = np.nonzero(words >= self._entity0)
         words[rows, columns] = self._entity0 + permutations[rows, words[rows, columns] - self._entity0]
 
     def _fact_table(self, world: World) -> Ids:
-        table = np.full((len(RELATIONS), len(self._id)), _ABSENT, np.int32)
+        table = np.full((len(self._language.relations), len(self._id)), _ABSENT, np.int32)
         for (relation, entity), value in world.facts.items():
-            table[RELATIONS.index(relation), self._id[entity]] = self._id[value]
+            table[self._id[relation] - self._relation0, self._id[entity]] = self._id[value]
         return table
 
-    def _question_table(self, chains: tuple[list[Question], ...]) -> _QuestionTable:
+    def _question_table(self, chains: Pools) -> _QuestionTable:
         questions = [q for pool in chains for q in pool]
         width = max(len(q.text.split()) for q in questions)
         counts = np.array([len(pool) for pool in chains])
@@ -233,12 +248,10 @@ class Demonstrations:
             table.plans[i, : len(plan)] = [self._id[r] for r in plan]
         return table
 
-    def _hop_table(
-        self, world: World, chains: tuple[list[Question], ...]
-    ) -> tuple[Ids, npt.NDArray[np.float64]]:
+    def _hop_table(self, world: World, chains: Pools) -> tuple[Ids, npt.NDArray[np.float64]]:
         """((relation, entity) ids of every hop of every chain, how often the chains ask it)."""
         weight: dict[tuple[int, int], float] = {}
-        for pool, share in zip(chains, _SUB_HOP_WEIGHTS, strict=True):
+        for pool, share in zip(chains, self._sub_weights, strict=True):
             for question in pool:
                 entity, plan = start_of(question), plan_of(question)
                 for relation, value in zip(plan, world.follow(entity, plan) or (), strict=True):
@@ -248,28 +261,45 @@ class Demonstrations:
         weights = np.array(list(weight.values()))
         return np.array(list(weight), np.int32), weights / weights.sum()
 
-    def _named(self, chains: tuple[list[Question], ...]) -> Ids:
-        """Every entity the training questions start from or lead to."""
-        names = {start_of(q) for pool in chains for q in pool}
-        names |= {q.answer for pool in chains for q in pool}
-        return np.array(sorted(self._id[name] for name in names), np.int32)
+    def _named(self, chains: Pools) -> Ids:
+        """Every entity the training questions start from, lead through or lead to."""
+        names = {self._id[q.answer] for pool in chains for q in pool}
+        return np.array(sorted(names | {int(i) for i in self._sub_tasks[0][:, 1]}), np.int32)
 
-    def _document_table(self, library: Library) -> _Corpus:
-        size, width = len(self._id), len(FIELDS)
-        corpus = _Corpus(
-            words=np.full((size, 1 + 2 * width), _ABSENT, np.int32),
-            fields=np.full((size, width), _ABSENT, np.int32),
-            values=np.full((size, len(RELATIONS)), _ABSENT, np.int32),
-            count=np.zeros(size, np.int64),
-        )
-        for title, document in library.documents.items():
-            i, words = self._id[title], document.text.split()
-            corpus.words[i, : len(words)] = [self._id[w] for w in words]
-            corpus.count[i] = len(document.fields)
-            for slot, (relation, value) in enumerate(document.fields):
-                corpus.fields[i, slot] = self._id[relation]
-                corpus.values[i, RELATIONS.index(relation)] = self._id[value]
-        return corpus
+    def _result_table(self, library: Library) -> npt.NDArray[np.int64]:
+        """(token ids, sections, results): the numbers of the documents that a search for a name finds."""
+        words, sections = self._language.vocabulary, self._language.sections
+        number = {title: i for i, title in enumerate(library.documents)}
+        shape = len(words), len(sections) or 1, self._language.results
+        table = np.full(shape, _ABSENT, np.int64)
+        for i in self._names:
+            queries = [f"{words[i]} {section}" for section in sections] or [words[i]]
+            for place, query in enumerate(queries):
+                table[i, place] = [number[title] for title in library.index.search(query)]
+        return table
+
+
+def _document_table(library: Library) -> _Corpus:
+    language, documents = library.language, tuple(library.documents.values())
+    size, width = len(documents), max(len(d.fields) for d in documents)
+    title_words = 2 if language.sections else 1
+    relation0 = len(CONTROL)
+    corpus = _Corpus(
+        titles=np.full((size, title_words), _ABSENT, np.int32),
+        words=np.full((size, title_words + 2 * width), _ABSENT, np.int32),
+        fields=np.full((size, width), _ABSENT, np.int32),
+        values=np.full((size, len(language.relations) + len(language.fields)), _ABSENT, np.int32),
+        count=np.zeros(size, np.int64),
+    )
+    for i, document in enumerate(documents):
+        words = [language.ids[w] for w in document.text.split()]
+        corpus.titles[i] = words[:title_words]
+        corpus.words[i, : len(words)] = words
+        corpus.count[i] = len(document.fields)
+        for slot, (relation, value) in enumerate(document.fields):
+            corpus.fields[i, slot] = language.ids[relation]
+            corpus.values[i, language.ids[relation] - relation0] = language.ids[value]
+    return corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,8 +315,9 @@ class _QuestionTable:
 
 @dataclass(frozen=True, slots=True)
 class _Corpus:
-    """Documents by their title's token id: words, field ids by slot, value ids by relation, field count."""
+    """Documents by number: words of the title, all words, field ids by slot, value ids by field, field count."""
 
+    titles: Ids
     words: Ids
     fields: Ids
     values: Ids

@@ -8,26 +8,25 @@ from dataclasses import dataclass
 
 from mgrpo.environments.episode import Conversation, Episode
 from mgrpo.environments.task import Question
-from mgrpo.tasks.atlas.documents import Document
-from mgrpo.tasks.atlas.facts import NONE, World
-from mgrpo.tasks.atlas.protocol import (
+from mgrpo.tasks.words.documents import Document
+from mgrpo.tasks.words.protocol import (
     DOCUMENT,
     MAX_CALLS,
-    MAX_OPENS,
+    NONE,
     RESULT,
     STOP,
     Answer,
     Call,
+    Language,
     Open,
     Search,
     SubState,
     main_prompt,
-    parse_main,
-    parse_sub,
     results,
     sub_prompt,
 )
-from mgrpo.tasks.atlas.search import Index
+from mgrpo.tasks.words.search import Index
+from mgrpo.tasks.words.world import World
 
 SCORES = {"main": frozenset({"format"}), "sub": frozenset({"format", "expert"})}
 """What the trajectories of each role are scored for, beside the rollout's outcome."""
@@ -35,8 +34,9 @@ SCORES = {"main": frozenset({"format"}), "sub": frozenset({"format", "expert"})}
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """What the tools know. `turn_tokens` bounds one turn of an agent."""
+    """What the tools know, and the words it is said in. `turn_tokens` bounds one turn of an agent."""
 
+    language: Language
     world: World
     documents: Mapping[str, Document]
     index: Index
@@ -71,13 +71,13 @@ Delegate = Callable[[Call], Awaitable[str]]
 
 
 async def play_main(
-    main: Conversation, question: Question, delegate: Delegate, turn_tokens: int
+    main: Conversation, question: Question, delegate: Delegate, library: Library
 ) -> MainTrace:
     """The main agent's side; `delegate` answers its calls. The caller closes the conversation."""
     calls: list[tuple[Call, str]] = []
     observation = main_prompt(question.text)
-    while (text := await _turn(main, observation, turn_tokens)) is not None:
-        move = parse_main(text)
+    while (text := await _turn(main, observation, library.turn_tokens)) is not None:
+        move = library.language.parse_main(text)
         if isinstance(move, Answer):
             return MainTrace(tuple(calls), move.value)
         if move is None or len(calls) == MAX_CALLS:
@@ -100,13 +100,13 @@ async def play_sub(sub: Conversation, call: Call, library: Library) -> Finding:
     answer: Answer | None = None
     observation = sub_prompt(call)
     while (text := await _turn(sub, observation, library.turn_tokens)) is not None:
-        move = parse_sub(text, state)
+        move = library.language.parse_sub(text, state)
         if isinstance(move, Search):
             query, found, state = move.query, library.index.search(move.query), "open"
             observation = results(found)
         elif isinstance(move, Open) and move.title in found:
             opened.append(move.title)
-            state = "last" if len(opened) == MAX_OPENS else "read"
+            state = "last" if len(opened) == library.language.max_opens else "read"
             observation = f"{DOCUMENT} {library.documents[move.title].text}"
         else:
             answer = move if isinstance(move, Answer) else None
@@ -130,7 +130,7 @@ async def play(question: Question, episode: Episode, library: Library) -> tuple[
         return findings[-1].value
 
     main = episode.open("main")
-    trace = await play_main(main, question, delegate, library.turn_tokens)
+    trace = await play_main(main, question, delegate, library)
     main.close(format=float(trace.answer is not None))
     return trace, findings
 
