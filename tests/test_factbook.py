@@ -357,17 +357,18 @@ def test_the_stream_is_a_pure_function(world: World) -> None:
 
 def test_one_search_is_not_enough(world: World, corpus: Corpus) -> None:
     """The question's own words find its last page among five results for at most 20 % (two hops) and 6 % (three);
-    results that have nothing to do with it for next to none. Every thirtieth question."""
+    results that have nothing to do with it for next to none. Every thirtieth question, and every fifth."""
+    assert one_search(of_hops(world, 2)[:30], corpus) > 0  # it is the bound that is tested, not a search that fails
     for hops, bound in ((2, 0.20), (3, 0.06)):
-        questions = of_hops(world, hops)[::30]
-        assert 0 < one_search(questions, corpus) <= bound
-        assert one_search(questions, corpus, ranked=False) <= 0.02
+        questions = of_hops(world, hops)
+        assert one_search(questions[::30], corpus) <= bound
+        assert one_search(questions[::5], corpus, ranked=False) <= 0.02
 
 
 def test_gold_paths_walk(world: World, corpus: Corpus, tmp_path: Path) -> None:
     """With the agents' own tools, by search and by links: every step's page is found from what the one before gave, and
-    shows its value. Every sixtieth question; `python examples/deep_research/world.py` walks them all."""
-    questions = list(world.questions)[::60]
+    shows its value. Every eightieth question; `python examples/deep_research/world.py` walks them all."""
+    questions = list(world.questions)[::80]
     linked = Corpus.build(tmp_path / "links.sqlite", mode_pages(world, "links"))
 
     async def answers(tools: ToolSet) -> list[str]:

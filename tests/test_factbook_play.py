@@ -112,7 +112,7 @@ def test_the_oracle_is_always_right(cache: Path, options: dict[str, Any]) -> Non
     """By search, under invented names and by links alone: answer, format and every report are worth 1, and what it read
     were tool results. Questions that no training question shares an end with."""
     task = make(cache, **options)
-    questions = task.questions("heldout", 4)
+    questions = task.questions("heldout", 3)
     rollouts = [play(task, question) for question in questions]
     asyncio.run(task.close())
     assert [r.info["answer"] for r in rollouts] == [q.answer for q in questions]
