@@ -82,7 +82,7 @@ smollm2 smollm2-shared: setup smollm2-model
 # Deep research without the internet: the world is built and every gold path walked, then two copies of SmolLM2 search and
 # read it for STEPS steps (examples/deep_research).
 factbook: OUT := runs/factbook
-factbook: STEPS ?= 4
+factbook: STEPS ?= 3
 factbook: setup smollm2-model
 	@$(BIN)/python examples/deep_research/world.py
 	@$(BIN)/mgrpo train examples/deep_research/factbook.toml --out $(OUT) --fresh --set seed=$(SEED) \
