@@ -90,7 +90,7 @@ def test_the_papers_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     compare(Request(FACTBOOK, out, ["trainer.steps=2"], 3, repeats=3, names=names, origin=run, dry_run=True))
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == (
-        "Held equal: rollouts, 2 steps x 3 questions x 4 rollouts = 24 a run. Tokens are not held equal."
+        "Held equal: rollouts, 2 steps x 2 questions x 4 rollouts = 16 a run. Tokens are not held equal."
     )
     assert [line.split(":")[0] for line in shown[1::2]] == [
         f"seed {seed}, {name}"
