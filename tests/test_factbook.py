@@ -358,7 +358,8 @@ def test_the_stream_is_a_pure_function(world: World) -> None:
 def test_one_search_is_not_enough(world: World, corpus: Corpus) -> None:
     """The question's own words find its last page among five results for at most 20 % (two hops) and 6 % (three);
     results that have nothing to do with it for next to none. Every thirtieth question, and every fifth."""
-    assert one_search(of_hops(world, 2)[:30], corpus) > 0  # it is the bound that is tested, not a search that fails
+    # The search does find pages: what is tested is the bound, not a search that fails.
+    assert one_search(of_hops(world, 2)[:30], corpus) > 0
     for hops, bound in ((2, 0.20), (3, 0.06)):
         questions = of_hops(world, hops)
         assert one_search(questions[::30], corpus) <= bound
