@@ -12,11 +12,9 @@ import pytest
 
 from tests.runs import RELAY, train
 
-LONG = ("parts", "run", "triton", "learning", "run_faults", "extending", "planning", "fsdp", "mesh", "replay",
+LONG = ("run", "triton", "learning", "run_faults", "extending", "planning", "fsdp", "mesh", "replay",
         "core_sanitizers", "streaming_run", "comparison")  # fmt: skip
-"""Files that take a minute and more, the longest first: begun last, one of them would leave the other workers idle.
-"parts" comes first for another reason: once, behind other files in one process, the parts of its fourth rank were those
-of another rank, which no run of it alone or behind test_planning shows again. The cause is not known."""
+"""Files that take a minute and more, the longest first: begun last, one of them would leave the other workers idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

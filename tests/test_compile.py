@@ -65,10 +65,9 @@ def test_the_same_numbers_from_few_graphs(settings: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:
-    """A mixture of experts and layers that are cut over ranks, by name."""
+    """A mixture of experts, and layers on several ranks, by name."""
     with pytest.raises(ConfigError, match=r"policy\.compile=true with .*mixture of experts"):
         moe_policy(PolicyConfig(compile=True))
-    for cut in ("tp", "cp", "ep"):
-        mesh = {"tp": 2, "dp": 1} | {cut: 2} if cut == "ep" else {cut: 2}
-        with pytest.raises(ValidationError, match=r"compile=true and mesh\.(tp|cp|ep)=2 exclude each other"):
-            PolicyConfig.model_validate({"compile": True, "mesh": mesh})
+    for more in ({"ranks": 2}, *({"mesh": {cut: 2, "dp": 2}} for cut in ("tp", "cp", "ep", "replicate"))):
+        with pytest.raises(ValidationError, match=r"compile=true and ranks=[24] exclude each other"):
+            PolicyConfig.model_validate({"compile": True} | more)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mgrpo.config.policy import LoraConfig, MeshConfig, PolicyConfig
@@ -33,17 +34,20 @@ from tests.models import VOCAB, tiny_model, tiny_tokenizer
 
 REFUSED = {"Gemma2", "Granite", "Cohere", "Phi", "GPTJ", "Bert"}  # their logits are not hidden @ head.T
 RANK_OF = {2: 1, 3: 0, 4: 2}
-"""Ranks -> the one that this process is: torch remembers parts by meshes, which are equal for all ranks of one size."""
+"""Ranks -> the one that this process is."""
 
 
 @contextmanager
 def as_one_of(size: int) -> Iterator[Any]:
-    """The grid of `size` ranks as one of them sees it; nothing is sent."""
+    """The grid of `size` ranks as one of them sees it; nothing is sent. torch remembers parts by meshes, which are
+    equal for all ranks of one size: what another test of this process was must be forgotten, and so must this."""
+    _clear_sharding_prop_cache()
     dist.init_process_group("fake", store=FakeStore(), rank=RANK_OF[size], world_size=size)
     try:
         yield RankMesh(MeshConfig(), size, "cpu")
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()
 
 
 def read(folder: Path, mesh: Any, config: PolicyConfig | None = None) -> Any:

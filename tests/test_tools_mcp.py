@@ -5,15 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from mcp.server import Server
 from mcp.types import (
     CallToolResult,
@@ -36,6 +31,7 @@ from mgrpo.tools.mcp_session import McpTransport
 from mgrpo.tools.registry import build_tools
 from mgrpo.tools.serve import application
 from mgrpo.tools.toolset import ToolSet
+from tests.serving import serving
 
 KEY = "sk-very-secret"
 ANY = {"type": "object", "properties": {"q": {"type": "string"}}}
@@ -201,23 +197,6 @@ def test_wrong_keys_are_named(keys: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_tools({"s": {"type": "mcp"} | keys})
     assert words in str(caught.value)
-
-
-@contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The address of an application on a port of its own; it has ended when the context has."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="on", ws="none"))
-    thread = threading.Thread(target=server.run, name="mgrpo-test-server")
-    thread.start()
-    try:
-        deadline = time.monotonic() + 30.0
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30.0)
 
 
 class Gate:

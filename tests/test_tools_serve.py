@@ -8,16 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 from mcp import Client
 
 from mgrpo.errors import ConfigError
@@ -25,6 +21,7 @@ from mgrpo.tools.corpus import Corpus, Link, Page
 from mgrpo.tools.corpus_tools import corpus_tools
 from mgrpo.tools.serve import application, mcp_server, serve
 from mgrpo.tools.toolset import ToolSet
+from tests.serving import serving
 
 PAGES = [
     Page("https://x.org/fj", "Fiji", "The capital of Fiji is Suva.", (Link("Suva", "https://x.org/suva"),)),
@@ -37,23 +34,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
     built = Corpus.build(tmp_path_factory.mktemp("corpus") / "c.sqlite", PAGES)
     yield built
     built.close()
-
-
-@contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """The address of an application on a port of its own; it has ended when the context has."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on", ws="none"))
-    thread = threading.Thread(target=server.run, name="mgrpo-test-server")
-    thread.start()
-    try:
-        deadline = time.monotonic() + 30.0
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30.0)
 
 
 @pytest.fixture(scope="module")

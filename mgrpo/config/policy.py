@@ -86,7 +86,7 @@ class PolicyConfig(Settings):
     """false: the routers of a mixture of experts stay as they are. With adapters they do anyway."""
     compile: bool = False
     """Have torch.compile fuse what a decoder layer computes beside its matrix products. The first steps then take
-    longer, for compiling. For dense models, with whole layers on each rank."""
+    longer, for compiling. For dense models on one rank."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in the backward pass."""
     activation_offload: bool = False
@@ -124,9 +124,10 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f'mesh.cp={mesh.cp} divides padded rows, attention "{self.attention}" computes others; use "auto"'
             )
-        if self.compile and (cut := next((n for n in ("cp", "tp", "ep") if getattr(mesh, n) > 1), None)):
+        if self.compile and self.ranks > 1:
             raise ValueError(
-                f"compile=true and mesh.{cut}={getattr(mesh, cut)} exclude each other; use mesh.dp with it"
+                f"compile=true and ranks={self.ranks} exclude each other: layers whose weights FSDP2 gathers, or that "
+                "a mesh cuts, are not compiled; set compile=false"
             )
         inner = ranks // mesh.replicate
         if mesh.ep > 1 and (mesh.ep % mesh.tp or inner % mesh.ep):

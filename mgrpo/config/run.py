@@ -18,7 +18,7 @@ from mgrpo.config.evaluation import EvalConfig
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.config.reward import RewardConfig
-from mgrpo.config.settings import MAX_SECONDS, Settings
+from mgrpo.config.settings import MAX_SECONDS, Settings, first_problem
 from mgrpo.config.sharing import check_engines, with_shared_engines
 from mgrpo.config.store import LinkConfig, StoreConfig
 from mgrpo.config.task import TaskConfig
@@ -325,9 +325,7 @@ class RunConfig(Settings):
                 try:
                     reward = self.stage_reward(role, number)
                 except ValidationError as error:
-                    first = error.errors()[0]
-                    field = ".".join(map(str, (where(role), *first["loc"])))
-                    raise ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}") from None
+                    raise ValueError(first_problem(error, where(role), got=False)) from None
                 self._check_reward(role, reward, where(role))
             for role in self.training_roles:
                 paid = MAIN if self.agents[role].algorithm.type == "grpo" else role  # a team reward is main's

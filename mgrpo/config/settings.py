@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 MAX_SECONDS = 1e7  # of any deadline: four months; the waits of the system overflow further up
 
@@ -28,6 +28,15 @@ class Settings(BaseModel):
             if isinstance(tree, dict) and old in tree:
                 raise ValueError(f"{old} is unknown: it is called {new}")
         return tree
+
+
+def first_problem(error: ValidationError, *where: str, got: bool = True) -> str:
+    """The first problem as `where.field: what was expected, got value`. got: say the value, where the message does not
+    itself; False where it may be a secret."""
+    first = error.errors()[0]
+    field, message = ".".join(map(str, (*where, *first["loc"]))), first["msg"].removeprefix("Value error, ")
+    said = not got or first["type"] in ("value_error", "missing")
+    return f"{field}: {message}" + ("" if said else f", got {first['input']!r:.100}")
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import hashlib
 import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mgrpo.errors import ConfigError, InfrastructureError
+from mgrpo.scoring.text import check_template
 from mgrpo.services.config import ChatServiceConfig
 from mgrpo.tools.base import Source
 
@@ -71,6 +72,18 @@ class AskConfig(ChatServiceConfig):
     """Least share of the calibration list that it must get right before the first step; 0: it is not asked."""
     calibration_file: str | None = None
     """Further cases of the calibration, one JSON object a line."""
+    fields: ClassVar[tuple[str, ...]] = ()
+    """Names of the parts that a template must hold in braces."""
+
+    @field_validator("template")
+    @classmethod
+    def _whole(cls, template: str | None) -> str | None:
+        if template is not None:
+            try:
+                check_template("template", template, cls.fields)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return template
 
 
 class NoVerdictError(InfrastructureError):

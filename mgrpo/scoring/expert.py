@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from mgrpo.errors import ConfigError
 from mgrpo.scoring.asking import (
     AskConfig,
     Asker,
@@ -30,14 +29,13 @@ from mgrpo.scoring.asking import (
     open_service,
 )
 from mgrpo.scoring.calibration import EXPERT_CASES, read_expert_cases
-from mgrpo.scoring.text import check_template, fill, of_candidate, plain
+from mgrpo.scoring.text import fill, of_candidate, plain
 from mgrpo.scoring.verdict import TOP, parse_score
 from mgrpo.tools.base import Source
 
 if TYPE_CHECKING:
     from mgrpo.services.cassette import Cassette
 
-NAMES = ("task", "report", "rubric")
 TEMPLATE = """\
 Grade the report that an assistant wrote for a task. You do not know the right answer: grade by the rubric alone.
 
@@ -81,16 +79,7 @@ class ExpertConfig(AskConfig):
 
     rubric: str = Field(RUBRIC, min_length=1)
     """What the scores from 0 to 10 stand for."""
-
-    @field_validator("template")
-    @classmethod
-    def _whole(cls, template: str | None) -> str | None:
-        if template is not None:
-            try:
-                check_template("template", template, NAMES)
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
-        return template
+    fields = ("task", "report", "rubric")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import field_validator
-
-from mgrpo.errors import ConfigError
 from mgrpo.scoring.asking import (
     AskConfig,
     Asker,
@@ -33,14 +30,13 @@ from mgrpo.scoring.asking import (
     open_service,
 )
 from mgrpo.scoring.calibration import JUDGE_CASES, read_judge_cases
-from mgrpo.scoring.text import check_template, fill, of_candidate, plain
+from mgrpo.scoring.text import fill, of_candidate, plain
 from mgrpo.scoring.verdict import parse_verdict
 from mgrpo.tools.base import Source
 
 if TYPE_CHECKING:
     from mgrpo.services.cassette import Cassette
 
-NAMES = ("question", "gold", "answer")
 TEMPLATE = """\
 Decide whether a candidate's answer to a question is correct. The gold answer is correct: do not solve the question \
 yourself, and do not look for another answer.
@@ -79,15 +75,7 @@ class JudgeConfig(AskConfig):
     """[task.options.score.judge]: see AskConfig. A template of one's own has {question}, {gold} and {answer}; a line of
     calibration_file is {"question": ..., "gold": [...], "answer": ..., "correct": true or false}."""
 
-    @field_validator("template")
-    @classmethod
-    def _whole(cls, template: str | None) -> str | None:
-        if template is not None:
-            try:
-                check_template("template", template, NAMES)
-            except ConfigError as error:
-                raise ValueError(str(error)) from None
-        return template
+    fields = ("question", "gold", "answer")
 
 
 @dataclass(frozen=True, slots=True)

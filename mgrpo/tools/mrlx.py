@@ -23,6 +23,7 @@ from mgrpo.tools.remote import (
     MOST_URL,
     UNREADABLE,
     RemoteConfig,
+    RemoteSearch,
     RemoteTool,
     address,
     checked_patterns,
@@ -121,13 +122,8 @@ class MrlxSearch(MrlxTool):
     """search(query)."""
 
     name = "search"
-    description = "Search the web. Gives the best pages with title, address and an excerpt."
-    parameters: Mapping[str, object] = {
-        "type": "object",
-        "properties": {"query": {"type": "string", "description": "What to look for, in words."}},
-        "required": ["query"],
-        "additionalProperties": False,
-    }
+    description = RemoteSearch.description
+    parameters = RemoteSearch.parameters
 
     def body(self, arguments: Mapping[str, object]) -> tuple[dict[str, object], str]:
         query = words(str(arguments["query"]))

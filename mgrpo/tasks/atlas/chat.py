@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mgrpo.config.settings import first_problem
 from mgrpo.environments.episode import Agent, Chat, Conversation, Episode, mix
 from mgrpo.environments.task import Question, Split, StartReport, Task
 from mgrpo.errors import ConfigError
@@ -101,9 +102,7 @@ class AtlasChatTask(Task):
         try:
             self.options = ChatOptions.model_validate(dict(options))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"options.{field}: {first['msg']}, got {first['input']!r}") from None
+            raise ValueError(first_problem(error, "options")) from None
         self.world = World(self.options.facts)
         self.documents = build_documents(self.world)
         self.index = Index(self.documents.values(), self.options.search)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from mgrpo.config.settings import Settings
+from mgrpo.config.settings import Settings, first_problem
 from mgrpo.environments.task import QuestionSource
 from mgrpo.tasks.factbook.chains import HOPS
 from mgrpo.tasks.factbook.corpora import Mode, default_folder, open_corpus, world_tools
@@ -120,7 +120,4 @@ def _read(options: Mapping[str, object]) -> WorldOptions:
     try:
         return WorldOptions.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, ("options", *first["loc"])))
-        shown = "" if first["type"] == "value_error" else f", got {first['input']!r:.100}"
-        raise ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}{shown}") from None
+        raise ValueError(first_problem(error, "options")) from None

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from mgrpo.config.settings import Options, Settings
+from mgrpo.config.settings import Options, Settings, first_problem
 from mgrpo.tasks.research.calls import Format
 
 
@@ -135,8 +135,4 @@ def read_options(options: object) -> ResearchOptions:
     try:
         return ResearchOptions.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in ("options", *first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        shown = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r:.100}"
-        raise ValueError(f"{field}: {message}{shown}") from None
+        raise ValueError(first_problem(error, "options")) from None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pydantic import ValidationError
 
-from mgrpo.config.settings import Settings
+from mgrpo.config.settings import Settings, first_problem
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError
 from mgrpo.scoring.expert import Expert, ExpertConfig, path_score
@@ -164,6 +164,4 @@ def _read(kind: type[S], name: str, options: Mapping[str, object] | None) -> S |
     try:
         return kind.model_validate(dict(options))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, ("options.score", name, *first["loc"])))
-        raise ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ValueError(first_problem(error, "options.score", name, got=False)) from None

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mgrpo.config.settings import first_problem
 from mgrpo.environments.episode import Agent, Episode
 from mgrpo.environments.task import Question, Split, StartReport, Task
 from mgrpo.tasks.words.claims import CONTROLS
@@ -67,9 +68,7 @@ class WordsTask(Task):
         try:
             self.options = WordsOptions.model_validate(dict(options))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"options.{field}: {first['msg']}, got {first['input']!r}") from None
+            raise ValueError(first_problem(error, "options")) from None
         self.library, self.bank = self.make_world()
         self._demos: Demonstrations | None = None
 
