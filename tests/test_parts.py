@@ -101,6 +101,18 @@ def test_every_architecture_is_read_in_parts(name: str, tmp_path: Path) -> None:
             assert_parts(read(folder, mesh), whole)
 
 
+def test_parts_are_those_of_the_rank_that_reads(tmp_path: Path) -> None:
+    """Also in a process that was another rank of as many before, which torch would remember."""
+    folder = saved(family("Llama"), tmp_path / "model")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        read(folder, RankMesh(MeshConfig(), 4, "cpu"))
+    finally:
+        dist.destroy_process_group()
+    with as_one_of(4) as mesh:
+        assert_parts(read(folder, mesh), load_policy(folder, PolicyConfig()).model)
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED - {"Bert"}))
 def test_what_a_whole_policy_is_refused_for_is_refused_before_a_part_is_read(
     name: str, tmp_path: Path
