@@ -202,7 +202,7 @@ class WorkerClient(StoreClient):
     def _beat(self, period: float) -> None:
         beaten, waited = time.monotonic(), False
         while not self._stop.wait(min(period, LOOK_SECONDS)):
-            waits = self._waits()
+            waits = list(self._waits())  # as it is now: it may change while this look is told
             if bool(waits) == waited and time.monotonic() - beaten < period:
                 continue
             try:
