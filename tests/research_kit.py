@@ -10,9 +10,9 @@ from typing import Any
 from mgrpo.environments.episode import Agent, Episode
 from mgrpo.environments.scripted import ScriptedEngine
 from mgrpo.environments.task import Question, QuestionSource, Split
-from mgrpo.tasks.research.calls import Format, render
 from mgrpo.tasks.research.task import ResearchTask
 from mgrpo.tools.base import Observation, Result, Tool, ToolError
+from mgrpo.tools.calls import Format, render
 from mgrpo.types import Rollout, Trajectory
 from tests.chat_templates import QWEN3
 from tests.test_chat import CHATML, tokenizer

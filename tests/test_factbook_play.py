@@ -17,7 +17,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.tasks.factbook.check import QUERIES
 from mgrpo.tasks.factbook.pages import ROOT
 from mgrpo.tasks.factbook.task import FactbookTask
-from mgrpo.tasks.research.calls import render
+from mgrpo.tools.calls import render
 from mgrpo.types import Rollout
 from tests.research_kit import END, Script, agent, roll, said, words_of
 

@@ -16,6 +16,7 @@ ORDER = [
     *("services",),
     *("engines", "environments", "trainers"),
     *("tools", "scoring", "benchmarks"),
+    *("gateway",),
     *("planning",),
     *("pipeline",),
     *("tasks",),

@@ -8,7 +8,7 @@ import pytest
 
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError, ContextOverflowError, InfrastructureError
-from mgrpo.tasks.research.calls import render
+from mgrpo.tools.calls import render
 from tests.research_kit import (
     FIJI,
     PAGES,

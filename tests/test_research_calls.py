@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo.tasks.json_objects import objects
-from mgrpo.tasks.research.calls import MAX_CALLS, MAX_DEPTH, Call, parse, render
+from mgrpo.tools.calls import MAX_CALLS, MAX_DEPTH, Call, parse, render
+from mgrpo.tools.json_objects import objects
 
 A = '{"name": "search", "arguments": {"query": "Fiji"}}'
 B = '{"name": "visit", "arguments": {"url": "w/fiji"}}'

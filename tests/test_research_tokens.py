@@ -17,8 +17,8 @@ from mgrpo.environments.task import Question
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.chat_ids import ChatEncoder
 from mgrpo.pipeline.play import RolloutRequest, play
-from mgrpo.tasks.research.calls import render
 from mgrpo.tools.base import Observation, Result, Tool
+from mgrpo.tools.calls import render
 from mgrpo.types import Rollout
 from tests.research_kit import FIJI, PLAIN, QWEN, KitTask, Search, Visit, agent, by_task, lines, roll, said
 from tests.runs import ROOT

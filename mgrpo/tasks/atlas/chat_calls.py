@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mgrpo.tasks.json_objects import objects
+from mgrpo.tools.json_objects import objects
 
 TOOLS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "main": {"ask": ("relation", "entity"), "answer": ("value",)},

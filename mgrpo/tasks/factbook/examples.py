@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 
 from mgrpo.model.chat import Message
 from mgrpo.tasks.factbook.pages import ROOT
-from mgrpo.tasks.research.calls import Format, render
 from mgrpo.tasks.research.prompts import ANSWER, ASK, REPORT
 from mgrpo.tasks.research.roles import Role
+from mgrpo.tools.calls import Format, render
 from mgrpo.types import MAIN
 
 Step = tuple[str, str, str]

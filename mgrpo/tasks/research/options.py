@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mgrpo.config.settings import Options, Settings, first_problem
-from mgrpo.tasks.research.calls import Format
+from mgrpo.tools.calls import Format
 
 
 class AgentOptions(Settings):

@@ -21,12 +21,12 @@ from typing import Any, Protocol
 from mgrpo.environments.episode import Agent, Conversation, Episode
 from mgrpo.environments.task import Question
 from mgrpo.model.chat import ChatFormat
-from mgrpo.tasks.research.calls import Call
 from mgrpo.tasks.research.options import ResearchOptions
 from mgrpo.tasks.research.prompts import NO_REPORT, TASK
 from mgrpo.tasks.research.roles import Role
 from mgrpo.tasks.research.talk import Start, Talk, shortened
 from mgrpo.tools.base import Observation
+from mgrpo.tools.calls import Call
 from mgrpo.types import MAIN
 
 ARGUMENT_CHARS = 300

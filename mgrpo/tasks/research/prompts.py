@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from mgrpo.tasks.research.calls import Format, render
+from mgrpo.tools.calls import Format, render
 
 ANSWER, REPORT, ASK = "answer", "report", "ask"
 """The tools that end a main agent's and a sub-agent's trajectory, and that gives a sub-agent a task."""

@@ -15,10 +15,10 @@ from mgrpo.engines.base import SamplingParams
 from mgrpo.environments.episode import Conversation
 from mgrpo.errors import ContextOverflowError
 from mgrpo.model.chat import ChatFormat, Message
-from mgrpo.tasks.research.calls import Format, Turn, parse
 from mgrpo.tasks.research.options import LimitOptions
 from mgrpo.tasks.research.prompts import CUT, NOTHING, NOW
 from mgrpo.tools.base import Observation
+from mgrpo.tools.calls import Format, Turn, parse
 
 SHORTEST = 32
 """Characters below which a result is not cut any further, but left out."""

@@ -1,4 +1,4 @@
-"""Tool calls as text: how the agents of tasks/research are asked to write them, and what of their words counts.
+"""Tool calls as text: how agents are asked to write them, and what of their words counts.
 
     hermes   <tool_call>
              {"name": "search", "arguments": {"query": "highest point of Fiji"}}
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mgrpo.tasks.json_objects import Found, objects, read_json
+from mgrpo.tools.json_objects import Found, objects, read_json
 
 Format = Literal["hermes", "json"]
 
