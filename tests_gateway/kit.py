@@ -87,7 +87,7 @@ class RecordingEngine(ScriptedEngine):
 
 @dataclass(frozen=True)
 class Played:
-    """What a program has made of a rollout. answer: the JSON value in the last line of what it printed."""
+    """What a program has made of a rollout. answer: that in the last line which it printed."""
 
     rollout: GatewayRollout
     engines: Mapping[str, RecordingEngine]
@@ -143,7 +143,7 @@ def play(
 
 
 async def ran(program: Path, arguments: Sequence[str], token: str, url: str, env: Mapping[str, str]) -> Any:
-    """What the program printed last. It gets the question that a run would give it."""
+    """The answer that the program printed. It gets the question as a run would give it."""
     access = {
         "OPENAI_BASE_URL": url,
         "OPENAI_API_KEY": token,
@@ -166,7 +166,7 @@ async def ran(program: Path, arguments: Sequence[str], token: str, url: str, env
         await process.wait()
     sys.stderr.write(err.decode())  # shown by pytest where the test fails
     assert process.returncode == 0, err.decode()[-2000:]
-    return json.loads(out.decode().splitlines()[-1])
+    return json.loads(out.decode().splitlines()[-1])["answer"]
 
 
 # -- what every rollout must be --

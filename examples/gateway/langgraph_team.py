@@ -49,4 +49,4 @@ async def answer(question: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(answer(json.load(sys.stdin)["text"]))))
+    print(json.dumps({"answer": asyncio.run(answer(json.load(sys.stdin)["text"]))}))

@@ -38,4 +38,4 @@ def answer(question: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(answer(json.load(sys.stdin)["text"])))
+    print(json.dumps({"answer": answer(json.load(sys.stdin)["text"])}))

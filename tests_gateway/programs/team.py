@@ -52,7 +52,7 @@ def run(agent: AgentLoop) -> None:
         tool = Tool("ask_researcher", "Ask the researcher a question.", "question")
         return await agent("main", "Ask the researcher, then answer.", question, tool, ask)
 
-    print(json.dumps(asyncio.run(answer(json.load(sys.stdin)["text"]))))
+    print(json.dumps({"answer": asyncio.run(answer(json.load(sys.stdin)["text"]))}))
 
 
 async def results(function: Function, calls: list[dict[str, Any]]) -> list[str]:
