@@ -118,7 +118,7 @@ async def opened(scripts: Mapping[str, Script], **options: Any) -> AsyncIterator
     gateway = Gateway(settings)
     await gateway.start()
     try:
-        rollout = GatewayRollout(episode, settings, Forms(agents))
+        rollout = GatewayRollout(episode, settings, Forms(settings))
         yield Played(rollout, engines, None), gateway.open(rollout)
         gateway.close_rollout(rollout)
     finally:

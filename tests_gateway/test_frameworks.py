@@ -24,8 +24,14 @@ from tests_gateway.test_openai_sdk import SCRIPTS, check_team
 
 @pytest.mark.parametrize("api", ["chat_completions", "responses"])
 def test_the_agents_sdk(api: str) -> None:
-    """An agent as a tool of another, two calls of it at the same time."""
-    check_team(play(EXAMPLES / "agents_sdk.py", SCRIPTS, env={"TEAM_API": api}))
+    """An agent as a tool of another, two calls of it at the same time; its tool's argument is named `input`."""
+    asked = f"I ask about both.\n{call('ask_researcher', input=FIJI)}\n{call('ask_researcher', input=TONGA)}"
+
+    def main(text: str, number: int) -> str:
+        return asked if turn(text) == 0 else ANSWER
+
+    played = play(EXAMPLES / "agents_sdk.py", {**SCRIPTS, "main": main}, env={"TEAM_API": api})
+    check_team(played, asked)
 
 
 def test_langgraph() -> None:
@@ -34,10 +40,9 @@ def test_langgraph() -> None:
 
 
 def tool_calls_main(text: str, number: int) -> str:
-    """Asks its managed agent twice in one turn, then gives the final answer."""
-    if turn(text) == 0:
-        return f"{call('researcher', task=FIJI)}\n{call('researcher', task=TONGA)}"
-    return call("final_answer", answer=ANSWER)
+    """Asks its managed agent twice, one after the other, then gives the final answer."""
+    turns = [call("researcher", task=FIJI), call("researcher", task=TONGA), call("final_answer", answer=ANSWER)]
+    return turns[turn(text)]
 
 
 def tool_calls_researcher(text: str, number: int) -> str:
@@ -58,7 +63,8 @@ def code_researcher(text: str, number: int) -> str:
     if turn(text) == 0:
         name = "Fiji" if FIJI in text else "Tonga"
         return f"Thought: I search.\n<code>\nprint(search(query={name!r}))\n</code>"
-    return f"Thought: I found it.\n<code>\nfinal_answer('The capital is {capital(text)}.')\n</code>"
+    report = f"The capital is {capital(text)}."
+    return f"Thought: I found it.\n<code>\nfinal_answer({report!r})\n</code>"
 
 
 def check_smolagents(played: Played) -> None:
@@ -73,7 +79,8 @@ def check_smolagents(played: Played) -> None:
         report = "Suva" if FIJI in context(sub) else "Nuku'alofa"
         assert f"The capital is {report}." in said(sub)[1]
         assert f"The capital is {report}." in context(first)
-    assert played.rollout.counts["rewritten"] == 3  # each conversation's second turn
+    turns = sum(len(engine.turns) for engine in played.engines.values())
+    assert played.rollout.counts["rewritten"] == turns - 3  # all but the first of each conversation
 
 
 def test_smolagents_that_call_tools() -> None:
@@ -110,4 +117,4 @@ def test_smolagents_forks(kind: str) -> None:
     played = play(EXAMPLES / "smolagents_team.py", scripts, history="fork", env={"TEAM_AGENT": kind})
     assert played.answer == ANSWER and played.d_k == 2
     check_trained_is_sampled(played)
-    assert played.rollout.counts["forks"] == 3
+    assert played.rollout.counts["forks"] == played.rollout.counts["turns"] - 3

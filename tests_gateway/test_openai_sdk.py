@@ -35,12 +35,12 @@ def researcher(text: str, number: int) -> str:
     return f"The capital is {capital(text)}."
 
 
-def check_team(played: Played) -> None:
+def check_team(played: Played, asked: str = BOTH) -> None:
     """Two invocations, what tools have answered is context, what was sampled is trained."""
     assert played.answer == ANSWER
     assert played.d_k == 2 and check_trained_is_sampled(played) == 3
     (first,) = played.trajectories("main")
-    assert said(first) == [BOTH, ANSWER]
+    assert said(first) == [asked, ANSWER]
     reports = {said(sub)[1] for sub in played.trajectories("researcher")}
     assert reports == {"The capital is Suva.", "The capital is Nuku'alofa."}
     for report in reports:

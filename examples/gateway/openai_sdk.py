@@ -42,9 +42,7 @@ async def agent(
     """Converse until a turn calls no tool; that turn is the answer."""
     messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": task}]
     for _ in range(4):
-        completion = await client.chat.completions.create(
-            model=model, messages=messages, tools=[schema], max_completion_tokens=48
-        )
+        completion = await client.chat.completions.create(model=model, messages=messages, tools=[schema])
         reply = completion.choices[0].message
         messages.append(reply.model_dump(exclude_none=True))
         if not reply.tool_calls:
