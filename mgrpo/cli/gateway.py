@@ -33,6 +33,7 @@ def gateway(
     import asyncio
     import os
     import shlex
+    import shutil
     import signal
 
     from mgrpo.gateway.claimer import Claimer
@@ -46,10 +47,14 @@ def gateway(
         words = tuple(shlex.split(command))
     except ValueError as error:
         raise ConfigError(f"--command {command!r}: {error}") from None
-    if not words:
-        raise ConfigError("--command is empty")
+    program = words[0] if words else ""
+    if "/" in program:
+        program = str(Path(folder or ".") / program)
+    if not program or shutil.which(program) is None:
+        raise ConfigError(f"--command {command!r}: there is no such program")
     started = Command(words, None if folder is None else str(folder), (), int(output_mb * 1e6))
-    claimer = Claimer(started, os.environ.get(key_env) or None, concurrency, patience, lambda line: print(line, flush=True))
+    key = os.environ.get(key_env) or None
+    claimer = Claimer(started, key, concurrency, patience, lambda line: print(line, flush=True))
 
     async def play() -> None:
         task = asyncio.current_task()

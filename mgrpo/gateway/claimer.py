@@ -46,6 +46,7 @@ class Claimer:
     patience: float
     say: Say
     after: float = AFTER_SECONDS
+    beats: float = 4.0  # signs of life within the time after which a rollout is lost
 
     async def play(self, urls: Sequence[str]) -> None:
         """Play the rollouts of all `urls` until their runs are over. Raises DeadlineError for one that does not answer,
@@ -113,9 +114,10 @@ class _Address:
             )  # fmt: skip
         except httpx2.TransportError as error:
             return await self._silent(f"{type(error).__name__} {error}".strip())
-        if answer.status_code in (200, 204):
+        if answer.status_code == 200:
             self._answered, self._over_at, self._pauses = time.monotonic(), 0.0, 0
-            return dict(answer.json()) if answer.status_code == 200 else None
+            offer = dict(answer.json())
+            return None if offer.get("rollout") is None else offer
         if answer.status_code == 410:
             self._over_at = self._over_at or time.monotonic()
         elif answer.status_code in (401, 403):
@@ -165,14 +167,14 @@ class _Address:
         command = self._claimer.command
         environment = {n: v for n, v in os.environ.items() if v != self._claimer.key} | access.environment()
         running = asyncio.create_task(run_command(command, question, environment))
-        alive = asyncio.create_task(self._stay_alive(access, alive_seconds / 4))
+        alive = asyncio.create_task(self._stay_alive(access, alive_seconds / self._claimer.beats))
         try:
             await asyncio.wait({running, alive}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
                 return {}, "its rollout was over before it had ended"
             answer = running.result()
         except MgrpoError as error:
-            retry = isinstance(error, InfrastructureError)
+            retry = isinstance(error, InfrastructureError | ConfigError)  # the latter is this machine's matter
             return {"error": str(error), "retry": retry}, f"failed ({error})"
         finally:
             running.cancel()
@@ -185,7 +187,7 @@ class _Address:
             many = sorted((p[1], dict(n)) for p, n in answer.scores.items() if not isinstance(p, str) and p[0] == role)
             scores[role] = [named for _, named in many]
         body = {"answer": answer.value, "correct": answer.correct, "scores": scores}
-        return {k: v for k, v in body.items() if k == "answer" or v}, "answered"
+        return {k: v for k, v in body.items() if k == "answer" or v not in (None, {})}, "answered"
 
     async def _stay_alive(self, access: Access, every: float) -> None:
         """Returns once the rollout is over."""

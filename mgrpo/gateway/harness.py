@@ -42,10 +42,10 @@ from mgrpo.gateway.harness_options import REPORTED, HarnessOptions, HarnessScori
 from mgrpo.gateway.forms import Forms
 from mgrpo.gateway.rollout import GatewayRollout
 from mgrpo.gateway.scores import Answer, Score, merged_scores
+from mgrpo.gateway.server import is_loopback
 from mgrpo.gateway.serving import ClaimOptions, Served, hold
 from mgrpo.scoring.judge import Judge, JudgeConfig
 from mgrpo.scoring.scorer import Scorer
-from mgrpo.tools.serve import is_loopback
 from mgrpo.types import MAIN, Rollout
 
 __all__ = ["Access", "Answer", "HarnessOptions", "HarnessTask", "Score"]

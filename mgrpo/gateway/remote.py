@@ -2,11 +2,12 @@
 
     POST /harness/claim {wait}          Bearer: the harness key, where there is one
         200 {rollout, base_url, api_key, anthropic_url, alive_seconds, question {text, id, info, tags, attachments}}
-        204 nothing to claim within `wait` seconds     410 the run is over
+            {rollout: null}: nothing to claim within `wait` seconds
+        410 the run is over
     POST /rollout/{id}/alive            Bearer: the rollout's own key, here and below; at least every alive_seconds
     POST /rollout/{id}/answer {answer, correct, scores}    or {error, retry}
 
-    play() offers -> claim() hands over -> alive() ... -> answer() settles -> play() returns
+    play() offers -> claim() -> confirm() -> find(): a sign of life ... -> settle() -> play() returns
 
 A rollout that nobody has claimed yet waits as for a service that is down: its deadline stands still. Nobody asking at
 all for max_outage seconds ends the run by name. Who has claimed a rollout and gives no sign of life loses it, and it is
@@ -18,27 +19,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
-import time
+import re
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mgrpo.environments.task import Question
 from mgrpo.errors import InfrastructureError, MgrpoError, RolloutError, ServiceError
+from mgrpo.gateway import body, fields
 from mgrpo.gateway.access import Access
 from mgrpo.gateway.command import question_json
+from mgrpo.gateway.errors import GatewayError
+from mgrpo.gateway.exchange import Exchange, PeerGoneError
 from mgrpo.gateway.scores import Answer, read_answer
 from mgrpo.services import outage
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.routing import Route
-
 LONGEST_WAIT = 30.0  # seconds of one claim
 BODY_BYTES = 4 << 20  # of a request
+ARRIVING = 16  # such bodies that may be arriving at the same time
+PATH = re.compile(r"/harness/claim|/rollout/(?P<id>[\w-]{1,200})/(?P<what>alive|answer)")
 ERROR_CHARS = 2000  # of what a program says of its failure
 
 
@@ -75,7 +75,7 @@ class Claims:
         self._offers: dict[str, Offer] = {}
         self._waiting: deque[Offer] = deque()
         self._pollers: deque[asyncio.Future[Offer | None]] = deque()
-        self._asked = 0.0  # when a program did last, on the monotonic clock
+        self._asked = 0.0  # when a program did last, on the loop's clock
         self._over = False
 
     # -- the rollout's side ----------------------------------------------------------------------------------------
@@ -89,11 +89,9 @@ class Claims:
         self._waiting.append(offer)
         self._match()
         try:
-            while True:
-                with outage.waiting():
-                    await self._until_claimed(offer)
-                if (answer := await self._until_answered(offer)) is not None:
-                    return answer
+            with outage.waiting():
+                await self._until_claimed(offer)
+            return await self._until_answered(offer)
         finally:
             self._offers.pop(rollout, None)
             with contextlib.suppress(ValueError):
@@ -101,11 +99,11 @@ class Claims:
             offer.answer.cancel()
 
     async def _until_claimed(self, offer: Offer) -> None:
-        since = time.monotonic()
+        since = _now()
         while not offer.claimed.is_set():
             if any(other.claimed.is_set() for other in self._offers.values()) or self._pollers:
-                self._asked = time.monotonic()  # programs are there, and busy
-            left = max(since, self._asked) + self._max_outage - time.monotonic()
+                self._asked = _now()  # programs are there, and busy
+            left = max(since, self._asked) + self._max_outage - _now()
             if left <= 0:
                 raise ServiceError(
                     f"no program has asked for a rollout at {offer.access.root.rpartition('/rollout/')[0]} for "
@@ -115,12 +113,9 @@ class Claims:
                 async with asyncio.timeout(left):
                     await offer.claimed.wait()
 
-    async def _until_answered(self, offer: Offer) -> Answer | None:
-        """None where it was given back."""
+    async def _until_answered(self, offer: Offer) -> Answer:
         while not offer.answer.done():
-            left = offer.seen + self._alive_seconds - time.monotonic()
-            if left <= 0 and not offer.claimed.is_set():
-                return None
+            left = offer.seen + self._alive_seconds - _now()
             if left <= 0:
                 raise InfrastructureError(
                     f"the program that claimed rollout {offer.id[:8]} gave no sign of life for "
@@ -132,9 +127,10 @@ class Claims:
     # -- the programs' side ----------------------------------------------------------------------------------------
 
     async def claim(self, seconds: float) -> Offer | None:
-        """The rollout that has waited longest; None where there is none within `seconds`, or the run is over."""
+        """The rollout that has waited longest; None where there is none within `seconds`, or the run is over. Who gets
+        one says confirm() once its program has it, or else give_back()."""
         poller: asyncio.Future[Offer | None] = asyncio.get_running_loop().create_future()
-        self._asked = time.monotonic()
+        self._asked = _now()
         if self._over:
             return None
         self._pollers.append(poller)
@@ -150,10 +146,14 @@ class Claims:
                 self._pollers.remove(poller)
         return poller.result() if poller.done() else None
 
+    def confirm(self, offer: Offer) -> None:
+        """Its program has it."""
+        offer.seen = _now()
+        offer.claimed.set()
+
     def give_back(self, offer: Offer) -> None:
-        """It did not reach who claimed it: it is the next to be claimed."""
-        if offer.id in self._offers and not offer.answer.done():
-            offer.claimed.clear()
+        """It did not reach its program: it is the next to be claimed."""
+        if offer.id in self._offers:
             self._waiting.appendleft(offer)
             self._match()
 
@@ -162,7 +162,7 @@ class Claims:
         offer = self._offers.get(rollout)
         if offer is None or not hmac.compare_digest(offer.access.api_key.encode(), token.encode()):
             return None
-        offer.seen = time.monotonic()
+        offer.seen = _now()
         return offer
 
     def opens(self, token: str) -> bool:
@@ -183,10 +183,7 @@ class Claims:
 
     def _match(self) -> None:
         while self._waiting and (poller := self._next_poller()) is not None:
-            offer = self._waiting.popleft()
-            offer.seen = time.monotonic()
-            offer.claimed.set()
-            poller.set_result(offer)
+            poller.set_result(self._waiting.popleft())
 
     def _next_poller(self) -> asyncio.Future[Offer | None] | None:
         while self._pollers:
@@ -195,99 +192,94 @@ class Claims:
         return None
 
 
-def settle(offer: Offer, body: Mapping[str, Any]) -> None:
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def settle(offer: Offer, said: Mapping[str, Any]) -> None:
     """What a program answers. Raises RolloutError for a body that is no answer and no error."""
     if offer.answer.done():
         return  # said again by a client that lost our reply
-    if "error" not in body:
-        offer.answer.set_result(read_answer(body, "the rollout"))
+    if "error" not in said:
+        offer.answer.set_result(read_answer(said, "the rollout"))
         return
-    if not isinstance(text := body["error"], str) or not isinstance(retry := body.get("retry", False), bool):
+    if not isinstance(text := said["error"], str) or not isinstance(retry := said.get("retry", False), bool):
         raise RolloutError("expected {error: text, retry: true or false}")
     error: MgrpoError = (InfrastructureError if retry else RolloutError)(f"the harness failed: {text[:ERROR_CHARS]}")
     offer.answer.set_exception(error)
 
 
-def routes(claims: Claims) -> list[Route]:
-    """For Gateway(extra_routes=...)."""
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
+class Endpoint:
+    """Claims over HTTP: for Gateway(extra=...)."""
 
-    def refused(status: int, code: str, words: str) -> Response:
-        return JSONResponse({"error": {"code": code, "message": words}}, status)
+    def __init__(self, claims: Claims) -> None:
+        self._claims = claims
+        self._room = body.Room(ARRIVING * BODY_BYTES)
 
-    async def claim(request: Request) -> Response:
-        if not claims.opens(_token(request)):
-            return refused(401, "wrong_key", "the harness key is wrong, or missing")
-        try:
-            wait = (await _body(request)).get("wait", LONGEST_WAIT)
-            seconds = float(wait) if not isinstance(wait, bool) else -1.0
-            if not 0 <= seconds <= LONGEST_WAIT:
-                raise ValueError(f"wait {wait!r:.40}: expected seconds from 0 to {LONGEST_WAIT:g}")
-        except (ValueError, TypeError) as error:
-            return refused(400, "bad_request", str(error))
-        offer = await _unless_gone(request, claims.claim(seconds), claims.give_back)
-        if offer is not None:
-            return JSONResponse(offer.json())
-        return refused(410, "run_over", "the run is over") if claims.over else Response(status_code=204)
-
-    async def alive(request: Request) -> Response:
-        if claims.find(request.path_params["id"], _token(request)) is None:
-            return refused(404, "rollout_over", "no such rollout is under way")
-        return Response(status_code=204)
-
-    async def answer(request: Request) -> Response:
-        offer = claims.find(request.path_params["id"], _token(request))
+    async def __call__(self, exchange: Exchange) -> bool:
+        """Answer a request whose path is one of these; False for any other. Raises GatewayError for a refusal."""
+        found = PATH.fullmatch(exchange.path)
+        if found is None:
+            return False
+        if exchange.method != "POST":
+            raise GatewayError(405, "method_not_allowed", f"{exchange.method:.20} is not served here, POST is")
+        token = _token(exchange)
+        if found["id"] is None:
+            if not self._claims.opens(token):
+                raise GatewayError(401, "invalid_api_key", "the harness key is wrong, or missing")
+            await self._claim(exchange)
+            return True
+        offer = self._claims.find(found["id"], token)
         if offer is None:
-            return refused(404, "rollout_over", "no such rollout is under way")
+            raise GatewayError(404, "rollout_over", "no rollout under way has this address and this key")
+        table = await self._read(exchange)
+        if found["what"] == "answer":
+            try:
+                settle(offer, table)
+            except RolloutError as error:
+                raise GatewayError(400, "invalid_value", str(error)) from None
+        await exchange.answer(200, {})
+        return True
+
+    async def _claim(self, exchange: Exchange) -> None:
+        wait = fields.number(await self._read(exchange), "wait")
+        seconds = LONGEST_WAIT if wait is None else float(wait)
+        if not 0 <= seconds <= LONGEST_WAIT:
+            raise fields.refusal("wait", wait, f"seconds from 0 to {LONGEST_WAIT:g}")
+        offer = await self._unless_gone(exchange, seconds)
+        if offer is None:
+            if self._claims.over:
+                raise GatewayError(410, "run_over", "the run is over")
+            await exchange.answer(200, {"rollout": None})
+            return
         try:
-            settle(offer, await _body(request))
-        except ValueError as error:  # a RolloutError is one
-            return refused(400, "bad_request", str(error))
-        return Response(status_code=204)
+            await exchange.answer(200, offer.json())
+        except BaseException:
+            self._claims.give_back(offer)
+            raise
+        self._claims.confirm(offer)
 
-    return [
-        Route("/harness/claim", claim, methods=["POST"]),
-        Route("/rollout/{id}/alive", alive, methods=["POST"]),
-        Route("/rollout/{id}/answer", answer, methods=["POST"]),
-    ]
+    async def _unless_gone(self, exchange: Exchange, seconds: float) -> Offer | None:
+        """What was claimed; given back where nobody is there any more to be told of it."""
+        claimed, gone = asyncio.create_task(self._claims.claim(seconds)), asyncio.create_task(exchange.gone())
+        try:
+            await asyncio.wait({claimed, gone}, return_when=asyncio.FIRST_COMPLETED)
+            offer = claimed.result() if claimed.done() else None
+            if gone.done() and offer is not None:
+                self._claims.give_back(offer)
+                offer = None
+            if gone.done():
+                raise PeerGoneError
+            return offer
+        finally:
+            claimed.cancel()
+            gone.cancel()
+            await asyncio.gather(claimed, gone, return_exceptions=True)
 
-
-def _token(request: Request) -> str:
-    scheme, _, token = (request.headers.get("authorization") or "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else (request.headers.get("x-api-key") or "")
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    """A request's JSON object; empty where it has no body. Raises ValueError for anything else."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY_BYTES:
-            raise ValueError(f"the request has more than {BODY_BYTES} bytes")
-        parts.append(part)
-    try:
-        body = json.loads(b"".join(parts) or b"{}")
-    except (ValueError, RecursionError):
-        raise ValueError("the request is no JSON") from None
-    if not isinstance(body, dict):
-        raise ValueError("the request is no JSON object")
-    return body
+    async def _read(self, exchange: Exchange) -> Mapping[str, Any]:
+        return await body.read(exchange.parts(), exchange.length(), BODY_BYTES, self._room)
 
 
-async def _unless_gone(
-    request: Request, claiming: Awaitable[Offer | None], give_back: Callable[[Offer], None]
-) -> Offer | None:
-    """What was claimed; None, and given back, where the client has gone meanwhile."""
-    claimed = asyncio.ensure_future(claiming)
-    leaving = asyncio.ensure_future(request.receive())  # after the body: that the client has gone
-    try:
-        await asyncio.wait({claimed, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done() and claimed.done() and (offer := claimed.result()) is not None:
-            give_back(offer)
-            return None
-        return claimed.result() if claimed.done() else None
-    finally:
-        claimed.cancel()
-        leaving.cancel()
-        await asyncio.gather(claimed, leaving, return_exceptions=True)
+def _token(exchange: Exchange) -> str:
+    scheme, _, token = (exchange.header(b"authorization") or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else (exchange.header(b"x-api-key") or "")

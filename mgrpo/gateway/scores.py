@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from mgrpo.environments.episode import unit_score
 from mgrpo.errors import RolloutError
@@ -20,7 +19,7 @@ Place = tuple[str, int]
 """(role, invocation)."""
 Scores = Mapping[str | Place, Mapping[str, float]]
 """Role, or (role, invocation) -> name of a score -> a number in [0, 1]."""
-_NONE: Scores = MappingProxyType({})
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Score:
     """What score() makes of an answer. correct: the rollout's outcome, 0..1; scores: of its trajectories."""
 
     correct: float
-    scores: Scores = field(default=_NONE)
+    scores: Scores = field(default_factory=dict)
     info: Mapping[str, object] = field(default_factory=dict)
     """Further parts of the rollout's record, for people."""
 
@@ -40,7 +39,7 @@ class Answer:
 
     value: object
     correct: float | None = None
-    scores: Scores = field(default=_NONE)
+    scores: Scores = field(default_factory=dict)
 
 
 def read_answer(body: Mapping[str, object], where: str) -> Answer:
@@ -57,7 +56,7 @@ def read_answer(body: Mapping[str, object], where: str) -> Answer:
 
 def _read_scores(given: object, where: str) -> Scores:
     if given is None:
-        return _NONE
+        return {}
     if not isinstance(given, Mapping):
         raise RolloutError(f"scores of {where} are {given!r:.100}, expected a table of roles")
     found: dict[str | Place, Mapping[str, float]] = {}

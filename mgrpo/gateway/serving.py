@@ -16,7 +16,7 @@ from contextvars import Context
 from dataclasses import dataclass, field
 
 from mgrpo.gateway.options import GatewayOptions
-from mgrpo.gateway.remote import Claims, routes
+from mgrpo.gateway.remote import Claims, Endpoint
 from mgrpo.gateway.server import Gateway
 
 
@@ -35,11 +35,9 @@ class Served:
     def __init__(self, options: GatewayOptions, claiming: ClaimOptions | None, name: tuple[object, ...]) -> None:
         self.loop = asyncio.get_running_loop()
         self.claims: Claims | None = None
-        extra = []
         if claiming is not None:
             self.claims = Claims(claiming.key, claiming.max_outage, claiming.alive_seconds)
-            extra = routes(self.claims)
-        self.gateway = Gateway(options, extra_routes=extra)
+        self.gateway = Gateway(options, None if self.claims is None else Endpoint(self.claims))
         self.users = 0
         self._name = name
         self._start = self.loop.create_task(self.gateway.start(), context=Context())
