@@ -14,14 +14,33 @@ from typing import Literal
 
 from mgrpo.types import Float32, Int32
 
+MAX_STOPS = 16
+"""Stop texts of one request."""
+MAX_STOP_LENGTH = 256
+"""Characters of a stop text."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """max_tokens: bound on new tokens. temperature 0 is greedy. Generation ends after any of stop_token_ids (kept)."""
+    """max_tokens: bound on new tokens. temperature 0 is greedy. Generation ends after any of stop_token_ids (kept).
+
+    stop: texts; generation ends after the token whose text completes one of them. The sampled ids stay as sampled: they
+    hold the stop text, and what else its last token spells. Raises ValueError for more than MAX_STOPS texts, an empty
+    one, and one of more than MAX_STOP_LENGTH characters."""
 
     max_tokens: int
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.stop) > MAX_STOPS:
+            raise ValueError(f"{len(self.stop)} stop texts; at most {MAX_STOPS} are taken")
+        for text in self.stop:
+            if not 1 <= len(text) <= MAX_STOP_LENGTH:
+                raise ValueError(
+                    f"a stop text of {len(text)} characters ({text:.20}); expected 1..{MAX_STOP_LENGTH}"
+                )
 
 
 @dataclass(slots=True)
