@@ -32,7 +32,7 @@ import msgspec
 import numpy as np
 
 from mgrpo._C import philox4x32_10
-from mgrpo.engines.base import Engine, SamplingParams
+from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.attempt import AttemptOverError
 from mgrpo.environments.tools import ToolCalls, outside_tools
 from mgrpo.errors import ContextOverflowError, RolloutError
@@ -63,6 +63,7 @@ class Conversation:
         self.scores: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self.mismatches = 0  # retokenization: turns that training would see with other ids than were sampled
+        self.last: Generation | None = None  # the turn that was sampled last
         self.closed = False
         self._over = False
         self._seed = seed
@@ -142,7 +143,7 @@ class Conversation:
         out = await self.agent.engine.generate(
             self._ids, params, seed=mix(self._seed, self._turn), session=self._session
         )
-        self._turn += 1
+        self._turn, self.last = self._turn + 1, out
         ids = [int(i) for i in out.token_ids]
         self._ids.extend(ids)
         self._mask.extend([1] * len(ids))
@@ -337,8 +338,9 @@ class Episode:
         run = self._tools.run
         return await run(name, partial(call, *args), timeout, attempts, backoff, noise)
 
-    def open(self, role: str) -> Conversation:
-        """Start the next conversation of `role`. Raises AttemptOverError once the episode has ended."""
+    def open(self, role: str, salt: int | None = None) -> Conversation:
+        """Start the next conversation of `role`. salt: what its noise follows from in place of its number, where
+        conversations are opened in no certain order. Raises AttemptOverError once the episode has ended."""
         if self._over:
             raise AttemptOverError(
                 f"{self.query}/{self.rollout} opens no conversation: its attempt has ended"
@@ -349,7 +351,10 @@ class Episode:
         mine = self._open[role]
         if role == MAIN and mine:
             raise ValueError("a rollout has one main trajectory; it is already open")
-        seed = mix(self._seed, (sorted(self._open).index(role) << 16) | len(mine))
+        place = sorted(self._open).index(role) << 16
+        seed = mix(self._seed, place | len(mine))
+        if salt is not None:
+            seed = mix(mix(self._seed, 1 << 41 | place), salt)  # tools have 1 << 40
         if role != MAIN:
             self._opened_at[role].append(sum(len(main) for main in self._open[MAIN]))
         mine.append(self.conversation(self.agents[role], len(mine), seed))
