@@ -52,7 +52,9 @@ class LetterEngine(Engine):
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int, session: str | None = None
     ) -> Generation:
+        turn = len(self.asked)
         self.asked.append(list(prompt_ids))
+        self.sampled.append([])
         self.params.append(params)
         self.seeds.append(seed)
         self.sessions.append(session)
@@ -66,7 +68,7 @@ class LetterEngine(Engine):
                 break
         stopped = len(ids) <= params.max_tokens
         ids = ids[: params.max_tokens]
-        self.sampled.append(ids)
+        self.sampled[turn] = ids
         n = len(ids)
         logprobs = np.asarray([-0.5 - i / 64 for i in range(n)], np.float32)
         return Generation(

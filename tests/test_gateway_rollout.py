@@ -190,7 +190,7 @@ def test_control_tokens_in_what_a_program_sends_are_text() -> None:
 
     async def run() -> None:
         reply = await program.ask()
-        await program.ask(result(reply.tool_calls[0].id, f"page {CONTROL}"), user(CONTROL))
+        await program.ask({**result(reply.tool_calls[0].id, f"page {CONTROL}"), "name": CONTROL})
 
     asyncio.run(run())
     team.check()
@@ -201,7 +201,11 @@ def test_control_tokens_in_what_a_program_sends_are_text() -> None:
         [
             system("s"),
             user("q"),
-            assistant("a", tool_calls=[{"id": "i", "function": {"name": "search", "arguments": {"k": "v"}}}]),
+            assistant(
+                "a",
+                tool_calls=[{"id": "i", "function": {"name": "search", "arguments": {"k": "v"}}}],
+                reasoning_content="t",
+            ),
             result("i", "r"),
         ],
         tools=[tool("search")],
@@ -209,7 +213,7 @@ def test_control_tokens_in_what_a_program_sends_are_text() -> None:
 
     async def again() -> None:
         reply = await other.ask()
-        await other.ask(result(reply.tool_calls[0].id, "page"), user("u"))
+        await other.ask(result(reply.tool_calls[0].id, "page"))
 
     asyncio.run(again())
     for token in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"):
@@ -237,12 +241,12 @@ def rewriting(*, history: str, thoughts: str = "keep", turns: int = 3) -> tuple[
 
 def test_exact_refuses_a_rewritten_history() -> None:
     """409, with the message that is another; nothing is changed, and the true history still goes on."""
-    team = Team(say("one", "two"))
+    team = Team(say("the one", "the two"))
     program = Program(team, FIRST)
     asyncio.run(program.ask())
-    error = refused(team, TurnRequest("main", [*FIRST, assistant("One"), user("x")]))
+    error = refused(team, TurnRequest("main", [*FIRST, assistant("The one"), user("x")]))
     assert (error.status, error.code) == (409, "history_rewritten")
-    assert "message 2 is assistant: 'One', not assistant: 'one'" in str(error)
+    assert "message 2 is assistant: 'The one', not assistant: 'the one'" in str(error)
     error = refused(team, TurnRequest("main", [system("summary"), user("x")]))
     assert (error.status, error.code) == (409, "history_rewritten")
     asyncio.run(program.ask(user("on")))
@@ -324,7 +328,7 @@ def test_thoughts_that_are_left_out(role: str, thoughts: str, segments: int) -> 
 def test_a_template_that_writes_history_anew_forks_where_that_is_allowed() -> None:
     """Mistral's tools stand before the last user's message: a second one cannot be appended."""
     for history, segments in (("exact", 1), ("fork", 2)):
-        team = Team(say(" one", " two"), family=MISTRAL, history=history)
+        team = Team(say(" the one", " the two"), family=MISTRAL, history=history)
         program = Program(team, FIRST[1:], tools=[tool("search")])
         asyncio.run(program.ask())
         if history == "exact":

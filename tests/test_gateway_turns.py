@@ -114,7 +114,7 @@ def test_noise_follows_from_the_first_messages_and_not_from_the_order() -> None:
 def test_ids_of_calls_tell_twins_apart_whose_histories_are_equal() -> None:
     """Both have called the same tool with the same words: each result goes to the one who asked."""
     call = '<tool_call>\n{"name": "search", "arguments": {}}\n</tool_call>'
-    team = Team(lambda text, seed: "done" if "found" in text else call)
+    team = Team(lambda text, seed: "the result" if "found" in text else call)
     programs = [Program(team, FIRST, "sub", tools=[tool("search")]) for _ in range(2)]
 
     async def main() -> None:

@@ -24,7 +24,8 @@ from hashlib import blake2b
 
 from mgrpo.engines.base import SamplingParams
 from mgrpo.environments.attempt import AttemptOverError
-from mgrpo.environments.episode import Agent, Conversation, Episode, unit_score
+from mgrpo.environments.conversation import Agent, Conversation, unit_score
+from mgrpo.environments.episode import Episode
 from mgrpo.errors import ConfigError, InfrastructureError, RolloutError
 from mgrpo.gateway.errors import GatewayError
 from mgrpo.gateway.forms import Forms
