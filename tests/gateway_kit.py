@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.episode import Agent, Episode
+from mgrpo.gateway.errors import GatewayError
 from mgrpo.gateway.forms import Forms
 from mgrpo.gateway.options import GatewayOptions
 from mgrpo.gateway.rollout import GatewayRollout
@@ -103,7 +105,8 @@ class Team:
             "sub": LetterEngine(sub or script, self.tokenizer, end),
         }
         agents = {
-            role: Agent(role, engine, self.tokenizer, 1.0, max_length) for role, engine in self.engines.items()
+            role: Agent(role, engine, self.tokenizer, 1.0, max_length)
+            for role, engine in self.engines.items()
         }
         self.options = GatewayOptions(**options)
         self.episode = Episode("7/3", 2, agents, seed)
@@ -146,7 +149,9 @@ class Team:
 class Program:
     """An agent program's side of one conversation: it appends what it gets and asks again."""
 
-    def __init__(self, team: Team, messages: Sequence[Mapping[str, Any]], role: str = "main", **more: Any) -> None:
+    def __init__(
+        self, team: Team, messages: Sequence[Mapping[str, Any]], role: str = "main", **more: Any
+    ) -> None:
         self.team, self.role, self.more = team, role, more
         self.messages: list[Mapping[str, Any]] = list(messages)
         self.replies: list[TurnReply] = []
@@ -186,3 +191,43 @@ def tool(name: str) -> dict[str, Any]:
         "type": "function",
         "function": {"name": name, "description": "Finds.", "parameters": parameters},
     }
+
+
+FIRST = [system("You answer."), user("capital of Fiji")]
+DEADLINE = 20.0
+
+
+def echo(text: str, seed: int) -> str:
+    """Noise of its own, and how long the history is."""
+    return f"the {seed % 9973} says {len(text)}"
+
+
+def same(text: str, seed: int) -> str:
+    """A policy that always says the same."""
+    return "so it is"
+
+
+def run(main: Callable[[], Awaitable[Any]]) -> Any:
+    """In a loop of its own, with a deadline."""
+
+    async def bounded() -> Any:
+        async with asyncio.timeout(DEADLINE):
+            return await main()
+
+    return asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something holds."""
+    while not condition():
+        await asyncio.sleep(0)
+
+
+async def error_of(turn: Awaitable[TurnReply]) -> tuple[int, str]:
+    with pytest.raises(GatewayError) as caught:
+        await turn
+    return caught.value.status, caught.value.code
+
+
+def conversations(team: Team) -> dict[tuple[str, int], str]:
+    return {place: team.text(*place) for place in team.rollout.conversations()}

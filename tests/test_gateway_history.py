@@ -64,7 +64,10 @@ def spoken(*replies: Entry) -> Past:
             assistant("", tool_calls=[call("f", '{"a": 1, "b": [2.0]}')]),
             assistant("", tool_calls=[call("f", '{"b":[2],"a":1.0}', "other")]),
         ),
-        (assistant("", tool_calls=[call("f", {"a": "é"})]), assistant("", tool_calls=[call("f", '{"a":"\\u00e9"}')])),
+        (
+            assistant("", tool_calls=[call("f", {"a": "é"})]),
+            assistant("", tool_calls=[call("f", '{"a":"\\u00e9"}')]),
+        ),
         (assistant("", tool_calls=[call("f", "")]), assistant("", tool_calls=[call("f", {})])),
         (result("c1", "Suva"), result("c2", "Suva")),
         ({**assistant("x"), "name": "main"}, assistant("x")),
@@ -82,8 +85,14 @@ def test_one_message_in_two_forms_is_the_same(one: dict[str, Any], other: dict[s
         (user("a"), user("A")),
         (user("a"), system("a")),
         (user("a"), {**user("a"), "name": "bob"}),
-        (assistant("", tool_calls=[call("f", '{"a": 1}')]), assistant("", tool_calls=[call("f", '{"a": "1"}')])),
-        (assistant("", tool_calls=[call("f", '{"a": true}')]), assistant("", tool_calls=[call("f", '{"a": 1}')])),
+        (
+            assistant("", tool_calls=[call("f", '{"a": 1}')]),
+            assistant("", tool_calls=[call("f", '{"a": "1"}')]),
+        ),
+        (
+            assistant("", tool_calls=[call("f", '{"a": true}')]),
+            assistant("", tool_calls=[call("f", '{"a": 1}')]),
+        ),
         (assistant("", tool_calls=[call("f", "{}")]), assistant("", tool_calls=[call("g", "{}")])),
         (assistant("", tool_calls=[call("f", "{}")]), assistant("")),
         (assistant("", tool_calls=[call("f", "{}")] * 2), assistant("", tool_calls=[call("f", "{}")])),
@@ -101,7 +110,10 @@ def test_messages_that_differ_are_not_the_same(one: dict[str, Any], other: dict[
         ({"content": "x"}, "role of a message is None"),
         ({"role": 3, "content": "x"}, "role of a message is 3"),
         ({"role": "user", "content": 3}, "of type int"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "'image_url', expected text"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+            "'image_url', expected text",
+        ),
         ({"role": "user", "content": [7]}, "'int', expected text"),
         (assistant("", tool_calls=["f"]), "a tool call is 'f'"),
         (assistant("", tool_calls=[{"id": "1"}]), "a tool call is"),
@@ -152,7 +164,9 @@ def test_an_extension_begins_with_all_that_was_said() -> None:
         (assistant("<think>an island</think>Suva"), None),
     ],
 )
-def test_thoughts_may_be_kept_or_left_out_but_not_changed(reply: dict[str, Any], thoughts: bool | None) -> None:
+def test_thoughts_may_be_kept_or_left_out_but_not_changed(
+    reply: dict[str, Any], thoughts: bool | None
+) -> None:
     """Apart, within the text as it was sampled, or gone, which is noticed; None: another history."""
     match = extended(spoken(SAID), entries(*FIRST, reply, user("x")))
     assert (match and match.thoughts) is thoughts
@@ -176,7 +190,9 @@ def test_a_twin_with_its_thoughts_wins() -> None:
     """Without thoughts both match; with them, only the one who had them."""
     other = Entry("assistant", "Suva", reasoning="by the sea", raw="...")
     twins = [spoken(SAID), spoken(other)]
-    found = choose_extended(twins, entries(*FIRST, assistant("Suva", reasoning_content="by the sea"), user("x")))
+    found = choose_extended(
+        twins, entries(*FIRST, assistant("Suva", reasoning_content="by the sea"), user("x"))
+    )
     assert found is not None
     assert found[0] == 1
     quiet = Entry("assistant", "Suva", raw="Suva")
@@ -223,7 +239,10 @@ def test_of_main_every_history_is() -> None:
     said = past(*FIRST, *_turns())
     for now, placed in (
         ([system("summary")], False),
-        ([system("today is Monday"), user("x"), assistant("ONE"), user("y"), assistant("TWO"), user("z")], True),
+        (
+            [system("today is Monday"), user("x"), assistant("ONE"), user("y"), assistant("TWO"), user("z")],
+            True,
+        ),
         ([system("summary"), assistant("ONE"), user("z")], False),
     ):
         match = rewritten(said, entries(*now), sole=True)
@@ -290,7 +309,10 @@ def test_a_first_message_that_changed_moves_where_replies_begin() -> None:
     [
         ([*FIRST, assistant("ONE"), user("x")], "message 2 is assistant: 'ONE', not assistant: 'one'"),
         (FIRST, "ends before message 2, of 5"),
-        ([*FIRST, *_turns(), user("x"), assistant("y"), user("z")], "message 6 is the assistant's, and was not"),
+        (
+            [*FIRST, *_turns(), user("x"), assistant("y"), user("z")],
+            "message 6 is the assistant's, and was not",
+        ),
         ([*FIRST, assistant("one", tool_calls=[call("f", "{}")]), user("x")], "message 2 has the calls"),
         ([*FIRST, assistant("one", reasoning_content="hm"), user("x")], "message 2 has other thoughts"),
     ],

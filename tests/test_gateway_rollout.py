@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from mgrpo.errors import InfrastructureError
 from mgrpo.gateway.errors import GatewayError
 from mgrpo.gateway.turn import TurnRequest
 from tests.chat_templates import LLAMA3, MISTRAL, QWEN3, QWEN25, Family
-from tests.gateway_kit import Program, Team, assistant, result, system, tool, user
+from tests.gateway_kit import FIRST, Program, Team, assistant, result, system, tool, user
 
-FIRST = [system("You answer."), user("capital of Fiji")]
 CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "Fiji"}}\n</tool_call>'
 
 
@@ -21,11 +19,6 @@ def say(*turns: str) -> Any:
     """A script: the turns in their order, of all conversations together."""
     left = list(turns)
     return lambda text, seed: left.pop(0)
-
-
-def echo(text: str, seed: int) -> str:
-    """What was said last, and a noise of its own."""
-    return f"the {seed % 97} says so"
 
 
 def refused(team: Team, request: TurnRequest) -> GatewayError:
@@ -120,7 +113,9 @@ def test_examples_in_a_first_request_are_context() -> None:
     shots = [
         system("You answer."),
         user("capital of Tonga"),
-        assistant("", tool_calls=[{"id": "c1", "function": {"name": "search", "arguments": '{"query": "T"}'}}]),
+        assistant(
+            "", tool_calls=[{"id": "c1", "function": {"name": "search", "arguments": '{"query": "T"}'}}]
+        ),
         result("c1", "Nuku"),
         assistant("Nuku"),
         user("capital of Fiji"),
@@ -298,7 +293,9 @@ def test_fork_begins_a_segment_with_what_the_program_says(role: str) -> None:
         assert f"summary {number}" in texts[number + 1]
         assert f"<|im_start|>assistant\n{heard}<|im_end|>" in texts[number + 1]
         assert said in texts[number + 1]
-    trained = team.tokenizer.decode(conversation.trajectory().tokens[conversation.trajectory().loss_mask == 1])
+    trained = team.tokenizer.decode(
+        conversation.trajectory().tokens[conversation.trajectory().loss_mask == 1]
+    )
     assert trained == "".join(f"{w}<|im_end|>" for w in ("one", "two", "three", "four", "five"))
 
 

@@ -1,8 +1,8 @@
 """How the messages of a program become token ids of a role, and its sampled text a reply: one Form a role.
 
-    entries, messages --Form.open()--> Opening          the first messages, or all of them where a segment begins
-    new messages      --Form.follow()--> ids            what follows the last reply, alone
-    sampled ids       --Form.said()--> text             without the end of the turn and what follows a stop text
+entries, messages --Form.open()--> Opening          the first messages, or all of them where a segment begins
+new messages      --Form.follow()--> ids            what follows the last reply, alone
+sampled ids       --Form.said()--> text             without the end of the turn and what follows a stop text
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def _call(call: object) -> dict[str, Any]:
     number, name, given = function_of(call)
     arguments = arguments_of(given)
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"the arguments of a call of {name!r:.50} are {given!r:.100}, expected an object in JSON")
+        raise ValueError(
+            f"the arguments of a call of {name!r:.50} are {given!r:.100}, expected an object in JSON"
+        )
     return {"type": "function", "id": number, "function": {"name": name, "arguments": arguments}}
 
 

@@ -140,11 +140,15 @@ class GatewayRollout:
         threads = self._threads.get(role, [])
         if not 0 <= invocation < len(threads):
             raise GatewayError(
-                404, "invocation_not_found", f"role {role!r:.100} has {len(threads)} invocations, not {invocation}"
+                404,
+                "invocation_not_found",
+                f"role {role!r:.100} has {len(threads)} invocations, not {invocation}",
             )
         where = f"invocation {invocation} of role {role!r}"
         if not (isinstance(name, str) and name.isidentifier()):
-            raise GatewayError(400, "invalid_reward", f"{name!r:.100} of {where} is no name: letters, digits and _")
+            raise GatewayError(
+                400, "invalid_reward", f"{name!r:.100} of {where} is no name: letters, digits and _"
+            )
         try:
             score = unit_score(value, f"reward {name!r} of {where}")
         except RolloutError as error:
@@ -209,9 +213,7 @@ class GatewayRollout:
             return None
         terms = _terms(asked)
         turns = [turn for t in threads if (turn := self._turns.get(t)) and turn.terms == terms]
-        same = [
-            t for t in turns if (flagged or sole or not t.first) and repeats(t.asked, asked.entries)
-        ]
+        same = [t for t in turns if (flagged or sole or not t.first) and repeats(t.asked, asked.entries)]
         if not same:
             return None
         turn = next((t for t in same if t.lost), same[-1])

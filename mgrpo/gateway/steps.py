@@ -1,6 +1,6 @@
 """What a turn does before it samples: continue a conversation, begin a new segment of one, or open the next.
 
-    request, the idle conversations of its role --plan()--> Step, with ids that fit; or GatewayError, and nothing is done
+    request, how it goes on with a conversation --next_step()--> Step, whose ids fit; or GatewayError: nothing is done
 
 The policies of GatewayOptions (history, thoughts) are applied here, and nowhere else.
 """
@@ -87,7 +87,11 @@ def next_step(asked: Asked, thread: Thread, match: Match, options: GatewayOption
     where = f"of role {asked.request.role!r}, invocation {thread.conversation.invocation}"
     if options.history == "keep" and (match.exact or match.placed):
         return _extend(asked, thread, match, [*counts, "rewritten"])
-    what = difference(past, asked.entries) if not match.exact else "it has tools that the conversation began without"
+    what = (
+        difference(past, asked.entries)
+        if not match.exact
+        else "it has tools that the conversation began without"
+    )
     hint = 'history = "keep" or "fork"' if options.history == "exact" else 'history = "fork"'
     raise GatewayError(
         409, "history_rewritten", f"the history {where} is not what was said: {what}; {hint} takes it"
