@@ -16,7 +16,7 @@ import httpx2
 from mgrpo.gateway.connections import Server
 from mgrpo.gateway.errors import GatewayError
 from mgrpo.gateway.options import GatewayOptions
-from mgrpo.gateway.server import Gateway
+from mgrpo.gateway.server import Extra, Gateway
 from mgrpo.gateway.turn import ToolCall, TurnReply, TurnRequest
 
 CALL = ToolCall("call00001", "find", '{"query": "Suva"}')
@@ -141,18 +141,20 @@ def events(raw: bytes) -> list[tuple[str | None, Any]]:
 
 
 @asynccontextmanager
-async def served(rollout: FakeRollout | None = None, **options: Any) -> AsyncIterator[Served]:
+async def served(
+    rollout: FakeRollout | None = None, extra: Extra | None = None, **options: Any
+) -> AsyncIterator[Served]:
     """A gateway with one rollout; when it has closed, no task and no connection is left."""
     rollout = rollout or FakeRollout()
     before = asyncio.all_tasks()
-    gateway = Gateway(GatewayOptions(**options))
+    gateway = Gateway(GatewayOptions(**options), extra)
     await gateway.start()
     server = gateway._server
     assert server is not None
     try:
         base = gateway.open(rollout)
         headers = {"Authorization": f"Bearer {rollout.token}"}
-        async with httpx2.AsyncClient(headers=headers, timeout=30.0) as http:
+        async with httpx2.AsyncClient(headers=headers, timeout=30.0, verify=False) as http:
             yield Served(gateway, rollout, base, http)
     finally:
         await gateway.close()

@@ -13,6 +13,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.gateway import exchange
 from mgrpo.gateway.body import MAX_DEPTH, parse
 from mgrpo.gateway.errors import GatewayError
+from mgrpo.gateway.exchange import Exchange
 from mgrpo.gateway.options import GatewayOptions
 from mgrpo.gateway.server import Gateway
 from tests.gateway_server_kit import FakeRollout, events, reply, run, served, until
@@ -38,11 +39,11 @@ def test_the_role_is_the_model_or_in_the_path(path: str) -> None:
             own = f"{at.gateway.url}/rollout/abc/agent"
             headers = {"x-mgrpo-invocation": "3", "x-stainless-retry-count": "1"}
             assert (await at.post(path, INPUTS[path] | {"model": "sub"})).status_code == 200
-            for role in ("sub", "a%20b"):
+            for role in ("sub", "a%20%2Fb", "%2541"):
                 answer = await at.http.post(f"{own}/{role}/v1/{path}", json=INPUTS[path], headers=headers)
                 assert answer.status_code == 200, answer.text
             asked = [(t.role, t.invocation, t.repeated) for t in at.rollout.asked]
-            assert asked == [("sub", None, False), ("sub", 3, True), ("a b", 3, True)]
+            assert asked == [("sub", None, False), *((role, 3, True) for role in ("sub", "a /b", "%41"))]
             assert (await at.post(path, INPUTS[path], x_mgrpo_invocation="-1")).status_code == 400
 
     run(test())
@@ -89,7 +90,7 @@ def test_health_and_wrong_addresses() -> None:
 
     async def test() -> None:
         async with served() as at:
-            async with httpx2.AsyncClient(timeout=30.0) as stranger:
+            async with httpx2.AsyncClient(timeout=30.0, verify=False) as stranger:
                 assert (await stranger.get(f"{at.gateway.url}/health")).json() == {"status": "ok"}
             assert (await at.http.get(f"{at.gateway.url}/docs")).json()["error"]["code"] == "not_found"
             assert (await at.post("embeddings", {})).status_code == 404
@@ -142,6 +143,27 @@ def test_a_rollout_is_opened_once() -> None:
             assert answer.status_code == 409 and answer.json()["error"]["code"] == "rollout_over"
             assert answer.headers["x-should-retry"] == "false" and not at.rollout.asked
             assert (await at.post(PATH, HELLO, Authorization="Bearer wrong")).status_code == 401
+
+    run(test())
+
+
+def test_others_may_serve_beside_the_rollouts() -> None:
+    """What they answer, they answer alone, refusals included; everything else goes on as without them."""
+
+    async def extra(exchange: Exchange) -> bool:
+        if exchange.path != "/harness/claim":
+            return False
+        if exchange.method != "POST":
+            raise GatewayError(405, "method_not_allowed", "words")
+        await exchange.answer(200, {"claimed": 1})
+        return True
+
+    async def test() -> None:
+        async with served(extra=extra) as at:
+            assert (await at.http.post(f"{at.gateway.url}/harness/claim")).json() == {"claimed": 1}
+            assert (await at.http.get(f"{at.gateway.url}/harness/claim")).status_code == 405
+            assert (await at.http.get(f"{at.gateway.url}/harness")).status_code == 404
+            assert (await at.post(PATH, HELLO)).status_code == 200
 
     run(test())
 

@@ -51,11 +51,12 @@ class PeerGoneError(Exception):
 
 
 class Exchange:
-    """One request, and the answer that it gets. begun: the answer's status was sent."""
+    """One request, and the answer that it gets. path: as it came, nothing of it decoded. begun: the answer's status was
+    sent."""
 
     def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         self.method: str = scope["method"]
-        self.path: str = scope["path"]
+        self.path: str = scope["raw_path"].decode("latin-1")
         self._headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
         self._receive, self._send = receive, send
         self.begun = False

@@ -22,6 +22,7 @@ import logging
 import re
 import socket
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -44,6 +45,8 @@ MISSING = 'the gateway\'s server is an extra: pip install "mgrpo[view]"'
 START_SECONDS, CLOSE_SECONDS, FLUSH_SECONDS = 10.0, 5.0, 0.5
 BODIES = 8
 """Largest bodies that may be arriving at the same time."""
+KEPT_CHARACTERS = 8_000_000
+"""Of a rollout's replies and what they follow, for the Responses API's previous_response_id."""
 REMEMBERED = 1024
 """Rollouts whose late requests are told that they are over."""
 PATH = re.compile(
@@ -51,18 +54,21 @@ PATH = re.compile(
     r"(?P<what>chat/completions|responses|messages|models(?:/[^/]{1,400})?|reward)/?"
 )
 CHAT, MESSAGES = ChatCompletions(), Messages()
+Extra = Callable[[Exchange], Awaitable[bool]]
+"""Answers a request whose path is its own, or raises GatewayError; False for any other. Tokens are its matter."""
 
 
 class Gateway:
     """Use from one event loop, which is the one that plays."""
 
-    def __init__(self, options: GatewayOptions) -> None:
-        """Raises ConfigError when uvicorn is missing. Nothing listens before start()."""
+    def __init__(self, options: GatewayOptions, extra: Extra | None = None) -> None:
+        """extra: answers what is served beside the rollouts. Raises ConfigError when uvicorn is missing. Nothing
+        listens before start()."""
         try:
             import uvicorn  # noqa: F401
         except ImportError:
             raise ConfigError(MISSING) from None
-        self.options = options
+        self.options, self._extra = options, extra
         self.url = ""
         self._limit = int(options.body_mb * 1e6)
         self._room = body.Room(BODIES * self._limit)
@@ -96,7 +102,7 @@ class Gateway:
         themselves, so theirs is the same without it."""
         if rollout.id in self._seats:
             raise ValueError(f"rollout {rollout.id} is open already")
-        self._seats[rollout.id] = Seat(rollout, self.options.turns, BODIES * self._limit)
+        self._seats[rollout.id] = Seat(rollout, self.options.turns, KEPT_CHARACTERS)
         return f"{self.url}/rollout/{rollout.id}/v1"
 
     def close_rollout(self, rollout: Rollout) -> None:
@@ -158,6 +164,8 @@ class Gateway:
         if exchange.path == "/health":
             _check_method(exchange, "GET")
             await exchange.answer(200, {"status": "ok"})
+            return
+        if self._extra is not None and await self._extra(exchange):
             return
         found = PATH.fullmatch(exchange.path)
         if found is None:
