@@ -105,7 +105,7 @@ factbook: setup smollm2-model
 # A program of the OpenAI SDK, unchanged but for three lines, trains two copies of SmolLM2 for STEPS steps
 # (examples/gateway): about five minutes.
 gateway: OUT := runs/gateway
-gateway: STEPS ?= 4
+gateway: STEPS ?= 3
 gateway: setup smollm2-model gateway-env
 	@$(BIN)/python examples/gateway/model.py
 	@$(BIN)/mgrpo train examples/gateway/gateway.toml --out $(OUT) --fresh --set seed=$(SEED) \

@@ -41,7 +41,11 @@ def test_langgraph() -> None:
 
 def tool_calls_main(text: str, number: int) -> str:
     """Asks its managed agent twice, one after the other, then gives the final answer."""
-    turns = [call("researcher", task=FIJI), call("researcher", task=TONGA), call("final_answer", answer=ANSWER)]
+    turns = [
+        call("researcher", task=FIJI),
+        call("researcher", task=TONGA),
+        call("final_answer", answer=ANSWER),
+    ]
     return turns[turn(text)]
 
 

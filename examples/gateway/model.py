@@ -1,6 +1,6 @@
 """models/smollm2-tools: SmolLM2-135M-Instruct with a chat template that knows tools, in the Hermes form.
 
-    python examples/gateway/model.py
+    python examples/gateway/model.py [FOLDER]
 
 SmolLM2's own template of this size has no place for tools, and a gateway refuses what a template would drop. Weights
 are a link to those of models/smollm2.
@@ -34,8 +34,9 @@ def make(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else TARGET
     try:
-        make(SOURCE, TARGET)
+        make(SOURCE, target)
     except OSError as error:
         sys.exit(f"model: {error}; make smollm2-model takes the model")
-    print(f"wrote {TARGET.relative_to(ROOT)}")
+    print(f"wrote {target}")

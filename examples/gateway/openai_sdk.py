@@ -1,7 +1,7 @@
 """A team of two with the OpenAI SDK: main asks a researcher, who searches the library.
 
-A question as JSON comes in on stdin, the answer goes out on stdout. The three changed lines are numbered; against a
-public service they would hold its address, a key and a model's name.
+A question comes in on stdin as JSON, the answer goes out on stdout. The three changed lines are numbered; against a
+public service they hold its address, a key and a model's name.
 """
 
 from __future__ import annotations
@@ -15,49 +15,42 @@ from typing import Any
 
 from library import search
 from openai import AsyncOpenAI
+from shown import TO_MAIN, TO_RESEARCHER
 
 client = AsyncOpenAI(
     base_url=os.environ["OPENAI_BASE_URL"],  # 1. the address of this rollout
-    api_key=os.environ["OPENAI_API_KEY"],  # 2. and its token
+    api_key=os.environ["OPENAI_API_KEY"],  # 2. and its key
 )
-MAIN, RESEARCHER = "main", "researcher"  # 3. a model's name is the role of the agent
+MAIN, RESEARCHER = "main", "researcher"  # 3. a model's name is the role of its agent
 
-ASK = "Answer in a few words. Ask the researcher for what you need to know, then repeat what it found."
-LOOK_UP = "Search the library for the country, then answer with the one fact that was asked for."
-
-
-def tool(name: str, description: str, argument: str) -> dict[str, Any]:
-    """The schema of a function of one text."""
-    properties = {argument: {"type": "string"}}
-    parameters = {"type": "object", "properties": properties, "required": [argument]}
-    return {
-        "type": "function",
-        "function": {"name": name, "description": description, "parameters": parameters},
-    }
+Function = Callable[..., Awaitable[str]]
 
 
-async def agent(
-    model: str, system: str, task: str, schema: dict[str, Any], function: Callable[..., Awaitable[str]]
-) -> str:
+def schema(name: str, description: str, argument: str) -> dict[str, Any]:
+    """A tool of one text."""
+    texts = {"type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": texts}}
+
+
+async def agent(model: str, messages: list[Any], tool: dict[str, Any], function: Function) -> str:
     """Converse until a turn calls no tool; that turn is the answer."""
-    messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": task}]
     for _ in range(4):
-        completion = await client.chat.completions.create(model=model, messages=messages, tools=[schema])
+        completion = await client.chat.completions.create(model=model, messages=messages, tools=[tool])
         reply = completion.choices[0].message
-        messages.append(reply.model_dump(exclude_none=True))
+        messages.append(reply)
         if not reply.tool_calls:
             return reply.content or ""
-        results = await asyncio.gather(*(call(function, c.function.arguments) for c in reply.tool_calls))
-        for asked, result in zip(reply.tool_calls, results, strict=True):
-            messages.append({"role": "tool", "tool_call_id": asked.id, "content": result})
+        results = await asyncio.gather(*(called(function, call.function) for call in reply.tool_calls))
+        for call, result in zip(reply.tool_calls, results, strict=True):
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
     return ""
 
 
-async def call(function: Callable[..., Awaitable[str]], arguments: str) -> str:
-    """A tool's result, or what was wrong with the call."""
+async def called(function: Function, call: Any) -> str:
+    """What a tool returns, or what was wrong with the call."""
     try:
-        return await function(**json.loads(arguments))
-    except TypeError as error:
+        return await function(**json.loads(call.arguments))
+    except (TypeError, ValueError) as error:
         return f"Error: {error}"
 
 
@@ -66,14 +59,21 @@ async def look_up(query: str) -> str:
 
 
 async def ask_researcher(question: str) -> str:
-    schema = tool("search", "Search the library.", "query")
-    return await agent(RESEARCHER, LOOK_UP, question, schema, look_up)
+    system = "Search the library for the country, then answer with the one fact that was asked for."
+    messages = [
+        {"role": "system", "content": system},
+        *TO_RESEARCHER,
+        {"role": "user", "content": question},
+    ]
+    return await agent(RESEARCHER, messages, schema("search", "Search the library.", "query"), look_up)
 
 
 async def answer(question: str) -> str:
     """The team's answer to a question."""
-    schema = tool("ask_researcher", "Ask the researcher a question.", "question")
-    return await agent(MAIN, ASK, question, schema, ask_researcher)
+    system = "Answer in a few words. Ask the researcher for what you need to know, then repeat what it found."
+    messages = [{"role": "system", "content": system}, *TO_MAIN, {"role": "user", "content": question}]
+    tool = schema("ask_researcher", "Ask the researcher a question.", "question")
+    return await agent(MAIN, messages, tool, ask_researcher)
 
 
 if __name__ == "__main__":
