@@ -17,6 +17,7 @@ from tests_gateway.kit import (
     context,
     play,
     said,
+    segments,
     turn,
 )
 from tests_gateway.test_openai_sdk import SCRIPTS, check_team
@@ -37,6 +38,10 @@ def test_the_agents_sdk(api: str) -> None:
 def test_langgraph() -> None:
     """A graph that runs inside another's tool, twice at the same time."""
     check_team(play(EXAMPLES / "langgraph_team.py", SCRIPTS))
+
+
+COPIES = "'type': 'function'"
+"""In smolagents' words for the calls of a turn, which it sends in the place of the turn."""
 
 
 def tool_calls_main(text: str, number: int) -> str:
@@ -71,8 +76,9 @@ def code_researcher(text: str, number: int) -> str:
     return f"Thought: I found it.\n<code>\nfinal_answer({report!r})\n</code>"
 
 
-def check_smolagents(played: Played) -> None:
-    """Two invocations; what was sampled is trained although the framework writes its history in words of its own."""
+def check_smolagents(played: Played, counted: str) -> None:
+    """Two invocations; what was sampled is trained although the framework writes its history in words of its own.
+    counted: how often, in the rollout's counts."""
     assert played.answer == ANSWER
     assert played.d_k == 2 and check_trained_is_sampled(played) == 3
     (first,) = played.trajectories("main")
@@ -80,18 +86,21 @@ def check_smolagents(played: Played) -> None:
     for sub in played.trajectories("researcher"):
         assert len(said(sub)) == 2
         assert "Observation:" in context(sub) and "currency" in context(sub)
+        assert (COPIES in context(sub)) == (counted == "forks") and len(segments(sub)) == 1 + (
+            counted == "forks"
+        )
         report = "Suva" if FIJI in context(sub) else "Nuku'alofa"
         assert f"The capital is {report}." in said(sub)[1]
         assert f"The capital is {report}." in context(first)
     turns = sum(len(engine.turns) for engine in played.engines.values())
-    assert played.rollout.counts["rewritten"] == turns - 3  # all but the first of each conversation
+    assert played.rollout.counts[counted] == turns - 3  # all but the first of each conversation
 
 
 def test_smolagents_that_call_tools() -> None:
     """A managed agent; tool calls come back as text ("Calling tools: ..."), so the history is kept by place."""
     scripts = {"main": tool_calls_main, "researcher": tool_calls_researcher}
     played = play(EXAMPLES / "smolagents_team.py", scripts, history="keep")
-    check_smolagents(played)
+    check_smolagents(played, "rewritten")
     assert played.rollout.counts["overridden"]  # tool_choice = "required"
 
 
@@ -99,7 +108,7 @@ def test_smolagents_that_write_code() -> None:
     """A managed agent called from Python; turns end at stop texts, which are trained as sampled and not shown."""
     scripts = {"main": code_main, "researcher": code_researcher}
     played = play(EXAMPLES / "smolagents_team.py", scripts, history="keep", env={"TEAM_AGENT": "code"})
-    check_smolagents(played)
+    check_smolagents(played, "rewritten")
     (first,) = played.trajectories("main")
     assert all(text.rstrip().endswith("</code>") for text in said(first)), said(first)
 
@@ -119,6 +128,4 @@ def test_smolagents_forks(kind: str) -> None:
         "code": {"main": code_main, "researcher": code_researcher},
     }[kind]
     played = play(EXAMPLES / "smolagents_team.py", scripts, history="fork", env={"TEAM_AGENT": kind})
-    assert played.answer == ANSWER and played.d_k == 2
-    check_trained_is_sampled(played)
-    assert played.rollout.counts["forks"] == played.rollout.counts["turns"] - 3
+    check_smolagents(played, "forks")

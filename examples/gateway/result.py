@@ -18,6 +18,7 @@ COLUMNS = {
     "main reward": "main/reward/mean",
     "researcher reward": "researcher/reward/mean",
 }
+SHOWN = 5  # lines of what was given
 
 
 def steps(run: Path) -> list[str]:
@@ -62,8 +63,11 @@ def drawn(tree: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"  {trajectory['role']}/{trajectory['invocation']}: {', '.join(figures)}")
         for turn in trajectory["turns"]:
-            mark = ">" if turn["sampled"] else " "
-            lines += [f"    {mark} {line}" for line in turn["text"].splitlines() if line.strip()]
+            mark, said = ">" if turn["sampled"] else " ", [x for x in turn["text"].splitlines() if x.strip()]
+            if len(said) > SHOWN and not turn["sampled"]:
+                lines.append(f"      [{len(said) - SHOWN} lines of system prompt and examples]")
+                said = said[-SHOWN:]
+            lines += [f"    {mark} {line}" for line in said]
     return lines
 
 
