@@ -20,7 +20,18 @@ from mgrpo.errors import ConfigError, InfrastructureError, RolloutError
 from mgrpo.gateway.harness import Access, Answer, HarnessTask, Score
 from mgrpo.gateway.scores import merged_scores, read_answer
 from mgrpo.pipeline.play import RolloutRequest, play
-from tests.harness_kit import Engine, FunctionTask, KitTask, agents, ask, ask_blocking, echo, played, post, rollout_of
+from tests.harness_kit import (
+    Engine,
+    FunctionTask,
+    KitTask,
+    agents,
+    ask,
+    ask_blocking,
+    echo,
+    played,
+    post,
+    rollout_of,
+)
 from tests.question_kit import write_jsonl
 from tests.research_kit import FIJI, words_of
 
@@ -36,7 +47,7 @@ async def team(question: Question, base_url: Access) -> object:
     return question.answer
 
 
-# -- what a rollout is ---------------------------------------------------------------------------------------------------
+# -- what a rollout is ---------------------------------------------------------------------------------------
 
 
 def test_a_program_plays_a_whole_team() -> None:
@@ -89,7 +100,7 @@ def test_an_ordinary_function_runs_in_a_thread_of_its_own() -> None:
     assert threads[0] is not threading.main_thread()
 
 
-# -- scores --------------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------
 
 DECLARED = {"scores": {"main": ["format"], "sub": ["format", "expert"]}}
 
@@ -117,12 +128,24 @@ def test_scores_of_roles_and_invocations() -> None:
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
-        ({"main": {"format": 1.0}, "sub": {"format": 1.0}}, "invocation 0 of role 'sub' has no score 'expert'"),
-        ({"main": {"format": 1, "style": 1}, "sub": {"format": 1, "expert": 1}}, "'style' that its task does not"),
+        (
+            {"main": {"format": 1.0}, "sub": {"format": 1.0}},
+            "invocation 0 of role 'sub' has no score 'expert'",
+        ),
+        (
+            {"main": {"format": 1, "style": 1}, "sub": {"format": 1, "expert": 1}},
+            "'style' that its task does not",
+        ),
         ({"other": {"format": 1.0}}, "unknown role 'other'"),
         ({("sub", 2): {"format": 1.0}}, "no invocation of this rollout"),
-        ({"main": {"format": 2.0}, "sub": {"format": 1, "expert": 1}}, r"is 2.0, expected a number in \[0, 1\]"),
-        ({"main": {"format": "high"}, "sub": {"format": 1, "expert": 1}}, "score 'format' of invocation 0 of role"),
+        (
+            {"main": {"format": 2.0}, "sub": {"format": 1, "expert": 1}},
+            r"is 2.0, expected a number in \[0, 1\]",
+        ),
+        (
+            {"main": {"format": "high"}, "sub": {"format": 1, "expert": 1}},
+            "score 'format' of invocation 0 of role",
+        ),
     ],
 )
 def test_scores_that_do_not_fit_are_named(scores: Any, words: str) -> None:
@@ -165,7 +188,7 @@ def test_an_answer_in_json() -> None:
     assert read == Answer([1], 1.0, found)
 
 
-# -- failures ------------------------------------------------------------------------------------------------------------
+# -- failures ------------------------------------------------------------------------------------------------
 
 
 def test_a_program_that_raises_fails_its_rollout() -> None:
@@ -249,7 +272,7 @@ def test_a_program_that_never_ends_is_ended_at_the_deadline() -> None:
     assert ended == [1] * 3 and len(refused) == 3 and set(refused) <= {401, 404, 409} and not engine.held
 
 
-# -- the server ----------------------------------------------------------------------------------------------------------
+# -- the server ----------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -298,7 +321,7 @@ def test_an_address_that_is_taken_ends_the_worker() -> None:
             played(task)
 
 
-# -- options -------------------------------------------------------------------------------------------------------------
+# -- options -------------------------------------------------------------------------------------------------
 
 
 class Scored(KitTask):
@@ -321,9 +344,21 @@ class Scored(KitTask):
         (KitTask, {"command": "python x.py"}, "options.command"),
         (KitTask, {"remote": True, "folder": "x"}, "folder has no effect without command"),
         (KitTask, {"command": ["x"], "key_env": "X"}, "key_env has no effect without remote"),
-        (KitTask, {"remote": True, "key_env": "sk-123"}, "expected the name of an environment variable, not a key"),
-        (KitTask, {"remote": True, "gateway": {"host": "0.0.0.0"}}, "not loopback: options.key_env must name"),
-        (KitTask, {"command": ["x"], "scores": {"other": ["format"]}}, "options.scores: unknown role 'other'"),
+        (
+            KitTask,
+            {"remote": True, "key_env": "sk-123"},
+            "expected the name of an environment variable, not a key",
+        ),
+        (
+            KitTask,
+            {"remote": True, "gateway": {"host": "0.0.0.0"}},
+            "not loopback: options.key_env must name",
+        ),
+        (
+            KitTask,
+            {"command": ["x"], "scores": {"other": ["format"]}},
+            "options.scores: unknown role 'other'",
+        ),
         (KitTask, {"command": ["x"], "score": {"rule": "nonsense"}}, "nonsense"),
         (KitTask, {"command": ["x"], "score": {"rule": "reported", "judge": {}}}, "judge has no effect"),
         (KitTask, {"command": ["x"], "gateway": {"history": "guess"}}, "options.gateway.history"),
@@ -340,7 +375,9 @@ def test_options_that_do_not_fit_are_named(
 
 def test_the_built_in_task_needs_no_python(tmp_path: Path) -> None:
     """Questions from a file, a rule, a command."""
-    file = write_jsonl(tmp_path / "q.jsonl", [{"id": f"q{i}", "question": f"{i}?", "answer": "x"} for i in range(20)])
+    file = write_jsonl(
+        tmp_path / "q.jsonl", [{"id": f"q{i}", "question": f"{i}?", "answer": "x"} for i in range(20)]
+    )
     options: dict[str, Any] = {"questions": {"path": str(file)}, "command": ["true"], "score": {"rule": "f1"}}
     config = TaskConfig(name="harness", options=options)
     task = load_task(config, ["main", "left", "right"])
@@ -350,7 +387,7 @@ def test_the_built_in_task_needs_no_python(tmp_path: Path) -> None:
     assert set(task.digests()) == {"scorer"}
 
 
-# -- access --------------------------------------------------------------------------------------------------------------
+# -- access --------------------------------------------------------------------------------------------------
 
 
 def test_access_is_a_text_that_knows_its_key() -> None:
@@ -364,5 +401,3 @@ def test_access_is_a_text_that_knows_its_key() -> None:
     assert sub == "http://127.0.0.1:8700/rollout/abc/agent/a%20b/v1" and sub.api_key == "secret"
     with pytest.raises(ValueError, match="ends with /v1"):
         Access("http://127.0.0.1:8700", "secret")
-
-

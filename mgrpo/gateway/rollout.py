@@ -87,6 +87,11 @@ class GatewayRollout:
         self._rewards: dict[tuple[str, int], dict[str, float]] = {}
         self._over = False
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Those that a request may name."""
+        return tuple(self._episode.agents)
+
     # -- turns --
 
     async def turn(self, request: TurnRequest) -> TurnReply:

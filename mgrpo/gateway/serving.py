@@ -32,7 +32,9 @@ class ClaimOptions:
 class Served:
     """A server and what is claimed through it. made by hold()."""
 
-    def __init__(self, options: GatewayOptions, claiming: ClaimOptions | None, name: tuple[object, ...]) -> None:
+    def __init__(
+        self, options: GatewayOptions, claiming: ClaimOptions | None, name: tuple[object, ...]
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.claims: Claims | None = None
         if claiming is not None:
