@@ -118,6 +118,10 @@ def test_stop_texts_have_bounds(stop: tuple[str, ...]) -> None:
     """An empty text would end everything, and long or many ones cost each token."""
     with pytest.raises(ValueError, match="stop text"):
         SamplingParams(8, stop=stop)
+    with pytest.raises(ValueError, match="lone surrogate"):
+        SamplingParams(8, stop=("\ud800",))
+    with pytest.raises(TypeError, match="expected a tuple of texts"):
+        SamplingParams(8, stop="a text alone")  # type: ignore[arg-type]
     SamplingParams(8, stop=("x" * MAX_STOP_LENGTH,) * MAX_STOPS)
 
 
