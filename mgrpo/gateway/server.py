@@ -289,7 +289,7 @@ def _listen(options: GatewayOptions) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((options.host, options.port))
-        listener.listen(2048)
+        listener.listen()
         listener.setblocking(False)
     except (OSError, UnicodeError) as error:
         listener.close()
