@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from typing import Any
 
 import httpx2
@@ -115,6 +116,13 @@ def test_an_address_that_is_taken_is_named() -> None:
             await Gateway(GatewayOptions(host="192.0.2.1")).start()
 
     run(test())
+
+
+def test_what_serves_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, when the gateway is made."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r'pip install "mgrpo\[view\]"'):
+        Gateway(GatewayOptions())
 
 
 @pytest.mark.parametrize(

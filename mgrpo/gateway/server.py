@@ -196,7 +196,7 @@ class Gateway:
     def _check_host(self, exchange: Exchange) -> None:
         if not is_loopback(self.options.host):
             return
-        named = (exchange.header(b"host") or "").rsplit(":", 1)[0].strip("[]")
+        named = re.sub(r":\d*$", "", exchange.header(b"host") or "").strip("[]")
         if not is_loopback(named) and named != self.options.advertise:
             raise GatewayError(403, "forbidden", "this gateway answers loopback only")
 
