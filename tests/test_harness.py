@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import re
 import socket
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 
-from mgrpo.config import load_config
-from mgrpo.config.settings import Settings
 from mgrpo.config.task import TaskConfig
 from mgrpo.environments.loader import load_task
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError, InfrastructureError, RolloutError
-from mgrpo.gateway.harness import Access, Answer, HarnessOptions, HarnessTask, Score
-from mgrpo.gateway.harness_options import HarnessScoring
-from mgrpo.gateway.options import GatewayOptions
+from mgrpo.gateway.harness import Access, Answer, HarnessTask, Score
 from mgrpo.gateway.scores import merged_scores, read_answer
 from mgrpo.pipeline.play import RolloutRequest, play
-from mgrpo.run.processes import load_run_task
 from tests.harness_kit import (
     Engine,
     FunctionTask,
@@ -42,7 +34,6 @@ from tests.harness_kit import (
 )
 from tests.question_kit import write_jsonl
 from tests.research_kit import FIJI, words_of
-from tests.runs import ROOT
 
 URL = "http://127.0.0.1:8700/rollout/abc/v1"
 
@@ -246,6 +237,32 @@ def test_an_engine_that_fails_decides_whatever_the_program_makes_of_it(raises: b
     assert (failed.kind, failed.attempt) == ("infrastructure", 2) and "the server is gone" in failed.failure
 
 
+def test_turns_that_nobody_waits_for_are_part_of_the_rollout() -> None:
+    """The program ends while a sub-agent speaks: its turn is sampled to the end, and closed like the others."""
+    begun = asyncio.Event()
+
+    class Slow(Engine):
+        async def generate(self, *args: Any, session: str | None = None, **options: Any) -> Any:
+            if session is not None and "/sub/" in session:
+                begun.set()
+                for _ in range(200):
+                    await asyncio.sleep(0)
+            return await super().generate(*args, session=session, **options)
+
+    kept = []
+
+    async def run(question: Question, base_url: Access) -> object:
+        kept.append(asyncio.create_task(ask(base_url, "sub", "take your time")))
+        await begun.wait()
+        await ask(base_url, "main", "x")
+        return question.answer
+
+    engine = Slow(echo)
+    rollout = rollout_of(played(FunctionTask(run), engine))
+    assert [words_of(t, 1) for t in rollout.invocations["sub"]] == ["said take your time<|im_end|>"]
+    assert not engine.held
+
+
 def test_a_main_agent_that_never_spoke_is_named() -> None:
     """With those who did."""
 
@@ -410,41 +427,3 @@ def test_access_is_a_text_that_knows_its_key() -> None:
     assert sub == "http://127.0.0.1:8700/rollout/abc/agent/a%20b/v1" and sub.api_key == "secret"
     with pytest.raises(ValueError, match="ends with /v1"):
         Access("http://127.0.0.1:8700", "secret")
-
-
-# -- the page ------------------------------------------------------------------------------------------------
-
-PAGE = (ROOT / "docs" / "gateway.md").read_text()
-
-
-@pytest.mark.parametrize("kind", [HarnessOptions, HarnessScoring, GatewayOptions])
-def test_the_page_names_every_option(kind: type[Settings]) -> None:
-    """docs/gateway.md leaves no key out."""
-    assert [name for name in kind.model_fields if f"`{name}`" not in PAGE] == []
-
-
-def test_the_pages_first_example_plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its two files are loaded as they stand, and its team plays a rollout, over a client that stands for the SDK's."""
-
-    class Client:
-        def __init__(self, base_url: Access, api_key: str) -> None:
-            assert api_key == base_url.api_key
-            self.chat = self.completions = self
-            self._base_url = base_url
-
-        async def create(self, model: str, messages: list[dict[str, str]]) -> Any:
-            text = await ask(self._base_url, model, *(m["content"] for m in messages))
-            return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=text))])
-
-    monkeypatch.setitem(sys.modules, "openai", SimpleNamespace(AsyncOpenAI=Client))
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL)
-    assert [name for name, _ in blocks] == ["team.py", "run.toml"]
-    for name, text in blocks:
-        (tmp_path / name).write_text(text)
-    write_jsonl(tmp_path / "questions.jsonl", [{"id": "q", "question": "Who?", "answer": "x"}] * 1)
-    config = load_config(tmp_path / "run.toml")
-    task = load_run_task(config)
-    rollout = rollout_of(played(task, question=FIJI))
-    assert rollout.d_k() == {"sub": 1} and rollout.correct == 0.0
-    assert "It is known that: said said What is the capital" in words_of(rollout.main, 0)

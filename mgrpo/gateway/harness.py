@@ -111,6 +111,7 @@ class HarnessTask(Task):
         access = Access(held.gateway.open(rollout), rollout.token)
         try:
             said = await self._said(held, rollout, question, access)
+            await rollout.settle()  # what it asked and did not wait for
         except Exception as error:
             if rollout.failure is not None:
                 raise rollout.failure from error
@@ -152,6 +153,7 @@ class HarnessTask(Task):
         scores = merged_scores(conversations, self.scores, rollout.rewards(), said.scores, outcome.scores)
         for place, conversation in conversations.items():
             conversation.close(**scores[place])
+        rollout.arrange()
         for name, count in rollout.counts.items():
             episode.metric(f"gateway_{name}", count)
         return episode.finish(
