@@ -101,7 +101,7 @@ class Served:
     """A gateway with its rollout; requests carry the rollout's token."""
 
     gateway: Gateway
-    rollout: FakeRollout
+    rollout: Any
     base: str
     http: httpx2.AsyncClient
 
@@ -141,9 +141,7 @@ def events(raw: bytes) -> list[tuple[str | None, Any]]:
 
 
 @asynccontextmanager
-async def served(
-    rollout: FakeRollout | None = None, extra: Extra | None = None, **options: Any
-) -> AsyncIterator[Served]:
+async def served(rollout: Any = None, extra: Extra | None = None, **options: Any) -> AsyncIterator[Served]:
     """A gateway with one rollout; when it has closed, no task and no connection is left."""
     rollout = rollout or FakeRollout()
     before = asyncio.all_tasks()

@@ -1,4 +1,4 @@
-"""A small team behind the gateway, for the tests of harnesses: agents that a script plays, and programs that ask them."""
+"""A small team behind the gateway for tests of harnesses: agents that a script plays, and programs that ask them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
+import sys
 from typing import Any
 
 import httpx2
@@ -114,6 +116,13 @@ def test_an_address_that_is_taken_is_named() -> None:
             await Gateway(GatewayOptions(host="192.0.2.1")).start()
 
     run(test())
+
+
+def test_what_serves_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, when the gateway is made."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r'pip install "mgrpo\[view\]"'):
+        Gateway(GatewayOptions())
 
 
 @pytest.mark.parametrize(
@@ -313,6 +322,33 @@ def test_a_connection_is_used_again() -> None:
                 )
                 assert answer.json()["choices"][0]["message"]["content"] == "other"
             assert len(at.server.server_state.connections) == 1
+
+    run(test())
+
+
+def test_requests_that_follow_at_once_are_answered_in_turn() -> None:
+    """Several of them in one packet, a turn among them; a connection that is being answered is none of the idle."""
+
+    async def test() -> None:
+        async with served() as at:
+            at.rollout.open.clear()
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(at.gateway.url.rsplit(":", 1)[1]))
+            health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            body = json.dumps(HELLO).encode()
+            asks = (
+                f"POST /rollout/abc/v1/{PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\n"
+            )
+            turn = f"{asks}Content-Length: {len(body)}\r\n\r\n".encode() + body
+            writer.write(health + turn + health)
+            await until(lambda: at.rollout.asked)
+            assert not at.server.server_state.idle
+            at.rollout.open.set()
+            found = b""
+            while found.count(b"HTTP/1.1 200") < 3 or found.count(b'"status":"ok"') < 2:
+                found += await asyncio.wait_for(reader.read(1 << 16), 20.0)
+            assert found.index(b"chat.completion") < found.rindex(b'"status":"ok"')
+            await until(lambda: at.server.server_state.idle)
+            writer.close()
 
     run(test())
 

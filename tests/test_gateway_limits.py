@@ -226,3 +226,74 @@ def test_a_rollout_that_is_over_says_so(who: str) -> None:
 
     run(main)
     assert team.rollout.failure is None
+
+
+def test_a_turn_that_nobody_waits_for_is_awaited_at_the_end() -> None:
+    """The program gave up on a sub-agent and answered: its turn is whole, or the trajectory could not be trained."""
+    team = Team(echo)
+    engine = team.engines["sub"]
+
+    async def main() -> None:
+        engine.gate = asyncio.Event()
+        given_up = asyncio.create_task(team.rollout.turn(TurnRequest("sub", FIRST)))
+        await until(lambda: bool(engine.asked))
+        given_up.cancel()
+        settled = asyncio.create_task(team.rollout.settle())
+        await until(given_up.done)
+        assert await error_of(team.rollout.turn(TurnRequest("main", FIRST))) == (409, "rollout_over")
+        assert not settled.done()
+        engine.gate.set()
+        await settled
+        await team.rollout.settle()
+
+    run(main)
+    team.check()
+    assert team.trajectory("sub").loss_mask.any()
+
+
+def played(order: list[int]) -> list[tuple[list[int], float]]:
+    """(tokens, score) of six sub-agents' trajectories as the rollout has them, opened in this order in two stages, of
+    which main's second turn is the border."""
+    team = Team(echo)
+    program = Program(team, FIRST)
+
+    async def main() -> None:
+        for stage in (0, 1):
+            await program.ask(*([user("on")] if stage else []))
+            for number in order:
+                if number // 3 == stage:
+                    asked = [user(f"question {number // 2}")]  # of 2 and 3 the same, at another time
+                    reply = await Program(team, asked, "sub").ask()
+                    team.rollout.reward("sub", reply.invocation, "length", len(reply.content) / 100)
+
+    run(main)
+    for place, conversation in team.rollout.conversations().items():
+        conversation.close(**team.rollout.rewards().get(place, {}))
+    team.rollout.arrange()
+    rollout = team.episode.finish(1.0)
+    assert [t.invocation for t in rollout.invocations["sub"]] == list(range(6))
+    opened: Any = rollout.info["opened_at"]
+    opened = opened["sub"]
+    assert opened == sorted(opened)
+    assert len(set(opened)) == 2
+    for t in rollout.invocations["sub"]:
+        said = team.tokenizer.decode(t.tokens[t.loss_mask == 1]).removesuffix("<|im_end|>")
+        assert t.scores["length"] == len(said) / 100
+    return [(t.tokens.tolist(), t.scores["length"]) for t in rollout.invocations["sub"]]
+
+
+def test_numbers_of_invocations_follow_from_what_they_were_asked() -> None:
+    """In whatever order requests arrive, the rollout is the same: tokens, scores and numbers."""
+    expected = played(list(range(6)))
+    for order in ([5, 4, 3, 2, 1, 0], [2, 0, 1, 4, 3, 5], [1, 5, 0, 4, 2, 3]):
+        assert played(order) == expected
+
+
+def test_an_episode_is_renumbered_whole() -> None:
+    """Numbers that are not all of its conversations' are refused."""
+    team = Team(echo)
+    for _ in range(2):
+        team.episode.open("sub")
+    for order in ([0], [0, 0], [0, 1, 2]):
+        with pytest.raises(ValueError, match="which has 2 conversations"):
+            team.episode.renumber("sub", order)

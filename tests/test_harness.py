@@ -20,7 +20,18 @@ from mgrpo.errors import ConfigError, InfrastructureError, RolloutError
 from mgrpo.gateway.harness import Access, Answer, HarnessTask, Score
 from mgrpo.gateway.scores import merged_scores, read_answer
 from mgrpo.pipeline.play import RolloutRequest, play
-from tests.harness_kit import Engine, FunctionTask, KitTask, agents, ask, ask_blocking, echo, played, post, rollout_of
+from tests.harness_kit import (
+    Engine,
+    FunctionTask,
+    KitTask,
+    agents,
+    ask,
+    ask_blocking,
+    echo,
+    played,
+    post,
+    rollout_of,
+)
 from tests.question_kit import write_jsonl
 from tests.research_kit import FIJI, words_of
 
@@ -36,7 +47,7 @@ async def team(question: Question, base_url: Access) -> object:
     return question.answer
 
 
-# -- what a rollout is ---------------------------------------------------------------------------------------------------
+# -- what a rollout is ---------------------------------------------------------------------------------------
 
 
 def test_a_program_plays_a_whole_team() -> None:
@@ -89,7 +100,7 @@ def test_an_ordinary_function_runs_in_a_thread_of_its_own() -> None:
     assert threads[0] is not threading.main_thread()
 
 
-# -- scores --------------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------
 
 DECLARED = {"scores": {"main": ["format"], "sub": ["format", "expert"]}}
 
@@ -117,12 +128,24 @@ def test_scores_of_roles_and_invocations() -> None:
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
-        ({"main": {"format": 1.0}, "sub": {"format": 1.0}}, "invocation 0 of role 'sub' has no score 'expert'"),
-        ({"main": {"format": 1, "style": 1}, "sub": {"format": 1, "expert": 1}}, "'style' that its task does not"),
+        (
+            {"main": {"format": 1.0}, "sub": {"format": 1.0}},
+            "invocation 0 of role 'sub' has no score 'expert'",
+        ),
+        (
+            {"main": {"format": 1, "style": 1}, "sub": {"format": 1, "expert": 1}},
+            "'style' that its task does not",
+        ),
         ({"other": {"format": 1.0}}, "unknown role 'other'"),
         ({("sub", 2): {"format": 1.0}}, "no invocation of this rollout"),
-        ({"main": {"format": 2.0}, "sub": {"format": 1, "expert": 1}}, r"is 2.0, expected a number in \[0, 1\]"),
-        ({"main": {"format": "high"}, "sub": {"format": 1, "expert": 1}}, "score 'format' of invocation 0 of role"),
+        (
+            {"main": {"format": 2.0}, "sub": {"format": 1, "expert": 1}},
+            r"is 2.0, expected a number in \[0, 1\]",
+        ),
+        (
+            {"main": {"format": "high"}, "sub": {"format": 1, "expert": 1}},
+            "score 'format' of invocation 0 of role",
+        ),
     ],
 )
 def test_scores_that_do_not_fit_are_named(scores: Any, words: str) -> None:
@@ -165,7 +188,7 @@ def test_an_answer_in_json() -> None:
     assert read == Answer([1], 1.0, found)
 
 
-# -- failures ------------------------------------------------------------------------------------------------------------
+# -- failures ------------------------------------------------------------------------------------------------
 
 
 def test_a_program_that_raises_fails_its_rollout() -> None:
@@ -214,6 +237,32 @@ def test_an_engine_that_fails_decides_whatever_the_program_makes_of_it(raises: b
     assert (failed.kind, failed.attempt) == ("infrastructure", 2) and "the server is gone" in failed.failure
 
 
+def test_turns_that_nobody_waits_for_are_part_of_the_rollout() -> None:
+    """The program ends while a sub-agent speaks: its turn is sampled to the end, and closed like the others."""
+    begun = asyncio.Event()
+
+    class Slow(Engine):
+        async def generate(self, *args: Any, session: str | None = None, **options: Any) -> Any:
+            if session is not None and "/sub/" in session:
+                begun.set()
+                for _ in range(200):
+                    await asyncio.sleep(0)
+            return await super().generate(*args, session=session, **options)
+
+    kept = []
+
+    async def run(question: Question, base_url: Access) -> object:
+        kept.append(asyncio.create_task(ask(base_url, "sub", "take your time")))
+        await begun.wait()
+        await ask(base_url, "main", "x")
+        return question.answer
+
+    engine = Slow(echo)
+    rollout = rollout_of(played(FunctionTask(run), engine))
+    assert [words_of(t, 1) for t in rollout.invocations["sub"]] == ["said take your time<|im_end|>"]
+    assert not engine.held
+
+
 def test_a_main_agent_that_never_spoke_is_named() -> None:
     """With those who did."""
 
@@ -249,7 +298,7 @@ def test_a_program_that_never_ends_is_ended_at_the_deadline() -> None:
     assert ended == [1] * 3 and len(refused) == 3 and set(refused) <= {401, 404, 409} and not engine.held
 
 
-# -- the server ----------------------------------------------------------------------------------------------------------
+# -- the server ----------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -298,7 +347,7 @@ def test_an_address_that_is_taken_ends_the_worker() -> None:
             played(task)
 
 
-# -- options -------------------------------------------------------------------------------------------------------------
+# -- options -------------------------------------------------------------------------------------------------
 
 
 class Scored(KitTask):
@@ -321,9 +370,21 @@ class Scored(KitTask):
         (KitTask, {"command": "python x.py"}, "options.command"),
         (KitTask, {"remote": True, "folder": "x"}, "folder has no effect without command"),
         (KitTask, {"command": ["x"], "key_env": "X"}, "key_env has no effect without remote"),
-        (KitTask, {"remote": True, "key_env": "sk-123"}, "expected the name of an environment variable, not a key"),
-        (KitTask, {"remote": True, "gateway": {"host": "0.0.0.0"}}, "not loopback: options.key_env must name"),
-        (KitTask, {"command": ["x"], "scores": {"other": ["format"]}}, "options.scores: unknown role 'other'"),
+        (
+            KitTask,
+            {"remote": True, "key_env": "sk-123"},
+            "expected the name of an environment variable, not a key",
+        ),
+        (
+            KitTask,
+            {"remote": True, "gateway": {"host": "0.0.0.0"}},
+            "not loopback: options.key_env must name",
+        ),
+        (
+            KitTask,
+            {"command": ["x"], "scores": {"other": ["format"]}},
+            "options.scores: unknown role 'other'",
+        ),
         (KitTask, {"command": ["x"], "score": {"rule": "nonsense"}}, "nonsense"),
         (KitTask, {"command": ["x"], "score": {"rule": "reported", "judge": {}}}, "judge has no effect"),
         (KitTask, {"command": ["x"], "gateway": {"history": "guess"}}, "options.gateway.history"),
@@ -340,7 +401,9 @@ def test_options_that_do_not_fit_are_named(
 
 def test_the_built_in_task_needs_no_python(tmp_path: Path) -> None:
     """Questions from a file, a rule, a command."""
-    file = write_jsonl(tmp_path / "q.jsonl", [{"id": f"q{i}", "question": f"{i}?", "answer": "x"} for i in range(20)])
+    file = write_jsonl(
+        tmp_path / "q.jsonl", [{"id": f"q{i}", "question": f"{i}?", "answer": "x"} for i in range(20)]
+    )
     options: dict[str, Any] = {"questions": {"path": str(file)}, "command": ["true"], "score": {"rule": "f1"}}
     config = TaskConfig(name="harness", options=options)
     task = load_task(config, ["main", "left", "right"])
@@ -350,7 +413,7 @@ def test_the_built_in_task_needs_no_python(tmp_path: Path) -> None:
     assert set(task.digests()) == {"scorer"}
 
 
-# -- access --------------------------------------------------------------------------------------------------------------
+# -- access --------------------------------------------------------------------------------------------------
 
 
 def test_access_is_a_text_that_knows_its_key() -> None:
@@ -364,5 +427,3 @@ def test_access_is_a_text_that_knows_its_key() -> None:
     assert sub == "http://127.0.0.1:8700/rollout/abc/agent/a%20b/v1" and sub.api_key == "secret"
     with pytest.raises(ValueError, match="ends with /v1"):
         Access("http://127.0.0.1:8700", "secret")
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -146,7 +147,7 @@ def test_a_command_may_ask_for_another_try() -> None:
 
 def test_a_command_that_floods_is_ended() -> None:
     """With the bound, and long before it would have ended itself."""
-    with pytest.raises(RolloutError, match="wrote more than 1000000 bytes; task.options.output_mb"):
+    with pytest.raises(RolloutError, match=r"wrote more than 1000000 bytes; task.options.output_mb"):
         run("while True: print('x' * 1000)", output_bytes=1_000_000)
 
 
@@ -170,7 +171,8 @@ def test_a_command_that_cannot_be_started_is_the_configs_matter(tmp_path: Path) 
 
 CHILDREN = """
 import subprocess
-child = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.signal(15, signal.SIG_IGN); signal.pause()"])
+sleeper = "import signal; signal.signal(15, signal.SIG_IGN); signal.pause()"
+child = subprocess.Popen([sys.executable, "-S", "-c", sleeper])
 with open({file!r} + ".new", "w") as file:
     file.write(f"{{os.getpid()}} {{child.pid}}")
 os.replace({file!r} + ".new", {file!r})
@@ -221,7 +223,9 @@ def test_its_children_end_with_it(end: str, tmp_path: Path) -> None:
 def test_a_secret_question_is_not_in_its_failure(tmp_path: Path) -> None:
     """What the command wrote of it is withheld."""
     secret = replace(FIJI, secret=True)
-    result = played(task_of(program(tmp_path, 'sys.exit("I was asked: " + question["text"])')), question=secret)
+    result = played(
+        task_of(program(tmp_path, 'sys.exit("I was asked: " + question["text"])')), question=secret
+    )
     assert result.kind == "task" and "withheld" in result.failure and "neighbour" not in result.failure
     told = played(task_of(program(tmp_path, 'sys.exit("I was asked: " + question["text"])')))
     assert "neighbour" in told.failure
@@ -233,10 +237,8 @@ def test_no_descriptor_is_left_open() -> None:
     async def many() -> int:
         for text in ("print(1)", "import sys; sys.exit(1)") * 3:
             command = Command((sys.executable, "-S", "-c", text))
-            try:
+            with contextlib.suppress(RolloutError):
                 await run_command(command, {}, command.environment({}))
-            except RolloutError:
-                pass
         return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
     async def before() -> int:

@@ -95,11 +95,15 @@ def test_a_program_claims_plays_and_answers() -> None:
             offers = [await claimed(http, url), await claimed(http, url)]
             assert len({offer["rollout"] for _, offer in offers}) == 2
             for access, offer in offers:
-                assert offer["question"]["text"] == FIJI.text and FIJI.answer not in str(offer["question"]["text"])
+                assert offer["question"]["text"] == FIJI.text and FIJI.answer not in str(
+                    offer["question"]["text"]
+                )
                 assert set(offer["question"]) == {"text", "id", "info", "tags", "attachments"}
                 await ask(access, "main", "x")
                 for answer in (FIJI.answer, "no"):
-                    told = await http.post(f"{access.root}/answer", json={"answer": answer}, headers=access.headers)
+                    told = await http.post(
+                        f"{access.root}/answer", json={"answer": answer}, headers=access.headers
+                    )
                     assert told.status_code in (200, 404)
             assert [rollout_of(result).correct for result in await made.results()] == [1.0, 1.0]
             nothing = await http.post(f"{url}/harness/claim", json={"wait": 0})
@@ -216,7 +220,9 @@ def test_a_run_that_nobody_plays_ends_by_name() -> None:
 
         async def wait(name: str) -> None:
             async with outage.timeout(5.0):
-                with pytest.raises(ServiceError, match=r"no program has asked for a rollout at http://.* for 600 s"):
+                with pytest.raises(
+                    ServiceError, match=r"no program has asked for a rollout at http://.* for 600 s"
+                ):
                     await claims.play(name, FIJI, ACCESS)
             ends.append(fake_clock.now())
 
@@ -250,7 +256,7 @@ def test_rollouts_wait_for_busy_programs() -> None:
             for _ in range(5):
                 await asyncio.sleep(50.0)
                 claims.find(offer.id, "k")
-            assert not first.done() and not second.done() or number
+            assert number or not (first.done() or second.done())
             settle(offer, {"answer": number})
             assert (await playing).value == number
 
@@ -276,12 +282,14 @@ def test_a_claim_that_is_cancelled_gives_its_rollout_back() -> None:
     asyncio.run(main())
 
 
-# -- the ready-made program --------------------------------------------------------------------------------------------
+# -- the ready-made program ----------------------------------------------------------------------------------
 
 
 def claimer(file: Path, said: list[str], key: str | None = None, **options: Any) -> Claimer:
     command = Command((sys.executable, "-S", str(file)))
-    return Claimer(command, key, **{"concurrency": 2, "patience": 30.0, "say": said.append, "after": 0.1} | options)
+    return Claimer(
+        command, key, **{"concurrency": 2, "patience": 30.0, "say": said.append, "after": 0.1} | options
+    )
 
 
 def played_by(
@@ -395,7 +403,15 @@ def test_the_command_line(tmp_path: Path) -> None:
     async def main() -> None:
         async with worker() as (made, url):
             made.play(1)
-            words = [sys.executable, "-m", "mgrpo", "gateway", url, "--command", f"{sys.executable} -S {file}"]
+            words = [
+                sys.executable,
+                "-m",
+                "mgrpo",
+                "gateway",
+                url,
+                "--command",
+                f"{sys.executable} -S {file}",
+            ]
             with started(words) as process:
                 (result,) = await made.results()
                 assert rollout_of(result).correct == 1.0

@@ -164,6 +164,18 @@ class Episode:
         mine.append(self.conversation(self.agents[role], len(mine), seed))
         return mine[-1]
 
+    def renumber(self, role: str, order: Sequence[int]) -> None:
+        """Give the conversations of a sub-agent other numbers: order[i] is the present one of the i-th. Raises
+        ValueError where these are not all of them."""
+        mine, places = self._open[role], self._opened_at[role]
+        if sorted(order) != list(range(len(mine))):
+            raise ValueError(
+                f"order {list(order)!r:.100} of role {role!r}, which has {len(mine)} conversations"
+            )
+        self._open[role], self._opened_at[role] = [mine[i] for i in order], [places[i] for i in order]
+        for number, conversation in enumerate(self._open[role]):
+            conversation.invocation = number
+
     def conversation(self, agent: Agent, invocation: int, seed: int) -> Conversation:
         """Make a conversation for open(); a subclass may make one that is watched."""
         return Conversation(agent, self.query, self.rollout, invocation, seed, self.attempt)

@@ -158,8 +158,8 @@ def _is_async(call: Callable[..., Any]) -> bool:
 
 
 def in_thread(name: str, call: Callable[[], Any]) -> Awaitable[Any]:
-    """What call() returns. name: of the thread. A thread of its own for each call: asyncio's pool has a few for all rollouts, and a tool that hangs
-    would keep the process from ending."""
+    """What call() returns. name: of its thread. Each call has one of its own: asyncio's pool has a few for all
+    rollouts, and a tool that hangs would keep the process from ending."""
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     future: asyncio.Future[Any] = loop.create_future()
 

@@ -39,20 +39,19 @@ async def read(parts: AsyncIterator[bytes], length: int | None, limit: int, room
     declared or sent, 400 for what is no JSON object."""
     if length is not None and length > limit:
         raise _too_large(length, limit)
-    taken, found = 0, []
+    found = bytearray()
     try:
         async for part in parts:
-            if taken + len(part) > limit:
-                raise _too_large(taken + len(part), limit)
+            if len(found) + len(part) > limit:
+                raise _too_large(len(found) + len(part), limit)
             room.take(len(part))
-            taken += len(part)
-            found.append(part)
-        return parse(b"".join(found))
+            found += part
+        return parse(found)
     finally:
-        room.left += taken
+        room.left += len(found)
 
 
-def parse(body: bytes) -> Table:
+def parse(body: bytes | bytearray) -> Table:
     """Raises GatewayError (400) for what is no JSON object, or one that is nested or filled beyond the bounds."""
     if len(body) > LARGE and (
         body.count(b"[") + body.count(b"{") > MAX_OPEN or body.count(b",") > MAX_COMMAS

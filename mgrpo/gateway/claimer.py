@@ -113,7 +113,8 @@ class _Address:
                 timeout=self._wait + ANSWER_SECONDS,
             )  # fmt: skip
         except httpx2.TransportError as error:
-            return await self._silent(f"{type(error).__name__} {error}".strip())
+            await self._silent(f"{type(error).__name__} {error}".strip())
+            return None
         if answer.status_code == 200:
             self._answered, self._over_at, self._pauses = time.monotonic(), 0.0, 0
             offer = dict(answer.json())
@@ -123,8 +124,11 @@ class _Address:
         elif answer.status_code in (401, 403):
             raise ConfigError(f"{self._url} refuses the harness key (status {answer.status_code})")
         elif answer.status_code in (404, 405):
-            raise ConfigError(f"{self._url} is no gateway of a run with task.options.remote (status {answer.status_code})")
-        return await self._silent(f"status {answer.status_code}")
+            raise ConfigError(
+                f"{self._url} is no gateway of a run with task.options.remote (status {answer.status_code})"
+            )
+        await self._silent(f"status {answer.status_code}")
+        return None
 
     async def _silent(self, why: str) -> None:
         """Pause; raise where it has lasted too long."""
@@ -174,7 +178,9 @@ class _Address:
                 return {}, "its rollout was over before it had ended"
             answer = running.result()
         except MgrpoError as error:
-            retry = isinstance(error, InfrastructureError | ConfigError)  # the latter is this machine's matter
+            retry = isinstance(
+                error, InfrastructureError | ConfigError
+            )  # the latter is this machine's matter
             return {"error": str(error), "retry": retry}, f"failed ({error})"
         finally:
             running.cancel()
@@ -184,7 +190,9 @@ class _Address:
         for place, named in answer.scores.items():
             scores |= {place: dict(named)} if isinstance(place, str) else {}
         for role in {place[0] for place in answer.scores if not isinstance(place, str)}:
-            many = sorted((p[1], dict(n)) for p, n in answer.scores.items() if not isinstance(p, str) and p[0] == role)
+            many = sorted(
+                (p[1], dict(n)) for p, n in answer.scores.items() if not isinstance(p, str) and p[0] == role
+            )
             scores[role] = [named for _, named in many]
         body = {"answer": answer.value, "correct": answer.correct, "scores": scores}
         return {k: v for k, v in body.items() if k == "answer" or v not in (None, {})}, "answered"

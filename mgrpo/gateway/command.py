@@ -89,7 +89,9 @@ def answer_of(output: bytes, where: str) -> Answer:
     return Answer(text or None)
 
 
-async def run_command(command: Command, given: Mapping[str, object], environment: Mapping[str, str]) -> Answer:
+async def run_command(
+    command: Command, given: Mapping[str, object], environment: Mapping[str, str]
+) -> Answer:
     """Start it, wait for its end, return its answer. given: the question, as JSON values. environment: the whole of it.
     Raises RolloutError for a process that fails, InfrastructureError where it asks for another try or the machine has
     no room for a process, ConfigError where it cannot be started at all."""
@@ -100,7 +102,9 @@ async def run_command(command: Command, given: Mapping[str, object], environment
     finally:
         status = await running.end()
     if running.flooded:
-        raise RolloutError(f"{where} wrote more than {command.output_bytes} bytes; task.options.output_mb bounds it")
+        raise RolloutError(
+            f"{where} wrote more than {command.output_bytes} bytes; task.options.output_mb bounds it"
+        )
     if status is None:
         raise InfrastructureError(f"{where} had not ended {KILL_SECONDS:g} s after it was killed")
     if status:
@@ -257,4 +261,3 @@ class _Running:
         """Its id is still its own: it is reaped after this."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-

@@ -18,29 +18,57 @@ from typing import Any
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
-MAX_CONNECTIONS = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_CONNECTIONS = 4096 if _FILES == resource.RLIM_INFINITY else min(4096, _FILES // 2)
 """Open at the same time. One more closes the one that has been idle for longest."""
+
+BACKLOG = 256
+"""Connections that wait to be accepted."""
+
+
+class State(ServerState):
+    """What the connections of a server share. idle: those that answer no request, who has been so for longest first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle: dict[Connection, None] = {}
 
 
 class Connection(H11Protocol):
     """One connection, with what it waits for."""
 
+    server_state: State
     _answered = 0
     _waits: tuple[str, int] = ("request", 0)
     _since = 0.0  # the loop's time; when it began to wait for that
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._since = self.loop.time()
+        idle, self._since = self.server_state.idle, self.loop.time()
+        idle[self] = None
         if len(self.connections) > MAX_CONNECTIONS:
-            others: list[Any] = [c for c in self.connections if isinstance(c, Connection) and c.is_idle()]
-            min(others, key=lambda c: c._since, default=self).abort()
+            oldest = next(iter(idle))  # this one, where all others are being answered
+            del idle[oldest]
+            self.connections.discard(oldest)  # which it does itself only when the loop comes to it
+            oldest.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.server_state.idle.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.is_idle():
+            self.server_state.idle.pop(self, None)
 
     def on_response_complete(self) -> None:
         self._answered += 1
         self._waits, self._since = ("request", self._answered), self.loop.time()
-        super().on_response_complete()
+        super().on_response_complete()  # which may begin the next request, where that has arrived already
+        if self.is_idle():
+            self.server_state.idle[self] = None
 
     def is_idle(self) -> bool:
         """No request is being answered."""
@@ -72,6 +100,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self.server_state: State = State()
         self.ready = asyncio.Event()
         self._stop = asyncio.Event()
 
@@ -138,6 +167,7 @@ def server_of(application: Any, patience: float) -> Server:
             proxy_headers=False,
             server_header=False,
             date_header=False,
+            backlog=BACKLOG,
             timeout_keep_alive=max(1, round(patience)),
         )
     )

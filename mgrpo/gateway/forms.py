@@ -19,7 +19,7 @@ from mgrpo.gateway.tool_parser import ToolParser, open_parser
 from mgrpo.model.chat import ChatFormat, Message, Opening
 
 Tools = Sequence[Mapping[str, object]]
-OpenParser = Callable[[Any, Agent], ToolParser]
+OpenParser = Callable[[Any, Agent, ChatFormat], ToolParser]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Forms:
         known = self._forms.get(agent.role)
         if known is None or known[0].tokenizer is not agent.tokenizer or known[0].engine is not agent.engine:
             chat = ChatFormat(agent.tokenizer, **self._template)
-            known = agent, Form(chat, self._open_parser(self._options.tool_parser, agent))
+            known = agent, Form(chat, self._open_parser(self._options.tool_parser, agent, chat))
             self._forms[agent.role] = known
         return known[1]
 

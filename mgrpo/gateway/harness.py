@@ -38,8 +38,8 @@ from mgrpo.environments.tools import in_thread
 from mgrpo.errors import ConfigError, RolloutError
 from mgrpo.gateway.access import Access
 from mgrpo.gateway.command import Command, question_json, run_command
-from mgrpo.gateway.harness_options import REPORTED, HarnessOptions, HarnessScoring, read_options
 from mgrpo.gateway.forms import Forms
+from mgrpo.gateway.harness_options import REPORTED, HarnessOptions, HarnessScoring, read_options
 from mgrpo.gateway.rollout import GatewayRollout
 from mgrpo.gateway.scores import Answer, Score, merged_scores
 from mgrpo.gateway.server import is_loopback
@@ -111,6 +111,7 @@ class HarnessTask(Task):
         access = Access(held.gateway.open(rollout), rollout.token)
         try:
             said = await self._said(held, rollout, question, access)
+            await rollout.settle()  # what it asked and did not wait for
         except Exception as error:
             if rollout.failure is not None:
                 raise rollout.failure from error
@@ -149,11 +150,10 @@ class HarnessTask(Task):
                 f"that spoke: {', '.join(sorted({role for role, _ in conversations})) or 'none'}"
             )
         outcome = await self._score(episode, question, said)
-        scores = merged_scores(
-            conversations, self.scores, rollout.rewards(), said.scores, outcome.scores
-        )
+        scores = merged_scores(conversations, self.scores, rollout.rewards(), said.scores, outcome.scores)
         for place, conversation in conversations.items():
             conversation.close(**scores[place])
+        rollout.arrange()
         for name, count in rollout.counts.items():
             episode.metric(f"gateway_{name}", count)
         return episode.finish(
@@ -173,7 +173,7 @@ class HarnessTask(Task):
         if not _is_own(self, "score"):
             if said.correct is None:
                 raise RolloutError(
-                    f'{episode.query}/{episode.rollout}: the harness gave no `correct` with its answer, and '
+                    f"{episode.query}/{episode.rollout}: the harness gave no `correct` with its answer, and "
                     f'task.options.score.rule is "{REPORTED}"'
                 )
             return Score(said.correct)

@@ -78,7 +78,9 @@ class HarnessOptions(Settings):
     @model_validator(mode="after")
     def _one_way(self) -> HarnessOptions:
         if self.command and self.remote:
-            raise ValueError("command and remote exclude each other: `mgrpo gateway` starts the command elsewhere")
+            raise ValueError(
+                "command and remote exclude each other: `mgrpo gateway` starts the command elsewhere"
+            )
         if self.command and not self.command[0]:
             raise ValueError("command begins with an empty text, expected a program")
         given = self.model_fields_set

@@ -205,7 +205,9 @@ def settle(offer: Offer, said: Mapping[str, Any]) -> None:
         return
     if not isinstance(text := said["error"], str) or not isinstance(retry := said.get("retry", False), bool):
         raise RolloutError("expected {error: text, retry: true or false}")
-    error: MgrpoError = (InfrastructureError if retry else RolloutError)(f"the harness failed: {text[:ERROR_CHARS]}")
+    error: MgrpoError = (InfrastructureError if retry else RolloutError)(
+        f"the harness failed: {text[:ERROR_CHARS]}"
+    )
     offer.answer.set_exception(error)
 
 
@@ -222,7 +224,9 @@ class Endpoint:
         if found is None:
             return False
         if exchange.method != "POST":
-            raise GatewayError(405, "method_not_allowed", f"{exchange.method:.20} is not served here, POST is")
+            raise GatewayError(
+                405, "method_not_allowed", f"{exchange.method:.20} is not served here, POST is"
+            )
         token = _token(exchange)
         if found["id"] is None:
             if not self._claims.opens(token):

@@ -87,6 +87,11 @@ class GatewayRollout:
         self._rewards: dict[tuple[str, int], dict[str, float]] = {}
         self._over = False
 
+    @property
+    def roles(self) -> Sequence[str]:
+        """The models that a request may name."""
+        return sorted(self._threads)
+
     # -- turns --
 
     async def turn(self, request: TurnRequest) -> TurnReply:
@@ -100,7 +105,7 @@ class GatewayRollout:
             raise GatewayError(
                 404,
                 "model_not_found",
-                f"the model {request.role!r:.100} does not exist; this run has {sorted(self._episode.agents)}",
+                f"the model {request.role!r:.100} does not exist; this run has {self.roles}",
             )
         try:
             asked = Asked(
@@ -129,6 +134,22 @@ class GatewayRollout:
         self._over = True
         for turn in self._turns.values():
             turn.task.cancel("the rollout is over")
+
+    async def settle(self) -> None:
+        """No more turns are begun, and those under way are awaited, so that what is trained does not depend on when a
+        program that did not wait for them has ended. They end at the latest with the attempt."""
+        self._over = True
+        if running := [turn.task for turn in self._turns.values() if not turn.task.done()]:
+            await asyncio.wait(running)
+
+    def arrange(self) -> None:
+        """Number the sub-agents' conversations in the episode by what they were asked: first by main's turn, then by
+        their first messages. Before, they have the order in which requests arrived, as in replies and rewards; call it
+        last, before the episode is finished."""
+        for role, threads in self._threads.items():
+            if role != MAIN:
+                order = sorted(range(len(threads)), key=lambda i, of=threads: of[i].rank)  # type: ignore[misc]
+                self._episode.renumber(role, order)
 
     # -- what becomes of it --
 
@@ -303,10 +324,9 @@ class GatewayRollout:
         salt = blake2b(found + number.to_bytes(8, "little"), digest_size=8).digest()
         conversation = self._episode.open(role, salt=int.from_bytes(salt, "little"))
         self._digests[found] += 1
-        key = f"{self._episode.query}/{self._episode.rollout}/{found.hex()}/{number}"
+        rank = sum(len(main.conversation) for main in self._threads.get(MAIN, ())), found, number
         assert step.opening is not None
-        agent = conversation.agent
-        thread = Thread(conversation, self._forms.of(agent), step.opening, step.past, key)
+        thread = Thread(conversation, self._forms.of(conversation.agent), step.opening, step.past, rank)
         self._threads[role].append(thread)
         return thread
 
@@ -314,7 +334,8 @@ class GatewayRollout:
         """Sample, and take the turn apart."""
         conversation = thread.conversation
         prompt = conversation.agent.max_length - conversation.remaining
-        name = f"{thread.key}/{thread.turns}"
+        _, found, number = thread.rank
+        name = f"{self._episode.query}/{self._episode.rollout}/{found.hex()}/{number}/{thread.turns}"
         try:
             ids = await conversation.sample_ids(params)
             text, ended = thread.form.said(ids, params.stop)

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from mgrpo.environments.episode import unit_score
+from mgrpo.environments.conversation import unit_score
 from mgrpo.errors import RolloutError
 
 Place = tuple[str, int]
 """(role, invocation)."""
-Scores = Mapping[str | Place, Mapping[str, float]]
+Scores = Mapping[Any, Mapping[str, float]]
 """Role, or (role, invocation) -> name of a score -> a number in [0, 1]."""
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,9 @@ def _read_scores(given: object, where: str) -> Scores:
             for number, of_one in enumerate(of_role):
                 found[str(role), number] = _numbers(of_one, f"{role!r}, invocation {number}, of {where}")
         else:
-            raise RolloutError(f"scores of {role!r} of {where} are {of_role!r:.100}, expected a table or a list")
+            raise RolloutError(
+                f"scores of {role!r} of {where} are {of_role!r:.100}, expected a table or a list"
+            )
     return found
 
 

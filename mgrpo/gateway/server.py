@@ -196,7 +196,7 @@ class Gateway:
     def _check_host(self, exchange: Exchange) -> None:
         if not is_loopback(self.options.host):
             return
-        named = (exchange.header(b"host") or "").rsplit(":", 1)[0].strip("[]")
+        named = re.sub(r":\d*$", "", exchange.header(b"host") or "").strip("[]")
         if not is_loopback(named) and named != self.options.advertise:
             raise GatewayError(403, "forbidden", "this gateway answers loopback only")
 
@@ -289,7 +289,7 @@ def _listen(options: GatewayOptions) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((options.host, options.port))
-        listener.listen(2048)
+        listener.listen()
         listener.setblocking(False)
     except (OSError, UnicodeError) as error:
         listener.close()

@@ -12,12 +12,15 @@ happened to come first ends none of them (mgrpo/environments/attempt.py).
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextvars import Context
 from dataclasses import dataclass, field
 
 from mgrpo.gateway.options import GatewayOptions
 from mgrpo.gateway.remote import Claims, Endpoint
 from mgrpo.gateway.server import Gateway
+
+log = logging.getLogger("mgrpo.gateway")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +33,11 @@ class ClaimOptions:
 
 
 class Served:
-    """A server and what is claimed through it. made by hold()."""
+    """A server and what is claimed through it, made by hold()."""
 
-    def __init__(self, options: GatewayOptions, claiming: ClaimOptions | None, name: tuple[object, ...]) -> None:
+    def __init__(
+        self, options: GatewayOptions, claiming: ClaimOptions | None, name: tuple[object, ...]
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.claims: Claims | None = None
         if claiming is not None:
@@ -40,7 +45,12 @@ class Served:
         self.gateway = Gateway(options, None if self.claims is None else Endpoint(self.claims))
         self.users = 0
         self._name = name
-        self._start = self.loop.create_task(self.gateway.start(), context=Context())
+        self._start = self.loop.create_task(self._begin(), context=Context())
+
+    async def _begin(self) -> None:
+        await self.gateway.start()
+        if self.claims is not None:  # a warning, since it is to be seen in the worker's log
+            log.warning("rollouts wait for programs: mgrpo gateway %s --command ...", self.gateway.url)
 
     async def started(self) -> None:
         """Raises ConfigError naming an address that cannot be listened on."""

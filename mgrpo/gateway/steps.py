@@ -23,14 +23,15 @@ from mgrpo.model.chat import Opening
 
 @dataclass(slots=True, eq=False)
 class Thread:
-    """A conversation as the program has it. opening: of its current segment. last: the token sampled last; None: none
-    was sampled. turns: that were begun. key: what its ids follow from."""
+    """A conversation as the program has it. opening: of its current segment. rank: what its noise, its ids and its
+    number follow from: tokens that main had when it was opened, the digest of its first messages, its number among
+    equal ones. turns: that were begun. last: the token sampled last; None: none was sampled."""
 
     conversation: Conversation
     form: Form
     opening: Opening
     past: Past
-    key: str
+    rank: tuple[int, bytes, int]
     turns: int = 0
     last: int | None = None
 
