@@ -65,7 +65,7 @@ $(GATEWAY)/.ready: constraints-gateway.txt
 	@touch $@
 
 test-gateway: setup gateway-env
-	@$(BIN)/python -m pytest tests_gateway
+	@$(BIN)/python -m pytest -n 2 tests_gateway
 
 demo: setup
 	@$(BIN)/mgrpo train examples/atlas/atlas.toml --out $(OUT) --fresh --set seed=$(SEED)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests_gateway.kit import (
     ANSWER,
     EXAMPLES,
     FIJI,
+    PROGRAMS,
     QUESTION,
     TONGA,
     Played,
@@ -23,21 +26,48 @@ from tests_gateway.kit import (
 from tests_gateway.test_openai_sdk import SCRIPTS, check_team
 
 
-@pytest.mark.parametrize("api", ["chat_completions", "responses"])
-def test_the_agents_sdk(api: str) -> None:
-    """An agent as a tool of another, two calls of it at the same time; its tool's argument is named `input`."""
-    asked = f"I ask about both.\n{call('ask_researcher', input=FIJI)}\n{call('ask_researcher', input=TONGA)}"
+def asks(text: str, number: int) -> str:
+    """As main of test_openai_sdk, with the Agents SDK's name for the argument of an agent as a tool."""
+    return INPUTS if turn(text) == 0 else ANSWER
+
+
+INPUTS = f"I ask about both.\n{call('ask_researcher', input=FIJI)}\n{call('ask_researcher', input=TONGA)}"
+APIS = pytest.mark.parametrize("api", ["chat_completions", "responses"])
+
+
+@APIS
+@pytest.mark.parametrize(
+    "program", [EXAMPLES / "agents_sdk.py", PROGRAMS / "agents_streamed.py"], ids=["plain", "streamed"]
+)
+def test_the_agents_sdk(program: Path, api: str) -> None:
+    """An agent as a tool of another, two calls of it at the same time."""
+    check_team(play(program, {**SCRIPTS, "main": asks}, env={"TEAM_API": api}), INPUTS)
+
+
+@APIS
+def test_a_handoff_opens_an_invocation(api: str) -> None:
+    """The agent that takes over reads what was said as context: the turn of the one before is trained once, as its."""
 
     def main(text: str, number: int) -> str:
-        return asked if turn(text) == 0 else ANSWER
+        return call("transfer_to_researcher")
 
-    played = play(EXAMPLES / "agents_sdk.py", {**SCRIPTS, "main": main}, env={"TEAM_API": api})
-    check_team(played, asked)
+    def taken_over(text: str, number: int) -> str:
+        return call("search", query="Fiji") if turn(text) == 1 else "Suva."
+
+    scripts = {"main": main, "researcher": taken_over}
+    played = play(PROGRAMS / "agents_streamed.py", scripts, "--handoff", env={"TEAM_API": api})
+    assert played.answer == "Suva." and played.d_k == 1 and check_trained_is_sampled(played) == 2
+    (sub,) = played.trajectories("researcher")
+    assert said(sub) == [call("search", query="Fiji"), "Suva."]
+    assert QUESTION in context(sub) and "transfer_to_researcher" in context(sub)
 
 
-def test_langgraph() -> None:
+@pytest.mark.parametrize(
+    "program", [EXAMPLES / "langgraph_team.py", PROGRAMS / "langgraph_streamed.py"], ids=["plain", "streamed"]
+)
+def test_langgraph(program: Path) -> None:
     """A graph that runs inside another's tool, twice at the same time."""
-    check_team(play(EXAMPLES / "langgraph_team.py", SCRIPTS))
+    check_team(play(program, SCRIPTS))
 
 
 COPIES = "'type': 'function'"
