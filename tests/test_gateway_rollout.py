@@ -359,3 +359,19 @@ def test_tools_may_become_fewer_but_not_others() -> None:
     error = refused(team, request)
     assert (error.status, error.code) == (409, "history_rewritten")
     assert "tools that the conversation began without" in str(error)
+
+
+def test_keep_takes_other_tools_and_counts_them_once() -> None:
+    """The policy does not learn of them; what it began with is what its template described."""
+    team = Team(say("the one", "the two", "the three"), history="keep")
+    program = Program(team, FIRST, tools=[tool("search")])
+
+    async def run() -> None:
+        await program.ask()
+        for _ in range(2):
+            await program.ask(user("on"), tools=[tool("search"), tool("write")])
+
+    asyncio.run(run())
+    team.check()
+    assert "write" not in team.text()
+    assert team.rollout.counts["rewritten"] == 1
