@@ -118,6 +118,10 @@ def test_stop_texts_have_bounds(stop: tuple[str, ...]) -> None:
     """An empty text would end everything, and long or many ones cost each token."""
     with pytest.raises(ValueError, match="stop text"):
         SamplingParams(8, stop=stop)
+    with pytest.raises(ValueError, match="lone surrogate"):
+        SamplingParams(8, stop=("\ud800",))
+    with pytest.raises(TypeError, match="expected a tuple of texts"):
+        SamplingParams(8, stop="a text alone")  # type: ignore[arg-type]
     SamplingParams(8, stop=("x" * MAX_STOP_LENGTH,) * MAX_STOPS)
 
 
@@ -139,20 +143,17 @@ def test_the_engine_in_this_process_ends_at_the_token_that_completes_one() -> No
         engine = HfEngine(policy, slots=8)
         free = await all_of(engine, [()] * 8)
         texts = [words(out.token_ids.tolist()) for out in free]
-        stops: list[tuple[str, ...]] = [
-            () if i % 3 == 0 else (" ".join(text.split()[i : i + 3]), "absent")
-            for i, text in enumerate(texts)
-        ]
-        for again in range(
-            2
-        ):  # slots that had stop texts serve requests without them, and the other way round
+        for without in range(3):  # each slot serves requests with stop texts and without, in turns
+            stops: list[tuple[str, ...]] = [
+                () if i % 3 == without else (" ".join(text.split()[i : i + 3]), "absent")
+                for i, text in enumerate(texts)
+            ]
             for stop, out, whole in zip(stops, await all_of(engine, stops), free, strict=True):
                 ids = whole.token_ids.tolist()
                 end = first_end(WORDS, stop, ids) if stop else None
                 assert (end is None) == (not stop) and out.token_ids.tolist() == ids[:end]
                 assert out.finish_reason == ("length" if end is None else "stop")
                 np.testing.assert_allclose(out.logprobs, whole.logprobs[:end], atol=1e-5)
-            stops = [*stops[1:], stops[0]] if again else stops
         first = free[1].token_ids.tolist()
         sooner = await all_of(engine, [(words(first[2:4]),)] * 8, token=first[1])
         assert sooner[1].token_ids.tolist() == first[: first.index(first[1]) + 1]

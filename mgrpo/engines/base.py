@@ -22,6 +22,20 @@ MAX_STOP_LENGTH = 256
 """Characters of a stop text."""
 
 
+def check_stops(stop: object) -> None:
+    """Refuse what are no stop texts: see SamplingParams."""
+    if not isinstance(stop, tuple):
+        raise TypeError(f"stop is {stop!r:.40} of type {type(stop).__name__}; expected a tuple of texts")
+    if len(stop) > MAX_STOPS:
+        raise ValueError(f"{len(stop)} stop texts; at most {MAX_STOPS} are taken")
+    for text in stop:
+        check_text(text)
+        if not 1 <= len(text) <= MAX_STOP_LENGTH:
+            raise ValueError(
+                f"a stop text of {len(text)} characters ({text:.20}); expected 1..{MAX_STOP_LENGTH}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """max_tokens: bound on new tokens. temperature 0 is greedy. Generation ends after any of stop_token_ids (kept).
@@ -37,16 +51,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            raise TypeError(f"stop is the text {self.stop:.20}; expected a tuple of texts")
-        if len(self.stop) > MAX_STOPS:
-            raise ValueError(f"{len(self.stop)} stop texts; at most {MAX_STOPS} are taken")
-        for text in self.stop:
-            check_text(text)
-            if not 1 <= len(text) <= MAX_STOP_LENGTH:
-                raise ValueError(
-                    f"a stop text of {len(text)} characters ({text:.20}); expected 1..{MAX_STOP_LENGTH}"
-                )
+        if self.stop:
+            check_stops(self.stop)
 
 
 @dataclass(slots=True)
