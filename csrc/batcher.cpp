@@ -145,10 +145,9 @@ std::span<const Segment> Batcher::segments(const Entry& entry) const {
 void Batcher::check_vacant(const Query* query, const TrajectoryView& t) const {
   const Cell cell = query ? query->cells[cell_index(t.role, t.rollout)] : Cell{};
   if (cell.sealed >= 0 && t.invocation >= cell.sealed)
-    reject("sealed", t, "invocation ", t.invocation, " of a rollout that was sealed with ",
-           cell.sealed, " invocations");
-  if (ids_.contains(t.id))
-    reject("duplicate", t, "this id belongs to a trajectory at another place");
+    reject("sealed", t, "invocation ", t.invocation, " of a rollout that was sealed with ", cell.sealed,
+           " invocations");
+  if (ids_.contains(t.id)) reject("duplicate", t, "this id belongs to a trajectory at another place");
 }
 
 bool Batcher::add(const TrajectoryView& t, double now) {

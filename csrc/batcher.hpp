@@ -74,7 +74,7 @@ struct TrajectoryView {
 
 // One sequence of a trajectory, which has one or several: each is trained as a row of its own.
 struct Segment {
-  int64_t from = 0;  // its first token in the trajectory as it came
+  int64_t from = 0;   // its first token in the trajectory as it came
   int32_t start = 0;  // the same in the arena's block, which holds what was kept of all segments
   int32_t length = 0, active = 0;
   float advantage = 0;

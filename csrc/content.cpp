@@ -73,8 +73,7 @@ bool each_column(const Arena& arena, int32_t handle, const TrajectoryView& t, st
     if (!use(arena.ids(handle) + s.start, t.tokens + s.from, n * sizeof(int32_t))) return false;
     if (!use(arena.logprobs(handle) + s.start, t.logprobs + s.from, n * sizeof(float))) return false;
     if (!use(arena.masks(handle) + s.start, t.mask + s.from, n)) return false;
-    if (t.token_advantages &&
-        !use(arena.advantages(handle) + s.start, t.token_advantages + s.from, n * sizeof(float)))
+    if (t.token_advantages && !use(arena.advantages(handle) + s.start, t.token_advantages + s.from, n * sizeof(float)))
       return false;
   }
   return true;
@@ -111,7 +110,9 @@ std::vector<Segment> cut_segments(const TrajectoryView& t, const BatcherOptions&
   return segments;
 }
 
-int64_t kept_tokens(std::span<const Segment> segments) { return int64_t{segments.back().start} + segments.back().length; }
+int64_t kept_tokens(std::span<const Segment> segments) {
+  return int64_t{segments.back().start} + segments.back().length;
+}
 
 void check_content(const TrajectoryView& t, const BatcherOptions& o, std::span<Segment> segments) {
   const uint32_t limit = o.vocab_size ? uint32_t(o.vocab_size) : uint32_t{1} << 31;

@@ -20,7 +20,8 @@ void add_rows(Plan& plan, PlanRow whole, std::span<const Segment> segments) {
     plan.rows.push_back(whole);
     return;
   }
-  whole.weight /= double(std::count_if(segments.begin(), segments.end(), [](const Segment& s) { return s.active > 0; }));
+  whole.weight /=
+      double(std::count_if(segments.begin(), segments.end(), [](const Segment& s) { return s.active > 0; }));
   for (size_t i = 0; i < segments.size(); ++i) {
     const Segment& s = segments[i];
     if (s.active == 0) continue;

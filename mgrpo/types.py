@@ -50,7 +50,9 @@ def segment_slices(starts: Sequence[int], n: int) -> list[slice]:
         raise ValueError(f"segment_starts {starts[:3]} do not begin with 0")
     for before, start in itertools.pairwise(starts):
         if not before < start < n:
-            raise ValueError(f"segment start {start} behind {before} is outside {before + 1}..{n - 1} of {n} tokens")
+            raise ValueError(
+                f"segment start {start} behind {before} is outside {before + 1}..{n - 1} of {n} tokens"
+            )
     return [slice(first, last) for first, last in itertools.pairwise((*starts, n))]
 
 

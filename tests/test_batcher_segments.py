@@ -158,13 +158,17 @@ def test_a_segment_is_what_capacity_bounds() -> None:
         assert b.counters["truncated"] == (overlong == "truncate")
         assert b.counters["overlong"] == (overlong == "drop")
         assert_same(everything(restored(b), 0), everything(b, 0))
-    with pytest.raises(TrajectoryError, match=r"5 tokens of the segment at 0 are over the capacity of 4") as caught:
+    with pytest.raises(
+        TrajectoryError, match=r"5 tokens of the segment at 0 are over the capacity of 4"
+    ) as caught:
         make(k=1, capacity=4).add("q", 0, 0, 1, *data, 0.5, 0, segment_starts=(0, 5))
     assert caught.value.kind == "too_long"
 
 
 def restored(batcher: Batcher) -> Batcher:
-    options = {k: v for k, v in batcher.options.items() if k not in ("roles", "d_max", "max_segments", "vocab_size")}
+    options = {
+        k: v for k, v in batcher.options.items() if k not in ("roles", "d_max", "max_segments", "vocab_size")
+    }
     again = Batcher(d_max={"sub": 3}, **options)
     again.load_state_dict(batcher.state_dict())
     return again

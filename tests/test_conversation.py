@@ -122,7 +122,11 @@ def test_nothing_sampled_in_any_segment_cannot_be_trained() -> None:
 @pytest.mark.parametrize(
     ("ids", "error", "words"),
     [
-        (range(33), ContextOverflowError, r"33 tokens of context of a new segment do not fit behind 0 .* is 32"),
+        (
+            range(33),
+            ContextOverflowError,
+            r"33 tokens of context of a new segment do not fit behind 0 .* is 32",
+        ),
         ([], ValueError, "forked with no ids"),
         ([3, -1], ValueError, r"token ids -1..3 .* outside"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,13 +83,13 @@ def group(role: str, index: int, log: Log, *, compact: bool = True) -> ClaimedGr
         for i in range(d):
             lengths = [9, 6, 11] if compact and (k, i) == (1, 0) else [8 + 3 * i + k]
             ref = log.put(talk(role, k, i, lengths, index))
-            scores = {"format": 1.0, "expert": (0.0, 1.0, 0.5)[i]}
+            scores = {"format": 1.0} | ({} if role == "main" else {"expert": (0.0, 1.0, 0.5)[i]})
             calls.append(ClaimedInvocation(k, i, sum(lengths), 0, 0, scores, ref))
     return ClaimedGroup(query, index, K, {}, 0, {}, {}, rollouts, calls, 0)
 
 
 def built(role: str, *overrides: str, compact: bool = True) -> tuple[RunConfig, StepBatch]:
-    config = load_config(RELAY, ["trainer.questions=2", *overrides])
+    config = load_config(RELAY, ["trainer.questions=2", "trainer.minibatches=1", *overrides])
     log = Log()
     groups = [group(role, index, log, compact=compact and index == 0) for index in range(2)]
     return config, BatchBuilder(config, role, log, ranks=1).build(0, groups)
@@ -98,7 +99,11 @@ def expected(
     config: RunConfig, role: str, batch: StepBatch, model: Any
 ) -> tuple[torch.Tensor, float, dict[tuple[str, int, int], tuple[float, float]]]:
     """The formula in float64, segment by segment: the loss, what it is divided by, and (w, A) of each trajectory."""
-    loss, alignment, d_max = config.agents[role].loss, config.agents[role].alignment, config.agents[role].d_max
+    loss, alignment, d_max = (
+        config.agents[role].loss,
+        config.agents[role].alignment,
+        config.agents[role].d_max,
+    )
     total, rows, rollouts = torch.zeros((), dtype=torch.float64), 0.0, 0
     seen = {}
     sequence_mean = find_loss(loss).sequence_mean
@@ -144,8 +149,8 @@ def test_the_gradient_is_the_formulas(role: str, mode: str, loss: str) -> None:
     config, batch = built(role, f"agents.{role}.alignment.mode={mode}", f"agents.{role}.loss.type={loss}")
     (minibatch,), (plan,) = batch.minibatches, batch.plans
     policy = tiny_policy("llama")
-    policy.model.double()
-    total, denominator, seen = expected(config, role, batch, policy.model)
+    exact = copy.deepcopy(policy.model).double()
+    total, denominator, seen = expected(config, role, batch, exact)
     assert minibatch.denominator == pytest.approx(denominator, rel=1e-12)
     rows = plan.rows
     assert plan.unique == len(seen) and len(rows.group) == len(seen) + 2 * (("0/0", 1, 0) in seen)
@@ -157,8 +162,7 @@ def test_the_gradient_is_the_formulas(role: str, mode: str, loss: str) -> None:
         assert rows.weight[at] == pytest.approx(weight / count, rel=1e-14)
         assert rows.advantage[at] == pytest.approx(advantage, rel=1e-6)
     (total / denominator).backward()
-    wanted = [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
-    policy.model.zero_grad(set_to_none=True)
+    wanted = [p.grad for p in exact.parameters() if p.grad is not None]
     found: list[torch.Tensor] = []
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(
@@ -169,7 +173,7 @@ def test_the_gradient_is_the_formulas(role: str, mode: str, loss: str) -> None:
     scale = max(float(g.abs().max()) for g in wanted)
     assert scale > 1e-4
     worst = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
-    assert worst / scale < 2e-6  # weights and advantages travel in float32
+    assert worst / scale < 1e-5  # the learner computes in float32
 
 
 def test_statistics_and_counts_are_of_trajectories() -> None:
@@ -208,7 +212,7 @@ def test_credit_by_turns_stays_within_a_segment() -> None:
     np.testing.assert_allclose(np.asarray(low)[[1, 5]], [-1, -2], atol=1e-5)
     joined = [replace(m, segment_starts=(0,)) for m in members]
     ((_, alone),) = algorithm.advantages([RolloutGroup("q", 2, rollouts, joined)])
-    np.testing.assert_allclose(np.asarray(alone)[[1, 5]], [1, 1], atol=1e-5)  # what was before is no part of it
+    np.testing.assert_allclose(np.asarray(alone)[[1, 5]], [1, 1], atol=1e-5)
 
 
 def test_token_advantages_lie_on_their_segments() -> None:

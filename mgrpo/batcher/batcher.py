@@ -15,8 +15,8 @@ into the caller's buffers, never through Python objects. torch tensors share mem
 outputs) or `torch.from_numpy`.
 
 A row is one segment of a trajectory: of a trajectory that has one, the whole. `seg_weight` is w(k,i) of mgrpo.alignment
-divided by the number of the trajectory's rows, *before* any token normalisation: a loss multiplies it with the token mask
-and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which is K' with
+divided by the number of the trajectory's rows, *before* any token normalisation: a loss multiplies it with the token
+mask and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which is K' with
 sequence_weight="per_rollout", the number of rollouts with d_k > 0.
 
 Advantages are the caller's (mgrpo/algorithms), one a trajectory or one a token. Those that depend on the weights of the
@@ -52,8 +52,8 @@ class Batcher:
     data-parallel ranks. mode, sequence_weight: see mgrpo.alignment. token_advantages: trajectories have an advantage of
     each token. empty: a rollout with d_k = 0 is masked and leaves the denominator ("mask"), is
     masked but counted in it ("count"), or is refused ("error"). overlong: a segment above capacity is
-    refused ("error"), cut at its end ("truncate") or its trajectory leaves its group like a failed one ("drop"). cost: (a,
-    b) of the cost a*L + b*L^2 of a sequence, which the packer balances over ranks. max_segments: sequences a
+    refused ("error"), cut at its end ("truncate") or takes its trajectory out of the group like a failed one ("drop").
+    cost: (a, b) of the cost a*L + b*L^2 of a sequence, which the packer balances over ranks. max_segments: sequences a
     micro-batch; None = as many as fit. arena_bytes: bound on token data (9 bytes a token, 13 with
     token_advantages); a full arena refuses with ArenaFullError. vocab_size: bound on token ids. clock: seconds, for
     expire(). Raises ValueError naming the option.

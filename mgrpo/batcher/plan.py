@@ -119,8 +119,8 @@ class Plan:
 
     @property
     def slots(self) -> Int32:
-        """i32[G, K, D] -> the first row of a trajectory, or -1 where nothing is trained; one of multiplicity m stands in
-        m slots."""
+        """i32[G, K, D] -> the first row of a trajectory, or -1 where nothing is trained; a trajectory of multiplicity m
+        stands in m slots."""
         return self.core.slots
 
     @property

@@ -47,7 +47,9 @@ class _Segment:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
-    def extend(self, ids: Sequence[int], sampled: int, logprobs: Sequence[float], versions: Sequence[int]) -> None:
+    def extend(
+        self, ids: Sequence[int], sampled: int, logprobs: Sequence[float], versions: Sequence[int]
+    ) -> None:
         self.ids.extend(ids)
         self.mask.extend([sampled] * len(ids))
         self.logprobs.extend(logprobs)

@@ -5,8 +5,8 @@
     payload = tokens i32[n] | logprobs f32[n] | versions i32[n] | loss_mask u8[n], little-endian
 
 A segment of the log is a file. Where the segments of a trajectory begin is in its meta; where an older log has nothing
-there, it is one. Record, meta and payload each begin at a multiple of 8 bytes, so the arrays are aligned in the file and
-in what is read.
+there, it is one. Record, meta and payload each begin at a multiple of 8 bytes, so the arrays are aligned in the file
+and in what is read.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def _check_segments(meta: Meta, loss_mask: npt.NDArray[np.uint8]) -> None:
         if place.start and loss_mask[place.start]:
             raise BadMessage(f"the segment at {place.start} begins with a sampled token, expected context")
         if not loss_mask[place].any():
-            raise BadMessage(f"the segment at {place.start} has no sampled token among {place.stop - place.start}")
+            raise BadMessage(
+                f"the segment at {place.start} has no sampled token among {place.stop - place.start}"
+            )
 
 
 def trajectory(meta: Meta, payload: Buffer) -> Trajectory:
