@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from mgrpo.engines.base import SamplingParams
 from mgrpo.engines.client import Completion
 from mgrpo.environments.episode import Agent
-from mgrpo.errors import ConfigError
 from mgrpo.gateway.errors import GatewayError
 from mgrpo.gateway.tool_parser import HermesParser, ParsedCall, open_parser
 from mgrpo.model.stop_texts import end_at
@@ -86,15 +85,3 @@ def test_a_real_servers_parser(live: Served) -> None:
     assert plain.calls == () and plain.content == SAID
     with pytest.raises(GatewayError, match="function"):
         live.do(parser.parse(ids, SAID, [{"type": "function"}], finish="stop"))
-
-
-def test_a_real_server_without_a_parser_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Its route would make plain text of every call; the first turn finds out, before one is lost."""
-    with served(tmp_path_factory.mktemp("plain"), "fs", "float32") as plain:
-        plain.load(state_bytes(reference().model))
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        parser = open_parser("server", Agent("main", plain.engine, tokenizer, 1.0, LENGTH))
-        with pytest.raises(
-            ConfigError, match="parses no tool calls; start it with --enable-auto-tool-choice"
-        ):
-            plain.do(parser.parse(tokenizer.encode(SAID), SAID, [FIND], finish="stop"))
