@@ -96,7 +96,8 @@ class Exchange:
 
     async def stream(self) -> None:
         """Begin a stream of events."""
-        await self._begin(200, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")])
+        through = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]  # for proxies between us
+        await self._begin(200, b"text/event-stream; charset=utf-8", through)
 
     async def events(self, data: bytes, *, more: bool = True) -> None:
         """Events of a stream that has begun. more: it goes on."""
