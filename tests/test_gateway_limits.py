@@ -297,3 +297,28 @@ def test_an_episode_is_renumbered_whole() -> None:
     for order in ([0], [0, 0], [0, 1, 2]):
         with pytest.raises(ValueError, match="which has 2 conversations"):
             team.episode.renumber("sub", order)
+
+
+def test_the_first_failure_is_the_one_that_is_kept() -> None:
+    """Two turns under way fail one after the other."""
+    errors = [InfrastructureError("first"), RuntimeError("second")]
+    left = list(errors)
+
+    def fails(text: str, seed: int) -> str:
+        raise left.pop(0)
+
+    team = Team(fails)
+
+    async def main() -> None:
+        engine = team.engines["sub"]
+        engine.gate = asyncio.Event()
+        turns = [asyncio.create_task(team.rollout.turn(TurnRequest("sub", FIRST))) for _ in errors]
+        await until(lambda: len(engine.asked) == 2)
+        engine.gate.set()
+        assert [await error_of(turn) for turn in turns] == [
+            (503, "engine_unavailable"),
+            (500, "internal_error"),
+        ]
+
+    run(main)
+    assert team.rollout.failure is errors[0]

@@ -9,7 +9,7 @@ import pytest
 
 from mgrpo.gateway.errors import GatewayError
 from mgrpo.gateway.turn import TurnRequest
-from tests.chat_templates import LLAMA3, MISTRAL, QWEN3, QWEN25, Family
+from tests.chat_templates import GPT_OSS, LLAMA3, MISTRAL, QWEN3, QWEN25, Family
 from tests.gateway_kit import FIRST, Program, Team, assistant, result, system, tool, user
 
 CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "Fiji"}}\n</tool_call>'
@@ -90,9 +90,10 @@ def test_thoughts_and_calls_come_apart_and_go_back_together() -> None:
     assert team.rollout.counts["thoughts_dropped"] == 0
 
 
-def test_results_that_name_their_call_are_written_with_it() -> None:
-    """Mistral's template writes the call's id into a result: the ids have the form that it takes."""
-    team = Team(say(f" {CALL}", "Suva"), family=MISTRAL)
+@pytest.mark.parametrize("family", [MISTRAL, GPT_OSS], ids=lambda f: f.name)
+def test_results_that_name_their_call_are_written_with_it(family: Family) -> None:
+    """Mistral's template writes the call's id into a result, in the one form that it takes; gpt-oss's the name."""
+    team = Team(say(family.said.format(CALL), family.said.format("Suva")), family=family)
     program = Program(team, FIRST[1:], tools=[tool("search")])
 
     async def run() -> None:
@@ -104,7 +105,11 @@ def test_results_that_name_their_call_are_written_with_it() -> None:
     number = program.replies[0].tool_calls[0].id
     assert number.isalnum()
     assert len(number) == 9
-    assert f'[TOOL_RESULTS] {{"content": found, "call_id": "{number}"}}[/TOOL_RESULTS]' in team.text()
+    if family is MISTRAL:
+        written = f'[TOOL_RESULTS] {{"content": found, "call_id": "{number}"}}[/TOOL_RESULTS]'
+    else:
+        written = '<|start|>functions.search to=assistant<|channel|>commentary<|message|>"found"<|end|>'
+    assert written in team.text()
 
 
 def test_examples_in_a_first_request_are_context() -> None:
@@ -359,3 +364,19 @@ def test_tools_may_become_fewer_but_not_others() -> None:
     error = refused(team, request)
     assert (error.status, error.code) == (409, "history_rewritten")
     assert "tools that the conversation began without" in str(error)
+
+
+def test_keep_takes_other_tools_and_counts_them_once() -> None:
+    """The policy does not learn of them; what it began with is what its template described."""
+    team = Team(say("the one", "the two", "the three"), history="keep")
+    program = Program(team, FIRST, tools=[tool("search")])
+
+    async def run() -> None:
+        await program.ask()
+        for _ in range(2):
+            await program.ask(user("on"), tools=[tool("search"), tool("write")])
+
+    asyncio.run(run())
+    team.check()
+    assert "write" not in team.text()
+    assert team.rollout.counts["rewritten"] == 1

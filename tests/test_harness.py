@@ -100,6 +100,17 @@ def test_an_ordinary_function_runs_in_a_thread_of_its_own() -> None:
     assert threads[0] is not threading.main_thread()
 
 
+def test_an_agent_may_have_a_base_url_of_its_own() -> None:
+    """For programs that cannot choose a model's name."""
+
+    async def run(question: Question, base_url: Access) -> object:
+        await ask(base_url.for_agent("sub"), "gpt-9", "first")
+        return await ask(base_url.for_agent("main"), "gpt-9", "x")
+
+    rollout = rollout_of(played(FunctionTask(run)))
+    assert rollout.d_k() == {"sub": 1} and rollout.info["answer"] == "said x"
+
+
 # -- scores --------------------------------------------------------------------------------------------------
 
 DECLARED = {"scores": {"main": ["format"], "sub": ["format", "expert"]}}

@@ -19,6 +19,8 @@ from mgrpo.errors import ConfigError, InfrastructureError, RolloutError
 from mgrpo.gateway.command import ANSWER_BYTES, Command, answer_of, run_command
 from mgrpo.gateway.scores import Answer
 from mgrpo.pipeline.play import RolloutRequest, play
+from mgrpo.services import outage
+from tests import fake_clock
 from tests.harness_kit import Engine, KitTask, agents, echo, played, program, rollout_of
 from tests.research_kit import FIJI, words_of
 from tests.runs import wait_for
@@ -218,6 +220,47 @@ def test_its_children_end_with_it(end: str, tmp_path: Path) -> None:
     assert words[end] in failure and bool(failure) == (end != "exit") and not engine.held
     for pid in map(int, pids.read_text().split()):
         wait_for(lambda pid=pid: not is_alive(pid), f"the end of process {pid}", 20)  # type: ignore[misc]
+
+
+def test_no_more_processes_than_there_are_places(tmp_path: Path) -> None:
+    """Six rollouts at once and one place: none meets another's process."""
+    lock = f"os.mkdir({str(tmp_path / 'lock')!r})\n"
+    task = task_of(
+        program(
+            tmp_path, f"{lock}ask('main', 'x')\nos.rmdir({str(tmp_path / 'lock')!r})\nprint('Nukualofa')"
+        ),
+        processes=1,
+    )
+
+    async def all_of_them() -> list[float]:
+        team = agents(Engine(echo))
+        try:
+            async with asyncio.timeout(100), asyncio.TaskGroup() as group:
+                jobs = [
+                    group.create_task(play(task, RolloutRequest("7/3", FIJI, k), team, 1)) for k in range(6)
+                ]
+        finally:
+            await task.close()
+        return [rollout_of(job.result()).correct for job in jobs]
+
+    assert asyncio.run(all_of_them()) == [1.0] * 6
+
+
+def test_a_rollout_that_waits_for_a_place_does_not_age() -> None:
+    """Three of four seconds each, one after the other: none is late by a deadline of five."""
+    task = KitTask({"command": ["true"]}, ("main", "sub"))
+
+    async def main() -> float:
+        task._places = asyncio.Semaphore(1)
+
+        async def one() -> None:
+            async with outage.timeout(5.0), task._place():
+                await asyncio.sleep(4.0)
+
+        await asyncio.gather(*(one() for _ in range(3)))
+        return fake_clock.now()
+
+    assert fake_clock.run(main()) == 12.0
 
 
 def test_a_secret_question_is_not_in_its_failure(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -46,6 +47,7 @@ from mgrpo.gateway.server import is_loopback
 from mgrpo.gateway.serving import ClaimOptions, Served, hold
 from mgrpo.scoring.judge import Judge, JudgeConfig
 from mgrpo.scoring.scorer import Scorer
+from mgrpo.services import outage
 from mgrpo.types import MAIN, Rollout
 
 __all__ = ["Access", "Answer", "HarnessOptions", "HarnessTask", "Score"]
@@ -130,8 +132,9 @@ class HarnessTask(Task):
         if held.claims is not None:
             return await held.claims.play(rollout.id, question, access)
         if self._command is not None:
-            environment = self._command.environment(access.environment())
-            return await run_command(self._command, question_json(question), environment)
+            async with self._place():
+                environment = self._command.environment(access.environment())
+                return await run_command(self._command, question_json(question), environment)
         if inspect.iscoroutinefunction(self.run):
             answer: object = await self.run(question, access)
         else:
@@ -214,7 +217,19 @@ class HarnessTask(Task):
         """The server on the running loop."""
         if self._held is None or self._held.loop is not asyncio.get_running_loop():
             self._held = hold(self.options.gateway, self._claiming())
+            self._places = asyncio.Semaphore(self.options.processes)
         return self._held
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """One of the places for processes; a rollout that waits for one does not age."""
+        places = self._places
+        with outage.waiting():
+            await places.acquire()
+        try:
+            yield
+        finally:
+            places.release()
 
     def _claiming(self) -> ClaimOptions | None:
         """How rollouts are claimed. Raises ConfigError for a key that is missing."""

@@ -43,6 +43,8 @@ class HarnessOptions(Settings):
     """Names of further environment variables that the command gets; it has PATH, HOME and the like."""
     output_mb: float = Field(16.0, gt=0)
     """Most that a command may write, in MB; one that writes more is ended, and its rollout fails."""
+    processes: int = Field(32, ge=1)
+    """Commands of one rollout worker at the same time. Further rollouts wait, and their deadline with them."""
     remote: bool = False
     """Rollouts wait for a program elsewhere that claims them (`mgrpo gateway`)."""
     key_env: str | None = None
@@ -84,7 +86,7 @@ class HarnessOptions(Settings):
         if self.command and not self.command[0]:
             raise ValueError("command begins with an empty text, expected a program")
         given = self.model_fields_set
-        if not self.command and (idle := sorted(given & {"folder", "env", "output_mb"})):
+        if not self.command and (idle := sorted(given & {"folder", "env", "output_mb", "processes"})):
             raise ValueError(f"{idle[0]} has no effect without command")
         if not self.remote and (idle := sorted(given & {"key_env", "max_outage", "alive_seconds"})):
             raise ValueError(f"{idle[0]} has no effect without remote")

@@ -8,7 +8,7 @@ The policies of GatewayOptions (history, thoughts) are applied here, and nowhere
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mgrpo.environments.episode import Agent, Conversation
@@ -104,7 +104,9 @@ def _extend(asked: Asked, thread: Thread, match: Match, counts: Sequence[str]) -
     new = asked.request.messages[match.new :]
     ids = thread.form.follow(new, asked.entries, thread.opening, thread.last)
     room = _room(agent, agent.max_length - thread.conversation.remaining, len(ids))
-    return Step("extend", thread, ids, accepted(thread.past, asked.entries, match), room, None, tuple(counts))
+    past = accepted(thread.past, asked.entries, match)
+    past = replace(past, tools=past.tools | asked.tools)  # counted once
+    return Step("extend", thread, ids, past, room, None, tuple(counts))
 
 
 def _fork(asked: Asked, thread: Thread, counts: Sequence[str]) -> Step:
