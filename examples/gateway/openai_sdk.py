@@ -40,14 +40,16 @@ async def agent(model: str, messages: list[Any], tool: dict[str, Any], function:
         messages.append(reply)
         if not reply.tool_calls:
             return reply.content or ""
-        results = await asyncio.gather(*(called(function, call.function) for call in reply.tool_calls))
+        results = await asyncio.gather(*(called(tool, function, call.function) for call in reply.tool_calls))
         for call, result in zip(reply.tool_calls, results, strict=True):
             messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
     return ""
 
 
-async def called(function: Function, call: Any) -> str:
+async def called(tool: dict[str, Any], function: Function, call: Any) -> str:
     """What a tool returns, or what was wrong with the call."""
+    if call.name != (name := tool["function"]["name"]):
+        return f"Error: there is no {call.name}, only {name}"
     try:
         return await function(**json.loads(call.arguments))
     except (TypeError, ValueError) as error:

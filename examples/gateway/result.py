@@ -18,7 +18,7 @@ COLUMNS = {
     "main reward": "main/reward/mean",
     "researcher reward": "researcher/reward/mean",
 }
-SHOWN = 5  # lines of what was given
+SHOWN = 3  # lines of what was given
 
 
 def steps(run: Path) -> list[str]:
