@@ -159,3 +159,34 @@ def test_smolagents_forks(kind: str) -> None:
     }[kind]
     played = play(EXAMPLES / "smolagents_team.py", scripts, history="fork", env={"TEAM_AGENT": kind})
     check_smolagents(played, "forks")
+
+
+@pytest.mark.parametrize(
+    ("program", "env", "dropped"),
+    [
+        (PROGRAMS / "chat_completions.py", {}, 0),
+        (EXAMPLES / "agents_sdk.py", {"TEAM_API": "responses"}, 0),
+        (EXAMPLES / "agents_sdk.py", {"TEAM_API": "chat_completions"}, 3),
+        (EXAMPLES / "langgraph_team.py", {}, 3),
+        (PROGRAMS / "messages.py", {}, 0),
+    ],
+    ids=["openai", "agents-responses", "agents-chat", "langgraph", "anthropic"],
+)
+def test_thoughts(program: Path, env: dict[str, str], dropped: int) -> None:
+    """Of a reasoning model: apart from what it says, and either sent back or left out, which is counted. The policy
+    sees them in its history all the same, and they are trained."""
+    thought = "<think>\nBoth are islands.\n</think>\n\n"
+
+    def main(text: str, number: int) -> str:
+        return thought + (asks if program.name == "agents_sdk.py" else SCRIPTS["main"])(text, number)
+
+    def sub(text: str, number: int) -> str:
+        return thought + SCRIPTS["researcher"](text, number)
+
+    played = play(program, {"main": main, "researcher": sub}, env=env)
+    assert played.answer == ANSWER
+    assert played.d_k == 2 and check_trained_is_sampled(played) == 3
+    assert played.rollout.counts["thoughts_dropped"] == dropped
+    for trajectory in [*played.trajectories("main"), *played.trajectories("researcher")]:
+        assert all(words.startswith(thought) for words in said(trajectory))
+        assert "islands" not in context(trajectory)  # no other agent reads them
