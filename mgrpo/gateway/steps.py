@@ -80,7 +80,7 @@ def next_step(asked: Asked, thread: Thread, match: Match, options: GatewayOption
         try:
             return _extend(asked, thread, match, counts)
         except ChatError:
-            if options.history != "fork":
+            if "fork" not in (options.history, options.thoughts):
                 raise
             return _fork(asked, thread, counts)  # the template writes anew what came before
     if options.history == "fork":
