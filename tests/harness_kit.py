@@ -86,6 +86,15 @@ def ask_blocking(base_url: Access, role: str, text: str) -> httpx2.Response:
         return http.post(f"{base_url}/chat/completions", json=body, headers=base_url.headers)
 
 
+async def team(question: Question, base_url: Access) -> object:
+    """Main asks two sub-agents, one after the other, and answers."""
+    plan = await ask(base_url, "main", question.text)
+    for task in ("first", "second"):
+        await ask(base_url, "sub", task)
+    await ask(base_url, "main", question.text, plan, "And now?")
+    return question.answer
+
+
 class KitTask(HarnessTask):
     """Asks one question, FIJI."""
 
