@@ -233,5 +233,5 @@ def call(name: str, **arguments: object) -> str:
 
 
 def capital(text: str) -> str:
-    """What a researcher reports of the document that it has found last."""
+    """What a researcher has found, and reports."""
     return "Suva" if "Suva" in text else "Nuku'alofa"

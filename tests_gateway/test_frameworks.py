@@ -115,11 +115,11 @@ def check_smolagents(played: Played, counted: str) -> None:
     assert QUESTION in context(first)
     for sub in played.trajectories("researcher"):
         assert len(said(sub)) == 2
-        assert "Observation:" in context(sub) and "currency" in context(sub)
         assert (COPIES in context(sub)) == (counted == "forks") and len(segments(sub)) == 1 + (
             counted == "forks"
         )
         report = "Suva" if FIJI in context(sub) else "Nuku'alofa"
+        assert "Observation:" in context(sub) and f"\n{report}" in context(sub)
         assert f"The capital is {report}." in said(sub)[1]
         assert f"The capital is {report}." in context(first)
     turns = sum(len(engine.turns) for engine in played.engines.values())

@@ -46,7 +46,9 @@ def check_team(played: Played, asked: str = BOTH) -> None:
     for report in reports:
         assert report in context(first)
     for sub in played.trajectories("researcher"):
-        assert "currency" in context(sub) and "currency" not in "".join(said(sub))  # of the document
+        found = "Suva" if FIJI in context(sub) else "Nuku'alofa"
+        assert f"<tool_response>\n{found}\n</tool_response>" in context(sub)
+        assert f"The capital is {found}." in said(sub)[1]
     assert not played.rollout.counts.get("rewritten") and not played.rollout.counts.get("forks")
 
 

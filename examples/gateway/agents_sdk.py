@@ -21,7 +21,7 @@ config = RunConfig(model_provider=provider, tracing_disabled=True)
 researcher = Agent(
     name="Researcher",
     model=RESEARCHER,
-    instructions="Search the library for the country, then answer with the one fact that was asked for.",
+    instructions="Search the library, then answer with the one word that was asked for.",
     tools=[function_tool(search)],
 )
 main = Agent(

@@ -24,7 +24,7 @@ def model(role: str) -> ChatOpenAI:
 researcher = create_react_agent(
     model("researcher"),
     [search],
-    prompt="Search the library for the country, then answer with the one fact that was asked for.",
+    prompt="Search the library, then answer with the one word that was asked for.",
 )
 
 

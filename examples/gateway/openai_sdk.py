@@ -61,7 +61,7 @@ async def look_up(query: str) -> str:
 
 
 async def ask_researcher(question: str) -> str:
-    system = "Search the library for the country, then answer with the one fact that was asked for."
+    system = "Search the library, then answer with the one word that was asked for."
     messages = [
         {"role": "system", "content": system},
         *TO_RESEARCHER,

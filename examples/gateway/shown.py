@@ -26,15 +26,11 @@ def shown(task: str, name: str, arguments: dict[str, str], result: str, answer: 
 
 ITALY = "What is the capital of Italy?"
 IRELAND = "What are the people of Ireland called?"
-FOUND = {
-    ITALY: "Italy: The capital is Rome. The currency is EUR. The people are called Italian.",
-    IRELAND: "Ireland: The capital is Dublin. The currency is EUR. The people are called Irish.",
-}
 TO_MAIN = [
     *shown(ITALY, "ask_researcher", {"question": ITALY}, "Rome", "Rome"),
     *shown(IRELAND, "ask_researcher", {"question": IRELAND}, "Irish", "Irish"),
 ]
 TO_RESEARCHER = [
-    *shown(ITALY, "search", {"query": "Italy"}, FOUND[ITALY], "Rome"),
-    *shown(IRELAND, "search", {"query": "Ireland"}, FOUND[IRELAND], "Irish"),
+    *shown(ITALY, "search", {"query": ITALY}, "Rome", "Rome"),
+    *shown(IRELAND, "search", {"query": IRELAND}, "Irish", "Irish"),
 ]
