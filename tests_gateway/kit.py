@@ -150,6 +150,7 @@ async def ran(program: Path, arguments: Sequence[str], token: str, url: str, env
         "ANTHROPIC_BASE_URL": url.removesuffix("/v1"),
         "ANTHROPIC_API_KEY": token,
     }
+    assert PYTHON.exists(), f"{PYTHON} is not there; make gateway-env makes it"
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     process = await asyncio.create_subprocess_exec(
         str(PYTHON), "-W", "ignore", str(program), *arguments,

@@ -9,6 +9,7 @@ from tests_gateway.kit import (
     EXAMPLES,
     FIJI,
     PROGRAMS,
+    TOKENIZER,
     TONGA,
     Played,
     call,
@@ -56,8 +57,15 @@ SCRIPTS = {"main": main, "researcher": researcher}
 
 
 def test_the_example() -> None:
-    """examples/gateway/openai_sdk.py, as it is trained."""
-    check_team(play(EXAMPLES / "openai_sdk.py", SCRIPTS))
+    """examples/gateway/openai_sdk.py, as it is trained. Had it sampled the ids of the texts, the check would fail."""
+    played = play(EXAMPLES / "openai_sdk.py", SCRIPTS)
+    check_team(played)
+    history, ids = played.engines["main"].turns[0]
+    again = TOKENIZER.encode(TOKENIZER.decode(ids), add_special_tokens=False)
+    for other in ((history, again), (history[1:], ids)):
+        played.engines["main"].turns[0] = other
+        with pytest.raises(AssertionError):
+            check_trained_is_sampled(played)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--stream"]], ids=["plain", "streamed"])
