@@ -46,10 +46,10 @@ std::vector<Source> sources_of(const Arena& arena, const Plan& plan, int32_t beg
   for (int32_t i = begin; i < end; ++i) {
     const int32_t item = plan.packing.items[i];
     const PlanRow& row = plan.rows[plan.item_row[item]];
-    sources[size_t(i - begin)] = {arena.ids(row.handle),
-                                  arena.logprobs(row.handle),
-                                  plan.token_advantages ? arena.advantages(row.handle) : nullptr,
-                                  arena.masks(row.handle),
+    sources[size_t(i - begin)] = {arena.ids(row.handle) + row.start,
+                                  arena.logprobs(row.handle) + row.start,
+                                  plan.token_advantages ? arena.advantages(row.handle) + row.start : nullptr,
+                                  arena.masks(row.handle) + row.start,
                                   row.id,
                                   row.length,
                                   plan.item_row[item],
@@ -167,11 +167,12 @@ void write_padded(const Batcher& batcher, const Plan& plan, const PaddedLayout& 
     const PlanRow row = real ? plan.rows[plan.item_row[item]] : PlanRow{};
     const int64_t place = r * out.width, rest = out.width - row.length;
     if (real) {
-      copy(at(out.ids, place), batcher.arena().ids(row.handle), row.length);
-      copy(at(out.logprobs, place), batcher.arena().logprobs(row.handle), row.length);
-      copy(at(out.loss_mask, place), batcher.arena().masks(row.handle), row.length);
+      const Arena& arena = batcher.arena();
+      copy(at(out.ids, place), arena.ids(row.handle) + row.start, row.length);
+      copy(at(out.logprobs, place), arena.logprobs(row.handle) + row.start, row.length);
+      copy(at(out.loss_mask, place), arena.masks(row.handle) + row.start, row.length);
       write_advantages(at(out.advantages, place),
-                       plan.token_advantages ? batcher.arena().advantages(row.handle) : nullptr, row.length,
+                       plan.token_advantages ? arena.advantages(row.handle) + row.start : nullptr, row.length,
                        row.advantage);
     }
     fill(at(out.ids, place + row.length), rest, plan.pad_id);

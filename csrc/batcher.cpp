@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "check.hpp"
+#include "content.hpp"
 
 namespace mgrpo {
 
@@ -20,11 +21,6 @@ BatcherError::BatcherError(std::string kind_, std::string query_, int64_t rollou
       trajectory(trajectory_) {}
 
 namespace {
-
-template <typename... Parts>
-[[noreturn]] void reject(const char* kind, std::string_view query, int64_t rollout, int64_t id, const Parts&... parts) {
-  throw BatcherError(kind, std::string(query), rollout, id, concat(parts...));
-}
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
@@ -130,133 +126,43 @@ const Entry* Batcher::find_entry(const Query* query, size_t cell, int64_t invoca
   return nullptr;
 }
 
-namespace {
-
-// The scans of one trajectory. Plain accumulations without branches, so that they run in SIMD registers.
-bool any_outside(const int32_t* tokens, int64_t n, uint32_t limit) {
-  uint32_t outside = 0;
-  for (int64_t i = 0; i < n; ++i) outside |= uint32_t(uint32_t(tokens[i]) >= limit);
-  return outside;
-}
-
-bool any_infinite(const float* values, int64_t n) {
-  uint32_t infinite = 0;  // on the bits: IEEE comparisons would not
-  for (int64_t i = 0; i < n; ++i) infinite |= uint32_t((std::bit_cast<int32_t>(values[i]) & 0x7fffffff) >= 0x7f800000);
-  return infinite;
-}
-
-// Sum of 0/1 bytes, or -1 when there is another value. Eight bytes at a time: their sum is the top byte of x * 0x01..01.
-int64_t count_ones(const uint8_t* mask, int64_t n) {
-  constexpr uint64_t ones = 0x0101010101010101ull;
-  uint64_t seen = 0;
-  int64_t sum = 0, i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, mask + i, 8);
-    seen |= word;
-    sum += int64_t((word * ones) >> 56);
-  }
-  for (; i < n; ++i) {
-    seen |= mask[i];
-    sum += mask[i];
-  }
-  return seen & ~ones ? -1 : sum;
-}
-
-}  // namespace
-
-// Number of trainable tokens among the first `length`.
-int64_t Batcher::check_content(const TrajectoryView& t, int64_t length) const {
-  const uint32_t limit = options_.vocab_size ? uint32_t(options_.vocab_size) : uint32_t{1} << 31;
-  if (any_outside(t.tokens, length, limit)) {
-    const int32_t* wrong = std::find_if(t.tokens, t.tokens + length, [&](int32_t id) { return uint32_t(id) >= limit; });
-    reject("token_id", t.query, t.rollout, t.id, "token id ", *wrong, " at ", wrong - t.tokens, " is outside [0, ",
-           limit, ")");
-  }
-  const int64_t active = count_ones(t.mask, length);
-  if (active < 0) reject("loss_mask", t.query, t.rollout, t.id, "loss_mask has values other than 0 and 1");
-  if (active == 0) reject("no_trainable", t.query, t.rollout, t.id, "no trainable token among ", length);
-  if (any_infinite(t.logprobs, length)) {
-    const float* wrong = std::find_if_not(t.logprobs, t.logprobs + length, [](float x) { return std::isfinite(x); });
-    reject("logprobs", t.query, t.rollout, t.id, "log-prob ", *wrong, " at ", wrong - t.logprobs, " is not finite");
-  }
-  check_advantages(t, length);
-  return active;
-}
-
-void Batcher::check_advantages(const TrajectoryView& t, int64_t length) const {
-  if (!options_.token_advantages) {
-    if (!std::isfinite(t.advantage))
-      reject("advantage", t.query, t.rollout, t.id, "advantage ", t.advantage, " is not finite");
-  } else if (any_infinite(t.token_advantages, length)) {
-    const float* wrong =
-        std::find_if_not(t.token_advantages, t.token_advantages + length, [](float x) { return std::isfinite(x); });
-    reject("advantage", t.query, t.rollout, t.id, "advantage ", *wrong, " at ", wrong - t.token_advantages,
-           " is not finite");
-  }
-}
-
-namespace {
-
-// A trajectory's advantage as one number, and whether it moves the policy at all.
-void summarise_advantage(const TrajectoryView& t, Entry& entry) {
-  if (!t.token_advantages) {
-    entry.advantage = t.advantage;
-    entry.has_gradient = t.advantage != 0;
-    return;
-  }
-  double sum = 0;
-  for (int64_t i = 0; i < entry.length; ++i) {
-    if (!t.mask[i]) continue;
-    sum += t.token_advantages[i];
-    entry.has_gradient |= t.token_advantages[i] != 0;
-  }
-  entry.advantage = float(sum / entry.active);
-}
-
-}  // namespace
-
-bool Batcher::same_content(const Entry& e, const TrajectoryView& t, int64_t length) const {
+bool Batcher::same_content(const Entry& e, const TrajectoryView& t, std::span<const Segment> segments) const {
   if (e.id != t.id) return false;
   if (e.length == 0) return true;  // it left its group: there is nothing to compare with
-  if (e.length != length || e.policy_version != t.policy_version) return false;
-  const bool same_advantage = options_.token_advantages ? !std::memcmp(arena_->advantages(e.handle), t.token_advantages,
-                                                                       size_t(length) * sizeof(float))
-                                                        : e.advantage == t.advantage;
-  return same_advantage && !std::memcmp(arena_->ids(e.handle), t.tokens, size_t(length) * sizeof(int32_t)) &&
-         !std::memcmp(arena_->logprobs(e.handle), t.logprobs, size_t(length) * sizeof(float)) &&
-         !std::memcmp(arena_->masks(e.handle), t.mask, size_t(length));
+  if (e.length != kept_tokens(segments) || e.policy_version != t.policy_version) return false;
+  if (!options_.token_advantages && e.advantage != t.advantage) return false;
+  const std::span<const Segment> mine = this->segments(e);
+  const auto same_start = [](const Segment& x, const Segment& y) { return x.start == y.start; };
+  if (segments.size() > 1 ? !std::ranges::equal(mine, segments, same_start) : !mine.empty()) return false;
+  return holds_content(*arena_, e.handle, t, segments);
+}
+
+std::span<const Segment> Batcher::segments(const Entry& entry) const {
+  const auto found = segments_.find(entry.handle);
+  return found == segments_.end() ? std::span<const Segment>{} : found->second;
 }
 
 void Batcher::check_vacant(const Query* query, const TrajectoryView& t) const {
   const Cell cell = query ? query->cells[cell_index(t.role, t.rollout)] : Cell{};
   if (cell.sealed >= 0 && t.invocation >= cell.sealed)
-    reject("sealed", t.query, t.rollout, t.id, "invocation ", t.invocation, " of a rollout that was sealed with ",
-           cell.sealed, " invocations");
-  if (ids_.contains(t.id))
-    reject("duplicate", t.query, t.rollout, t.id, "this id belongs to a trajectory at another place");
+    reject("sealed", t, "invocation ", t.invocation, " of a rollout that was sealed with ", cell.sealed,
+           " invocations");
+  if (ids_.contains(t.id)) reject("duplicate", t, "this id belongs to a trajectory at another place");
 }
 
 bool Batcher::add(const TrajectoryView& t, double now) {
   const auto lock = write_lock();
   check_place(t.query, t.rollout, t.invocation, t.id);
-  if (t.id < 0) reject("id", t.query, t.rollout, t.id, "trajectory ids are >= 0 (-1 marks padding)");
-  if (t.n_tokens == 0) reject("empty", t.query, t.rollout, t.id, "the trajectory is empty");
-  if (t.n_mask != t.n_tokens || t.n_logprobs != t.n_tokens)
-    reject("length", t.query, t.rollout, t.id, t.n_tokens, " tokens, ", t.n_mask, " mask values, ", t.n_logprobs,
-           " log-probs");
-  if (options_.token_advantages && t.n_token_advantages != t.n_tokens)
-    reject("length", t.query, t.rollout, t.id, t.n_tokens, " tokens, ", t.n_token_advantages, " advantages");
-  const bool overlong = t.n_tokens > options_.capacity;
-  if (overlong && options_.overlong == Overlong::error)
-    reject("too_long", t.query, t.rollout, t.id, t.n_tokens, " tokens are over the capacity of ", options_.capacity);
-  const int64_t length = overlong ? options_.capacity : t.n_tokens;
+  if (t.id < 0) reject("id", t, "trajectory ids are >= 0 (-1 marks padding)");
+  std::vector<Segment> segments = cut_segments(t, options_);
+  const int64_t length = kept_tokens(segments);
+  const bool overlong = length < t.n_tokens;
 
   const Query* known = find(t.query);
   if (const Entry* e = find_entry(known, cell_index(t.role, t.rollout), t.invocation)) {
-    if (!same_content(*e, t, length))
-      reject("duplicate", t.query, t.rollout, t.id, "invocation ", t.invocation, " is already here as trajectory ",
-             e->id, " with other content");
+    if (!same_content(*e, t, segments))
+      reject("duplicate", t, "invocation ", t.invocation, " is already here as trajectory ", e->id,
+             " with other content");
     ++counters_.redelivered;
     return false;
   }
@@ -265,18 +171,19 @@ bool Batcher::add(const TrajectoryView& t, double now) {
   if (overlong && options_.overlong == Overlong::drop) {
     ++counters_.overlong;
   } else {
-    entry.active = int32_t(check_content(t, length));
+    check_content(t, options_, segments);
     entry.handle = arena_->allocate(length);
     if (entry.handle < 0)
-      reject("arena_full", t.query, t.rollout, t.id, length, " tokens do not fit: ", arena_->used_tokens(), " of ",
-             arena_->capacity_tokens(), " tokens of the arena are in use; plan or drop groups first");
+      reject("arena_full", t, length, " tokens do not fit: ", arena_->used_tokens(), " of ", arena_->capacity_tokens(),
+             " tokens of the arena are in use; plan or drop groups first");
+    copy_content(*arena_, entry.handle, t, segments);
     entry.length = int32_t(length);
-    summarise_advantage(t, entry);
-    std::memcpy(arena_->ids(entry.handle), t.tokens, size_t(length) * sizeof(int32_t));
-    std::memcpy(arena_->logprobs(entry.handle), t.logprobs, size_t(length) * sizeof(float));
-    std::memcpy(arena_->masks(entry.handle), t.mask, size_t(length));
-    if (t.token_advantages)
-      std::memcpy(arena_->advantages(entry.handle), t.token_advantages, size_t(length) * sizeof(float));
+    for (const Segment& segment : segments) {
+      entry.active += segment.active;
+      entry.has_gradient |= segment.has_gradient;
+    }
+    entry.advantage = options_.token_advantages ? segments.front().advantage : t.advantage;
+    if (segments.size() > 1) segments_.emplace(entry.handle, std::move(segments));
     counters_.truncated += overlong;
     ++counters_.accepted;
   }
@@ -385,7 +292,10 @@ bool Batcher::wait_ready(int64_t n, const std::vector<std::string>& queries, dou
 void Batcher::forget(Queries::iterator query) {
   n_ready_ -= query->second.ready();
   for (const Entry& entry : query->second.entries) {
-    if (entry.handle >= 0) arena_->release(entry.handle);
+    if (entry.handle >= 0) {
+      arena_->release(entry.handle);
+      segments_.erase(entry.handle);
+    }
     ids_.erase(entry.id);
   }
   queries_.erase(query);

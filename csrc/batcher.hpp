@@ -69,11 +69,21 @@ struct TrajectoryView {
   const float* token_advantages = nullptr;  // of each token
   int64_t n_token_advantages = 0;
   int32_t policy_version = 0;
+  std::span<const int64_t> segment_starts;  // offsets, the first 0; none: it is one sequence
+};
+
+// One sequence of a trajectory, which has one or several: each is trained as a row of its own.
+struct Segment {
+  int64_t from = 0;   // its first token in the trajectory as it came
+  int32_t start = 0;  // the same in the arena's block, which holds what was kept of all segments
+  int32_t length = 0, active = 0;
+  float advantage = 0;
+  bool has_gradient = false;
 };
 
 struct Entry {
   int32_t invocation;
-  int32_t length;  // tokens kept; 0 = the trajectory left its group (failed, or too long under `drop`)
+  int32_t length;  // tokens kept, of all segments; 0 = the trajectory left its group (failed, or too long under `drop`)
   int32_t active;  // tokens with loss_mask 1
   int32_t policy_version;
   int64_t id;
@@ -148,6 +158,8 @@ class Batcher {
   const Queries& queries() const { return queries_; }
   std::vector<std::string> names() const;
   const Arena& arena() const { return *arena_; }
+  // The segments of a trajectory that has several; none: it is one sequence.
+  std::span<const Segment> segments(const Entry& entry) const;
   const Counters& counters_unlocked() const { return counters_; }
   void restore_opened(std::string_view query, double opened);
   void restore_absent(const TrajectoryView& trajectory, double now);
@@ -163,9 +175,7 @@ class Batcher {
   const Query* find(std::string_view query) const;
   const Entry* find_entry(const Query* query, size_t cell, int64_t invocation) const;
   void check_vacant(const Query* query, const TrajectoryView& t) const;
-  int64_t check_content(const TrajectoryView& t, int64_t length) const;
-  void check_advantages(const TrajectoryView& t, int64_t length) const;
-  bool same_content(const Entry& entry, const TrajectoryView& t, int64_t length) const;
+  bool same_content(const Entry& entry, const TrajectoryView& t, std::span<const Segment> segments) const;
 
   BatcherOptions options_;
   uint64_t id_;
@@ -174,6 +184,7 @@ class Batcher {
   int64_t n_ready_ = 0;
   std::unique_ptr<Arena> arena_;
   Queries queries_;
+  std::unordered_map<int32_t, std::vector<Segment>> segments_;  // by handle, of trajectories with several
   std::unordered_set<int64_t> ids_;
   Counters counters_;
 };

@@ -1,10 +1,11 @@
-// mgrpo._C: the only file that knows Python. One register line per unit; no logic.
+// mgrpo._C: with the other bind files the only one that knows Python. One register line per unit; no logic.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "assemble.hpp"
 #include "batcher.hpp"
+#include "bind_arrays.hpp"
 #include "check.hpp"
 #include "draw.hpp"
 #include "pack.hpp"
@@ -15,6 +16,7 @@
 namespace py = pybind11;
 using namespace py::literals;
 
+void register_plan(py::module_& m);   // bind_plan.cpp
 void register_loss(py::module_& m);   // bind_loss.cpp
 void register_patch(py::module_& m);  // bind_patch.cpp
 
@@ -25,12 +27,6 @@ using Released = py::call_guard<py::gil_scoped_release>;
 void register_philox(py::module_& m) {
   m.def("philox4x32_10", &mgrpo::philox4x32_10, py::arg("counter"), py::arg("key"),
         "One Philox4x32-10 block: counter u32[4], key u32[2] -> u32[4].");
-}
-
-template <typename T>
-py::array_t<T> to_numpy(const std::vector<T>& values, std::vector<py::ssize_t> shape = {}) {
-  if (shape.empty()) shape = {py::ssize_t(values.size())};
-  return py::array_t<T>(shape, values.data());
 }
 
 template <typename T>
@@ -159,30 +155,6 @@ void write_padded(const mgrpo::Batcher& batcher, const mgrpo::Plan& plan, int ra
   mgrpo::write_padded(batcher, plan, layout, rank, micro_batch, b);
 }
 
-// One column of the plan's rows as an array.
-template <typename T, typename Get>
-py::array_t<T> row_column(const mgrpo::Plan& plan, Get get) {
-  py::array_t<T> column(py::ssize_t(plan.rows.size()));
-  T* to = column.mutable_data();
-  for (const mgrpo::PlanRow& row : plan.rows) *to++ = T(get(row));
-  return column;
-}
-
-py::dict plan_rows(const mgrpo::Plan& plan) {
-  using Row = mgrpo::PlanRow;
-  return py::dict("group"_a = row_column<int32_t>(plan, [](const Row& r) { return r.group; }),
-                  "rollout"_a = row_column<int32_t>(plan, [](const Row& r) { return r.rollout; }),
-                  "invocation"_a = row_column<int32_t>(plan, [](const Row& r) { return r.invocation; }),
-                  "multiplicity"_a = row_column<int32_t>(plan, [](const Row& r) { return r.multiplicity; }),
-                  "length"_a = row_column<int32_t>(plan, [](const Row& r) { return r.length; }),
-                  "active"_a = row_column<int32_t>(plan, [](const Row& r) { return r.active; }),
-                  "policy_version"_a = row_column<int32_t>(plan, [](const Row& r) { return r.policy_version; }),
-                  "weight"_a = row_column<double>(plan, [](const Row& r) { return r.weight; }),
-                  "advantage"_a = row_column<float>(plan, [](const Row& r) { return r.advantage; }),
-                  "has_gradient"_a = row_column<bool>(plan, [](const Row& r) { return r.has_gradient; }),
-                  "traj_id"_a = row_column<int64_t>(plan, [](const Row& r) { return r.id; }));
-}
-
 py::dict pack_dict(const mgrpo::Packing& p) {
   return py::dict("n_mb"_a = p.n_mb, "offsets"_a = to_numpy(p.offsets), "items"_a = to_numpy(p.items),
                   "rank_cost"_a = to_numpy(p.rank_cost), "lockstep"_a = p.lockstep, "efficiency"_a = p.efficiency);
@@ -203,35 +175,6 @@ void register_pack(py::module_& m) {
         return pack_dict(packing);
       },
       "lengths"_a, "capacity"_a, "dp"_a = 1, "cost_a"_a = 1.0, "cost_b"_a = 0.0, "max_segments"_a = 0);
-}
-
-void register_plan(py::module_& m) {
-  using mgrpo::Plan;
-  py::class_<Plan>(m, "Plan")
-      .def_readonly("step", &Plan::step)
-      .def_readonly("dp", &Plan::dp)
-      .def_readonly("capacity", &Plan::capacity)
-      .def_readonly("max_segments", &Plan::max_segments)
-      .def_readonly("tokens", &Plan::tokens)
-      .def_readonly("queries", &Plan::queries)
-      .def_property_readonly("n_mb", [](const Plan& p) { return p.packing.n_mb; })
-      .def_property_readonly("n_padded", [](const Plan& p) { return p.padded().n_mb; })
-      .def_property_readonly("lockstep", [](const Plan& p) { return p.packing.lockstep; })
-      .def_property_readonly("efficiency", [](const Plan& p) { return p.packing.efficiency; })
-      .def_property_readonly("rank_cost", [](const Plan& p) { return to_numpy(p.packing.rank_cost); })
-      .def_property_readonly("bin_offsets", [](const Plan& p) { return to_numpy(p.packing.offsets); })
-      .def_property_readonly("bin_items", [](const Plan& p) { return to_numpy(p.packing.items); })
-      .def_property_readonly("padded_offsets", [](const Plan& p) { return to_numpy(p.padded().offsets); })
-      .def_property_readonly("padded_items", [](const Plan& p) { return to_numpy(p.padded().items); })
-      .def_property_readonly("padded_width", [](const Plan& p) { return to_numpy(p.padded().width); })
-      .def_property_readonly("item_row", [](const Plan& p) { return to_numpy(p.item_row); })
-      .def_property_readonly("item_weight", [](const Plan& p) { return to_numpy(p.item_weight); })
-      .def_property_readonly("group_query", [](const Plan& p) { return to_numpy(p.group_query); })
-      .def_property_readonly("group_role", [](const Plan& p) { return to_numpy(p.group_role); })
-      .def_property_readonly("group_rollouts", [](const Plan& p) { return to_numpy(p.group_rollouts); })
-      .def_property_readonly("rows", &plan_rows)
-      .def_property_readonly(
-          "slots", [](const Plan& p) { return to_numpy(p.slots, {py::ssize_t(p.group_query.size()), p.k, p.depth}); });
 }
 
 mgrpo::TrajectoryView place(std::string_view query, int role, int64_t rollout, int64_t invocation, int64_t id) {
@@ -255,7 +198,8 @@ float number(const py::object& object, const char* name, const mgrpo::Trajectory
 
 bool add(mgrpo::Batcher& batcher, const std::string& query, const std::string& role, int64_t rollout,
          int64_t invocation, int64_t traj_id, const py::object& tokens, const py::object& loss_mask,
-         const py::object& logprobs, const py::object& advantage, int32_t policy_version, double now) {
+         const py::object& logprobs, const py::object& advantage, int32_t policy_version,
+         const std::vector<int64_t>& segment_starts, double now) {
   auto t = place(query, batcher.role_index(role), rollout, invocation, traj_id);
   Inputs inputs;
   t.tokens = column<int32_t>(tokens, "tokens", t, t.n_tokens, inputs);
@@ -266,6 +210,7 @@ bool add(mgrpo::Batcher& batcher, const std::string& query, const std::string& r
   else
     t.advantage = number(advantage, "advantage", t);
   t.policy_version = policy_version;
+  t.segment_starts = segment_starts;
   const py::gil_scoped_release released;
   return batcher.add(t, now);
 }
@@ -285,6 +230,9 @@ int64_t add_many(mgrpo::Batcher& batcher, const std::vector<std::string>& querie
   const bool per_token = batcher.options().token_advantages;
   const auto* advantages = batch_column<float>(c["advantages"], "advantages", per_token ? total : n, inputs);
   const auto* version = batch_column<int32_t>(c["policy_versions"], "policy_versions", n, inputs);
+  const auto segments = py::cast<std::vector<std::vector<int64_t>>>(c["segment_starts"]);
+  if (!segments.empty() && int64_t(segments.size()) != n)
+    throw py::value_error(mgrpo::concat("segment_starts has ", segments.size(), " entries, expected ", n));
   const int role_index = batcher.role_index(role);
   const py::gil_scoped_release released;
   int64_t fresh = 0;
@@ -301,6 +249,7 @@ int64_t add_many(mgrpo::Batcher& batcher, const std::vector<std::string>& querie
     t.token_advantages = per_token ? advantages + offset[i] : nullptr;
     t.n_token_advantages = t.n_tokens;
     t.policy_version = version[i];
+    if (!segments.empty()) t.segment_starts = segments[i];
     fresh += batcher.add(t, now);
   }
   return fresh;
@@ -316,7 +265,8 @@ py::dict save_state(const mgrpo::Batcher& batcher, double now) {
       "queries"_a = s.queries, "ages"_a = to_numpy(s.ages), "sealed"_a = to_numpy(s.sealed),
       "places"_a = to_numpy(s.places), "traj_ids"_a = to_numpy(s.ids), "advantages"_a = to_numpy(s.advantages),
       "policy_versions"_a = to_numpy(s.versions), "offsets"_a = to_numpy(s.offsets), "tokens"_a = to_numpy(s.tokens),
-      "loss_mask"_a = to_numpy(s.loss_mask), "logprobs"_a = to_numpy(s.logprobs), "counters"_a = to_numpy(s.counters));
+      "loss_mask"_a = to_numpy(s.loss_mask), "logprobs"_a = to_numpy(s.logprobs), "segments"_a = to_numpy(s.segments),
+      "segment_starts"_a = to_numpy(s.segment_starts), "counters"_a = to_numpy(s.counters));
 }
 
 template <typename T>
@@ -340,6 +290,10 @@ void load_state(mgrpo::Batcher& batcher, const py::dict& state, double now) {
   s.tokens = from_numpy<int32_t>(state, "tokens");
   s.loss_mask = from_numpy<uint8_t>(state, "loss_mask");
   s.logprobs = from_numpy<float>(state, "logprobs");
+  if (state.contains("segments")) {  // states of before have none
+    s.segments = from_numpy<int32_t>(state, "segments");
+    s.segment_starts = from_numpy<int64_t>(state, "segment_starts");
+  }
   s.counters = from_numpy<int64_t>(state, "counters");
   const py::gil_scoped_release released;
   mgrpo::load_state(batcher, s, now);

@@ -14,6 +14,28 @@ struct Scratch {
   std::vector<int32_t> copies;
 };
 
+// The rows of one trajectory: `whole`, or one a segment with a trainable token, among which its weight is divided.
+void add_rows(Plan& plan, PlanRow whole, std::span<const Segment> segments) {
+  if (segments.empty()) {
+    plan.rows.push_back(whole);
+    return;
+  }
+  whole.weight /=
+      double(std::count_if(segments.begin(), segments.end(), [](const Segment& s) { return s.active > 0; }));
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const Segment& s = segments[i];
+    if (s.active == 0) continue;
+    PlanRow row = whole;
+    row.segment = int32_t(i);
+    row.start = s.start;
+    row.length = s.length;
+    row.active = s.active;
+    row.advantage = s.advantage;
+    row.has_gradient = s.has_gradient;
+    plan.rows.push_back(row);
+  }
+}
+
 void add_rollout(Plan& plan, const Batcher& batcher, std::span<const Entry> entries, int d_max, int rollout,
                  DrawStream stream, Scratch& scratch) {
   const BatcherOptions& o = batcher.options();
@@ -30,19 +52,21 @@ void add_rollout(Plan& plan, const Batcher& batcher, std::span<const Entry> entr
     if (m == 0) continue;
     const Entry& entry = *scratch.present[i];
     slot = std::fill_n(slot, m, int32_t(plan.rows.size()));
-    plan.rows.push_back({.group = group,
-                         .rollout = rollout,
-                         .invocation = entry.invocation,
-                         .multiplicity = m,
-                         .length = entry.length,
-                         .active = entry.active,
-                         .policy_version = entry.policy_version,
-                         .handle = entry.handle,
-                         .generation = batcher.arena().generation(entry.handle),
-                         .advantage = entry.advantage,
-                         .has_gradient = entry.has_gradient,
-                         .weight = invocation_weight(m, d, d_max, o.mode, o.sequence_weight),
-                         .id = entry.id});
+    add_rows(plan,
+             {.group = group,
+              .rollout = rollout,
+              .invocation = entry.invocation,
+              .multiplicity = m,
+              .length = entry.length,
+              .active = entry.active,
+              .policy_version = entry.policy_version,
+              .handle = entry.handle,
+              .generation = batcher.arena().generation(entry.handle),
+              .advantage = entry.advantage,
+              .has_gradient = entry.has_gradient,
+              .weight = invocation_weight(m, d, d_max, o.mode, o.sequence_weight),
+              .id = entry.id},
+             batcher.segments(entry));
   }
   ++plan.group_rollouts.back();
 }

@@ -12,16 +12,18 @@
 
 namespace mgrpo {
 
-// One distinct kept trajectory.
+// One segment of a distinct kept trajectory, which mostly has one.
 struct PlanRow {
   int32_t group = 0, rollout = 0, invocation = 0;
+  int32_t segment = 0;  // its place in the trajectory; those without a trainable token have no row
   int32_t multiplicity = 1;
   int32_t length = 0, active = 0, policy_version = 0;
   int32_t handle = -1;
+  int32_t start = 0;  // its first token in the arena's block
   uint32_t generation = 0;
   float advantage = 0;
   bool has_gradient = false;  // some trainable token has an advantage other than 0
-  double weight = 0;          // w(k,i): all copies together
+  double weight = 0;          // w(k,i), all copies together, over the rows of the trajectory
   int64_t id = 0;
 };
 
@@ -42,9 +44,9 @@ struct Plan {
   std::vector<std::string> queries;
   std::vector<int32_t> group_query, group_role;  // [G]
   std::vector<int32_t> group_rollouts;           // [G] rollouts with d_k > 0: K'_q
-  std::vector<PlanRow> rows;                     // [U] by group, rollout, invocation
-  std::vector<int32_t> slots;                    // [G, k, depth] -> row or -1
-  std::vector<int32_t> item_row;                 // [N] packed sequences; N > U only in mode `duplicate`
+  std::vector<PlanRow> rows;                     // [R] by group, rollout, invocation, segment
+  std::vector<int32_t> slots;                    // [G, k, depth] -> first row of a trajectory, or -1
+  std::vector<int32_t> item_row;                 // [N] packed sequences; N > R only in mode `duplicate`
   std::vector<float> item_weight;                // [N]
   Packing packing;
   int max_segments = 1;

@@ -1,5 +1,7 @@
 #include "state.hpp"
 
+#include <algorithm>
+
 #include "check.hpp"
 
 namespace mgrpo {
@@ -18,6 +20,10 @@ State save_state(const Batcher& batcher, double now) {
         s.ids.push_back(e.id);
         if (!batcher.options().token_advantages) s.advantages.push_back(e.advantage);
         s.versions.push_back(e.policy_version);
+        const std::span<const Segment> segments = batcher.segments(e);
+        s.segments.push_back(int32_t(std::max<size_t>(1, segments.size())));
+        if (segments.empty()) s.segment_starts.push_back(0);
+        for (const Segment& segment : segments) s.segment_starts.push_back(segment.start);
         if (e.length) {
           const Arena& arena = batcher.arena();
           s.tokens.insert(s.tokens.end(), arena.ids(e.handle), arena.ids(e.handle) + e.length);
@@ -37,6 +43,22 @@ State save_state(const Batcher& batcher, double now) {
   return s;
 }
 
+namespace {
+
+void check_segments(const State& s) {
+  MGRPO_CHECK(s.segments.empty() || s.segments.size() == s.ids.size(), "state: segments of ", s.segments.size(), " of ",
+              s.ids.size(), " trajectories");
+  int64_t starts = 0;
+  for (const int32_t count : s.segments) {
+    MGRPO_CHECK(count >= 1, "state: a trajectory of ", count, " segments");
+    starts += count;
+  }
+  MGRPO_CHECK(starts == int64_t(s.segment_starts.size()), "state: ", s.segment_starts.size(),
+              " segment starts, expected ", starts);
+}
+
+}  // namespace
+
 void load_state(Batcher& batcher, const State& s, double now) {
   const size_t cells = batcher.options().roles.size() * size_t(batcher.options().k), n = s.ids.size();
   MGRPO_CHECK(batcher.n_queries() == 0, "load_state_dict needs an empty batcher, this one holds ", batcher.n_queries(),
@@ -53,6 +75,8 @@ void load_state(Batcher& batcher, const State& s, double now) {
                   s.advantages.size() == (per_token ? s.tokens.size() : n) && s.offsets[0] == 0 &&
                   s.offsets[n] == total,
               "state: the token columns differ in length");
+  check_segments(s);
+  int64_t first = 0;  // of the trajectory's segment starts
   for (size_t i = 0; i < n; ++i) {
     MGRPO_CHECK(s.offsets[i] <= s.offsets[i + 1] && s.offsets[i + 1] <= total, "state: offsets[", i + 1,
                 "]=", s.offsets[i + 1], " is out of order");
@@ -77,6 +101,10 @@ void load_state(Batcher& batcher, const State& s, double now) {
       t.advantage = s.advantages[i];
     }
     t.policy_version = s.versions[i];
+    if (!s.segments.empty()) {
+      t.segment_starts = {s.segment_starts.data() + first, size_t(s.segments[i])};
+      first += s.segments[i];
+    }
     if (t.n_tokens)
       batcher.add(t, now);
     else

@@ -21,7 +21,9 @@ struct State {
   std::vector<uint8_t> loss_mask;  // [T]
   std::vector<float> logprobs;     // [T]
   std::vector<float> advantages;   // [n], or [T] where every token has its own
-  std::vector<int64_t> counters;   // in the order of Counters
+  std::vector<int32_t> segments;   // [n] how many each trajectory has; no entry at all: one each
+  std::vector<int64_t> segment_starts;  // [sum of segments] in the trajectory's tokens
+  std::vector<int64_t> counters;        // in the order of Counters
 };
 
 State save_state(const Batcher& batcher, double now);

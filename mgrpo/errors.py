@@ -73,7 +73,7 @@ class NumericsError(MgrpoError):
 class TrajectoryError(MgrpoError, ValueError):
     """A trajectory, seal or query that the batcher rejects; its state is as before.
 
-    kind is the reason in one word: too_long, empty, no_trainable, reward, logprobs, loss_mask, length,
+    kind is the reason in one word: too_long, empty, no_trainable, reward, logprobs, loss_mask, length, segments,
     token_id, id, rollout, invocation, sealed, empty_rollout, duplicate, dropped, dtype, arena_full.
     trajectory is -1 where the call was about a rollout.
     """

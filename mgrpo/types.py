@@ -3,11 +3,15 @@
 A trajectory is identified by (run, query, rollout, role, invocation); `query` names one *asking* of a question, so the
 same question asked at another step is another query. Token arrays always have the length L of the whole trajectory:
 prompt, sampled tokens, tool results, everything the policy saw or said, in order.
+
+A trajectory whose context was rewritten on the way (compacted, say) consists of several segments, one behind the other
+in its arrays. Each is a sequence of its own to attention and positions; all share the trajectory's one vote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +42,20 @@ class Probe:
     the head: what a server reports for a prompt. Rollouts leave the rows out that are no token."""
 
 
+def segment_slices(starts: Sequence[int], n: int) -> list[slice]:
+    """The slices of n tokens that begin at `starts`. Raises ValueError naming the first that is out of place: they rise
+    from 0 and stay below n."""
+    starts = tuple(starts)
+    if not starts or starts[0] != 0:
+        raise ValueError(f"segment_starts {starts[:3]} do not begin with 0")
+    for before, start in itertools.pairwise(starts):
+        if not before < start < n:
+            raise ValueError(
+                f"segment start {start} behind {before} is outside {before + 1}..{n - 1} of {n} tokens"
+            )
+    return [slice(first, last) for first, last in itertools.pairwise((*starts, n))]
+
+
 @dataclass(slots=True)
 class Trajectory:
     """One agent's tokens in one invocation (for the main agent, invocation is 0 and there is one per rollout).
@@ -45,6 +63,7 @@ class Trajectory:
     loss_mask[t] is 1 where token t was sampled by this policy, 0 for prompts, tool output and other agents' text.
     logprobs[t] and versions[t] belong to token t given the tokens before it; where loss_mask is 0 they are 0 and -1.
     scores are this trajectory's own reward parts, each in [0, 1], e.g. {"format": 1.0, "expert": 0.0}.
+    segment_starts are offsets into the arrays, the first 0; token t sees the tokens of its own segment only.
     """
 
     query: str
@@ -56,9 +75,14 @@ class Trajectory:
     logprobs: Float32  # (L,) nats, under the sampling distribution (temperature included)
     versions: Int32  # (L,) policy version that sampled the token
     scores: dict[str, float] = field(default_factory=dict)
+    segment_starts: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def segments(self) -> list[slice]:
+        """Where each segment lies in the arrays. Raises ValueError as segment_slices()."""
+        return segment_slices(self.segment_starts, len(self))
 
     def version_span(self) -> tuple[int, int]:
         """(oldest, newest) policy version among the sampled tokens; (-1, -1) when nothing was sampled."""

@@ -46,9 +46,11 @@ def tokens_of(length: int, seed: int) -> tuple[Any, Any, Any]:
 
 
 def workload(
-    batcher: Batcher, seed: int, queries: int = 5, mean: float = 2.0, longest: int = 90, failures: float = 0.1
-) -> list[Call]:
-    """Calls that complete `queries` groups: d_k is Poisson, advantages are coarse so that some are 0."""
+    batcher: Batcher, seed: int, queries: int = 5, mean: float = 2.0, longest: int = 90, failures: float = 0.1,
+    segments: bool = False,
+) -> list[Call]:  # fmt: skip
+    """Calls that complete `queries` groups: d_k is Poisson, advantages are coarse so that some are 0. segments: half of
+    the trajectories have several, some of them without a trainable token."""
     r = np.random.default_rng(seed)
     calls: list[Call] = []
     traj_id = int(r.integers(0, 1000))
@@ -63,17 +65,27 @@ def workload(
                         calls.append(("fail", (name, k, i, role)))
                         continue
                     length = int(min(longest, 1 + r.geometric(0.05)))
+                    starts = segment_starts(r, length) if segments else (0,)
                     per_token = batcher.options["token_advantages"]
                     advantage = r.choice([0.0, 0.0, -0.5, 0.7, 1.1], length if per_token else None)
                     advantage = advantage.astype(np.float32) if per_token else float(advantage)
                     if per_token and r.random() < 0.2:
                         advantage[:] = 0
                     data = tokens_of(length, traj_id)
+                    if segments and length > 1 and r.random() < 0.3:
+                        data[1][: length // 2] = 0
                     calls.append(
-                        ("add", (name, k, i, traj_id, *data, advantage, int(r.integers(0, 9)), role))
+                        ("add", (name, k, i, traj_id, *data, advantage, int(r.integers(0, 9)), role, starts))
                     )
                     traj_id += int(r.integers(1, 5))
     return calls
+
+
+def segment_starts(r: np.random.Generator, length: int) -> tuple[int, ...]:
+    """Of a trajectory of so many tokens: one segment half of the time, else up to five."""
+    if length < 2 or r.random() < 0.5:
+        return (0,)
+    return (0, *sorted({int(x) for x in r.integers(1, length, r.integers(1, 5))}))
 
 
 def replay(calls: Iterable[Call], *batchers: Batcher | TwinBatcher) -> None:
@@ -107,6 +119,7 @@ def everything_of_twin(twin: TwinBatcher, step: int, skip_zero: bool = False) ->
         "rows.group": [r.group for r in rows],
         "rows.rollout": [r.rollout for r in rows],
         "rows.invocation": [r.invocation for r in rows],
+        "rows.segment": [r.segment for r in rows],
         "rows.multiplicity": [r.multiplicity for r in rows],
         "rows.length": [r.item["length"] for r in rows],
         "rows.active": [int(r.item["mask"].sum()) for r in rows],

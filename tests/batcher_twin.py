@@ -3,6 +3,7 @@ results."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,7 @@ class Row:
     role: int
     rollout: int
     invocation: int
+    segment: int
     multiplicity: int
     weight: float
     item: dict[str, Any]
@@ -118,24 +120,27 @@ def natural(name: str) -> list[tuple[int, int, bytes]]:
 class TwinBatcher:
     def __init__(self, options: dict[str, Any]) -> None:
         self.o = options
-        self.entries: dict[tuple[str, int, int], dict[int, dict[str, Any] | None]] = {}
+        self.entries: dict[tuple[str, int, int], dict[int, list[dict[str, Any]] | None]] = {}
         self.sealed: dict[tuple[str, int, int], int] = {}
 
     def add(
         self, query: str, rollout: int, invocation: int, traj_id: int, tokens: Any, loss_mask: Any,
-        logprobs: Any, advantage: Any, policy_version: int, role: str,
+        logprobs: Any, advantage: Any, policy_version: int, role: str, segment_starts: Any = (0,),
     ) -> None:  # fmt: skip
         place = self.entries.setdefault((query, self.o["roles"].index(role), rollout), {})
-        n = len(tokens)
-        if n > self.o["capacity"] and self.o["overlong"] == "drop":
+        bounds = list(itertools.pairwise([*segment_starts, len(tokens)]))
+        if any(end - start > self.o["capacity"] for start, end in bounds) and self.o["overlong"] == "drop":
             place[invocation] = None
             return
-        n = min(n, self.o["capacity"])
-        place[invocation] = {
-            "id": traj_id, "tokens": tokens[:n], "mask": loss_mask[:n], "logprobs": logprobs[:n],
-            "advantages": np.broadcast_to(np.asarray(advantage, np.float32), len(tokens))[:n],
-            "per_token": self.o["token_advantages"], "version": policy_version, "length": n,
-        }  # fmt: skip
+        advantages = np.broadcast_to(np.asarray(advantage, np.float32), len(tokens))
+        place[invocation] = []
+        for segment, (start, end) in enumerate(bounds):
+            here = slice(start, min(end, start + self.o["capacity"]))
+            place[invocation].append({
+                "id": traj_id, "tokens": tokens[here], "mask": loss_mask[here], "logprobs": logprobs[here],
+                "advantages": advantages[here], "per_token": self.o["token_advantages"], "version": policy_version,
+                "length": here.stop - start, "segment": segment,
+            })  # fmt: skip
 
     def seal(self, query: str, rollout: int, d: int, role: str) -> None:
         self.sealed[query, self.o["roles"].index(role), rollout] = d
@@ -194,9 +199,9 @@ class TwinPlan:
             if m:
                 self.slots[g, k, used : used + m] = len(self.rows)
                 used += m
-                self.rows.append(
-                    Row(g, r, k, i, m, weight_of(m, d, d_max, o["mode"], o["sequence_weight"]), item)
-                )
+                trained = [part for part in item if part["mask"].any()]
+                weight = weight_of(m, d, d_max, o["mode"], o["sequence_weight"]) / len(trained)
+                self.rows += [Row(g, r, k, i, part["segment"], m, weight, part) for part in trained]
 
     def weight(self, item: int) -> np.float32:
         row = self.rows[self.items[item]]

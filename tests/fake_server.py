@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,11 @@ VOCAB = 50
 def token(weights: bytes, prompt: list[int], seed: int, i: int) -> int:
     text = f"{prompt} {seed} {i}".encode()
     return hashlib.sha256(weights + text).digest()[0] % VOCAB
+
+
+def words(ids: Sequence[int]) -> str:
+    """The text of ids, as tests.models.tiny_tokenizer decodes them."""
+    return " ".join(f"w{i}" for i in ids)
 
 
 def logprob(weights: bytes, prompt: list[int] | tuple[int, ...]) -> float:
@@ -41,6 +47,7 @@ class FakeServer:
         self.hold.set()
         self.hold_at: int | None = None  # only when they have so many tokens
         self.standing = False  # one of them does
+        self.heeds_stops = True  # it ends at stop texts
         self.refuse: dict[str, tuple[int, str]] = {}  # path -> status and message
         self.aborted = 0  # generations whose client went away
         self.weights, self.label = b"its own", "default"

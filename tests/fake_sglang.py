@@ -12,7 +12,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from tests.fake_server import VOCAB, FakeServer, logprob, token
+from tests.fake_server import VOCAB, FakeServer, logprob, token, words
 
 END_OF_TEXT = VOCAB - 1  # the model's own; sampled at end_at only
 
@@ -89,6 +89,9 @@ class FakeSglang(FakeServer):
             assert self.running.is_set(), "a token that was sampled during an update"
             assert self.clean, "an answer from a prefix cache of older weights"
             ids.append(self.token(self.weights, params["sampling_seed"], len(prompt) + len(ids)))
+            at_text = next((stop for stop in params.get("stop", []) if stop in words(ids)), None)
+            if self.heeds_stops and at_text is not None:  # in the tokens of this request alone
+                return ids, {"type": "stop", "matched": at_text}
             if ids[-1] in ends:
                 return ids, {"type": "stop", "matched": ids[-1]}
         return ids, {"type": "length", "length": len(ids)}

@@ -10,11 +10,12 @@ running requests included, unless it is asked not to.
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 from mgrpo.types import Probe
-from tests.fake_server import VOCAB, FakeServer, logprob, token
+from tests.fake_server import VOCAB, FakeServer, logprob, token, words
 from tests.plugin_kit import Worker
 
 
@@ -25,6 +26,7 @@ class FakeVllm(FakeServer):
     unrecorded = ("/health", "/weight_info", "/is_paused", "/v1/models")
     finish: str | None = None  # what ends every generation
     plugin = False  # ours is in it
+    parser = True  # it was started with one of tool calls
     deaf = False  # as vLLM with a tied model on a CPU: it takes new weights and goes on with the old ones
 
     def _forget(self) -> None:
@@ -34,6 +36,7 @@ class FakeVllm(FakeServer):
         self.stale: set[str | None] = set()  # those of older weights among them
         self.pauses: list[str] = []  # their queries
         self.rpcs: list[str] = []
+        self.derendered: list[dict[str, Any]] = []
         self.probed = 0
         self.worker = Worker()
 
@@ -73,7 +76,7 @@ class FakeVllm(FakeServer):
             if not spans or spans[-1]["version"] != self.label:
                 spans.append({"version": self.label, "start": len(ids) - 1})
             spans[-1]["end"] = len(ids)
-            if ids[-1] in params["stop_token_ids"]:
+            if ids[-1] in params["stop_token_ids"] or self._at_text(params, ids):
                 reason = "stop"
                 break
         logprobs = [
@@ -87,6 +90,33 @@ class FakeVllm(FakeServer):
         content = [{"token_id": i, "logprob": logprobs[0], "rank": 1, "top_logprobs": top} for i in ids]
         choice = {"index": 0, "finish_reason": self.finish or reason, "token_ids": ids}
         return 200, {"choices": [choice | {"logprobs": {"content": content}, "weight_versions": spans}]}
+
+    def _at_text(self, params: dict[str, Any], ids: list[int]) -> bool:
+        """As vLLM, which decodes for stop texts alone."""
+        stops = params.get("stop", [])
+        assert params["detokenize"] is bool(stops), "stop texts need detokenize, and nothing else does"
+        return self.heeds_stops and any(stop in words(ids) for stop in stops)
+
+    def on_v1_chat_completions_derender(self, body: dict[str, Any], query: str) -> Any:
+        """As a server with a parser of tool calls, in which "w7" calls the first tool with the words behind it."""
+        self.derendered.append(body)
+        (choice,), chat = body["generate_response"]["choices"], body.get("chat_request")
+        if not choice["token_ids"]:
+            return 400, {"error": {"message": "choice 0 has empty or null token_ids"}}
+        if chat is None and self.parser:
+            return 400, {"error": {"message": "chat_request is required when a tool parser is configured"}}
+        message: dict[str, Any] = {"content": words(choice["token_ids"]), "tool_calls": []}
+        if chat is not None and "tools" in chat:
+            if not all("function" in tool for tool in chat["tools"]) or not chat["tools"]:
+                return 400, {"error": {"message": "tools: field required: function"}}
+            content, called, behind = message["content"].partition("w7")
+            name = chat["tools"][0]["function"]["name"]
+            function = {"name": name, "arguments": json.dumps({"query": behind.strip()})}
+            calls = [{"id": "x", "type": "function", "function": function}] if called else []
+            message = {"content": content.strip() or None, "reasoning": None, "tool_calls": calls}
+        return 200, {
+            "choices": [{"index": 0, "message": message, "finish_reason": choice.get("finish_reason")}]
+        }
 
     def _change(self) -> None:
         """What the cache holds from now on is of older weights."""

@@ -74,6 +74,7 @@ class Bench(Generic[S]):
             name="tests' policy",
             vocabulary=Vocabulary(tiny_tokenizer(tokens), VOCAB, "tests' policy"),
             max_length=max_length,
+            tokenizer=tiny_tokenizer(tokens),
             patience=patience,
         )
         self._engines.append(made)

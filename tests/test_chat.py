@@ -186,7 +186,8 @@ def test_a_rewritten_history_is_counted() -> None:
     chat.begin(FIRST)
     asyncio.run(chat.reply(9))
     chat.observe("user", "x")
-    chat.conversation._ids[chat.conversation._mask.index(1)] = 6
+    segment = chat.conversation._now
+    segment.ids[segment.mask.index(1)] = 6
     asyncio.run(chat.reply(9))
     assert episode.mismatches() == 1
 

@@ -111,14 +111,16 @@ class Served:
         self.sync = sync = VllmBackend.open_sync(view_of(self.config, "main"), self.run.weights / "main")
         sync.on_event = self.said.append
         self.server = TimedClient(self.url, timeout)
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
         self.engine = ServerEngine(
             EnginePool(
                 [self.server], sync, timeout=START_SECONDS, max_length=LENGTH, on_event=self.said.append
             ),
             sync,
             name="SmolLM2",
-            vocabulary=Vocabulary(AutoTokenizer.from_pretrained(MODEL), 49152, "SmolLM2"),
+            vocabulary=Vocabulary(tokenizer, 49152, "SmolLM2"),
             max_length=LENGTH,
+            tokenizer=tokenizer,
             patience=START_SECONDS,
         )
 

@@ -242,6 +242,12 @@ def test_a_server_of_other_settings_is_refused(live: Served) -> None:
         pool._max_length = before
 
 
+def test_a_server_without_a_parser_of_tool_calls_is_refused(live: Served) -> None:
+    """Its route would make plain text of every call; the first turn finds out, before one is lost."""
+    with pytest.raises(ConfigError, match="parses no tool calls; start it with --enable-auto-tool-choice"):
+        live.do(live.engine.parse_turn([1, 2], []))
+
+
 def test_a_killed_server_is_named_started_again_and_brought_up_to_date(
     live: Served, policy: Policy, changed: Policy
 ) -> None:

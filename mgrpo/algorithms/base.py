@@ -33,8 +33,8 @@ class GroupRollout:
 
 @dataclass(frozen=True, slots=True)
 class GroupMember:
-    """One trajectory of the role: L tokens. weight: w(k, i) of the alignment, all copies together; 0 where the draw
-    dropped it, and then its advantage is not read."""
+    """One trajectory of the role: L tokens, of all its segments. weight: w(k, i) of the alignment, all copies together;
+    0 where the draw dropped it, and then its advantage is not read."""
 
     rollout: GroupRollout
     invocation: int
@@ -43,9 +43,10 @@ class GroupMember:
     weight: float
     tokens: Int32  # (L,)
     loss_mask: UInt8  # (L,)
+    segment_starts: tuple[int, ...] = (0,)
 
     def turns(self) -> list[tuple[int, int]]:
-        """[first, last) of each stretch of sampled tokens."""
+        """[first, last) of each stretch of sampled tokens. Each lies in one segment, which begins with context."""
         edges = np.flatnonzero(np.diff(self.loss_mask != 0, prepend=False, append=False))
         return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
 

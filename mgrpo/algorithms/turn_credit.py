@@ -5,9 +5,9 @@ the trajectory, turns that answer the same observation are compared with each ot
     A_turn     = (G - mean) / (std + eps)                         over the turns of the group with the same observation
     A(k, i, t) = (R - mu) / (std + eps) + omega A_turn            for every token that turn t sampled
 
-A turn is a stretch of sampled tokens; its observation is the stretch before it: the prompt for the first turn, what a
-tool or another agent said for a later one. Turns whose observation nobody shares, and those of equal return, have
-A_turn = 0, so where no observation comes twice this is `mgrpo`.
+A turn is a stretch of sampled tokens; its observation is the stretch before it: the prompt for the first turn (of each
+segment), what a tool or another agent said for a later one. Turns whose observation nobody shares, and those of equal
+return, have A_turn = 0, so where no observation comes twice this is `mgrpo`.
 
 Deviations from the paper: 1. The reward comes at the end only, since a trajectory has no scores of its turns. 2. An
 observation is what its tokens are, compared exactly; the paper's environments name their states. 3. Means and
@@ -17,6 +17,7 @@ deviations count each trajectory with its weight of the alignment, and the devia
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,6 +62,7 @@ class TurnCredit(Algorithm):
             spans = member.turns()
             before = 0
             for turn, (begin, end) in enumerate(spans):
+                before = max(before, member.segment_starts[bisect_right(member.segment_starts, begin) - 1])
                 observation = (group, member.tokens[before:begin].tobytes())
                 numbers.append(known.setdefault(observation, len(known)))
                 returns.append(self.settings.gamma ** (len(spans) - 1 - turn) * member.reward)

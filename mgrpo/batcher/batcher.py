@@ -14,8 +14,9 @@ The work happens in C++ (csrc/), without the GIL; token data goes from the calle
 into the caller's buffers, never through Python objects. torch tensors share memory through `tensor.numpy()` (inputs and
 outputs) or `torch.from_numpy`.
 
-`seg_weight` is w(k,i) of mgrpo.alignment, *before* any token normalisation: a loss multiplies it with the token mask
-and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which is K' with
+A row is one segment of a trajectory: of a trajectory that has one, the whole. `seg_weight` is w(k,i) of mgrpo.alignment
+divided by the number of the trajectory's rows, *before* any token normalisation: a loss multiplies it with the token
+mask and its own normaliser (1/|o|, 1/tokens, ...) and divides by `plan.denominator`, which is K' with
 sequence_weight="per_rollout", the number of rollouts with d_k > 0.
 
 Advantages are the caller's (mgrpo/algorithms), one a trajectory or one a token. Those that depend on the weights of the
@@ -50,9 +51,9 @@ class Batcher:
     mapping role -> d_max for a trainer that serves several roles. capacity: tokens a micro-batch. dp:
     data-parallel ranks. mode, sequence_weight: see mgrpo.alignment. token_advantages: trajectories have an advantage of
     each token. empty: a rollout with d_k = 0 is masked and leaves the denominator ("mask"), is
-    masked but counted in it ("count"), or is refused ("error"). overlong: a trajectory above capacity is
-    refused ("error"), cut at its end ("truncate") or leaves its group like a failed one ("drop"). cost: (a,
-    b) of the cost a*L + b*L^2 of a sequence, which the packer balances over ranks. max_segments: sequences a
+    masked but counted in it ("count"), or is refused ("error"). overlong: a segment above capacity is
+    refused ("error"), cut at its end ("truncate") or takes its trajectory out of the group like a failed one ("drop").
+    cost: (a, b) of the cost a*L + b*L^2 of a sequence, which the packer balances over ranks. max_segments: sequences a
     micro-batch; None = as many as fit. arena_bytes: bound on token data (9 bytes a token, 13 with
     token_advantages); a full arena refuses with ArenaFullError. vocab_size: bound on token ids. clock: seconds, for
     expire(). Raises ValueError naming the option.
@@ -125,9 +126,12 @@ class Batcher:
         advantage: float | Float32,
         policy_version: int,
         role: str | None = None,
+        segment_starts: Sequence[int] = (0,),
     ) -> bool:
         """Copy one trajectory of L tokens into the arena: tokens i32[L], loss_mask u8[L] of 0 and 1, logprobs
         f32[L]; advantage a finite number, with token_advantages f32[L], which is not read where loss_mask is 0.
+        segment_starts: offsets of its segments, the first 0. Each is a row of its own and bounded by capacity; those
+        with a trainable token share the trajectory's weight equally, the others have no row.
 
         traj_id >= 0 is unique in the batcher. False for a re-delivery (same id, same content), which is only
         counted. Raises TrajectoryError and its subclasses; a rejected trajectory changes nothing.
@@ -135,7 +139,7 @@ class Batcher:
         name = query_name(query)
         return self._core.add(
             name, self._role(role), rollout, invocation, traj_id, tokens, loss_mask, logprobs, advantage,
-            policy_version, self._clock(),
+            policy_version, segment_starts, self._clock(),
         )  # fmt: skip
 
     def add_many(
@@ -152,16 +156,18 @@ class Batcher:
         advantages: Float32,
         policy_versions: Int32,
         role: str | None = None,
+        segment_starts: Sequence[Sequence[int]] = (),
     ) -> int:
         """As add() for n trajectories in columns: trajectory i is [offsets[i], offsets[i+1]) of the token
-        columns. advantages f32[n], with token_advantages a token column.
+        columns. advantages f32[n], with token_advantages a token column. segment_starts: of each trajectory, in its own
+        tokens; none where each is one segment.
 
         Returns how many were new. When one is rejected, those before it stay and the error names it.
         """
-        columns: dict[str, npt.NDArray[Any]] = {
+        columns: dict[str, Any] = {
             "rollouts": rollouts, "invocations": invocations, "traj_ids": traj_ids, "offsets": offsets,
             "tokens": tokens, "loss_mask": loss_mask, "logprobs": logprobs, "advantages": advantages,
-            "policy_versions": policy_versions,
+            "policy_versions": policy_versions, "segment_starts": segment_starts,
         }  # fmt: skip
         return self._core.add_many([query_name(q) for q in queries], self._role(role), columns, self._clock())
 

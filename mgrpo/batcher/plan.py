@@ -21,19 +21,24 @@ _SEGMENTS = {"seg_advantage": np.float32, "seg_weight": np.float32, "seg_traj": 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The distinct kept trajectories (U), by group, rollout, invocation."""
+    """The segments of the distinct kept trajectories (R), by group, rollout, invocation, segment."""
 
-    group: Int32  # (U,) index into Plan.groups
+    group: Int32  # (R,) index into Plan.groups
     rollout: Int32
     invocation: Int32
+    segment: Int32  # its place in the trajectory; those without a token with loss_mask 1 have no row
     multiplicity: Int32  # copies of the draw
     length: Int32  # tokens
     active: Int32  # tokens with loss_mask 1
     policy_version: Int32
-    weight: npt.NDArray[np.float64]  # w(k,i), all copies together, before token normalisation
-    advantage: Float32  # of the trajectory; of each token: the mean over those with loss_mask 1
+    weight: npt.NDArray[np.float64]  # w(k,i) / rows of the trajectory, all copies together
+    advantage: Float32  # of the trajectory; of each token: the mean over the segment's with loss_mask 1
     has_gradient: npt.NDArray[np.bool_]  # some token with loss_mask 1 has an advantage other than 0
-    traj_id: npt.NDArray[np.int64]
+    traj_id: npt.NDArray[np.int64]  # of the trajectory, whose rows follow one another
+
+    def first(self) -> npt.NDArray[np.int64]:
+        """(U,) the first row of each trajectory, for numpy's reduceat."""
+        return np.flatnonzero(np.diff(self.traj_id, prepend=-1))
 
 
 class Plan:
@@ -98,12 +103,12 @@ class Plan:
     @property
     def unique(self) -> int:
         """U: distinct trajectories kept by the draw."""
-        return len(self.rows.group)
+        return len(self.rows.first())
 
     @property
     def multiplicity(self) -> Int32:
         """Copies of each distinct trajectory, i32[U]."""
-        return self.rows.multiplicity
+        return self.rows.multiplicity[self.rows.first()]
 
     @cached_property
     def groups(self) -> list[tuple[str, str]]:
@@ -114,7 +119,8 @@ class Plan:
 
     @property
     def slots(self) -> Int32:
-        """i32[G, K, D] -> row, or -1 where nothing is trained; a row of multiplicity m stands in m slots."""
+        """i32[G, K, D] -> the first row of a trajectory, or -1 where nothing is trained; a trajectory of multiplicity m
+        stands in m slots."""
         return self.core.slots
 
     @property
@@ -132,14 +138,15 @@ class Plan:
         """What a sequence-mean loss divides by, over all ranks: K'; K x groups with empty="count"; the number of
         invocations with sequence_weight="per_invocation"."""
         if self._options["sequence_weight"] == "per_invocation":
-            return float(self.rows.weight.sum())
+            return float(self.unique)
         if self._options["empty"] == "count":
             return float(len(self.groups) * self._options["k"])
         return float(self.n_rollouts)
 
     @property
     def weighted_tokens(self) -> float:
-        """sum of w(k,i) |o|, |o| = tokens with loss_mask 1, over all ranks: what a token-mean loss divides by."""
+        """sum over rows of weight |o|, |o| = tokens with loss_mask 1, over all ranks: what a token-mean loss divides
+        by."""
         return float((self.rows.weight * self.rows.active).sum())
 
     @cached_property

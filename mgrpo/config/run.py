@@ -110,7 +110,7 @@ class AgentConfig(Settings):
     d_max: int = Field(1, ge=1)
     """Invocations per rollout after alignment; 1 for the main agent."""
     max_length: int = Field(128, ge=2)
-    """Longest trajectory in tokens."""
+    """Longest trajectory in tokens, each of its segments alone."""
     alignment: AlignmentConfig = AlignmentConfig()
     reward: RewardConfig
     algorithm: AlgorithmConfig = MGrpoAlgorithm()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import httpx2
 import msgspec
 
-from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.base import ParsedTurn, SamplingParams
 from mgrpo.errors import ConfigError, InfrastructureError
 
 CONNECT_SECONDS = 5.0
@@ -48,6 +48,11 @@ class Completion:
     spans: list[Span]  # [] when the server keeps no labels
     finish_reason: Literal["stop", "length"]
 
+    def cut(self, n: int) -> Completion:
+        """Its first n tokens, of which the last completes a stop text."""
+        spans = [Span(span.label, span.start, min(span.end, n)) for span in self.spans if span.start < n]
+        return Completion(self.token_ids[:n], self.logprobs[:n], spans, "stop")
+
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
@@ -70,6 +75,8 @@ class ServerClient(ABC):
     """What a server needs for its answers to carry weight versions."""
     length_setting: ClassVar[str]
     """The server's argument that bounds a history."""
+    parses_turns: ClassVar[bool] = False
+    """Whether it has parse_turn()."""
 
     def __init__(self, url: str, timeout: float) -> None:
         """timeout: seconds of one generation. Raises ConfigError for a url that is none of ours."""
@@ -119,6 +126,12 @@ class ServerClient(ABC):
     @abstractmethod
     async def prompt_logprobs(self, model: str, token_ids: Sequence[int]) -> list[float]:
         """(L - 1,) log-probs, in nats at temperature 1, of token_ids[1:], each given those before it, by `model`."""
+
+    async def parse_turn(
+        self, token_ids: Sequence[int], tools: Sequence[Mapping[str, object]], prompt_ids: Sequence[int]
+    ) -> ParsedTurn:
+        """See Engine.parse_turn. Raises ServerDown, too."""
+        raise ConfigError(f"{self.url}: {self.name} has no route that parses a turn")
 
     async def logprobs_follow_temperature(self, model: str) -> bool:
         """True when the log-probs it reports are those of the distribution it samples from, temperature included.

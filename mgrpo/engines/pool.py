@@ -19,13 +19,14 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, TypeVar
 
 from mgrpo.engines.client import Completion, ServerClient, ServerDown, ServerInfo
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.weight_sync import C, Unconfirmed, WeightSync
 from mgrpo.errors import ConfigError, CorruptionError, DeadlineError, InfrastructureError
 
+T = TypeVar("T")
 log = logging.getLogger("mgrpo.engines")
 
 WATCH_SECONDS = 2.0
@@ -119,6 +120,21 @@ class EnginePool(Generic[C]):
                     raise
             finally:
                 server.in_flight -= 1
+
+    async def ask(self, request: Callable[[C], Awaitable[T]]) -> T:
+        """The answer of some ready server to a question that has nothing to do with its weights. Raises what `request`
+        raises; InfrastructureError naming every server when none is ready within timeout seconds."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            server = await self._acquire(None, deadline)
+            failures = server.failures
+            try:
+                return await request(server.client)
+            except ServerDown as error:
+                if server.failures == failures:
+                    self._down(server, str(error))
+                if time.monotonic() >= deadline:
+                    raise
 
     async def _check_labels(self, server: PooledServer[C], answer: Completion, wanted: Label) -> None:
         """An answer counts once the weights of each of its tokens have been compared with the trainer's."""

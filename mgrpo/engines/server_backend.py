@@ -61,7 +61,14 @@ class ServerBackend(EngineBackend):
             on_event=sync.on_event,
         )
         vocabulary = Vocabulary(tokenizer, vocab_size, role)
-        made = ServerEngine(pool, sync, name=f"policy of {role}", vocabulary=vocabulary, max_length=length)
+        made = ServerEngine(
+            pool,
+            sync,
+            name=f"policy of {role}",
+            vocabulary=vocabulary,
+            max_length=length,
+            tokenizer=tokenizer,
+        )
         return made, tokenizer
 
     @classmethod

@@ -7,6 +7,9 @@
   distribution that the trainer does not know.
 - Ids that are no token of the tokenizer (spare rows of a padded head) are biased away by each request; an answer that
   holds one fails.
+- Stop texts are looked for by the server, as it samples, and once more here in what came back: a server that looks at
+  the tokens of one of several requests alone, or at too few of them, ends later than it should. What it sampled beyond
+  the end is thrown away.
 - Versions are the server's own record of which weights sampled which token, so they are true also for a request that an
   update has interrupted, whoever made the update.
 - A cancelled call closes its own connection, which ends its own request; other clients' requests are never touched.
@@ -14,18 +17,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Generic
 
 import numpy as np
 
-from mgrpo.engines.base import PATIENCE_SECONDS, Engine, Generation, SamplingParams
+from mgrpo.engines.base import PATIENCE_SECONDS, Engine, Generation, ParsedTurn, SamplingParams
 from mgrpo.engines.client import Completion
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.pool import EnginePool
 from mgrpo.engines.weight_sync import C, WeightSync
 from mgrpo.errors import InfrastructureError
+from mgrpo.model.stop_texts import end_at
+from mgrpo.model.tokens import Tokenizer
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.weights.version import Weights
 
@@ -41,14 +46,16 @@ class ServerEngine(Engine, Generic[C]):
         name: str,
         vocabulary: Vocabulary,
         max_length: int,
+        tokenizer: Tokenizer,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         """name: how errors call the policy. vocabulary: which ids may be sampled. max_length: tokens of a history at
-        most. patience: seconds that load() waits for a first server, which may still be starting."""
+        most. tokenizer: the policy's, for stop texts. patience: seconds that load() waits for a first server, which may
+        still be starting."""
         self._pool, self._sync = pool, sync
         self._name, self._vocab_size, self._max_length = name, vocabulary.rows, max_length
         self._unnamed = vocabulary.unnamed()
-        self._patience = patience
+        self._tokenizer, self._patience = tokenizer, patience
         self._version = -1
         self._closed = False
 
@@ -71,6 +78,9 @@ class ServerEngine(Engine, Generic[C]):
             return await server.generate(model, prompt, params, seed, self._unnamed)
 
         answer, label = await self._pool.generate(request, session)
+        if params.stop:
+            end = end_at(self._tokenizer, params.stop, answer.token_ids)
+            answer = answer if end is None else answer.cut(end)
         ids = np.asarray(answer.token_ids, np.int32)
         if strange := set(answer.token_ids).intersection(self._unnamed):
             raise InfrastructureError(
@@ -82,6 +92,19 @@ class ServerEngine(Engine, Generic[C]):
             self._versions(answer, label, len(ids)),
             answer.finish_reason,
         )
+
+    @property
+    def parses_turns(self) -> bool:  # type: ignore[override]  # asked, never set
+        return self._pool.servers[0].client.parses_turns
+
+    async def parse_turn(
+        self, token_ids: Sequence[int], tools: Sequence[Mapping[str, object]], prompt_ids: Sequence[int] = ()
+    ) -> ParsedTurn:
+        """See Engine. Any ready server answers: its parsers need no weights."""
+        if self._closed:
+            raise InfrastructureError(f"engine of {self._name} is closed")
+        ids, prompt = [int(i) for i in token_ids], [int(i) for i in prompt_ids]
+        return await self._pool.ask(lambda server: server.parse_turn(ids, tools, prompt))
 
     def _versions(
         self, answer: Completion, asked: Label, n: int

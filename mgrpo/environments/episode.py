@@ -17,221 +17,26 @@ or, in a model's own chat format:
     text = await chat.reply(max_tokens=256)
     chat.observe("user", "Result: 42")
 
-History is append-only: the ids that were sampled are the ids that are trained on; text is only ever decoded from them.
+The conversations themselves: conversation.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from mgrpo._C import philox4x32_10
-from mgrpo.engines.base import Engine, SamplingParams
+from mgrpo.engines.base import SamplingParams
 from mgrpo.environments.attempt import AttemptOverError
+from mgrpo.environments.conversation import Agent, Conversation, finite_metric, mix, unit_score
 from mgrpo.environments.tools import ToolCalls, outside_tools
-from mgrpo.errors import ContextOverflowError, RolloutError
+from mgrpo.errors import RolloutError
 from mgrpo.model.chat import ChatFormat, Message, Opening
-from mgrpo.model.tokens import Tokenizer, decode_piece, encode_piece, encode_start
-from mgrpo.types import MAIN, Rollout, Trajectory
+from mgrpo.types import MAIN, Rollout
 
-
-@dataclass(frozen=True, slots=True)
-class Agent:
-    """One role's policy as an episode sees it. max_length bounds a whole trajectory in tokens."""
-
-    role: str
-    engine: Engine
-    tokenizer: Tokenizer
-    temperature: float
-    max_length: int
-
-
-class Conversation:
-    """One trajectory in the making."""
-
-    def __init__(
-        self, agent: Agent, query: str, rollout: int, invocation: int, seed: int, attempt: int = 0
-    ) -> None:
-        self.agent = agent
-        self.query, self.rollout, self.invocation = query, rollout, invocation
-        self.scores: dict[str, float] = {}
-        self.metrics: dict[str, float] = {}
-        self.mismatches = 0  # retokenization: turns that training would see with other ids than were sampled
-        self.closed = False
-        self._over = False
-        self._seed = seed
-        self._turn = 0
-        self._ids: list[int] = []
-        self._mask: list[int] = []
-        self._logprobs: list[float] = []
-        self._versions: list[int] = []
-        self._seen: list[int] = []  # the history at the end of the last turn
-        # The attempt is part of the name: what an engine still holds of a failed one is no history of the next.
-        self._session = f"{query}/{rollout}/{attempt}/{agent.role}/{invocation}"
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens left before max_length."""
-        return self.agent.max_length - len(self._ids)
-
-    def last_sampled(self) -> int:
-        """The token the policy sampled last."""
-        for token, sampled in zip(reversed(self._ids), reversed(self._mask), strict=True):
-            if sampled:
-                return token
-        raise ValueError(f"nothing was sampled yet in {self._session}")
-
-    def encode(self, text: str) -> list[int]:
-        """The ids that append(text) would append, to see whether the conversation has so many remaining. Raises as
-        mgrpo.model.tokens.encode_piece."""
-        encode = encode_piece if self._ids else encode_start
-        return encode(self.agent.tokenizer, text)
-
-    def append(self, text: str) -> None:
-        """Add context (prompt, tool output, another agent's words): seen by the policy, never trained on. Raises as
-        encode() and append_ids()."""
-        self.append_ids(self.encode(text))
-
-    def append_ids(self, ids: Sequence[int]) -> None:
-        """append() of token ids. Raises ContextOverflowError where fewer remain, ValueError for
-        what is no token id."""
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
-            raise ValueError(
-                f"token ids {min(ids)}..{max(ids)} appended to {self._session} are outside 0..2**31 - 1"
-            )
-        if len(ids) > self.remaining:
-            raise self._overflow(f"{len(ids)} more tokens of context")
-        self._ids.extend(ids)
-        self._mask.extend([0] * len(ids))
-        self._logprobs.extend([0.0] * len(ids))
-        self._versions.extend([-1] * len(ids))
-
-    async def sample(self, max_tokens: int, stop: str) -> str:
-        """Sample until the single token `stop`, or max_tokens; returns the decoded text. Raises as
-        sample_ids()."""
-        tokenizer = self.agent.tokenizer
-        stop_ids = tuple(encode_piece(tokenizer, stop))
-        if len(stop_ids) != 1:
-            raise ValueError(
-                f"stop {stop!r} is {len(stop_ids)} tokens for role {self.agent.role}, expected 1"
-            )
-        ids = await self.sample_ids(SamplingParams(max_tokens, self.agent.temperature, stop_ids))
-        text = decode_piece(tokenizer, ids)
-        self.mismatches += encode_piece(tokenizer, text) != ids
-        return text
-
-    async def sample_ids(self, params: SamplingParams) -> list[int]:
-        """As sample(), in token ids. The noise is a function of (seed, rollout, role, invocation, turn). Raises
-        ContextOverflowError where fewer than max_tokens remain, AttemptOverError once the episode has ended."""
-        if self._over:
-            raise AttemptOverError(f"{self._session} is not continued: its attempt has ended")
-        if params.max_tokens > self.remaining:
-            raise self._overflow(f"a turn of {params.max_tokens} tokens")
-        self.mismatches += self._ids[: len(self._seen)] != self._seen
-        outside_tools(f"{self._session} samples")
-        out = await self.agent.engine.generate(
-            self._ids, params, seed=mix(self._seed, self._turn), session=self._session
-        )
-        self._turn += 1
-        ids = [int(i) for i in out.token_ids]
-        self._ids.extend(ids)
-        self._mask.extend([1] * len(ids))
-        self._logprobs.extend(float(x) for x in out.logprobs)
-        self._versions.extend(int(v) for v in out.versions)
-        self._seen = list(self._ids)
-        return ids
-
-    def _overflow(self, what: str) -> ContextOverflowError:
-        role, limit = self.agent.role, self.agent.max_length
-        return ContextOverflowError(
-            f"{self._session}: {what} do not fit behind {len(self)} tokens of role {role!r}, max_length is {limit}; "
-            f"set agents.{role}.max_length higher, or let the task cut what it appends to Conversation.remaining"
-        )
-
-    def close(self, **scores: float) -> None:
-        """End the trajectory with its own reward parts, each in [0, 1]. Raises RolloutError for any other score."""
-        self.scores = {
-            name: unit_score(value, f"score {name!r} of {self._session}") for name, value in scores.items()
-        }
-        self.closed = True
-        self.release()
-
-    def metric(self, name: str, value: float) -> None:
-        """Report a number of this conversation; the mean over its role's conversations becomes `<role>/task/<name>`. It
-        takes no part in training. A later value of the same name replaces it. Raises RolloutError for a name that is no
-        identifier and a value that is no finite number."""
-        self.metrics[name] = finite_metric(name, value, self._session)
-
-    def end(self) -> None:
-        """Nothing more is sampled here: whoever tries is cancelled."""
-        self._over = True
-
-    def release(self) -> None:
-        """Free what the engine holds of this conversation. Idempotent."""
-        self.agent.engine.release(self._session)
-
-    def trajectory(self) -> Trajectory:
-        """The conversation so far, as arrays."""
-        return Trajectory(
-            query=self.query,
-            rollout=self.rollout,
-            role=self.agent.role,
-            invocation=self.invocation,
-            tokens=np.asarray(self._ids, np.int32),
-            loss_mask=np.asarray(self._mask, np.uint8),
-            logprobs=np.asarray(self._logprobs, np.float32),
-            versions=np.asarray(self._versions, np.int32),
-            scores=dict(self.scores),
-        )
-
-    def final_trajectory(self) -> Trajectory:
-        """The whole of it. Raises RolloutError where it cannot be trained on."""
-        if not self.closed:
-            raise RolloutError(f"{self._session} was opened and never closed; close() it with its scores")
-        if not any(self._mask):
-            raise RolloutError(
-                f"{self._session} has no sampled token among {len(self)}: nothing of it can be trained"
-            )
-        if not all(map(math.isfinite, self._logprobs)):
-            at = next(i for i, x in enumerate(self._logprobs) if not math.isfinite(x))
-            raise RolloutError(f"{self._session}: the log-prob of token {at} is {self._logprobs[at]}")
-        return self.trajectory()
-
-
-def unit_score(value: object, what: str) -> float:
-    """`value` as a float in [0, 1]; RolloutError naming `what` for NaN, None, text or any other number."""
-    number = _number(value)
-    if not 0.0 <= number <= 1.0:
-        raise RolloutError(f"{what} is {value!r:.100}, expected a number in [0, 1]")
-    return number
-
-
-def finite_metric(name: str, value: object, where: str) -> float:
-    """`value` as a float; RolloutError for NaN, infinity, text or a name that is no identifier."""
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise RolloutError(f"metric {name!r:.100} of {where}: expected a name of letters, digits and _")
-    number = _number(value)
-    if not math.isfinite(number):
-        raise RolloutError(f"metric {name!r} of {where} is {value!r:.100}, expected a finite number")
-    return number
-
-
-def _number(value: object) -> float:
-    """`value` as a float; NaN for None, text or what is no number."""
-    try:
-        return math.nan if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+__all__ = ["Agent", "Chat", "Conversation", "Episode", "mix"]
 
 
 class Chat:
@@ -337,8 +142,9 @@ class Episode:
         run = self._tools.run
         return await run(name, partial(call, *args), timeout, attempts, backoff, noise)
 
-    def open(self, role: str) -> Conversation:
-        """Start the next conversation of `role`. Raises AttemptOverError once the episode has ended."""
+    def open(self, role: str, salt: int | None = None) -> Conversation:
+        """Start the next conversation of `role`. salt: what its noise follows from in place of its number, where
+        conversations are opened in no certain order. Raises AttemptOverError once the episode has ended."""
         if self._over:
             raise AttemptOverError(
                 f"{self.query}/{self.rollout} opens no conversation: its attempt has ended"
@@ -349,11 +155,26 @@ class Episode:
         mine = self._open[role]
         if role == MAIN and mine:
             raise ValueError("a rollout has one main trajectory; it is already open")
-        seed = mix(self._seed, (sorted(self._open).index(role) << 16) | len(mine))
+        place = sorted(self._open).index(role) << 16
+        seed = mix(self._seed, place | len(mine))
+        if salt is not None:
+            seed = mix(mix(self._seed, 1 << 41 | place), salt)  # tools have 1 << 40
         if role != MAIN:
             self._opened_at[role].append(sum(len(main) for main in self._open[MAIN]))
         mine.append(self.conversation(self.agents[role], len(mine), seed))
         return mine[-1]
+
+    def renumber(self, role: str, order: Sequence[int]) -> None:
+        """Give the conversations of a sub-agent other numbers: order[i] is the present one of the i-th. Raises
+        ValueError where these are not all of them."""
+        mine, places = self._open[role], self._opened_at[role]
+        if sorted(order) != list(range(len(mine))):
+            raise ValueError(
+                f"order {list(order)!r:.100} of role {role!r}, which has {len(mine)} conversations"
+            )
+        self._open[role], self._opened_at[role] = [mine[i] for i in order], [places[i] for i in order]
+        for number, conversation in enumerate(self._open[role]):
+            conversation.invocation = number
 
     def conversation(self, agent: Agent, invocation: int, seed: int) -> Conversation:
         """Make a conversation for open(); a subclass may make one that is watched."""
@@ -393,6 +214,8 @@ class Episode:
             )
         (main,) = self._open[MAIN]
         subs = {r: [c.final_trajectory() for c in cs] for r, cs in self._open.items() if r != MAIN}
+        final = main.final_trajectory()
+        opened_at = {role: [min(at, len(final)) for at in places] for role, places in self._opened_at.items()}
         try:  # as the record will
             msgspec.msgpack.encode(info, enc_hook=str)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -400,10 +223,10 @@ class Episode:
         self._finished = Rollout(
             self.query,
             self.rollout,
-            main.final_trajectory(),
+            final,
             subs,
             outcome,
-            info | {"opened_at": self._opened_at},
+            info | {"opened_at": opened_at},
             self._task_metrics(),
         )
         return self._finished
@@ -434,11 +257,3 @@ def _kind(value: object) -> str:
     if isinstance(value, Rollout):
         return f"another Rollout ({value.query}/{value.rollout})"
     return "None" if value is None else f"an object of type {type(value).__name__}"
-
-
-def mix(seed: int, salt: int) -> int:
-    """A 64-bit seed derived from (seed, salt) by one Philox block."""
-    words = philox4x32_10(
-        [salt & 0xFFFFFFFF, (salt >> 32) & 0xFFFFFFFF, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
-    )
-    return int(words[0]) | (int(words[1]) << 32)

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.model.stop_texts import end_at
 from mgrpo.model.tokens import Tokenizer
 
 
 class ScriptedEngine(Engine):
-    """Samples what `script` returns for the text of the trajectory so far, cut at max_tokens and after a stop token
-    as a real engine would; every log-prob is 0."""
+    """Samples what `script` returns for the text of the trajectory so far, cut at max_tokens and after a stop token or
+    the token that completes a stop text, as a real engine would; every log-prob is 0."""
 
     def __init__(self, script: Callable[[str], str], tokenizer: Tokenizer) -> None:
         self.script, self.tokenizer = script, tokenizer
@@ -31,8 +32,10 @@ class ScriptedEngine(Engine):
     ) -> Generation:
         text = self.script(self.tokenizer.decode(list(prompt_ids)))
         ids = list(self.tokenizer.encode(text, add_special_tokens=False))[: params.max_tokens]
-        stops = [i for i, token in enumerate(ids) if token in params.stop_token_ids]
-        ids = ids[: stops[0] + 1] if stops else ids
+        stops = [i for i, token in enumerate(ids, 1) if token in params.stop_token_ids]
+        if params.stop and (end := end_at(self.tokenizer, params.stop, ids)) is not None:
+            stops.append(end)
+        ids = ids[: min(stops)] if stops else ids
         n = len(ids)
         return Generation(
             np.asarray(ids, np.int32),

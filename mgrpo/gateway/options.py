@@ -21,7 +21,9 @@ class GatewayOptions(Settings):
     history: Literal["exact", "keep", "fork"] = "exact"
     """What becomes of a request whose history is not what was said. exact: refused (409). keep: the conversation at its
     place goes on from what was sampled, whatever the program made of it, and is counted. fork: a new segment begins
-    with the history as the program has it; all segments of an invocation share its one vote."""
+    with the history as the program has it; all segments of an invocation share its one vote. Of main every history is.
+    Of a sub-agent one is that begins with the same first messages and has replies, or ends with its last question and
+    reply; any other, a summary alone too, opens the next invocation, unless the request names one by its number."""
     thoughts: Literal["keep", "fork"] = "keep"
     """What becomes of thoughts that a program leaves out of its history. keep: the policy still sees them. fork: a new
     segment begins without them."""

@@ -78,7 +78,7 @@ def samples_of(
     it, for each trajectory of the roles that the job trains, or a masked one where there is none (d_k = 0).
 
     reward: of each trajectory, or of each role. Raises ValueError for a trajectory without a prompt or a sampled token,
-    and for roles without a reward.
+    for one of several segments, and for roles without a reward.
     """
     base = copy.copy(sample)
     base.rollout_id = sample.index if sample.rollout_id is None else sample.rollout_id
@@ -87,6 +87,11 @@ def samples_of(
     made = []
     for trajectory in trajectories:
         where = f"{trajectory.role!r}, invocation {trajectory.invocation}"
+        if len(trajectory.segment_starts) > 1:
+            raise ValueError(
+                f"role {where}: {len(trajectory.segment_starts)} segments, expected 1: slime would train them as one "
+                "sequence and give each row a vote of its own; keep its history append-only"
+            )
         sampled = np.flatnonzero(trajectory.loss_mask)
         if not len(sampled) or not sampled[0]:
             raise ValueError(f"role {where}: {len(sampled)} sampled tokens and no prompt, expected both")

@@ -13,8 +13,9 @@ merges and added tokens, and nothing is merged with a neighbour. Tokenizers with
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -63,11 +64,15 @@ def encode_start(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def decode_piece(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Text of `ids` behind other tokens: a leading space stays, and no space is cleaned up."""
-    ids = [int(i) for i in ids]
+    return piece_decoder(tokenizer)([int(i) for i in ids])
+
+
+def piece_decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+    """decode_piece of this tokenizer as it is now, for whoever decodes many short pieces."""
     backend = _piece_tokenizer(tokenizer) or _backend(tokenizer)
     if backend is None:
-        return tokenizer.decode(ids)
-    return str(backend.decode(ids, skip_special_tokens=False))
+        return tokenizer.decode
+    return partial(backend.decode, skip_special_tokens=False)
 
 
 def check_text(text: object) -> None:

@@ -205,6 +205,7 @@ class BatchBuilder:
                 weights.get((m.invocation.rollout, m.invocation.invocation), 0.0),
                 m.trajectory.tokens,
                 m.trajectory.loss_mask,
+                m.trajectory.segment_starts,
             )
             for m in members[first:]
         ]
@@ -260,6 +261,7 @@ class BatchBuilder:
                 trajectory.logprobs,
                 np.ascontiguousarray(advantage, np.float32) if per_token else float(advantage),
                 members[number].invocation.version_min,
+                segment_starts=trajectory.segment_starts,
             )
         for k, d in counts.items():
             self._batcher.seal(group.query, k, d)

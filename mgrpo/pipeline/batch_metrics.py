@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from mgrpo.batcher import Plan
 from mgrpo.credit import StageRewards, is_gated
@@ -50,8 +51,8 @@ def sample_metrics(
 
 def batch_metrics(step: int, plans: Sequence[Plan], members: Sequence[Member]) -> dict[str, float]:
     """Of what a step trains on: alignment, rows without a gradient, tokens, and how old these are."""
-    kept = np.concatenate([p.rows.has_gradient for p in plans])
-    copies = np.concatenate([p.rows.multiplicity for p in plans])
+    kept = np.concatenate([_with_gradient(p) for p in plans])
+    copies = np.concatenate([p.multiplicity for p in plans])
     return {
         "advantage/frac_zero": float((~kept).mean()) if kept.size else 1.0,
         "align/dup_ratio": float((copies - 1).clip(0).sum() / max(1, copies.sum())),
@@ -59,6 +60,12 @@ def batch_metrics(step: int, plans: Sequence[Plan], members: Sequence[Member]) -
         "tokens": float(sum(m.invocation.n_tokens for m in members)),
         **staleness_metrics(step, members),
     }
+
+
+def _with_gradient(plan: Plan) -> npt.NDArray[np.bool_]:
+    """(U,) of each kept trajectory whether some of its rows has a gradient."""
+    rows, first = plan.rows, plan.rows.first()
+    return np.logical_or.reduceat(rows.has_gradient, first) if len(first) else rows.has_gradient
 
 
 def pool_metrics(

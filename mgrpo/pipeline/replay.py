@@ -271,7 +271,7 @@ class _RecordedTokens:
         return Trajectory(
             query, rollout, record.role, record.invocation,
             np.zeros(record.n, np.int32), np.ones(record.n, np.uint8), np.zeros(record.n, np.float32),
-            np.full(record.n, record.version_min, np.int32),
+            np.full(record.n, record.version_min, np.int32), segment_starts=record.segment_starts,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from mgrpo.batcher.plan import Rows
 from mgrpo.config.run import RecordConfig
 from mgrpo.pipeline.batch import StepBatch
 from mgrpo.pipeline.batch_metrics import Member
@@ -109,9 +110,8 @@ def step_body(batch: StepBatch, metrics: Mapping[str, float], settings: StepSett
     for number, member in enumerate(batch.members):
         rows[number] = _row(member)
     for number, plan in enumerate(batch.plans):
-        kept = plan.rows
-        for column in ("advantage", "multiplicity", "weight"):
-            rows[column][kept.traj_id] = getattr(kept, column)
+        for column, values in _of_trajectories(plan.rows).items():
+            rows[column][plan.rows.traj_id[plan.rows.first()]] = values
         for query in plan.queries:
             rows["minibatch"][rows["group"] == names[query]] = number
     return StepBody(
@@ -127,6 +127,17 @@ def step_body(batch: StepBatch, metrics: Mapping[str, float], settings: StepSett
         minibatches=[_minibatch(m) for m in batch.minibatches],
         metrics={name: float(value) for name, value in metrics.items()},
     )
+
+
+def _of_trajectories(rows: Rows) -> dict[str, npt.NDArray[np.generic]]:
+    """What the kept trajectories were trained with; an advantage is the mean over the sampled tokens of all rows."""
+    first = rows.first()
+    if not len(first):
+        return {}
+    active = rows.active.astype(np.float64)
+    advantage = np.add.reduceat(rows.advantage * active, first) / np.add.reduceat(active, first)
+    weight = np.add.reduceat(rows.weight, first)
+    return {"advantage": advantage, "multiplicity": rows.multiplicity[first], "weight": weight}
 
 
 def _row(member: Member) -> tuple[float, ...]:

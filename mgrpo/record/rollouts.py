@@ -161,6 +161,7 @@ def _record(trajectory: Trajectory, keep: bool) -> TrajectoryRecord:
     low, high = trajectory.version_span()
     scores = {str(name): _number(value) for name, value in trajectory.scores.items()}
     record = TrajectoryRecord(trajectory.role, trajectory.invocation, scores, len(trajectory), low, high)
+    record.segment_starts = trajectory.segment_starts
     if keep:
         record.tokens = trajectory.tokens.tobytes()
         record.loss_mask = trajectory.loss_mask.tobytes()

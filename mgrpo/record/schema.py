@@ -49,6 +49,7 @@ class TrajectoryRecord(msgspec.Struct, gc=False):
     loss_mask: bytes = b""  # u8
     logprobs: bytes = b""  # f32
     versions: bytes = b""  # i32
+    segment_starts: tuple[int, ...] = (0,)  # records of before have one segment each
 
     def trajectory(self, query: str, rollout: int) -> Trajectory:
         """The trajectory as the worker had it. Raises ValueError where its tokens were not kept."""
@@ -69,6 +70,7 @@ class TrajectoryRecord(msgspec.Struct, gc=False):
             logprobs=np.frombuffer(self.logprobs, "<f4"),
             versions=versions,
             scores=self.scores,
+            segment_starts=self.segment_starts,
         )
 
 

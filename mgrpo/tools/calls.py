@@ -18,6 +18,7 @@ in a table `function`. What is not understood becomes a call with a `problem`: t
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -94,17 +95,36 @@ def _behind_thoughts(text: str) -> str | None:
     return None if text.startswith("<think>") else thoughts
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A call and its place: text[start:end], tags included. closed: its closing tag is there. strict: its object is as
+    it should be."""
+
+    call: Call
+    start: int
+    end: int
+    closed: bool
+    strict: bool
+
+
+def blocks(text: str) -> list[Block]:
+    """The calls between tags, from left to right, one more than MAX_CALLS at most."""
+    found: list[Block] = []
+    start = text.find(OPEN)
+    while start >= 0 and len(found) <= MAX_CALLS:
+        call, strict, end = _block(text, start + len(OPEN))
+        found.append(Block(call, start, end, text.endswith(CLOSE, start, end), strict))
+        start = text.find(OPEN, end)
+    return found
+
+
 def _hermes(text: str) -> tuple[list[Call], bool]:
     """The calls between tags, and whether the turn is strict."""
-    calls: list[Call] = []
-    strict, begin, free = True, text.find(OPEN), -1  # free: end of the last block
-    while begin >= 0 and len(calls) <= MAX_CALLS:
-        strict &= free < 0 or not text[free:begin].strip()
-        call, plain, free = _block(text, begin + len(OPEN))
-        calls.append(call)
-        strict &= plain
-        begin = text.find(OPEN, free)
-    return calls, strict and not text[free:].strip()
+    found, strict = blocks(text), True
+    for before, block in itertools.pairwise(found):
+        strict &= not text[before.end : block.start].strip()
+    strict &= all(block.strict for block in found) and not text[found[-1].end :].strip()
+    return [block.call for block in found], strict
 
 
 def _block(text: str, begin: int) -> tuple[Call, bool, int]:

@@ -10,14 +10,14 @@ import torch
 
 @dataclass(slots=True)
 class MicroBatch:
-    """R trajectories, right-padded to S tokens."""
+    """R rows, right-padded to S tokens: a trajectory each, or one of its segments."""
 
     ids: torch.Tensor  # i64 (R, S)
     loss_mask: torch.Tensor  # bool (R, S), False on padding
     rollout_logprobs: torch.Tensor  # f32 (R, S), the sampler's
     lengths: torch.Tensor  # i64 (R,)
     advantages: torch.Tensor  # f32 (R,)
-    weights: torch.Tensor  # f32 (R,), w(k, i) of the alignment
+    weights: torch.Tensor  # f32 (R,), w(k, i) of the alignment over the rows of the trajectory
     old_logprobs: torch.Tensor | None = None  # f32 (R, S), the trainer's before the step; None: the sampler's
     token_advantages: torch.Tensor | None = (
         None  # f32 (R, S), of each sampled token; None: its row's advantage

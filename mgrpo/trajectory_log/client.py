@@ -33,7 +33,17 @@ class TrajectoryLogClient:
         }
         specs, frames = codec.pack_arrays(arrays)
         t = trajectory
-        meta = Meta(t.query, t.rollout, t.role, t.invocation, attempt, index, t.scores, len(t))
+        meta = Meta(
+            t.query,
+            t.rollout,
+            t.role,
+            t.invocation,
+            attempt,
+            index,
+            t.scores,
+            len(t),
+            tuple(t.segment_starts),
+        )
         answer = self._link.submit(
             "append", Append(meta, specs), frames, queue=f"append({t.query!r})", bulk=True
         )

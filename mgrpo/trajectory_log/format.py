@@ -4,7 +4,9 @@
     record  = magic u32 | meta length u32 | payload length u64 | crc32c u32 | 0 u32 | meta | payload
     payload = tokens i32[n] | logprobs f32[n] | versions i32[n] | loss_mask u8[n], little-endian
 
-Record, meta and payload each begin at a multiple of 8 bytes, so the arrays are aligned in the file and in what is read.
+A segment of the log is a file. Where the segments of a trajectory begin is in its meta; where an older log has nothing
+there, it is one. Record, meta and payload each begin at a multiple of 8 bytes, so the arrays are aligned in the file
+and in what is read.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 from mgrpo.errors import CorruptionError
 from mgrpo.transport import codec
 from mgrpo.transport.codec import ArraySpec, BadMessage, Buffer, Count, Name, Record, Scores, Small
-from mgrpo.types import Trajectory
+from mgrpo.types import Trajectory, segment_slices
 
 KIND = b"mgrpo traj "
 FORMAT = b"3"
@@ -56,6 +59,7 @@ class Meta(Record):
     index: Count
     scores: Scores
     n: Count
+    segment_starts: tuple[Count, ...] = (0,)
 
 
 class Append(Record):
@@ -133,7 +137,23 @@ def checked_payload(body: Append, frames: Sequence[Buffer]) -> bytes:
         raise BadMessage("log-probs are not finite")
     if meta.n and arrays["loss_mask"].max() > 1:
         raise BadMessage("loss_mask holds more than 0 and 1")
+    _check_segments(meta, arrays["loss_mask"])
     return b"".join(arrays[name].tobytes() for name in ARRAYS)
+
+
+def _check_segments(meta: Meta, loss_mask: npt.NDArray[np.uint8]) -> None:
+    """Starts in order; behind the first, each segment with context before what it sampled, and with a sampled token."""
+    try:
+        slices = segment_slices(meta.segment_starts, meta.n)
+    except ValueError as error:
+        raise BadMessage(str(error)) from None
+    for place in slices if len(slices) > 1 else ():
+        if place.start and loss_mask[place.start]:
+            raise BadMessage(f"the segment at {place.start} begins with a sampled token, expected context")
+        if not loss_mask[place].any():
+            raise BadMessage(
+                f"the segment at {place.start} has no sampled token among {place.stop - place.start}"
+            )
 
 
 def trajectory(meta: Meta, payload: Buffer) -> Trajectory:
@@ -145,4 +165,7 @@ def trajectory(meta: Meta, payload: Buffer) -> Trajectory:
     for name, dtype in ARRAYS.items():
         views[name] = np.frombuffer(payload, dtype, meta.n, at)
         at += meta.n * ITEM_BYTES[name]
-    return Trajectory(meta.query, meta.rollout, meta.role, meta.invocation, scores=dict(meta.scores), **views)
+    return Trajectory(
+        meta.query, meta.rollout, meta.role, meta.invocation, scores=dict(meta.scores),
+        segment_starts=meta.segment_starts, **views,
+    )  # fmt: skip

@@ -326,13 +326,15 @@ class Texts:
         self._known: dict[str, Any] = {}
 
     def turns(self, trajectory: TrajectoryRecord) -> list[Json]:
-        """A trajectory as stretches of sampled and given text; [] where its tokens were not kept."""
+        """A trajectory as stretches of sampled and given text; [] where its tokens were not kept. `segment`: number of
+        the one that a stretch begins, from 2 on; None in the middle of one."""
         if not trajectory.tokens:
             return []
         ids = np.frombuffer(trajectory.tokens, "<i4")
         mask = np.frombuffer(trajectory.loss_mask, np.uint8)
         logprobs = np.frombuffer(trajectory.logprobs, "<f4")
-        cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+        borders = {start: number for number, start in enumerate(trajectory.segment_starts[1:], 2)}
+        cuts = sorted({0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), *borders, len(ids)})
         turns = []
         for first, last in itertools.pairwise(cuts):
             sampled = bool(mask[first])
@@ -341,6 +343,7 @@ class Texts:
                     "sampled": sampled,
                     "from": first,
                     "tokens": last - first,
+                    "segment": borders.get(first),
                     "text": self._text(trajectory.role, ids[first:last].tolist()),
                     "logprob": float(logprobs[first:last].sum(dtype=np.float64)) if sampled else None,
                 }

@@ -26,15 +26,23 @@ struct Arrival {
   std::vector<int32_t> tokens;
   std::vector<uint8_t> mask;
   std::vector<float> logprobs;
+  std::vector<int64_t> segment_starts = {0};
   float advantage;
 
-  Arrival(std::string query_, int64_t rollout_, int64_t invocation_, int64_t id_, harness::Random& random)
+  // segments: up to four of them.
+  Arrival(std::string query_, int64_t rollout_, int64_t invocation_, int64_t id_, harness::Random& random,
+          bool segments = false)
       : query(std::move(query_)), rollout(rollout_), invocation(invocation_), id(id_) {
     const auto n = size_t(random(1, 40));
     tokens.assign(n, int32_t(id % 1000));
     mask.assign(n, 1);
     logprobs.assign(n, -0.5f);
     advantage = float(random(0, 2)) / 2;
+    while (segments && segment_starts.size() < 4) {  // of the id: the stream of `random` is the same without them
+      const int64_t start = segment_starts.back() + 1 + (id + int64_t(segment_starts.size())) % 20;
+      if (start >= int64_t(n)) break;
+      segment_starts.push_back(start);
+    }
   }
 
   mgrpo::TrajectoryView view() const {
@@ -48,6 +56,7 @@ struct Arrival {
     t.logprobs = logprobs.data();
     t.n_tokens = t.n_mask = t.n_logprobs = int64_t(tokens.size());
     t.advantage = advantage;
+    t.segment_starts = segment_starts;
     return t;
   }
 };

@@ -135,6 +135,9 @@ CASE(rejected_calls_change_nothing) {
             t.n_tokens = t.n_mask = t.n_logprobs = 2;
           }) == (good.tokens.size() < 2 ? "length" : "logprobs"));
   REQUIRE(rejected([](auto& t) { t.advantage = std::numeric_limits<float>::quiet_NaN(); }) == "advantage");
+  const int64_t starts[2] = {0, 40}, late[1] = {1};
+  REQUIRE(rejected([&](auto& t) { t.segment_starts = starts; }) == "segments");
+  REQUIRE(rejected([&](auto& t) { t.segment_starts = late; }) == "segments");
   REQUIRE(rejected([](auto& t) { t.rollout = 4; }) == "rollout");
   REQUIRE(rejected([](auto& t) { t.id = 5; }) == "duplicate");
   REQUIRE(rejected([](auto& t) {
@@ -153,7 +156,7 @@ CASE(state_survives_a_round_trip) {
       const int64_t d = random(0, 4);
       for (int64_t i = 0; i < d; ++i)
         if (random(0, 9))
-          batcher.add(Arrival(std::to_string(q), k, i, q * 100 + k * 10 + i, random).view(), double(q));
+          batcher.add(Arrival(std::to_string(q), k, i, q * 100 + k * 10 + i, random, true).view(), double(q));
         else
           batcher.fail(std::to_string(q), 0, k, i, double(q));
       if (random(0, 9)) batcher.seal(std::to_string(q), 0, k, d, double(q));
@@ -165,6 +168,7 @@ CASE(state_survives_a_round_trip) {
   const State a = save_state(batcher, 30), b = save_state(other, 1000);
   REQUIRE(a.queries == b.queries && a.tokens == b.tokens && a.places == b.places && a.sealed == b.sealed);
   REQUIRE(a.ages == b.ages && a.counters == b.counters);
+  REQUIRE(a.segments == b.segments && a.segment_starts == b.segment_starts && a.segment_starts.size() > a.ids.size());
   const Plan plan = make_plan(other, 3, other.ready(), false);
   REQUIRE(assemble_and_count(other, plan) == plan.tokens);
 }

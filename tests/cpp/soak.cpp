@@ -67,7 +67,7 @@ void soak(int64_t arrivals) {
           batcher.fail(name, 0, k, i, now);
           continue;
         }
-        const Arrival a(name, k, i, totals.arrivals++, random);
+        const Arrival a(name, k, i, totals.arrivals++, random, totals.arrivals % 3 == 0);
         try {
           batcher.add(a.view(), now);
           if (random(0, 19) == 0) REQUIRE(!batcher.add(a.view(), now));

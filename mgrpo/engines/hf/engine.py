@@ -10,6 +10,8 @@ last turn, or the one token it sampled before. Requests of similar width share a
   greedy. Logits are those of the tokenizer's tokens: spare rows of the head are never sampled.
 - A session keeps its slot between turns; only new tokens are fed. The least recently used idle session makes
   room when slots run out, and is fed afresh when it comes back.
+- Stop texts are looked for in what the policy's own tokenizer makes of the tokens (model/stop_texts.py): two decodings
+  of a few tokens a step and request, of requests that have stop texts alone.
 - admit_every: requests start at every n-th step only, unless nothing else runs. Rollouts that are spread over all
   stages of their turns bring a new prompt at nearly every step, and each costs a forward beside that of the running
   ones; held for a few steps, their prompts share one.
@@ -47,6 +49,7 @@ from mgrpo.model.groups import Int64, width_groups
 from mgrpo.model.loading import load_policy
 from mgrpo.model.places import Shapes, places_of
 from mgrpo.model.policy import Policy, state_from_bytes, state_of
+from mgrpo.model.stop_texts import StopTexts
 from mgrpo.weights.version import Weights
 
 FORWARD_COST = 64
@@ -70,6 +73,7 @@ class _Slot:
     request: _Request | None = None
     tokens: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
     feed: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))  # known tokens, not yet in the cache
+    stops: StopTexts | None = None  # of the request
     epoch: int = -1  # count of loads when these keys and values were computed
     used: int = 0
 
@@ -240,6 +244,7 @@ class HfEngine(Engine):
         cached = len(slot.tokens) if slot.epoch == self._epoch else 0
         slot.request, slot.session, slot.epoch = request, request.session, self._epoch
         slot.feed = request.prompt[cached:]
+        slot.stops = StopTexts(self.policy.tokenizer, request.params.stop) if request.params.stop else None
         if request.session is not None:
             self._by_session[request.session] = index
         self._arrays.start(index, request.params, request.seed, len(request.prompt), cached)
@@ -308,6 +313,10 @@ class HfEngine(Engine):
         arrays.count[rows] += 1
         arrays.feeding[rows] = 1
         stopped = (arrays.stop[rows] == tokens[:, None]).any(axis=1)
+        for i in np.flatnonzero(arrays.watched[rows]).tolist():
+            stops = self._slots[rows[i]].stops
+            assert stops is not None
+            stopped[i] |= stops.completed_by(int(tokens[i]))
         over = stopped | (arrays.count[rows] == arrays.limit[rows])
         for row, stop in zip(rows[over].tolist(), stopped[over].tolist(), strict=True):
             self._finish(row, "stop" if stop else "length")
@@ -323,7 +332,7 @@ class HfEngine(Engine):
         history = np.concatenate([request.prompt, arrays.tokens[index, :n]])
         # Forgotten after a cancellation, so that the caller may ask the same again.
         slot.tokens = history[: arrays.length[index] if answered else 0]
-        slot.request, slot.feed = None, slot.feed[:0]
+        slot.request, slot.stops, slot.feed = None, None, slot.feed[:0]
         self._clock += 1
         slot.used = self._clock
         arrays.running[index] = False

@@ -15,6 +15,7 @@ class SlotArrays:
 
     def __init__(self, slots: int) -> None:
         self.running = np.zeros(slots, bool)
+        self.watched = np.zeros(slots, bool)  # the request has stop texts
         self.length = np.zeros(slots, np.int64)  # tokens in the cache
         self.feeding = np.zeros(slots, np.int64)  # tokens to feed before the next sample
         self.count = np.zeros(slots, np.int64)  # tokens sampled
@@ -34,7 +35,7 @@ class SlotArrays:
                 self._widen(name, params.max_tokens)
         if self.stop.shape[1] < len(params.stop_token_ids):
             self._widen("stop", len(params.stop_token_ids))
-        self.running[index] = True
+        self.running[index], self.watched[index] = True, bool(params.stop)
         self.length[index], self.feeding[index] = cached, prompt - cached
         self.count[index], self.limit[index] = 0, params.max_tokens
         self.temperature[index] = params.temperature

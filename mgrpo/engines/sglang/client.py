@@ -92,8 +92,9 @@ class SglangClient(ServerClient):
                 # Between the end of an update and its label the server samples with the new weights already.
                 spans.append(Span(meta.weight_version.removeprefix(UPDATING), start, len(token_ids)))
             stopped = bool(token_ids) and token_ids[-1] in params.stop_token_ids
+            stopped |= _at_text(meta.finish_reason, params.stop)
             over = stopped or len(token_ids) >= params.max_tokens
-            self._check_reason(meta.finish_reason, len(token_ids), over)
+            self._check_reason(meta.finish_reason, len(token_ids), over, params.stop)
             if over:
                 break
             if len(token_ids) == start:  # aborted while it was waiting
@@ -109,11 +110,13 @@ class SglangClient(ServerClient):
         except msgspec.DecodeError as error:
             raise InfrastructureError(f"{self.url}: an answer that is no generation: {error}") from None
 
-    def _check_reason(self, reason: _FinishReason, n: int, over: bool) -> None:
+    def _check_reason(self, reason: _FinishReason, n: int, over: bool, stop: Sequence[str]) -> None:
         """Raise InfrastructureError for a request that failed, or that no other can continue although not all is
         `over`. n: tokens so far."""
-        at_token = reason.type == "stop" and isinstance(reason.matched, int)  # a text where it met a NaN
-        if not (at_token or reason.type == "abort" or (reason.type == "length" and over)):
+        at_token = reason.type == "stop" and isinstance(reason.matched, int)
+        if not (
+            at_token or _at_text(reason, stop) or reason.type == "abort" or (reason.type == "length" and over)
+        ):
             raise InfrastructureError(
                 f"{self.url}: a generation ended by {reason.type!r} ({reason.matched or reason.message}) "
                 f"after {n} tokens"
@@ -167,6 +170,11 @@ class SglangClient(ServerClient):
         return self.versions_hint if status == 404 and path not in ("/generate", "/health") else ""
 
 
+def _at_text(reason: _FinishReason, stop: Sequence[str]) -> bool:
+    """Whether a stop text ended the request. Any other text is what the server says where it met a NaN."""
+    return reason.type == "stop" and reason.matched in stop
+
+
 def sampling_body(params: SamplingParams, seed: int, never: Sequence[int] = ()) -> dict[str, object]:
     """Everything for the tokens to come from softmax(logits / temperature) and nothing else, over all ids but those of
     `never`."""
@@ -185,8 +193,10 @@ def sampling_body(params: SamplingParams, seed: int, never: Sequence[int] = ()) 
         "stop_token_ids": list(params.stop_token_ids),
         "ignore_eos": not params.stop_token_ids,
         "skip_special_tokens": False,
-        "no_stop_trim": True,
+        "no_stop_trim": True,  # the answer's ids hold the stop text, too
     }
+    if params.stop:
+        body["stop"] = list(params.stop)
     if never:  # applied before the temperature, and part of the log-probs that the server reports
         body["logit_bias"] = {str(token): NEVER for token in never}
     return body

@@ -1,7 +1,8 @@
 """What vLLM's routes and JSON are: the only file that knows them, with weight_sync.py and plugin_client.py
 for updates.
 
-Tokens go through `/inference/v1/generate`: ids in; ids, log-probs and spans of weight versions out, no text on the way.
+Tokens go through `/inference/v1/generate`: ids in; ids, log-probs and spans of weight versions out. The server decodes
+them only where it is to look for stop texts.
 Every sampling parameter that could change the distribution is sent, so that no default of the server or of the model's
 generation_config.json acts. Weight updates go through the development routes (VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or
 newer), which no API key guards: a server that listens must do so on a private address.
@@ -9,16 +10,18 @@ newer), which no API key guards: a server that listens must do so on a private a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.base import ParsedTurn, SamplingParams
 from mgrpo.engines.client import LOOK_SECONDS, NEVER, Completion, ServerClient, ServerInfo, Span
-from mgrpo.errors import InfrastructureError
+from mgrpo.errors import ConfigError, InfrastructureError
 
 HOTTEST = 2.0  # the highest temperature the server takes
 COOLEST = 0.01  # it raises lower ones to this
+DERENDER = "/v1/chat/completions/derender"
+PARSER_HINT = "start it with --enable-auto-tool-choice --tool-call-parser NAME (and --reasoning-parser NAME)"
 
 
 class _Span(msgspec.Struct):
@@ -58,6 +61,29 @@ class _Generated(msgspec.Struct):
     prompt_logprobs: list[dict[str, _Ranked] | None] | None = None
 
 
+class _Function(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class _ToolCall(msgspec.Struct):
+    function: _Function
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_ToolCall] = []
+
+
+class _ChatChoice(msgspec.Struct):
+    message: _Message
+
+
+class _Derendered(msgspec.Struct):
+    choices: list[_ChatChoice]
+
+
 class VllmClient(ServerClient):
     """See ServerClient."""
 
@@ -66,11 +92,14 @@ class VllmClient(ServerClient):
     logprobs_hint = "start it with --logprobs-mode processed_logprobs"
     versions_hint = "needs vLLM 0.32 or newer"
     length_setting = "max-model-len"
+    parses_turns = True
 
     cache_salt: str | None = None
     """Requests share cached keys and values with those of the same salt alone; see weight_sync.py."""
     plugin: bool | None = None
     """Whether it has our plug-in; None while nobody has asked (plugin_client.py)."""
+    _has_parser = False
+    """Whether it has shown that it was started with one."""
 
     async def generate(
         self,
@@ -147,7 +176,43 @@ class VllmClient(ServerClient):
         except (msgspec.DecodeError, ValueError, KeyError) as error:
             raise InfrastructureError(f"{self.url}: no log-probs of its prompt: {error!r}") from None
 
+    async def parse_turn(
+        self, token_ids: Sequence[int], tools: Sequence[Mapping[str, object]], prompt_ids: Sequence[int]
+    ) -> ParsedTurn:
+        """See ServerClient. Its route makes plain text of everything where the server has no parser; whether it has one
+        is asked first, once."""
+        generated: dict[str, object] = {"choices": [{"index": 0, "token_ids": list(token_ids)}]}
+        if not self._has_parser:
+            await self._require_parser(generated)
+        chat: dict[str, object] = {"messages": [{"role": "user", "content": ""}]}  # it looks at tools alone
+        if tools:
+            chat |= {"tools": list(tools), "tool_choice": "auto"}
+        body: dict[str, object] = {"generate_response": generated, "chat_request": chat}
+        if prompt_ids:
+            generated["prompt_token_ids"] = body["prompt_token_ids"] = list(prompt_ids)
+        answer = await self._call("POST", DERENDER, json=body)
+        try:
+            (choice,) = msgspec.json.decode(answer, type=_Derendered).choices
+        except (msgspec.DecodeError, ValueError) as error:
+            raise InfrastructureError(f"{self.url}: an answer that is no chat message: {error}") from None
+        said = choice.message
+        calls = tuple((call.function.name, call.function.arguments) for call in said.tool_calls)
+        return ParsedTurn(said.content or "", said.reasoning or "", calls)
+
+    async def _require_parser(self, generated: Mapping[str, object]) -> None:
+        """Raise ConfigError for a server without a parser: it alone answers where no chat request is given."""
+        try:
+            await self._call("POST", DERENDER, json={"generate_response": generated})
+        except ValueError as error:
+            if "chat_request is required" not in str(error):
+                raise
+            self._has_parser = True
+            return
+        raise ConfigError(f"{self.url}: parses no tool calls; {PARSER_HINT}")
+
     def _hint(self, path: str, status: int) -> str:
+        if path == DERENDER:
+            return {403: "start it with --enable-scale-out", 404: "needs vLLM 0.32 or newer"}.get(status, "")
         if status == 404 and not path.startswith(("/inference/", "/v1/", "/health")):
             return "start it with VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or newer"
         if status == 403 and path.startswith("/inference/"):
@@ -172,9 +237,11 @@ def sampling_body(params: SamplingParams, seed: int, never: Sequence[int] = ()) 
         "seed": seed & 0x7FFF_FFFF_FFFF_FFFF,  # the server takes non-negative 64-bit integers
         "stop_token_ids": list(params.stop_token_ids),
         "ignore_eos": True,  # only stop_token_ids end a generation
-        "detokenize": False,
+        "detokenize": bool(params.stop),
         "logprobs": 0,  # of the sampled token alone
     }
+    if params.stop:  # the answer's ids and log-probs hold all that was sampled, the stop text too
+        body |= {"stop": list(params.stop), "include_stop_str_in_output": True, "skip_special_tokens": False}
     if never:  # applied before the temperature, and part of the log-probs that the server reports
         body["logit_bias"] = {str(token): NEVER for token in never}
     return body

@@ -20,7 +20,7 @@ function treeView(tree) {
   for (const turn of main.turns) {
     const end = turn.from + turn.tokens;
     // An invocation stands after the last main token that existed when it was opened; its place may lie inside a turn.
-    body.push(turnLine("main", turn), turn.sampled ? tools.take(turns++) : []);
+    body.push(segmentLine(turn), turnLine("main", turn), turn.sampled ? tools.take(turns++) : []);
     while (left.length && left[0].opened_at !== null && left.some((c) => c.opened_at !== null && c.opened_at <= end)) {
       const next = left.findIndex((c) => c.opened_at !== null && c.opened_at <= end);
       body.push(callView(tree, left.splice(next, 1)[0]));
@@ -30,6 +30,8 @@ function treeView(tree) {
 }
 
 const notKept = (tree) => el("p", { class: "quiet" }, tree.redacted ? "The question is secret: no text and no token of this rollout was recorded." : "The tokens of this step were not kept.");
+
+const segmentLine = (turn) => turn.segment ? el("p", { class: "quiet", "data-segment": turn.segment }, `segment ${turn.segment}: the history as the program has it from here on`) : [];
 
 function turnLine(who, turn) {
   const title = turn.sampled ? `${turn.tokens} sampled tokens, log-prob ${turn.logprob}` : `${turn.tokens} tokens it was given`;
@@ -41,7 +43,7 @@ function callView(tree, call) {
   const value = c ? `reward ${num(c.reward)}, advantage ${signed(c.advantage, 3)}, ×${c.multiplicity}` : "";
   const tools = new Calls(tree, call.role, call.invocation);
   let turns = 0;
-  const body = call.turns.flatMap((turn) => [turnLine(call.role, turn), turn.sampled ? tools.take(turns++) : []]);
+  const body = call.turns.flatMap((turn) => [segmentLine(turn), turnLine(call.role, turn), turn.sampled ? tools.take(turns++) : []]);
   return el("details", { class: "call", open: true, "data-call": `${call.role}/${call.invocation}` },
     el("summary", {}, el("strong", {}, `${call.role} ${call.invocation + 1}`), " ", el("span", { class: "quiet" }, value)),
     credit(call), body.flat(), tools.rest());
