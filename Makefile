@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 VERL := .venv-verl
+GATEWAY := .venv-gateway
 OUT ?= runs/demo
 SEED ?= 1
 
@@ -11,7 +12,7 @@ SEED ?= 1
 BROWSER := chromium chromium-driver fonts-dejavu-core
 
 .PHONY: setup browser demo test lint vllm test-vllm verl test-embed bench soak sanitize chaos clean smollm2 smollm2-shared \
-    smollm2-model embed-trl factbook
+    smollm2-model embed-trl factbook gateway-env test-gateway gateway
 setup: $(VENV)/.ready
 
 # The editable install points at the sources; it is made again when the build description or the C++ core changes.
@@ -54,6 +55,18 @@ test-embed: setup verl
 	@$(VERL)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --force-reinstall build/embed/*.whl
 	@$(VERL)/bin/pytest -o filterwarnings=default -o pythonpath=tests_verl tests_verl
 
+# Agent frameworks have an environment of their own, as a user's program has: they reach mgrpo over HTTP alone.
+gateway-env: $(GATEWAY)/.ready
+
+$(GATEWAY)/.ready: constraints-gateway.txt
+	@test -x $(GATEWAY)/bin/python || $(PYTHON) -m venv $(GATEWAY)
+	@echo "setting up $(GATEWAY) (about half a minute) ..."
+	@$(GATEWAY)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-gateway.txt
+	@touch $@
+
+test-gateway: setup gateway-env
+	@$(BIN)/python -m pytest tests_gateway
+
 demo: setup
 	@$(BIN)/mgrpo train examples/atlas/atlas.toml --out $(OUT) --fresh --set seed=$(SEED)
 
@@ -89,6 +102,16 @@ factbook: setup smollm2-model
 	    --set trainer.steps=$(STEPS)
 	@$(BIN)/python examples/deep_research/result.py $(OUT)
 
+# A program of the OpenAI SDK, unchanged but for three lines, trains two copies of SmolLM2 for STEPS steps
+# (examples/gateway): about five minutes.
+gateway: OUT := runs/gateway
+gateway: STEPS ?= 3
+gateway: setup smollm2-model gateway-env
+	@$(BIN)/python examples/gateway/model.py
+	@$(BIN)/mgrpo train examples/gateway/gateway.toml --out $(OUT) --fresh --set seed=$(SEED) \
+	    --set trainer.steps=$(STEPS)
+	@$(BIN)/python examples/gateway/result.py $(OUT)
+
 # A team whose sub-agent TRL's trainer trains, beside mgrpo's own for the main agent (examples/embed_trl).
 embed-trl: OUT := runs/embed_trl
 embed-trl: STEPS ?= 40
@@ -99,8 +122,9 @@ embed-trl: setup
 	    $(BIN)/python -W ignore examples/embed_trl/train_sub.py $(RUN) sub $(OUT) $(SETS) || kill $$run; wait $$run
 	@$(BIN)/python examples/embed_trl/result.py $(OUT)
 
-test: setup browser lint vllm verl smollm2-model
+test: setup browser lint vllm verl gateway-env smollm2-model
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(MAKE) --no-print-directory test-gateway
 	@$(MAKE) --no-print-directory test-embed
 	@$(MAKE) --no-print-directory test-vllm
 

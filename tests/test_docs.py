@@ -13,7 +13,7 @@ DOCUMENTS = sorted(
 ) + sorted(
     p.relative_to(ROOT) for folder in ("docs", "examples", "bench") for p in (ROOT / folder).rglob("*.md")
 )
-FOLDERS = ("mgrpo", "csrc", "kernels", "tests", "tests_vllm", "bench", "examples", "docs")
+FOLDERS = ("mgrpo", "csrc", "kernels", "tests", "tests_gateway", "tests_vllm", "bench", "examples", "docs")
 PATH = re.compile(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./*<>{{}},-]+)")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 MODULE = re.compile(r"(?<![\w./])python -m ((?:bench|tests)(?:\.\w+)+)")

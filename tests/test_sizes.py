@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 450, 80, 140
-FOLDERS = ("mgrpo", "kernels", "csrc", "tests", "tests_vllm", "bench", "examples", "docs")
+FOLDERS = ("mgrpo", "kernels", "csrc", "tests", "tests_gateway", "tests_vllm", "bench", "examples", "docs")
 
 
 def sources(*suffixes: str) -> list[Path]:

@@ -13,6 +13,7 @@ from mgrpo.cli.bench import bench
 from mgrpo.cli.cluster.command import launch as launch_run
 from mgrpo.cli.cluster.command import monitor as follow_run
 from mgrpo.cli.filter import filter_questions
+from mgrpo.cli.gateway import gateway
 from mgrpo.cli.keys import app as keys_app
 from mgrpo.cli.plan import plan
 from mgrpo.cli.questions import app as questions_app
@@ -248,6 +249,7 @@ def engine(
 app.command()(plan)
 app.command()(bench)
 app.command(name="filter")(filter_questions)
+app.command()(gateway)
 app.command(name="launch")(launch_run)
 app.command(name="monitor")(follow_run)
 

@@ -20,6 +20,7 @@ BUILT_IN = {
     "atlas-chat": "mgrpo.tasks.atlas.chat:AtlasChatTask",
     "factbook": "mgrpo.tasks.factbook.task:FactbookTask",
     "factbook-small": "mgrpo.tasks.factbook.small.task:SmallTask",
+    "harness": "mgrpo.gateway.harness:HarnessTask",
     "research": "mgrpo.tasks.research.task:ResearchTask",
 }
 GROUP = "mgrpo.tasks"

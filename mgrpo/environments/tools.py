@@ -141,7 +141,7 @@ async def _once(name: str, call: Callable[[], Any], timeout: float | None) -> An
     token = _inside.set(name)
     try:
         async with outage.timeout(timeout) as bound:
-            result = await call() if _is_async(call) else await _in_thread(name, call)
+            result = await call() if _is_async(call) else await in_thread(f"tool {name}", call)
             return await result if inspect.isawaitable(result) else result
     except TimeoutError as error:
         if bound.expired():
@@ -157,9 +157,9 @@ def _is_async(call: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))  # noqa: B004
 
 
-def _in_thread(name: str, call: Callable[[], Any]) -> Awaitable[Any]:
-    """Its result. A thread of its own for each call: asyncio's pool has a few for all rollouts, and a tool that hangs
-    would keep the process from ending."""
+def in_thread(name: str, call: Callable[[], Any]) -> Awaitable[Any]:
+    """What call() returns. name: of its thread. Each call has one of its own: asyncio's pool has a few for all
+    rollouts, and a tool that hangs would keep the process from ending."""
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     future: asyncio.Future[Any] = loop.create_future()
 
@@ -183,5 +183,5 @@ def _in_thread(name: str, call: Callable[[], Any]) -> Awaitable[Any]:
         with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=work, name=f"tool {name}", daemon=True).start()
+    threading.Thread(target=work, name=name, daemon=True).start()
     return future
