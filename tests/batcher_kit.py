@@ -3,6 +3,7 @@ twin."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,6 +75,7 @@ def workload(
                     data = tokens_of(length, traj_id)
                     if segments and length > 1 and r.random() < 0.3:
                         data[1][: length // 2] = 0
+                        data[1][0] |= not trainable(data[1], starts, batcher.options["capacity"])
                     calls.append(
                         ("add", (name, k, i, traj_id, *data, advantage, int(r.integers(0, 9)), role, starts))
                     )
@@ -86,6 +88,14 @@ def segment_starts(r: np.random.Generator, length: int) -> tuple[int, ...]:
     if length < 2 or r.random() < 0.5:
         return (0,)
     return (0, *sorted({int(x) for x in r.integers(1, length, r.integers(1, 5))}))
+
+
+def trainable(mask: Any, starts: tuple[int, ...], capacity: int) -> bool:
+    """Whether a token is left to train on where each segment is cut at the capacity."""
+    return any(
+        mask[start : min(end, start + capacity)].any()
+        for start, end in itertools.pairwise([*starts, len(mask)])
+    )
 
 
 def replay(calls: Iterable[Call], *batchers: Batcher | TwinBatcher) -> None:

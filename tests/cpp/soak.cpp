@@ -67,7 +67,8 @@ void soak(int64_t arrivals) {
           batcher.fail(name, 0, k, i, now);
           continue;
         }
-        const Arrival a(name, k, i, totals.arrivals++, random, totals.arrivals % 3 == 0);
+        const int64_t id = totals.arrivals++;
+        const Arrival a(name, k, i, id, random, id % 3 == 0);
         try {
           batcher.add(a.view(), now);
           if (random(0, 19) == 0) REQUIRE(!batcher.add(a.view(), now));
