@@ -21,8 +21,6 @@ from transformers import PreTrainedTokenizerFast
 
 from mgrpo.model.policy import Policy, save_policy
 from mgrpo.record.reader import Recording
-from mgrpo.store.records import RolloutFinal
-from mgrpo.transport import codec
 from tests.fake_services import Asked, FakeService
 from tests.families import family
 from tests.test_chat import CHATML
@@ -175,13 +173,10 @@ def rollouts_of(out: Path) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-def attempts_of(out: Path) -> Counter[tuple[str, int]]:
-    """(final or failed, number of the attempt) -> rollouts that the store has of it."""
+def kinds_of(out: Path) -> dict[str, int]:
+    """final or failed -> rollouts that the store has of it."""
     with contextlib.closing(sqlite3.connect(out / "store.db")) as database:
-        rows = database.execute("SELECT kind, body FROM rollouts").fetchall()
-    return Counter(
-        (kind, codec.decode(body, RolloutFinal).attempt if kind == "final" else -1) for kind, body in rows
-    )
+        return dict(database.execute("SELECT kind, count(*) FROM rollouts GROUP BY kind").fetchall())
 
 
 def went_out(records: list[dict[str, Any]], what: str = "live") -> dict[str, float]:

@@ -14,7 +14,7 @@ from tests.recorded_kit import (
     QUESTIONS,
     STEPS,
     Services,
-    attempts_of,
+    kinds_of,
     outage,
     rollouts_of,
     went_out,
@@ -34,7 +34,7 @@ from tests.runs import (
     train,
 )
 
-FINISHED = {("final", 0): STEPS * QUESTIONS * GROUP}
+ROLLOUTS = STEPS * QUESTIONS * GROUP
 EVALUATIONS = 5  # at the start and the end two splits, between them one, each with 2 questions in 2 modes
 SERVICES = {"web", "press", "judge", "expert"}
 
@@ -92,30 +92,30 @@ def end_of(arguments: list[str]) -> str:
 
 def test_outages_cost_a_run_nothing(recorded: Recorded) -> None:
     """The one that lasts ends it by the service's name and address. Resumed elsewhere it waits for the short one, and
-    every rollout is there in its first attempt: none has failed."""
+    every rollout is there: none has failed, and no request has, which would have spent an attempt."""
     out = recorded.out
     assert (
         f"service 'press' at {recorded.url}/press" in recorded.ended
         and "max_outage = 0.5 s" in recorded.ended
     )
     assert summary(out)["outcome"] == "finished" and steps_of(out) == STEPS
-    assert attempts_of(out) == FINISHED and leftovers(out) == []
+    assert kinds_of(out) == {"final": ROLLOUTS} and leftovers(out) == []
     lines = records(out)
     assert sum(record.get("rollout/failed", 0) for record in lines) == 0
     assert "answers again after" in (out / "logs" / "rollout-0.log").read_text()
-    assert went_out(lines).keys() == SERVICES
+    assert went_out(lines).keys() == SERVICES and went_out(lines, "failures") == {}
 
 
 def test_a_recorded_run_replays_bit_equal_without_its_services(recorded: Recorded) -> None:
-    """Weights, and tokens, log-probs and scores of every rollout of training and evaluations; nobody is at the
-    addresses any more, and nothing went out."""
+    """Weights, and tokens, log-probs and scores of every rollout of training and evaluations, each in its first attempt
+    (another has another seed); nobody is at the addresses any more, and nothing went out."""
     out = recorded.folder / "again"
     train(recorded.config("replay"), out)
     lines = records(out)
     assert went_out(lines, "(live|retries|failures|outages)") == {}
     assert went_out(lines, "replay").keys() == SERVICES
     first, again = rollouts_of(recorded.out), rollouts_of(out)
-    assert len(again) == STEPS * QUESTIONS * GROUP + 4 * EVALUATIONS and first.keys() <= again.keys()
+    assert len(again) == ROLLOUTS + 4 * EVALUATIONS and first.keys() <= again.keys()
     assert [name for name in first if first[name] != again[name]] == []
     assert final_weights(out) == final_weights(recorded.out)
 
