@@ -16,14 +16,22 @@ from mgrpo.config.run import RunConfig
 from mgrpo.errors import ConfigError
 from mgrpo.files import write_atomic
 
+WHERE = (
+    "url",
+    "key_env",
+    "max_outage",
+    "host",
+    "port",
+    "advertise",
+)  # of a service, and how long it is waited for
 MAY_CHANGE = (
     *("store", "link", "rollout", "eval", "record", "metrics"),
     *("trainer.steps", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
     *("trainer.stop_timeout", "trainer.threads"),
     *("agents.<role>.url", "agents.<role>.policy.ranks", "agents.<role>.policy.mesh"),
     *(f"agents.<role>.engine.{key}" for key in ("urls", "replicas", "python", "folder", "timeout")),
-    *(f"task.options.<service>.{key}" for key in ("url", "key_env", "max_outage")),
-    *(f"task.stages.<stage>.options.<service>.{key}" for key in ("url", "key_env", "max_outage")),
+    *(f"task.options.<service>.{key}" for key in WHERE),
+    *(f"task.stages.<stage>.options.<service>.{key}" for key in WHERE),
 )
 """Settings and sections that a resumed run may change: how long, where and by how many processes it is computed, how
 often it is measured and what is kept of it; of the services of a task where they are, whose key they get and how long
