@@ -15,7 +15,7 @@ from mgrpo.config.run import RecordConfig
 from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import Asked, RolloutRecorder
 from mgrpo.record.schema import RolloutHead
-from mgrpo.tasks.research import calls
+from mgrpo.tools import calls
 from mgrpo.view.data import RunView
 from mgrpo.view.server import export
 from mgrpo.view.top import RunStatus, Watcher, render
