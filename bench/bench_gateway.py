@@ -22,16 +22,11 @@ import numpy as np
 from bench.common import Report, parser
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.episode import Agent, Episode
+from mgrpo.gateway.forms import Forms
 from mgrpo.gateway.options import GatewayOptions
+from mgrpo.gateway.rollout import GatewayRollout
 from mgrpo.gateway.server import Gateway
 from tests.chat_templates import QWEN3, Family
-from tests.gateway_server_kit import FakeRollout, reply
-
-try:
-    from mgrpo.gateway.forms import Forms
-    from mgrpo.gateway.rollout import GatewayRollout
-except ImportError:
-    GatewayRollout = None  # type: ignore[assignment, misc]
 
 HISTORIES = {"2k": 2_000, "32k": 32_000}
 LONGEST = 48_000
@@ -63,10 +58,7 @@ class Parrot(Engine):
         raise NotImplementedError
 
 
-def rollouts(n: int, options: GatewayOptions) -> list[Any]:
-    """n of them, real ones where they are there."""
-    if GatewayRollout is None:
-        return [FakeRollout(lambda request: reply(), id=f"r{i}", token=f"t{i}") for i in range(n)]
+def rollouts(n: int, options: GatewayOptions) -> list[GatewayRollout]:
     family: Family = QWEN3
     tokenizer = family.tokenizer()
     agent = Agent("main", Parrot(tokenizer, "<|im_end|>"), tokenizer, 1.0, LONGEST)
@@ -109,8 +101,7 @@ async def talk(address: str, token: str, turns: int, said: Callable[[int], str],
         messages.append({"role": "user", "content": said(used) if began else WORDS * 40})
         answer = await post(address, token, {"model": "main", "messages": messages, "max_tokens": 32}, stream)
         messages.append(answer["choices"][0]["message"])
-        size = sum(len(str(message["content"])) for message in messages) // 4
-        used = size if GatewayRollout is None else answer["usage"]["total_tokens"]
+        used = answer["usage"]["total_tokens"]
         left -= began
     stream[1].close()
 
@@ -168,7 +159,7 @@ def main() -> int:
         asyncio.run(client(*json.loads(args.part)))
         return 0
     report = Report("bench_gateway")
-    note = "without conversations" if GatewayRollout is None else "one thread, CPU time"
+    note = "one thread, CPU time"
     turns = 5 if args.quick else 30
     for name, tokens in HISTORIES.items():
         took = 1e3 * asyncio.run(measured(1, turns, tokens))

@@ -113,8 +113,6 @@ def picture(runs: list[tuple[Path, dict[str, Any]]], path: Path) -> None:
 def comparison(folder: Path, report: Mapping[str, Any], mark: str) -> str:
     """The tables of a comparison, every run in it, and what the numbers allow to be said."""
     parts = [(folder / "compare.md").read_text(encoding="utf-8").strip()]
-    if report["overrides"]:
-        parts.append("Overrides: " + ", ".join(f"`{o}`" for o in report["overrides"]) + ".")
     parts.append(f"![Held-out accuracy and validation curves of every variant](img/{mark}compare.png)")
     parts += ["Every score, seed by seed (sampled / greedy):", "\n".join(by_seed(report))]
     reasons = [f"- {name}: {reason}" for name, reason in report["failed"].items()]

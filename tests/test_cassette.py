@@ -82,14 +82,14 @@ def through(tape: Cassette, *requests: Any, calls: Calls, **options: Any) -> lis
 
 
 def test_modes(path: Path) -> None:
-    """Off asks and keeps nothing; record asks each time and keeps the last answer; cached asks once; replay never."""
+    """Off asks and keeps nothing; record asks once, whatever was recorded before, and keeps the last answer; cached
+    asks once; replay never."""
     calls = Calls()
     assert through(Cassette(path, "off"), "a", "a", calls=calls) == [({"n": 1}, "live"), ({"n": 2}, "live")]
     assert not path.exists()
-    assert through(Cassette(path, "record"), "a", "a", calls=calls) == [
-        ({"n": 3}, "live"),
-        ({"n": 4}, "live"),
-    ]
+    for n in (3, 4):
+        said = through(Cassette(path, "record"), "a", "a", calls=calls)
+        assert said == [({"n": n}, "live"), ({"n": n}, "cache")]
     cached = through(Cassette(path, "cached"), "a", "b", "b", calls=calls)
     assert cached == [({"n": 4}, "cache"), ({"n": 5}, "live"), ({"n": 5}, "cache")]
     assert through(Cassette(path, "replay"), "b", "a", calls=calls) == [
@@ -169,6 +169,31 @@ def test_a_failure_under_way_is_everyones(path: Path) -> None:
     assert all(
         isinstance(error, InfrastructureError) and str(error) == "status 503 (5 attempts)" for error in found
     )
+
+
+def test_everyone_gets_the_answer_that_stays(path: Path) -> None:
+    """Two workers ask at once for the same, and a service that is called pure answers each differently: both go on with
+    what the recording keeps, a refusal included, so that a replay of both is possible."""
+    calls, refused = Calls(), Calls(ServiceAnswer(404, "no such page"))
+
+    async def main() -> list[Any]:
+        tapes = [Cassette(path, "cached") for _ in range(2)]
+        try:
+            both = [tape.through("search", {"q": "a"}, calls) for tape in tapes]
+            found = await asyncio.gather(*both)
+            mixed = [
+                tape.through("search", {"q": "b"}, c) for tape, c in zip(tapes, (refused, calls), strict=True)
+            ]
+            return [*found, *await asyncio.gather(*mixed, return_exceptions=True)]
+        finally:
+            for tape in tapes:
+                tape.close()
+
+    found = fake_clock.run(main())
+    assert found[:2] == [({"n": 1}, "live")] * 2 and calls.n == 3 and refused.n == 1
+    assert [(type(e), e.status, e.words) for e in found[2:]] == [(ServiceAnswer, 404, "no such page")] * 2
+    (replayed,) = through(Cassette(path, "replay"), "a", calls=calls)
+    assert replayed == ({"n": 1}, "replay")
 
 
 def test_who_waits_goes_on_where_the_caller_was_cancelled(path: Path) -> None:

@@ -244,6 +244,11 @@ def test_a_comparison_from_runs_to_report(tmp_path: Path) -> None:
     for mode in MODES:
         assert scores["lr-0"][mode] == scores["before-RL"][mode] and len(scores["lr-0"][mode]) == 6
         assert table["lr 0"][mode]["mean"] == table["before RL"][mode]["mean"]
+    page = (out / "compare.md").read_text()
+    assert (
+        "Overrides: `trainer.steps=2`, `trainer.questions=2`, " in page and "--variants lr-0,single" in page
+    )
+    assert "Tokens are not held equal" in page and "| rollouts trained on | sampled tokens |" in page
     assert (report["failed"], report["seeds"], report["n"], report["repeats"]) == ({}, [1], 6, 2)
     costs = {row["name"]: row for row in report["costs"]}
     assert {row["rollouts"] for row in costs.values()} == {

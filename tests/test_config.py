@@ -318,6 +318,10 @@ def test_streaming_settings_that_cannot_act_are_refused() -> None:
             "rollout.deadline": 60.0, "store.group_timeout": 60.0,
         },
         "trainer.oversample": {"trainer.oversample": 0.5},
+        "rollout.wait_for_calls has no effect": {"rollout.wait_for_calls": "true", "trainer.max_lag": 1},
+        "trainer.max_lag=0 and engines of type": {
+            "rollout.wait_for_calls": "true", "agents.sub.engine.type": "vllm",
+        },
     }  # fmt: skip
     for message, settings in refused.items():
         with pytest.raises(ConfigError, match=re.escape(message)):

@@ -237,7 +237,9 @@ def test_a_greedy_set_is_played_once_at_temperature_zero() -> None:
 
     task.play = watched  # type: ignore[method-assign]
     one = read_set(0, config(greedy=True, n=3), task)
-    result = asyncio.run(play_set(task, one, team(SlowEngine()), seed=1, seen=lambda n, r: seen.append(r)))
+    result = asyncio.run(
+        play_set(task, one, team(SlowEngine()), step=6, seed=1, seen=lambda n, r: seen.append(r))
+    )
     assert [r.request.rollout for r in seen] == [0, 0, 0] and temperatures == {0.0}
     assert result.avg == pytest.approx(2 / 3) and result.failed == 0
 
@@ -249,7 +251,7 @@ def test_a_set_of_which_nothing_ends_is_an_outage() -> None:
     with pytest.raises(
         InfrastructureError, match=r"all 4 rollouts of evaluation set 'probe' failed.*search is down"
     ):
-        asyncio.run(play_set(task, one, team(SlowEngine()), seed=1, seen=lambda n, r: None))
+        asyncio.run(play_set(task, one, team(SlowEngine()), step=6, seed=1, seen=lambda n, r: None))
 
 
 def scored(tags: dict[str, str], *outcomes: float) -> QuestionScores:

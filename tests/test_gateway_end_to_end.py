@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.gateway_server_kit import Served, run, served, until
-
-pytest.importorskip("mgrpo.gateway.rollout", reason="the rollout behind the server is not there")
 from tests.gateway_kit import Team
+from tests.gateway_server_kit import Served, run, served, until
 
 CALL = '<tool_call>\n{"name": "find", "arguments": {"query": "Fiji", "most": 2}}\n</tool_call>'
 TURNS = (

@@ -121,7 +121,7 @@ def test_an_address_that_is_taken_is_named() -> None:
 def test_what_serves_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """By name, when the gateway is made."""
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(ConfigError, match=r'pip install "mgrpo\[view\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "mgrpo\[gateway\]"'):
         Gateway(GatewayOptions())
 
 

@@ -15,6 +15,8 @@ from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.model.policy import Policy, save_policy, state_of
+from mgrpo.services import outside
+from tests import fake_clock
 from tests.models import VOCAB, state_bytes, tiny_policy
 
 RNG = np.random.default_rng(0)
@@ -155,6 +157,37 @@ def test_the_same_requests_give_the_same_bits():
     first, second = once(), once()
     assert first == second
     assert max(first[1]) >= 20_000  # all rollouts' first turns shared one forward
+
+
+def test_calls_of_any_length_change_no_bit():
+    """Rollouts with a tool call before each turn and sessions that begin in whatever order the answers come: tokens and
+    log-probs are those of calls that are answered at once, and slots are too few for all."""
+
+    def once(seconds: Callable[[int, int], float]) -> list[bytes]:
+        async def rollout(engine: HfEngine, i: int) -> list[bytes]:
+            out: list[bytes] = []
+            ids = list(PROMPTS[i][:8])
+            for turn in range(3):
+                with outside.call():
+                    await asyncio.sleep(seconds(i, turn))
+                g = await engine.generate(ids, SamplingParams(2 + i % 4), seed=i * 10 + turn, session=f"s{i}")
+                ids += [*g.token_ids.tolist(), 5]
+                out += [g.token_ids.tobytes(), g.logprobs.tobytes()]
+            engine.release(f"s{i}")
+            return out
+
+        async def run() -> list[bytes]:
+            engine = HfEngine(tiny_policy(), slots=9, wait_for_calls=True)
+            try:
+                found = await asyncio.gather(*[rollout(engine, i) for i in range(20)])
+                return [data for part in found for data in part]
+            finally:
+                await engine.close()
+
+        return fake_clock.run(run())
+
+    at_once = once(lambda i, turn: 0.0)
+    assert once(lambda i, turn: 1.0 + (7 * i + 3 * turn) % 11) == at_once
 
 
 def test_prompts_held_for_a_few_steps_share_a_forward():

@@ -1,4 +1,5 @@
-"""Outages in rollouts, in the store and in whole runs: the run waits, loses nothing, and ends by name where it must."""
+"""Outages in rollouts, in the store and in a worker: they wait, lose nothing, and end by name where they must. Whole
+runs: tests/test_recorded_run.py."""
 
 from __future__ import annotations
 
@@ -240,7 +241,7 @@ def played_by_a_worker(folder: Path, task: Searching) -> tuple[FakeStore, dict[s
 def test_a_worker_whose_service_is_down(tmp_path: Path) -> None:
     """Down for longer than max_outage: the worker ends by name, and the store has heard of no failed rollout. The next
     one begins while the service is still down, for six requests: it waits and plays the same group to its end, in first
-    attempts. The same as a whole run that is resumed: python -m tests.outage_whole_run."""
+    attempts. The same as a whole run that is resumed: tests/test_recorded_run.py."""
     left = itertools.repeat("503")
     with FakeService([]) as search:
         search.fault_of = lambda asked: next(left, None)

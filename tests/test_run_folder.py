@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mgrpo.config import check_same_run, dump_config, load_config
+from mgrpo.config import RunConfig, check_same_run, config_digest, dump_config, load_config
 from mgrpo.errors import ConfigError
 from mgrpo.run import launch
 from mgrpo.run.folder import RunFolder
@@ -70,6 +70,52 @@ def test_a_resume_with_another_setting_changes_nothing(run: RunFolder, override:
 def test_what_changes_no_number_may_change(override: str) -> None:
     """Length, places, measuring and keeping are no part of what is computed."""
     check_same_run(load_config(RELAY), load_config(RELAY, [override]))
+
+
+SERVICES = """task.options={ url = "http://a", tools = { web = { type = "serper", url = "http://a/x", pure = true } },
+score = { judge = { url = "http://a", model = "m", key_env = "KEY", asks = 3, template = "{answer}" } },
+blocked = { urls = ["http://a"] } }"""
+
+
+def of_services(*overrides: str) -> RunConfig:
+    stage = (
+        'task.stages=[{ until = 1 }, { options = { score = { judge = { url = "http://b", model = "n" } } } }]'
+    )
+    return load_config(RELAY, [SERVICES.replace("\n", " "), stage, *overrides])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["task.options.url=http://c", "task.options.tools.web.url=http://c", "task.options.score.judge.url=http://c",
+     "task.options.score.judge.key_env=OTHER", "task.options.tools.web.max_outage=5",
+     "task.stages.1.options.score.judge.url=http://c"],
+)  # fmt: skip
+def test_services_may_move(override: str) -> None:
+    """Address, key and patience of a service, wherever in a task's options, are no part of what is computed; reading
+    the digest leaves the config as it is."""
+    before, after = of_services(), of_services(override)
+    assert before != after
+    check_same_run(before, after)
+    assert config_digest(before) == config_digest(after)
+    assert before == of_services()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("task.options.score.judge.model=x", 'task.options.score.judge.model = "m" -> "x"'),
+        ("task.options.score.judge.asks=1", "task.options.score.judge.asks = 3 -> 1"),
+        ("task.options.score.judge.template=x", "task.options.score.judge.template"),
+        ("task.options.tools.web.pure=false", "task.options.tools.web.pure = true -> false"),
+        ("task.options.tools.web.type=brave", "task.options.tools.web.type"),
+        ('task.options.blocked.urls=["http://c"]', "task.options.blocked.urls"),
+        ("task.stages.1.options.score.judge.model=x", "task.stages"),
+    ],
+)
+def test_what_services_say_may_not_change(override: str, words: str) -> None:
+    """Another model, prompt, kind of service or block list is another run."""
+    with pytest.raises(ConfigError, match=words):
+        check_same_run(of_services(), of_services(override))
 
 
 @pytest.mark.parametrize("fresh", [False, True])

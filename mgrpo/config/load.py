@@ -16,15 +16,27 @@ from mgrpo.config.run import RunConfig
 from mgrpo.errors import ConfigError
 from mgrpo.files import write_atomic
 
+WHERE = (
+    "url",
+    "key_env",
+    "max_outage",
+    "host",
+    "port",
+    "advertise",
+)  # of a service, and how long it is waited for
 MAY_CHANGE = (
     *("store", "link", "rollout", "eval", "record", "metrics"),
     *("trainer.steps", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
     *("trainer.stop_timeout", "trainer.threads"),
     *("agents.<role>.url", "agents.<role>.policy.ranks", "agents.<role>.policy.mesh"),
     *(f"agents.<role>.engine.{key}" for key in ("urls", "replicas", "python", "folder", "timeout")),
+    *(f"task.options.<service>.{key}" for key in WHERE),
+    *(f"task.stages.<stage>.options.<service>.{key}" for key in WHERE),
 )
 """Settings and sections that a resumed run may change: how long, where and by how many processes it is computed, how
-often it is measured and what is kept of it. Everything else belongs to the run's digest."""
+often it is measured and what is kept of it; of the services of a task where they are, whose key they get and how long
+they are waited for. <service> stands for the options and every table in them. Everything else belongs to the run's
+digest."""
 
 WIDE_MARKS = {  # the longer first: those of UTF-32 begin like those of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -87,27 +99,38 @@ def check_same_run(recorded: RunConfig, wanted: RunConfig) -> None:
 def _computed(config: RunConfig) -> dict[str, Any]:
     """The part of a config on which the numbers of a run depend: all but MAY_CHANGE."""
     tree = config.model_dump(mode="json")
-    if not config.task.stages:  # a run without a curriculum is the run that it was before there were any
-        del tree["task"]["stages"]
     if config.task.path is not None:  # where the file lies may differ from server to server
         tree["task"]["path"] = config.task.label
     for name in MAY_CHANGE:
         *sections, key = name.split(".")
         for section in _below(tree, sections):
             section.pop(key, None)  # engines of different types have different settings
+    if not config.task.stages:  # a run without a curriculum is the run that it was before there were any
+        del tree["task"]["stages"]
     return tree
 
 
 def _below(tree: dict[str, Any], sections: Sequence[str]) -> list[dict[str, Any]]:
-    """The tables that a dotted path leads to; "<role>" stands for every agent."""
-    found = [tree]
+    """The tables that a dotted path leads to: <role> stands for every agent, <stage> for every stage, <service> for a
+    table and all those in it."""
+    found: list[Any] = [tree]
     for section in sections:
-        found = [
-            inner
-            for table in found
-            for inner in (table.values() if section == "<role>" else [table[section]])
-        ]
+        if section == "<role>":
+            found = [inner for table in found for inner in table.values()]
+        elif section == "<stage>":
+            found = [inner for stages in found for inner in stages]
+        elif section == "<service>":
+            found = [inner for table in found for inner in _tables(table)]
+        else:
+            found = [table[section] for table in found]
     return found
+
+
+def _tables(value: object) -> list[dict[str, Any]]:
+    """A table and those at any depth in it, also in lists."""
+    if isinstance(value, dict):
+        return [value, *(table for inner in value.values() for table in _tables(inner))]
+    return [table for inner in value for table in _tables(inner)] if isinstance(value, list) else []
 
 
 def _leaves(tree: dict[str, Any], name: str = "") -> dict[str, Any]:

@@ -219,6 +219,9 @@ class RolloutConfig(Settings):
     """Seconds that one rollout may take; one that takes longer counts as failed, for the reason "deadline", in
     an evaluation too. It does not run while the rollout waits for a service that is down. Must be less than
     store.group_timeout. Unset: no bound of its own."""
+    wait_for_calls: bool = False
+    """Engines of type "hf" compute only while no tool or judge is asked. Then nothing depends on how long answers take,
+    and a run over services that was recorded replays bit for bit; all rollouts of a step wait for its slowest call."""
 
 
 class RecordConfig(Settings):
@@ -348,12 +351,19 @@ class RunConfig(Settings):
                 f"rollout.concurrency={self.rollout.concurrency} has no effect with trainer.max_lag=0: a worker runs "
                 "its share of a step at once"
             )
+        if self.rollout.wait_for_calls and (self.trainer.max_lag or not self._samples_here()):
+            raise ValueError(
+                'rollout.wait_for_calls has no effect: it needs trainer.max_lag=0 and engines of type "hf" alone'
+            )
         deadline, limit = self.rollout.deadline, self.store.group_timeout
         if deadline is not None and deadline >= limit:
             raise ValueError(
                 f"rollout.deadline={deadline:g} must be less than store.group_timeout={limit:g}, which would close "
                 "the group first"
             )
+
+    def _samples_here(self) -> bool:
+        return all(agent.engine.type == "hf" for agent in self.agents.values())
 
     def _check_sharing(self, role: str, agent: AgentConfig) -> None:
         """What a policy is and how it is optimised is said once, by the role it belongs to."""

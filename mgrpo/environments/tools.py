@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.services import outage
+from mgrpo.services import outage, outside
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts at a call
 UNREACHABLE = {
@@ -75,9 +75,11 @@ class ToolCalls:
                 if attempt:
                     calls.retries += 1
                     pause = backoff * 2.0 ** (attempt - 1) * (0.5 + noise(salt | attempt & 0xFF))
-                    await asyncio.sleep(min(pause, LONGEST_PAUSE))
+                    with outside.call():
+                        await asyncio.sleep(min(pause, LONGEST_PAUSE))
                 try:
-                    result = await _once(name, call, timeout)
+                    with outside.call():
+                        result = await _once(name, call, timeout)
                     failed = False
                     return result
                 except Exception as error:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mgrpo.gateway")
 
-MISSING = 'the gateway\'s server is an extra: pip install "mgrpo[view]"'
+MISSING = 'the gateway\'s server is an extra: pip install "mgrpo[gateway]"'
 START_SECONDS, CLOSE_SECONDS, FLUSH_SECONDS = 10.0, 5.0, 0.5
 BODIES = 8
 """Largest bodies that may be arriving at the same time."""

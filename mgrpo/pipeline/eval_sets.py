@@ -75,18 +75,19 @@ async def play_set(
     played: EvalSet,
     agents: Mapping[str, Agent],
     *,
+    step: int,
     seed: int,
     seen: Callable[[int, RolloutResult], None],
     accept: Callable[[Rollout], object] | None = None,
     deadline: float | None = None,
 ) -> SetResult:
-    """Play every question of the set. seen: called with the number of its question as each rollout ends. accept,
-    deadline: as in play(). Raises InfrastructureError where no rollout succeeded."""
+    """Play every question of the set with the policies of `step`. seen: called with the number of its question as each
+    rollout ends. accept, deadline: as in play(). Raises InfrastructureError where no rollout succeeded."""
     config, failure = played.config, ""
     if config.greedy:
         agents = {role: replace(agent, temperature=0.0) for role, agent in agents.items()}
     scores = [QuestionScores(question.id, _words(question.tags)) for question in played.questions]
-    numbers = {f"eval/{config.name}/{i}": i for i in range(len(scores))}
+    numbers = {f"eval/{config.name}/{step}/{i}": i for i in range(len(scores))}
     requests = [
         RolloutRequest(query, played.questions[i], repeat)
         for query, i in numbers.items()

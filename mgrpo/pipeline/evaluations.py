@@ -84,6 +84,7 @@ class Evaluations:
             context.task,
             played,
             context.team.agents,
+            step=step,
             seed=EVAL_SEED,
             seen=seen,
             accept=context.check_rewards,
@@ -127,6 +128,7 @@ class Evaluations:
                 seen=seen,
                 accept=context.check_rewards,
                 deadline=context.config.rollout.deadline,
+                place=f"{split}/{step}",
             )
 
         greedy, sampled = await accuracy("greedy"), await accuracy("sampled")

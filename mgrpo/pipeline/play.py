@@ -228,10 +228,12 @@ async def evaluate(
     seen: Callable[[int, RolloutResult], None] | None = None,
     accept: Callable[[Rollout], object] | None = None,
     deadline: float | None = None,
+    place: str = "",
 ) -> Accuracy:
     """One rollout of each question. Failed rollouts are counted beside the mean, not in it. `seen` is called with each
-    rollout as it ends and the number of its question. accept, deadline: as in play. Raises InfrastructureError where
-    none succeeded."""
+    rollout as it ends and the number of its question. accept, deadline: as in play. place: tells this evaluation from
+    the others of a run, e.g. "heldout/60", so that each call of a tool has a name of its own. Raises
+    InfrastructureError where none succeeded."""
     if greedy:
         agents = {role: replace(agent, temperature=0.0) for role, agent in agents.items()}
     accuracy = Accuracy()
@@ -249,9 +251,8 @@ async def evaluate(
             histogram = accuracy.calls.setdefault(role, {})
             histogram[d] = histogram.get(d, 0) + 1
 
-    requests = [
-        RolloutRequest(f"eval/{'greedy' if greedy else 'sampled'}/{i}", q, 0) for i, q in enumerate(questions)
-    ]
+    name = "/".join(["eval", *([place] if place else []), "greedy" if greedy else "sampled"])
+    requests = [RolloutRequest(f"{name}/{i}", q, 0) for i, q in enumerate(questions)]
     numbers = {request.query: i for i, request in enumerate(requests)}
 
     def seed_of(request: RolloutRequest) -> int:

@@ -140,7 +140,11 @@ class RolloutWorker:
         if not n:
             context.store.report(
                 "start_validation",
-                {"valid": False, "figures": {}, "text": "skipped (eval.start_validation = 0): not valid"},
+                {
+                    "valid": False,
+                    "figures": {},
+                    "text": "skipped (eval.start_validation = 0), the run counts as not validated",
+                },
             )
             return True
         report = context.loop.run(context.task.validate_start(context.team.agents, n, context.config.seed))

@@ -1,7 +1,7 @@
 """A recording of what services answered, so that a run can be repeated without them.
 
     off      nothing is recorded
-    record   every request goes out, and its answer is recorded (in place of an earlier one)
+    record   every request goes out once, and its answer takes the place of an earlier recording's
     cached   what is recorded is answered from the recording; the rest goes out and is recorded
     replay   nothing goes out: a request that is not recorded ends the run (ServiceError)
 
@@ -11,6 +11,11 @@ its occurrence: a text that names the one time it is made, e.g. rollout, turn an
 are numbered in the order of this process, which is the same again only where they come one after the other. Same
 requests that are under way at once are made once. Failures are never recorded; statuses that are the policy's matter
 (ServiceAnswer) are.
+
+A recording holds one answer a key, and a service that is said to be pure may answer differently all the same (a model
+that judges does). So that a recorded run can be repeated, nobody gets an answer to a pure request that the recording
+does not keep: "cached" gives what was written first, whichever worker wrote it; "record" asks again only in another
+process, which leaves a run of one worker that was not interrupted repeatable.
 
 Of a request only its hash is kept, so that the file holds no question of a benchmark whose rows must not be written
 down; what the services said of it is there.
@@ -49,6 +54,8 @@ CREATE TABLE IF NOT EXISTS answers (
     answer TEXT NOT NULL    -- JSON: the value, or the words of the ServiceAnswer
 ) WITHOUT ROWID
 """
+READ = "SELECT status, answer FROM answers WHERE key = ?"
+_Row = tuple[int | None, str]
 
 
 @dataclass(slots=True)
@@ -75,6 +82,7 @@ class Cassette:
         self._lock = threading.Lock()
         self._flights: dict[str, _Flight] = {}
         self._numbers: Counter[str] = Counter()  # occurrences of requests that are not pure and name none
+        self._settled: set[bytes] = set()  # keys, cut, of pure requests that "record" has asked anew
 
     async def through(
         self,
@@ -99,7 +107,8 @@ class Cassette:
         elif not occurrence:
             self._numbers[f"{service}\0{text}"] += 1
             occurrence = f"#{self._numbers[f'{service}{chr(0)}{text}']}"
-        key = hashlib.sha256(encoded(f"{service}\0{text}\0{occurrence}")).hexdigest()
+        digest = hashlib.sha256(encoded(f"{service}\0{text}\0{occurrence}"))
+        key, short = digest.hexdigest(), digest.digest()[:16]
         while (flight := self._flights.get(key)) is not None:
             with flight.joint.following():
                 await asyncio.wait([flight.text])
@@ -107,29 +116,33 @@ class Cassette:
                 if error := flight.text.exception():
                     raise _again(error) from error
                 return json.loads(flight.text.result()), "cache"
-        if self.mode != "record" and (found := self._read(key)) is not None:
-            return found[0], self._recorded
+        if (self.mode != "record" or short in self._settled) and (row := self._read(key)) is not None:
+            return _value(*row, self._recorded), self._recorded
         if self.mode == "replay":
             which = f" as occurrence {occurrence}" if occurrence else ""
             raise ServiceError(
                 f"cassette {self.path} holds no answer of service {service!r}{which} to {text[:SHOWN]}"
             )
-        return await self._call(key, service, call), "live"
+        row = await self._call(key, service, call)
+        if pure and self.mode == "record":
+            self._settled.add(short)
+        return _value(*row, "live"), "live"
 
-    async def _call(self, key: str, service: str, call: Callable[[], Awaitable[object]]) -> object:
-        """call() on behalf of all who ask for the same, and record what it says."""
+    async def _call(self, key: str, service: str, call: Callable[[], Awaitable[object]]) -> _Row:
+        """call() on behalf of all who ask for the same; what it says is recorded, and given as the recording has it."""
         flight = self._flights[key] = _Flight(asyncio.get_running_loop().create_future())
         try:
             with flight.joint.leading():
-                value = await call()
-            text = json.dumps(value, allow_nan=False)
-            self._write(key, service, None, text)
-            flight.text.set_result(text)
-            return json.loads(text)  # as a replay will give it
-        except ServiceAnswer as answer:
-            self._write(key, service, answer.status, json.dumps(answer.words))
-            _fail(flight.text, answer)
-            raise
+                try:
+                    said: _Row = (None, json.dumps(await call(), allow_nan=False))
+                except ServiceAnswer as answer:
+                    said = (answer.status, json.dumps(answer.words))
+            row = self._write(key, service, *said)
+            if row[0] is None:
+                flight.text.set_result(row[1])
+            else:
+                _fail(flight.text, ServiceAnswer(row[0], json.loads(row[1])))
+            return row
         except Exception as error:
             _fail(flight.text, error)
             raise
@@ -160,29 +173,28 @@ class Cassette:
 
     # -- the file ------------------------------------------------------------------------------------------------------
 
-    def _read(self, key: str) -> tuple[Any] | None:
-        """The value, alone in a tuple. Raises the ServiceAnswer that was recorded."""
+    def _read(self, key: str) -> _Row | None:
         with self._lock:
-            row = self._open().execute("SELECT status, answer FROM answers WHERE key = ?", (key,)).fetchone()
-        if row is None:
-            return None
-        value = json.loads(row[1])
-        if row[0] is not None:
-            raise ServiceAnswer(row[0], value, self._recorded)
-        return (value,)
+            row: _Row | None = self._open().execute(READ, (key,)).fetchone()
+        return row
 
     @property
     def _recorded(self) -> Source:
         """Where an answer of the file comes from."""
         return "replay" if self.mode == "replay" else "cache"
 
-    def _write(self, key: str, service: str, status: int | None, answer: str) -> None:
-        row = (key, service, status, answer)
+    def _write(self, key: str, service: str, status: int | None, answer: str) -> _Row:
+        """What the recording has of the key afterwards: in "cached" the first that anybody wrote."""
+        verb = "INSERT OR REPLACE" if self.mode == "record" else "INSERT OR IGNORE"
         with self._lock:
             try:
-                self._open().execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
+                self._open().execute(
+                    f"{verb} INTO answers VALUES (?, ?, ?, ?)", (key, service, status, answer)
+                )
+                kept: _Row = self._open().execute(READ, (key,)).fetchone()
             except sqlite3.Error as error:
                 raise ServiceError(f"cassette {self.path}: cannot be written: {error}") from error
+        return kept
 
     def _open(self) -> sqlite3.Connection:
         if self._database is None:
@@ -204,6 +216,14 @@ def canonical(request: Mapping[str, object]) -> str:
 def encoded(text: str) -> bytes:
     """As UTF-8; lone surrogates are kept apart."""
     return text.encode("utf-8", "surrogatepass")
+
+
+def _value(status: int | None, answer: str, source: Source) -> Any:
+    """Of a row. Raises the ServiceAnswer that was recorded."""
+    value = json.loads(answer)
+    if status is not None:
+        raise ServiceAnswer(status, value, source)
+    return value
 
 
 def _fail(flight: asyncio.Future[str], error: Exception) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from mgrpo.errors import ConfigError, ServiceError
-from mgrpo.services import outage
+from mgrpo.services import outage, outside
 from mgrpo.services.answers import as_text as text_of
 from mgrpo.services.answers import decoded, message_of, one_line, seconds_of, without
 from mgrpo.services.breaker import Breaker
@@ -175,12 +175,13 @@ class HttpService:
     ) -> tuple[Any, Source]:
         """What `call` gives, through the cassette, and counted."""
         self.counters.calls += 1
-        if self._cassette is None:
-            return await call(), "live"
         try:
-            raw, source = await self._cassette.through(
-                self.name, request, call, pure=pure, occurrence=occurrence
-            )
+            with outside.call():
+                if self._cassette is None:
+                    return await call(), "live"
+                raw, source = await self._cassette.through(
+                    self.name, request, call, pure=pure, occurrence=occurrence
+                )
         except ServiceAnswer as answer:
             self._count(answer.source)
             raise

@@ -179,6 +179,11 @@ def _markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"`{report['command']}`: {len(report['seeds'])} seeds, {report['n']} held-out questions, "
         f"{report['machine']['cores']} cores ({report['machine']['cpu']}).",
+        *(
+            ["", "Overrides: " + ", ".join(f"`{o}`" for o in report["overrides"]) + "."]
+            if report["overrides"]
+            else []
+        ),
         "",
         *_lines([_HEAD, *_rows(report)]),
         "",

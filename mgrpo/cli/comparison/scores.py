@@ -84,7 +84,13 @@ async def _play(task: Task, agents: Mapping[str, Agent], n: int, repeats: int) -
                 seed = mix(EVAL_SEED, repeat) if repeat else EVAL_SEED
                 played.add(
                     await evaluate(
-                        task, questions, agents, greedy=mode == "greedy", seed=seed, seen=played.seen
+                        task,
+                        questions,
+                        agents,
+                        greedy=mode == "greedy",
+                        seed=seed,
+                        seen=played.seen,
+                        place=f"heldout/{repeat}",
                     )
                 )
             result |= {mode: means_of(played.correct), f"failed_{mode}": played.failed}

@@ -58,5 +58,6 @@ class HfBackend(EngineBackend):
             on_update=engine.on_update,
             places=places,
             admit_every=STREAMING_ADMISSION if view.trainer.max_lag else 1,
+            wait_for_calls=view.rollout.wait_for_calls,
         )
         return made, policy.tokenizer

@@ -26,6 +26,7 @@ last turn, or the one token it sampled before. Requests of similar width share a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -94,12 +95,14 @@ class HfEngine(Engine):
         on_update: OnUpdate = "recompute",
         places: Callable[[Shapes], Mapping[str, Tensor]] | None = None,
         admit_every: int = 1,
+        wait_for_calls: bool = False,
     ) -> None:
         """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch. max_length:
         tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a row and forward.
         on_update: what load() does with requests in flight. places: what of the model load() replaces (see
         WeightLoader); None: all of it. admit_every: steps from one admission to the next (see the module's docstring
-        for both). Raises ConfigError for a model that this engine cannot serve (forward.py)."""
+        for both). wait_for_calls: no step while a tool or judge is asked (scheduler.py). Raises ConfigError for a
+        model that this engine cannot serve (forward.py)."""
         context = policy.context_length
         max_length = context if max_length is None else max_length
         if max_length is None:
@@ -116,6 +119,7 @@ class HfEngine(Engine):
         check_served(policy, layers, max_length)
         self.policy, self.max_length, self.prefill_chunk = policy, max_length, prefill_chunk
         self._on_update, self._admit_every, self._held = on_update, admit_every, 0
+        self._wait_for_calls = wait_for_calls
         self._loader = WeightLoader(places or functools.partial(places_of, policy.model))
         self._version = version
         self._slots = [_Slot() for _ in range(slots)]
@@ -143,11 +147,13 @@ class HfEngine(Engine):
         prompt = self._checked(prompt_ids, params, seed, session)
         request = _Request(prompt, params, seed, session, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
-        Stepper.running().submit(self)
+        stepper = Stepper.running()
+        stepper.submit(self, self._wait_for_calls)
         if session is not None:
             self._busy_sessions.add(session)
         try:
-            return await request.future
+            with stepper.waiting() if self._wait_for_calls else contextlib.nullcontext():
+                return await request.future
         except asyncio.CancelledError:
             self._drop(request)
             raise
@@ -219,6 +225,8 @@ class HfEngine(Engine):
             return
         self._held = 0
         waiting = self._waiting
+        if self._wait_for_calls:  # they came in the order of the answers that their rollouts got
+            waiting = sorted(waiting, key=lambda r: r.session or "")
         own = [r for r in waiting if r.session is not None and r.session in self._by_session]
         for request in own:
             self._start(self._by_session[request.session], request)  # type: ignore[index]
