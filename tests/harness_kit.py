@@ -71,9 +71,9 @@ async def ask(base_url: Access, role: str, *messages: str) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-async def post(access: Access, url: str, body: Mapping[str, object]) -> dict[str, Any]:
-    """Raises httpx2.HTTPStatusError for a refusal."""
-    async with httpx2.AsyncClient(timeout=60, trust_env=False, verify=False) as http:
+async def post(access: Access, url: str, body: Mapping[str, object], timeout: float = 60) -> dict[str, Any]:
+    """Raises httpx2.HTTPStatusError for a refusal. timeout: seconds."""
+    async with httpx2.AsyncClient(timeout=timeout, trust_env=False, verify=False) as http:
         answer = await http.post(url, json=dict(body), headers=access.headers)
         answer.raise_for_status()
         return dict(answer.json()) if answer.content else {}

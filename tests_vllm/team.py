@@ -36,5 +36,5 @@ class FactTask(HarnessTask):
 async def turn(base_url: Access, role: str, messages: Sequence[dict[str, str]]) -> dict[str, str]:
     """The assistant's message, as a program appends it to its history."""
     body = {"model": role, "messages": list(messages), "max_tokens": 12, "stop": ["."]}
-    answer = await post(base_url, f"{base_url}/chat/completions", body)
+    answer = await post(base_url, f"{base_url}/chat/completions", body, timeout=300)
     return dict(answer["choices"][0]["message"])
