@@ -17,7 +17,7 @@ from mgrpo.config.task import TaskConfig
 from mgrpo.environments.loader import load_task
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.gateway.harness import Access, HarnessTask
+from mgrpo.gateway.harness import Access, HarnessTask, Score
 from mgrpo.pipeline.play import RolloutRequest, play
 from tests.harness_kit import (
     Engine,
@@ -131,23 +131,62 @@ def test_a_connection_that_breaks_is_tried_again() -> None:
     assert result.attempt == 2 and rollout_of(result).correct == 1.0
 
 
-@pytest.mark.parametrize("raises", [True, False])
-def test_an_engine_that_fails_decides_whatever_the_program_makes_of_it(raises: bool) -> None:
-    """It swallows the refusal and answers, or raises an error of its own: the rollout is played again either way."""
+@pytest.mark.parametrize("then", ["answer", "raise", "exit", "cancel", "wait"])
+def test_an_engine_that_fails_decides_whatever_the_program_makes_of_it(then: str) -> None:
+    """It swallows the refusal and its own end, and answers, raises, exits; or it would wait for its deadline: the
+    rollout is played again in every case, and at once."""
 
     async def run(question: Question, base_url: Access) -> object:
         try:
             return await team(question, base_url)
-        except httpx2.HTTPStatusError as error:
-            assert error.response.status_code == 503
-            if raises:
+        except (httpx2.HTTPStatusError, asyncio.CancelledError) as error:
+            if then == "raise":
                 raise ValueError("my model is broken") from error
+            if then == "exit":
+                raise SystemExit("no model") from error
+            if then == "cancel":
+                raise asyncio.CancelledError from error
+            if then == "wait" and isinstance(error, asyncio.CancelledError):
+                raise
+            if then == "wait":
+                await asyncio.Event().wait()
             return "no idea"
 
     result = played(FunctionTask(run), Engine(echo, [InfrastructureError("the server is gone")]))
     assert result.attempt == 1 and rollout_of(result).correct == 1.0
     failed = played(FunctionTask(run), Engine(echo, [InfrastructureError("the server is gone")] * 9))
     assert (failed.kind, failed.attempt) == ("infrastructure", 2) and "the server is gone" in failed.failure
+
+
+def test_a_program_without_a_loop_is_left_where_the_engine_fails() -> None:
+    """Its thread waits for something else; nobody waits for it, and its later requests are refused."""
+    go_on, refused = threading.Event(), []
+
+    def run(question: Question, base_url: Access) -> object:
+        first = ask_blocking(base_url, "main", "x")
+        if first.status_code == 200:
+            return question.answer
+        go_on.wait(60)
+        refused.append(ask_blocking(base_url, "main", "x").status_code)
+        return None
+
+    class Threaded(KitTask):
+        def run(self, question: Question, base_url: Access) -> object:
+            return run(question, base_url)
+
+        def score(self, question: Question, answer: object) -> float:
+            go_on.set()
+            return float(answer == question.answer)
+
+    result = played(Threaded({}), Engine(echo, [InfrastructureError("the server is gone")]))
+    assert result.attempt == 1 and rollout_of(result).correct == 1.0
+
+
+@pytest.mark.parametrize("name", ["answer", "correct", "opened_at"])
+def test_info_of_a_score_replaces_nothing(name: str) -> None:
+    """What the record has of itself is refused by name."""
+    result = played(FunctionTask(team, score=lambda question, answer: Score(1.0, info={name: 1})))
+    assert result.kind == "task" and f"the info of a Score has {name!r}" in result.failure
 
 
 def test_turns_that_nobody_waits_for_are_part_of_the_rollout() -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -16,11 +16,12 @@ from mgrpo.errors import ConfigError, DeadlineError, InfrastructureError, Servic
 from mgrpo.gateway.access import Access
 from mgrpo.gateway.claimer import Claimer
 from mgrpo.gateway.command import Command
-from mgrpo.gateway.remote import Claims, settle
+from mgrpo.gateway.remote import Claims, Endpoint, settle
 from mgrpo.gateway.scores import Answer
 from mgrpo.pipeline.play import RolloutRequest, RolloutResult, play
 from mgrpo.services import outage
 from tests import fake_clock
+from tests.gateway_kit import until
 from tests.harness_kit import Engine, KitTask, agents, ask, echo, program, rollout_of
 from tests.research_kit import FIJI
 from tests.runs import started
@@ -282,6 +283,44 @@ def test_a_claim_that_is_cancelled_gives_its_rollout_back() -> None:
     asyncio.run(main())
 
 
+class Claim:
+    """A request for a rollout, whose client stays."""
+
+    method, path = "POST", "/harness/claim"
+
+    def header(self, name: bytes) -> str | None:
+        return None
+
+    def length(self) -> int | None:
+        return 2
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    async def gone(self) -> None:
+        await asyncio.Event().wait()
+
+
+def test_a_claim_whose_request_is_cancelled_gives_its_rollout_back() -> None:
+    """Its server ends the request in the moment in which the rollout is there."""
+
+    async def main() -> None:
+        claims = Claims(None, 60.0, 60.0)
+        asked = asyncio.create_task(Endpoint(claims)(cast(Any, Claim())))
+        await until(lambda: bool(claims._pollers))
+        playing = asyncio.create_task(claims.play("a", FIJI, ACCESS))
+        while claims._pollers or not claims._offers:  # until it has been handed over
+            await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        offer = await claims.claim(0.0)
+        assert offer is not None and offer.id == "a"
+        playing.cancel()
+        await asyncio.gather(playing, return_exceptions=True)
+
+    asyncio.run(main())
+
+
 # -- the ready-made program ----------------------------------------------------------------------------------
 
 
@@ -335,6 +374,13 @@ if not os.path.exists({str(tmp_path / "tried")!r}):
 """
     again = played_by(lambda: claimer(program(tmp_path, once + TEAM), said), 1)
     assert again[0].attempt == 1 and rollout_of(again[0]).correct == 1.0
+
+
+def test_an_answer_that_the_gateway_has_no_room_for_fails_its_rollout(tmp_path: Path) -> None:
+    """At once and by name; it is not taken for a program that fell silent."""
+    file = program(tmp_path, 'ask("main", "x")\nsys.stdout.buffer.write(bytes([1]) * 900_000)')
+    (failed,) = played_by(lambda: claimer(file, []), 1)
+    assert failed.kind == "task" and "has no room for the command's answer" in failed.failure
 
 
 def test_the_claimer_ends_a_command_whose_rollout_is_over(tmp_path: Path) -> None:

@@ -215,8 +215,9 @@ class _Address:
         while body and time.monotonic() < until:
             with contextlib.suppress(httpx2.TransportError):
                 status = (await self._post(access, "answer", body)).status_code
-                if status == 400:
-                    body = {"error": "the gateway did not understand the command's answer", "retry": False}
+                if status in (400, 413) and "error" not in body:
+                    what = "did not understand" if status == 400 else "has no room for"
+                    body = {"error": f"the gateway {what} the command's answer", "retry": False}
                     continue
                 if status < 500:
                     return

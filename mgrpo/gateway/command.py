@@ -159,7 +159,10 @@ def _question_file(given: Mapping[str, object]) -> Iterator[int]:
         data = json.dumps(given, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     except (TypeError, ValueError) as error:
         raise RolloutError(f"question {given.get('id')!r} cannot be given to a command: {error}") from None
-    file = os.memfd_create("question")
+    try:
+        file = os.memfd_create("question")
+    except OSError as error:
+        raise InfrastructureError(f"no room for a question ({error.strerror})") from error
     try:
         with os.fdopen(os.dup(file), "wb") as writer:
             writer.write(data)

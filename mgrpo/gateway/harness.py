@@ -12,7 +12,7 @@
 
 run() may be a coroutine function, which belongs to its rollout like everything that it starts, or an ordinary function,
 which runs in a thread of its own. A thread cannot be ended: what it asks after its rollout is refused. What an engine
-fails at decides, whatever the program makes of its 503: the rollout is played again.
+fails at decides, whatever the program makes of its 503: it is ended, and the rollout is played again.
 """
 
 from __future__ import annotations
@@ -112,17 +112,12 @@ class HarnessTask(Task):
         rollout = GatewayRollout(episode, self.options.gateway, self._forms)
         access = Access(held.gateway.open(rollout), rollout.token)
         try:
-            said = await self._said(held, rollout, question, access)
-            await rollout.settle()  # what it asked and did not wait for
-        except Exception as error:
-            if rollout.failure is not None:
-                raise rollout.failure from error
-            raise
+            async with rollout.decides():
+                said = await self._said(held, rollout, question, access)
+                await rollout.settle()  # what it asked and did not wait for
         finally:
             rollout.end()
             held.gateway.close_rollout(rollout)
-        if rollout.failure is not None:
-            raise rollout.failure
         return await self._finish(episode, rollout, question, said)
 
     async def _said(
@@ -159,14 +154,15 @@ class HarnessTask(Task):
         rollout.arrange()
         for name, count in rollout.counts.items():
             episode.metric(f"gateway_{name}", count)
-        return episode.finish(
-            outcome.correct,
-            answer=said.value,
-            gold=list(question.gold),
-            question_id=question.id,
-            tags=dict(question.tags),
-            **outcome.info,
-        )
+        info = {
+            "answer": said.value,
+            "gold": list(question.gold),
+            "question_id": question.id,
+            "tags": dict(question.tags),
+        }
+        if taken := sorted({*info, "correct", "opened_at"}.intersection(outcome.info)):
+            raise RolloutError(f"the info of a Score has {taken[0]!r}, which the rollout's record has of itself")
+        return episode.finish(outcome.correct, **info, **outcome.info)
 
     async def _score(self, episode: Episode, question: Question, said: Answer) -> Score:
         if self._scorer is not None:
@@ -236,7 +232,7 @@ class HarnessTask(Task):
         options = self.options
         if not options.remote:
             return None
-        key = os.environ.get(options.key_env) if options.key_env else None
+        key = os.environ.get(options.key_env, "").strip() if options.key_env else None
         if options.key_env and not key:
             raise ConfigError(f"task.options.key_env: the environment variable {options.key_env} is not set")
         return ClaimOptions(key, options.max_outage, options.alive_seconds)
