@@ -176,7 +176,7 @@ def test_a_retry_of_a_twin_gets_the_reply_that_was_lost() -> None:
 
 
 def test_a_program_that_gave_up_gets_its_turn_when_it_asks_again() -> None:
-    """Without an SDK's word: the first turn of a sub-agent whose caller has gone is its own; a later one is a twin's."""
+    """Without an SDK's word: the first turn of a sub-agent whose caller has gone is its own; the next is a twin's."""
     team = Team(echo)
     engine = team.engines["sub"]
 

@@ -101,6 +101,21 @@ def test_the_last_line_is_the_answer(output: bytes, answer: object) -> None:
     assert answer_of(output, "it").value == answer
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (b'{"answer": "x", "correct": 7}', "correct of it is 7"),
+        (b'{"answer": "x", "correct": NaN}', "correct of it is nan"),
+        (b'{"answer": "x", "score": 1}', "has no field 'score'"),
+        (b'{"answer": "x", "scores": {"main": 1}}', "scores of 'main' of it are 1"),
+    ],
+)
+def test_an_object_that_does_not_fit_is_no_text(output: bytes, words: str) -> None:
+    """It would be scored as a wrong answer otherwise: it fails its rollout by name."""
+    with pytest.raises(RolloutError, match=words):
+        answer_of(output, "it")
+
+
 def test_a_last_line_that_is_too_long_is_no_answer() -> None:
     """It is not cut in silence."""
     assert answer_of(b"x" * ANSWER_BYTES, "it").value == "x" * ANSWER_BYTES

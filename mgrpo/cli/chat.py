@@ -35,6 +35,10 @@ class ShownConversation(Conversation):
         super().append_ids(ids)
         self.show(self, False, self.agent.tokenizer.decode(list(ids)))
 
+    def fork(self, ids: Sequence[int]) -> None:
+        super().fork(ids)
+        self.show(self, False, f"[anew] {self.agent.tokenizer.decode(list(ids))}")
+
     async def sample_ids(self, params: SamplingParams) -> list[int]:
         ids = await super().sample_ids(params)
         self.show(self, True, self.agent.tokenizer.decode(ids))

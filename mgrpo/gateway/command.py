@@ -82,10 +82,11 @@ def answer_of(output: bytes, where: str) -> Answer:
         raise RolloutError(f"the last line of {where} is longer than {ANSWER_BYTES} bytes")
     text = line.decode("utf-8", "replace")
     if text.startswith("{"):
+        body: object = None
         with contextlib.suppress(ValueError, RecursionError):
             body = json.loads(text)
-            if isinstance(body, dict) and "answer" in body:
-                return read_answer(body, where)
+        if isinstance(body, dict) and "answer" in body:
+            return read_answer(body, where)  # whose error is no text
     return Answer(text or None)
 
 
