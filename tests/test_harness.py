@@ -14,11 +14,12 @@ import httpx2
 import pytest
 
 from mgrpo.config.task import TaskConfig
+from mgrpo.environments import attempt
 from mgrpo.environments.loader import load_task
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError, InfrastructureError
 from mgrpo.gateway.harness import Access, HarnessTask, Score
-from mgrpo.pipeline.play import RolloutRequest, play
+from mgrpo.pipeline.play import RolloutRequest, RolloutResult, play
 from tests.harness_kit import (
     Engine,
     FunctionTask,
@@ -248,6 +249,47 @@ def test_a_program_that_never_ends_is_ended_at_the_deadline() -> None:
     result = played(FunctionTask(run), engine, deadline=0.5)
     assert result.kind == "deadline" and "rollout.deadline" in result.failure
     assert ended == [1] * 3 and len(refused) == 3 and set(refused) <= {401, 404, 409} and not engine.held
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_program_that_ignores_its_end_is_late(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It swallows its cancellation and answers, or goes on for ever: its rollout has failed by the deadline, and the
+    worker goes on without it."""
+    monkeypatch.setattr(attempt, "PATIENCE", 0.1)
+
+    async def main() -> RolloutResult:
+        stop = asyncio.Event()
+
+        async def run(question: Question, base_url: Access) -> object:
+            await ask(base_url, "main", "x")
+            while not stop.is_set():
+                try:
+                    await stop.wait()
+                except asyncio.CancelledError:
+                    if answers:
+                        return question.answer
+            return None
+
+        task = FunctionTask(run)
+        try:
+            async with asyncio.timeout(60):
+                return await play(task, RolloutRequest("7/3", FIJI, 1), agents(Engine(echo)), 1, None, 0.3)
+        finally:
+            stop.set()
+            await task.close()
+
+    result = asyncio.run(main())
+    assert result.kind == "deadline" and "rollout.deadline" in result.failure
+
+
+def test_a_program_that_exits_fails_its_rollout() -> None:
+    """Not its worker."""
+
+    async def run(question: Question, base_url: Access) -> object:
+        raise SystemExit("no model")
+
+    result = played(FunctionTask(run))
+    assert (result.kind, result.attempt) == ("task", 0) and "no model" in result.failure
 
 
 # -- the server ----------------------------------------------------------------------------------------------

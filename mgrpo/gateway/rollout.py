@@ -254,7 +254,9 @@ class GatewayRollout:
             return None
         terms = _terms(asked)
         turns = [turn for t in threads if (turn := self._turns.get(t)) and turn.terms == terms]
-        same = [t for t in turns if (flagged or sole or t.lost or not t.first) and repeats(t.asked, asked.entries)]
+        same = [
+            t for t in turns if (flagged or sole or t.lost or not t.first) and repeats(t.asked, asked.entries)
+        ]
         if not same:
             return None
         turn = next((t for t in same if t.lost), same[-1])
