@@ -164,9 +164,12 @@ def test_strangers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
-def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [None, "", " \n"])
+def test_a_missing_key_is_named(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything listens."""
     monkeypatch.delenv(KEY, raising=False)
+    if value is not None:
+        monkeypatch.setenv(KEY, value)
 
     async def main() -> None:
         async with worker(key_env=KEY):
@@ -440,6 +443,24 @@ def test_the_claimer_names_what_it_cannot_reach(tmp_path: Path, monkeypatch: pyt
         asyncio.run(main("wrong"))
     with pytest.raises(DeadlineError, match=r"http://127.0.0.1:9 has answered no claim for 0.2 s"):
         asyncio.run(main(None, "http://127.0.0.1:9"))
+
+
+def test_the_claimer_names_a_server_that_is_no_gateway(tmp_path: Path) -> None:
+    """Which has a page for everything."""
+
+    async def page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\nconnection: close\r\n\r\n<p>Hi</p>")
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(page, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            await claimer(program(tmp_path, TEAM), []).play([f"http://127.0.0.1:{port}"])
+
+    with pytest.raises(ConfigError, match="is no gateway: its answer is no JSON object"):
+        asyncio.run(main())
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -117,7 +117,10 @@ class _Address:
             return None
         if answer.status_code == 200:
             self._answered, self._over_at, self._pauses = time.monotonic(), 0.0, 0
-            offer = dict(answer.json())
+            try:
+                offer = dict(answer.json())
+            except (ValueError, TypeError):
+                raise ConfigError(f"{self._url} is no gateway: its answer is no JSON object") from None
             return None if offer.get("rollout") is None else offer
         if answer.status_code == 410:
             self._over_at = self._over_at or time.monotonic()
