@@ -161,7 +161,7 @@ def test_an_engine_that_fails_decides_whatever_the_program_makes_of_it(then: str
 
 def test_a_program_without_a_loop_is_left_where_the_engine_fails() -> None:
     """Its thread waits for something else; nobody waits for it, and its later requests are refused."""
-    go_on, refused = threading.Event(), []
+    go_on, done, refused = threading.Event(), threading.Event(), list[int]()
 
     def run(question: Question, base_url: Access) -> object:
         first = ask_blocking(base_url, "main", "x")
@@ -169,18 +169,21 @@ def test_a_program_without_a_loop_is_left_where_the_engine_fails() -> None:
             return question.answer
         go_on.wait(60)
         refused.append(ask_blocking(base_url, "main", "x").status_code)
+        done.set()
         return None
 
     class Threaded(KitTask):
         def run(self, question: Question, base_url: Access) -> object:
             return run(question, base_url)
 
-        def score(self, question: Question, answer: object) -> float:
+        async def score(self, question: Question, answer: object) -> float:  # type: ignore[override]
             go_on.set()
+            assert await asyncio.to_thread(done.wait, 60)
             return float(answer == question.answer)
 
     result = played(Threaded({}), Engine(echo, [InfrastructureError("the server is gone")]))
     assert result.attempt == 1 and rollout_of(result).correct == 1.0
+    assert len(refused) == 1 and set(refused) <= {401, 404, 409}
 
 
 @pytest.mark.parametrize("name", ["answer", "correct", "opened_at"])

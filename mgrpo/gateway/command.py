@@ -22,6 +22,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
@@ -259,6 +260,8 @@ class _Running:
             self.stdout.close()
             self.stderr.close()
             status = self._process.poll()
+            if status is None:  # still dying, and this was cancelled meanwhile, or it takes its time
+                threading.Thread(target=self._process.wait, name="reap", daemon=True).start()
         return status
 
     def _kill(self) -> None:
