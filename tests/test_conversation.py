@@ -145,8 +145,9 @@ def test_a_refused_fork_changes_nothing(ids: Sequence[int], error: type[Exceptio
         main.append_ids([1])
 
 
-def test_a_turn_under_way_is_not_forked_from() -> None:
-    """What it samples belongs to the segment it was asked of."""
+def test_nothing_comes_between_a_turn_and_what_it_was_asked_with() -> None:
+    """What it samples belongs behind the ids and in the segment that the policy saw: no context, no second turn and no
+    fork meanwhile; they are taken afterwards."""
 
     async def run() -> Trajectory:
         _, main, engine = opened()
@@ -157,6 +158,10 @@ def test_a_turn_under_way_is_not_forked_from() -> None:
             await asyncio.sleep(0)
         with pytest.raises(ValueError, match="forked while a turn is sampled"):
             main.fork([2])
+        with pytest.raises(ValueError, match="appended to while a turn is sampled"):
+            main.append_ids([3])
+        with pytest.raises(ValueError, match="asked for another turn while a turn is sampled"):
+            await main.sample_ids(PARAMS)
         engine.wait.set()
         await turn
         main.fork([2])

@@ -175,6 +175,27 @@ def test_a_retry_of_a_twin_gets_the_reply_that_was_lost() -> None:
     assert len(engine.asked) == 3
 
 
+def test_a_program_that_gave_up_gets_its_turn_when_it_asks_again() -> None:
+    """Without an SDK's word: the first turn of a sub-agent whose caller has gone is its own; the next is a twin's."""
+    team = Team(echo)
+    engine = team.engines["sub"]
+
+    async def main() -> None:
+        engine.gate = asyncio.Event()
+        hung_up = asyncio.create_task(team.rollout.turn(TurnRequest("sub", FIRST)))
+        await until(lambda: len(engine.asked) == 1)
+        hung_up.cancel()
+        await asyncio.wait([hung_up])
+        again = asyncio.create_task(team.rollout.turn(TurnRequest("sub", FIRST)))
+        await asyncio.sleep(0)
+        engine.gate.set()
+        assert (await again).invocation == 0
+        assert (await team.rollout.turn(TurnRequest("sub", FIRST))).invocation == 1
+
+    run(main)
+    assert len(engine.asked) == 2 and team.rollout.counts["repeated"] == 1
+
+
 def test_a_retry_of_what_was_too_much_is_a_turn_of_its_own() -> None:
     """An SDK sends again what was refused with 429: it gets no twin's reply."""
     team = Team(echo, concurrent_turns=1)

@@ -14,11 +14,12 @@ import httpx2
 import pytest
 
 from mgrpo.config.task import TaskConfig
+from mgrpo.environments import attempt
 from mgrpo.environments.loader import load_task
 from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.gateway.harness import Access, HarnessTask
-from mgrpo.pipeline.play import RolloutRequest, play
+from mgrpo.gateway.harness import Access, HarnessTask, Score
+from mgrpo.pipeline.play import RolloutRequest, RolloutResult, play
 from tests.harness_kit import (
     Engine,
     FunctionTask,
@@ -131,23 +132,65 @@ def test_a_connection_that_breaks_is_tried_again() -> None:
     assert result.attempt == 2 and rollout_of(result).correct == 1.0
 
 
-@pytest.mark.parametrize("raises", [True, False])
-def test_an_engine_that_fails_decides_whatever_the_program_makes_of_it(raises: bool) -> None:
-    """It swallows the refusal and answers, or raises an error of its own: the rollout is played again either way."""
+@pytest.mark.parametrize("then", ["answer", "raise", "exit", "cancel", "wait"])
+def test_an_engine_that_fails_decides_whatever_the_program_makes_of_it(then: str) -> None:
+    """It swallows the refusal and its own end, and answers, raises, exits; or it would wait for its deadline: the
+    rollout is played again in every case, and at once."""
 
     async def run(question: Question, base_url: Access) -> object:
         try:
             return await team(question, base_url)
-        except httpx2.HTTPStatusError as error:
-            assert error.response.status_code == 503
-            if raises:
+        except (httpx2.HTTPStatusError, asyncio.CancelledError) as error:
+            if then == "raise":
                 raise ValueError("my model is broken") from error
+            if then == "exit":
+                raise SystemExit("no model") from error
+            if then == "cancel":
+                raise asyncio.CancelledError from error
+            if then == "wait" and isinstance(error, asyncio.CancelledError):
+                raise
+            if then == "wait":
+                await asyncio.Event().wait()
             return "no idea"
 
     result = played(FunctionTask(run), Engine(echo, [InfrastructureError("the server is gone")]))
     assert result.attempt == 1 and rollout_of(result).correct == 1.0
     failed = played(FunctionTask(run), Engine(echo, [InfrastructureError("the server is gone")] * 9))
     assert (failed.kind, failed.attempt) == ("infrastructure", 2) and "the server is gone" in failed.failure
+
+
+def test_a_program_without_a_loop_is_left_where_the_engine_fails() -> None:
+    """Its thread waits for something else; nobody waits for it, and its later requests are refused."""
+    go_on, done, refused = threading.Event(), threading.Event(), list[int]()
+
+    def run(question: Question, base_url: Access) -> object:
+        first = ask_blocking(base_url, "main", "x")
+        if first.status_code == 200:
+            return question.answer
+        go_on.wait(60)
+        refused.append(ask_blocking(base_url, "main", "x").status_code)
+        done.set()
+        return None
+
+    class Threaded(KitTask):
+        def run(self, question: Question, base_url: Access) -> object:
+            return run(question, base_url)
+
+        async def score(self, question: Question, answer: object) -> float:  # type: ignore[override]
+            go_on.set()
+            assert await asyncio.to_thread(done.wait, 60)
+            return float(answer == question.answer)
+
+    result = played(Threaded({}), Engine(echo, [InfrastructureError("the server is gone")]))
+    assert result.attempt == 1 and rollout_of(result).correct == 1.0
+    assert len(refused) == 1 and set(refused) <= {401, 404, 409}
+
+
+@pytest.mark.parametrize("name", ["answer", "correct", "opened_at"])
+def test_info_of_a_score_replaces_nothing(name: str) -> None:
+    """What the record has of itself is refused by name."""
+    result = played(FunctionTask(team, score=lambda question, answer: Score(1.0, info={name: 1})))
+    assert result.kind == "task" and f"the info of a Score has {name!r}" in result.failure
 
 
 def test_turns_that_nobody_waits_for_are_part_of_the_rollout() -> None:
@@ -209,6 +252,47 @@ def test_a_program_that_never_ends_is_ended_at_the_deadline() -> None:
     result = played(FunctionTask(run), engine, deadline=0.5)
     assert result.kind == "deadline" and "rollout.deadline" in result.failure
     assert ended == [1] * 3 and len(refused) == 3 and set(refused) <= {401, 404, 409} and not engine.held
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_program_that_ignores_its_end_is_late(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It swallows its cancellation and answers, or goes on for ever: its rollout has failed by the deadline, and the
+    worker goes on without it."""
+    monkeypatch.setattr(attempt, "PATIENCE", 0.1)
+
+    async def main() -> RolloutResult:
+        stop = asyncio.Event()
+
+        async def run(question: Question, base_url: Access) -> object:
+            await ask(base_url, "main", "x")
+            while not stop.is_set():
+                try:
+                    await stop.wait()
+                except asyncio.CancelledError:
+                    if answers:
+                        return question.answer
+            return None
+
+        task = FunctionTask(run)
+        try:
+            async with asyncio.timeout(60):
+                return await play(task, RolloutRequest("7/3", FIJI, 1), agents(Engine(echo)), 1, None, 0.3)
+        finally:
+            stop.set()
+            await task.close()
+
+    result = asyncio.run(main())
+    assert result.kind == "deadline" and "rollout.deadline" in result.failure
+
+
+def test_a_program_that_exits_fails_its_rollout() -> None:
+    """Not its worker."""
+
+    async def run(question: Question, base_url: Access) -> object:
+        raise SystemExit("no model")
+
+    result = played(FunctionTask(run))
+    assert (result.kind, result.attempt) == ("task", 0) and "no model" in result.failure
 
 
 # -- the server ----------------------------------------------------------------------------------------------

@@ -101,6 +101,21 @@ def test_the_last_line_is_the_answer(output: bytes, answer: object) -> None:
     assert answer_of(output, "it").value == answer
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (b'{"answer": "x", "correct": 7}', "correct of it is 7"),
+        (b'{"answer": "x", "correct": NaN}', "correct of it is nan"),
+        (b'{"answer": "x", "score": 1}', "has no field 'score'"),
+        (b'{"answer": "x", "scores": {"main": 1}}', "scores of 'main' of it are 1"),
+    ],
+)
+def test_an_object_that_does_not_fit_is_no_text(output: bytes, words: str) -> None:
+    """It would be scored as a wrong answer otherwise: it fails its rollout by name."""
+    with pytest.raises(RolloutError, match=words):
+        answer_of(output, "it")
+
+
 def test_a_last_line_that_is_too_long_is_no_answer() -> None:
     """It is not cut in silence."""
     assert answer_of(b"x" * ANSWER_BYTES, "it").value == "x" * ANSWER_BYTES
@@ -288,3 +303,30 @@ def test_no_descriptor_is_left_open() -> None:
         return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
     assert asyncio.run(many()) == asyncio.run(before())
+
+
+def test_a_command_is_reaped_although_its_end_was_cancelled(tmp_path: Path) -> None:
+    """Its rollout is cancelled again while the command is still dying."""
+    file = tmp_path / "pid"
+    code = f"import os, signal; open({str(file)!r}, 'w').write(f'{{os.getpid()}}\\n'); signal.pause()"
+
+    def is_child(pid: int) -> bool:
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
+
+    async def main() -> None:
+        command = Command((sys.executable, "-S", "-c", code))
+        running = asyncio.create_task(run_command(command, {}, dict(os.environ)))
+        async with asyncio.timeout(60):
+            while not (file.exists() and file.read_text().endswith("\n")):
+                await asyncio.sleep(0.01)
+            while not running.done():
+                running.cancel()
+                await asyncio.sleep(0)
+            while is_child(int(file.read_text())):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())

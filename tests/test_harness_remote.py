@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
 
-from mgrpo.errors import ConfigError, DeadlineError, InfrastructureError, ServiceError
+from mgrpo.errors import ConfigError, InfrastructureError, ServiceError
 from mgrpo.gateway.access import Access
-from mgrpo.gateway.claimer import Claimer
-from mgrpo.gateway.command import Command
-from mgrpo.gateway.remote import Claims, settle
+from mgrpo.gateway.remote import Claims, Endpoint, settle
 from mgrpo.gateway.scores import Answer
 from mgrpo.pipeline.play import RolloutRequest, RolloutResult, play
 from mgrpo.services import outage
 from tests import fake_clock
-from tests.harness_kit import Engine, KitTask, agents, ask, echo, program, rollout_of
+from tests.gateway_kit import until
+from tests.harness_kit import Engine, KitTask, agents, ask, echo, rollout_of
 from tests.research_kit import FIJI
-from tests.runs import started
 
 KEY = "MGRPO_TEST_HARNESS_KEY"
-TEAM = """
-ask("main", question["text"])
-print("Nukualofa" if os.environ.get("MGRPO_TEST_HARNESS_KEY") is None else "it has the key")
-"""
 
 ACCESS = Access("http://127.0.0.1:1/rollout/a/v1", "k")
 
@@ -163,9 +155,12 @@ def test_strangers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
-def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [None, "", " \n"])
+def test_a_missing_key_is_named(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything listens."""
     monkeypatch.delenv(KEY, raising=False)
+    if value is not None:
+        monkeypatch.setenv(KEY, value)
 
     async def main() -> None:
         async with worker(key_env=KEY):
@@ -282,148 +277,39 @@ def test_a_claim_that_is_cancelled_gives_its_rollout_back() -> None:
     asyncio.run(main())
 
 
-# -- the ready-made program ----------------------------------------------------------------------------------
+class Claim:
+    """A request for a rollout, whose client stays."""
+
+    method, path = "POST", "/harness/claim"
+
+    def header(self, name: bytes) -> str | None:
+        return None
+
+    def length(self) -> int | None:
+        return 2
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    async def gone(self) -> None:
+        await asyncio.Event().wait()
 
 
-def claimer(file: Path, said: list[str], key: str | None = None, **options: Any) -> Claimer:
-    command = Command((sys.executable, "-S", str(file)))
-    return Claimer(
-        command, key, **{"concurrency": 2, "patience": 30.0, "say": said.append, "after": 0.1} | options
-    )
-
-
-def played_by(
-    claims: Callable[[], Claimer], n: int = 4, engine: Engine | None = None, **options: Any
-) -> list[RolloutResult]:
-    """n rollouts, and a claimer that ends when the worker does."""
-
-    async def main() -> list[RolloutResult]:
-        async with worker(engine, **options) as (made, url):
-            playing = asyncio.create_task(claims().play([url]))
-            made.play(n)
-            try:
-                results = await made.results()
-                await made.task.close()
-                await asyncio.wait_for(playing, 60)
-            finally:
-                playing.cancel()
-                await asyncio.gather(playing, return_exceptions=True)
-            return results
-
-    return asyncio.run(main())
-
-
-def test_the_claimer_plays_until_the_run_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its commands do not see the harness key; it says what became of each rollout."""
-    monkeypatch.setenv(KEY, "open sesame")
-    said: list[str] = []
-    file = program(tmp_path, TEAM)
-    results = played_by(lambda: claimer(file, said, "open sesame"), key_env=KEY)
-    assert [rollout_of(result).correct for result in results] == [1.0] * 4
-    assert sum("fiji-2: answered after" in line for line in said) == 4 and "the run is over" in said[-1]
-
-
-def test_the_claimer_tells_failures_apart(tmp_path: Path) -> None:
-    """A command that fails fails its rollout; one that asks for another try gets it."""
-    said: list[str] = []
-    failing = played_by(lambda: claimer(program(tmp_path, 'sys.exit("broken")'), said), 1)
-    assert failing[0].kind == "task" and "ended with status 1: broken" in failing[0].failure
-    once = f"""
-if not os.path.exists({str(tmp_path / "tried")!r}):
-    open({str(tmp_path / "tried")!r}, "w").close()
-    sys.exit(75)
-"""
-    again = played_by(lambda: claimer(program(tmp_path, once + TEAM), said), 1)
-    assert again[0].attempt == 1 and rollout_of(again[0]).correct == 1.0
-
-
-def test_the_claimer_ends_a_command_whose_rollout_is_over(tmp_path: Path) -> None:
-    """The deadline has passed: its place is free for the next."""
-    said: list[str] = []
-    file = program(tmp_path, 'ask("main", "x")\nsys.stdin.close()\nimport signal\nsignal.pause()')
+def test_a_claim_whose_request_is_cancelled_gives_its_rollout_back() -> None:
+    """Its server ends the request in the moment in which the rollout is there."""
 
     async def main() -> None:
-        async with worker() as (made, url):
-            playing = asyncio.create_task(claimer(file, said, concurrency=1, beats=600.0).play([url]))
-            made.play(1, deadline=1.5)
-            (result,) = await made.results()
-            assert result.kind == "deadline"
-            while not any("was over before it had ended" in line for line in said):
-                await asyncio.sleep(0.01)
-            playing.cancel()
-            await asyncio.gather(playing, return_exceptions=True)
+        claims = Claims(None, 60.0, 60.0)
+        asked = asyncio.create_task(Endpoint(claims)(cast(Any, Claim())))
+        await until(lambda: bool(claims._pollers))
+        playing = asyncio.create_task(claims.play("a", FIJI, ACCESS))
+        while claims._pollers or not claims._offers:  # until it has been handed over
+            await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        offer = await claims.claim(0.0)
+        assert offer is not None and offer.id == "a"
+        playing.cancel()
+        await asyncio.gather(playing, return_exceptions=True)
 
     asyncio.run(main())
-
-
-def test_a_claimer_that_is_stopped_gives_its_rollouts_back(tmp_path: Path) -> None:
-    """Another one plays them."""
-    said: list[str] = []
-    hanging = tmp_path / "hanging"
-    hanging.mkdir()
-    slow = program(hanging, f"open({str(tmp_path / 'begun')!r}, 'w').close()\nimport signal\nsignal.pause()")
-    quick = program(tmp_path, TEAM)
-
-    async def main() -> None:
-        async with worker() as (made, url):
-            playing = asyncio.create_task(claimer(slow, said).play([url]))
-            made.play(1)
-            while not (tmp_path / "begun").exists():
-                await asyncio.sleep(0.01)
-            playing.cancel()
-            await asyncio.gather(playing, return_exceptions=True)
-            playing = asyncio.create_task(claimer(quick, said).play([url]))
-            (result,) = await made.results()
-            assert result.attempt == 1 and rollout_of(result).correct == 1.0
-            playing.cancel()
-            await asyncio.gather(playing, return_exceptions=True)
-
-    asyncio.run(main())
-
-
-def test_the_claimer_names_what_it_cannot_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong key, a server that is no such gateway, nobody at all."""
-    monkeypatch.setenv(KEY, "open sesame")
-    file, said = program(tmp_path, TEAM), list[str]()
-
-    async def main(key: str | None, where: str = "") -> None:
-        async with worker(key_env=KEY) as (_, url):
-            await claimer(file, said, key, patience=0.2).play([where or url])
-
-    with pytest.raises(ConfigError, match="refuses the harness key"):
-        asyncio.run(main("wrong"))
-    with pytest.raises(DeadlineError, match=r"http://127.0.0.1:9 has answered no claim for 0.2 s"):
-        asyncio.run(main(None, "http://127.0.0.1:9"))
-
-
-def test_the_command_line(tmp_path: Path) -> None:
-    """`mgrpo gateway` plays a rollout, refuses what it cannot start, and SIGTERM ends it."""
-    file = program(tmp_path, TEAM)
-
-    async def main() -> None:
-        async with worker() as (made, url):
-            made.play(1)
-            words = [
-                sys.executable,
-                "-m",
-                "mgrpo",
-                "gateway",
-                url,
-                "--command",
-                f"{sys.executable} -S {file}",
-            ]
-            with started(words) as process:
-                (result,) = await made.results()
-                assert rollout_of(result).correct == 1.0
-                process.terminate()
-                output = await asyncio.to_thread(process.communicate, timeout=60)
-                assert process.returncode == 130, output
-
-    asyncio.run(main())
-    for words, expected in (
-        (["http://127.0.0.1:9", "--command", "no-such-program x"], "there is no such program"),
-        (["127.0.0.1:9", "--command", "true"], "expected the address of a gateway"),
-    ):
-        with started([sys.executable, "-m", "mgrpo", "gateway", *words]) as process:
-            output, _ = process.communicate(timeout=60)
-            assert process.returncode == 2 and expected in output

@@ -18,6 +18,7 @@ from mgrpo.environments.failure import failure_of
 from mgrpo.environments.lifetime import close_task
 from mgrpo.environments.task import Question, Task
 from mgrpo.errors import ConfigError
+from mgrpo.pipeline.play import play_attempt
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.processes import load_run_task
 from mgrpo.run.text import clean
@@ -34,6 +35,10 @@ class ShownConversation(Conversation):
     def append_ids(self, ids: Sequence[int]) -> None:
         super().append_ids(ids)
         self.show(self, False, self.agent.tokenizer.decode(list(ids)))
+
+    def fork(self, ids: Sequence[int]) -> None:
+        super().fork(ids)
+        self.show(self, False, f"[anew] {self.agent.tokenizer.decode(list(ids))}")
 
     async def sample_ids(self, params: SamplingParams) -> list[int]:
         ids = await super().sample_ids(params)
@@ -92,7 +97,7 @@ async def ask(
         console.print(line)
 
     try:
-        rollout = await task.play(question, ShownEpisode(agents, seed, show))
+        rollout = await play_attempt(task, question, ShownEpisode(agents, seed, show))
     except Exception as error:  # of the task's code, a tool or the question as it was typed
         console.print(Text(f"no answer: {clean(failure_of(error, task).text)}", style="red"))
         return None

@@ -53,7 +53,7 @@ def gateway(
     if not program or shutil.which(program) is None:
         raise ConfigError(f"--command {command!r}: there is no such program")
     started = Command(words, None if folder is None else str(folder), (), int(output_mb * 1e6))
-    key = os.environ.get(key_env) or None
+    key = os.environ.get(key_env, "").strip() or None
     claimer = Claimer(started, key, concurrency, patience, lambda line: print(line, flush=True))
 
     async def play() -> None:

@@ -75,7 +75,7 @@ class Conversation:
         self._over = False
         self._seed = seed
         self._turn = 0
-        self._sampling = 0  # turns under way
+        self._sampling = False
         self._past: list[_Segment] = []  # segments that were forked away from, each with a sampled token
         self._forks = 0
         self._now = _Segment()
@@ -117,8 +117,9 @@ class Conversation:
 
     def append_ids(self, ids: Sequence[int]) -> None:
         """append() of token ids. Raises ContextOverflowError where fewer remain, ValueError for
-        what is no token id."""
+        what is no token id and while a turn is sampled."""
         ids = self._checked(ids)
+        self._check_idle("appended to")
         if len(ids) > self.remaining:
             raise self._overflow(f"{len(ids)} more tokens of context")
         self._now.context(ids)
@@ -131,6 +132,11 @@ class Conversation:
             )
         return ids
 
+    def _check_idle(self, what: str) -> None:
+        """The turn's tokens would follow what the policy has not seen."""
+        if self._sampling:
+            raise ValueError(f"{self._session} is {what} while a turn is sampled: await the turn first")
+
     def fork(self, ids: Sequence[int]) -> None:
         """Begin a segment whose context is `ids`: what follows sees these and nothing from before. A segment in which
         nothing was sampled is replaced. Raises ContextOverflowError where max_length is below their number, ValueError
@@ -138,8 +144,7 @@ class Conversation:
         ids = self._checked(ids)
         if not ids:
             raise ValueError(f"{self._session} is forked with no ids: a segment begins with context")
-        if self._sampling:
-            raise ValueError(f"{self._session} is forked while a turn is sampled: await the turn first")
+        self._check_idle("forked")
         if len(ids) > self.agent.max_length:
             raise self._overflow(f"{len(ids)} tokens of context of a new segment", behind=0)
         self.release()
@@ -166,21 +171,23 @@ class Conversation:
 
     async def sample_ids(self, params: SamplingParams) -> list[int]:
         """As sample(), in token ids. The noise is a function of (seed, rollout, role, invocation, turn). Raises
-        ContextOverflowError where fewer than max_tokens remain, AttemptOverError once the episode has ended."""
+        ContextOverflowError where fewer than max_tokens remain, ValueError while another turn is sampled,
+        AttemptOverError once the episode has ended."""
         if self._over:
             raise AttemptOverError(f"{self._session} is not continued: its attempt has ended")
         if params.max_tokens > self.remaining:
             raise self._overflow(f"a turn of {params.max_tokens} tokens")
+        self._check_idle("asked for another turn")
         now = self._now
         self.mismatches += now.ids[: len(self._seen)] != self._seen
         outside_tools(f"{self._session} samples")
-        self._sampling += 1
+        self._sampling = True
         try:
             out = await self.agent.engine.generate(
                 now.ids, params, seed=mix(self._seed, self._turn), session=self._session
             )
         finally:
-            self._sampling -= 1
+            self._sampling = False
         self._turn, self.last = self._turn + 1, out
         ids = [int(i) for i in out.token_ids]
         now.extend(ids, 1, [float(x) for x in out.logprobs], [int(v) for v in out.versions])

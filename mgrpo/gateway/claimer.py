@@ -117,7 +117,10 @@ class _Address:
             return None
         if answer.status_code == 200:
             self._answered, self._over_at, self._pauses = time.monotonic(), 0.0, 0
-            offer = dict(answer.json())
+            try:
+                offer = dict(answer.json())
+            except (ValueError, TypeError):
+                raise ConfigError(f"{self._url} is no gateway: its answer is no JSON object") from None
             return None if offer.get("rollout") is None else offer
         if answer.status_code == 410:
             self._over_at = self._over_at or time.monotonic()
@@ -215,8 +218,9 @@ class _Address:
         while body and time.monotonic() < until:
             with contextlib.suppress(httpx2.TransportError):
                 status = (await self._post(access, "answer", body)).status_code
-                if status == 400:
-                    body = {"error": "the gateway did not understand the command's answer", "retry": False}
+                if status in (400, 413) and "error" not in body:
+                    what = "did not understand" if status == 400 else "has no room for"
+                    body = {"error": f"the gateway {what} the command's answer", "retry": False}
                     continue
                 if status < 500:
                     return

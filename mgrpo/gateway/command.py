@@ -22,6 +22,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
@@ -82,10 +83,11 @@ def answer_of(output: bytes, where: str) -> Answer:
         raise RolloutError(f"the last line of {where} is longer than {ANSWER_BYTES} bytes")
     text = line.decode("utf-8", "replace")
     if text.startswith("{"):
+        body: object = None
         with contextlib.suppress(ValueError, RecursionError):
             body = json.loads(text)
-            if isinstance(body, dict) and "answer" in body:
-                return read_answer(body, where)
+        if isinstance(body, dict) and "answer" in body:
+            return read_answer(body, where)  # whose error is no text
     return Answer(text or None)
 
 
@@ -159,7 +161,10 @@ def _question_file(given: Mapping[str, object]) -> Iterator[int]:
         data = json.dumps(given, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     except (TypeError, ValueError) as error:
         raise RolloutError(f"question {given.get('id')!r} cannot be given to a command: {error}") from None
-    file = os.memfd_create("question")
+    try:
+        file = os.memfd_create("question")
+    except OSError as error:
+        raise InfrastructureError(f"no room for a question ({error.strerror})") from error
     try:
         with os.fdopen(os.dup(file), "wb") as writer:
             writer.write(data)
@@ -255,6 +260,8 @@ class _Running:
             self.stdout.close()
             self.stderr.close()
             status = self._process.poll()
+            if status is None:  # still dying, and this was cancelled meanwhile, or it takes its time
+                threading.Thread(target=self._process.wait, name="reap", daemon=True).start()
         return status
 
     def _kill(self) -> None:

@@ -12,7 +12,7 @@
 
 run() may be a coroutine function, which belongs to its rollout like everything that it starts, or an ordinary function,
 which runs in a thread of its own. A thread cannot be ended: what it asks after its rollout is refused. What an engine
-fails at decides, whatever the program makes of its 503: the rollout is played again.
+fails at decides, whatever the program makes of its 503: it is ended, and the rollout is played again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from pydantic import ValidationError
 
 from mgrpo.benchmarks.question_file import QuestionFile
 from mgrpo.config.settings import first_problem
+from mgrpo.environments import attempt
 from mgrpo.environments.episode import Episode
 from mgrpo.environments.task import Question, QuestionSource, Split, Task
 from mgrpo.environments.tools import in_thread
-from mgrpo.errors import ConfigError, RolloutError
+from mgrpo.errors import ConfigError, InfrastructureError, RolloutError
 from mgrpo.gateway.access import Access
 from mgrpo.gateway.command import Command, question_json, run_command
 from mgrpo.gateway.forms import Forms
@@ -112,17 +113,12 @@ class HarnessTask(Task):
         rollout = GatewayRollout(episode, self.options.gateway, self._forms)
         access = Access(held.gateway.open(rollout), rollout.token)
         try:
-            said = await self._said(held, rollout, question, access)
-            await rollout.settle()  # what it asked and did not wait for
-        except Exception as error:
-            if rollout.failure is not None:
-                raise rollout.failure from error
-            raise
+            async with rollout.decides():
+                said = await self._said(held, rollout, question, access)
+                await rollout.settle()  # what it asked and did not wait for
         finally:
             rollout.end()
             held.gateway.close_rollout(rollout)
-        if rollout.failure is not None:
-            raise rollout.failure
         return await self._finish(episode, rollout, question, said)
 
     async def _said(
@@ -136,10 +132,10 @@ class HarnessTask(Task):
                 environment = self._command.environment(access.environment())
                 return await run_command(self._command, question_json(question), environment)
         if inspect.iscoroutinefunction(self.run):
-            answer: object = await self.run(question, access)
+            answer: object = await _ended(self.run(question, access))
         else:
             answer = await in_thread("harness", partial(self.run, question, access))
-            answer = await answer if inspect.isawaitable(answer) else answer
+            answer = await _ended(answer) if inspect.isawaitable(answer) else answer
         return answer if isinstance(answer, Answer) else Answer(answer)
 
     async def _finish(
@@ -159,14 +155,17 @@ class HarnessTask(Task):
         rollout.arrange()
         for name, count in rollout.counts.items():
             episode.metric(f"gateway_{name}", count)
-        return episode.finish(
-            outcome.correct,
-            answer=said.value,
-            gold=list(question.gold),
-            question_id=question.id,
-            tags=dict(question.tags),
-            **outcome.info,
-        )
+        info = {
+            "answer": said.value,
+            "gold": list(question.gold),
+            "question_id": question.id,
+            "tags": dict(question.tags),
+        }
+        if taken := sorted({*info, "correct", "opened_at"}.intersection(outcome.info)):
+            raise RolloutError(
+                f"the info of a Score has {taken[0]!r}, which the rollout's record has of itself"
+            )
+        return episode.finish(outcome.correct, **info, **outcome.info)
 
     async def _score(self, episode: Episode, question: Question, said: Answer) -> Score:
         if self._scorer is not None:
@@ -236,7 +235,7 @@ class HarnessTask(Task):
         options = self.options
         if not options.remote:
             return None
-        key = os.environ.get(options.key_env) if options.key_env else None
+        key = os.environ.get(options.key_env, "").strip() if options.key_env else None
         if options.key_env and not key:
             raise ConfigError(f"task.options.key_env: the environment variable {options.key_env} is not set")
         return ClaimOptions(key, options.max_outage, options.alive_seconds)
@@ -276,6 +275,35 @@ class HarnessTask(Task):
                 raise ValueError(f"options.score: {type(self).__name__} has a score() of its own")
             return None
         return None if options.rule == REPORTED else Scorer(options.rule, _judge_of(options))
+
+
+async def _ended(program: Awaitable[object]) -> object:
+    """What it returns. A task of its own, so that one that goes on although it is cancelled holds nobody up: raises
+    InfrastructureError after attempt.PATIENCE seconds."""
+
+    async def guarded() -> tuple[object, SystemExit | None]:
+        try:
+            return await program, None
+        except SystemExit as error:  # in a task it would end the loop
+            return None, error
+
+    task = asyncio.ensure_future(guarded())
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel("the rollout has ended")
+        await asyncio.wait({task}, timeout=attempt.PATIENCE)
+        if not task.done():
+            raise InfrastructureError(
+                f"run() did not end within {attempt.PATIENCE:g} s of its cancellation"
+            ) from None
+        if not task.cancelled():
+            task.exception()  # retrieved: what ended it is what counts
+        raise
+    answer, left = task.result()
+    if left is not None:
+        raise left
+    return answer
 
 
 def json_text(value: object) -> str:

@@ -15,7 +15,7 @@ class GatewayOptions(Settings):
     host: str = "127.0.0.1"
     """Address to listen on. Any other than loopback lets other machines in, each request with its rollout's token."""
     port: int = Field(0, ge=0, le=65535)
-    """0: a free one. With several rollout workers on one machine each needs its own."""
+    """0: a free one, which several rollout workers on one machine need: a port is one worker's."""
     advertise: str | None = None
     """Host name or address under which other machines reach `host`, where that is 0.0.0.0 or behind a NAT."""
     history: Literal["exact", "keep", "fork"] = "exact"

@@ -96,7 +96,8 @@ class Claims:
             self._offers.pop(rollout, None)
             with contextlib.suppress(ValueError):
                 self._waiting.remove(offer)
-            offer.answer.cancel()
+            if not offer.answer.cancel():
+                offer.answer.exception()  # retrieved, where nobody waited for it any more
 
     async def _until_claimed(self, offer: Offer) -> None:
         since = _now()
@@ -266,18 +267,18 @@ class Endpoint:
     async def _unless_gone(self, exchange: Exchange, seconds: float) -> Offer | None:
         """What was claimed; given back where nobody is there any more to be told of it."""
         claimed, gone = asyncio.create_task(self._claims.claim(seconds)), asyncio.create_task(exchange.gone())
+        told = False
         try:
             await asyncio.wait({claimed, gone}, return_when=asyncio.FIRST_COMPLETED)
-            offer = claimed.result() if claimed.done() else None
-            if gone.done() and offer is not None:
-                self._claims.give_back(offer)
-                offer = None
             if gone.done():
                 raise PeerGoneError
-            return offer
+            told = True
+            return claimed.result()
         finally:
             claimed.cancel()
             gone.cancel()
+            if not told and claimed.done() and (offer := claimed.result()) is not None:
+                self._claims.give_back(offer)
             await asyncio.gather(claimed, gone, return_exceptions=True)
 
     async def _read(self, exchange: Exchange) -> Mapping[str, Any]:

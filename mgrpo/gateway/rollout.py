@@ -18,7 +18,8 @@ import asyncio
 import contextvars
 import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -86,6 +87,7 @@ class GatewayRollout:
         self._refused: Counter[bytes] = Counter()  # requests that were too many, which an SDK sends again
         self._rewards: dict[tuple[str, int], dict[str, float]] = {}
         self._over = False
+        self._harness: asyncio.Timeout | None = None  # around what plays, see decides()
 
     @property
     def roles(self) -> Sequence[str]:
@@ -128,6 +130,23 @@ class GatewayRollout:
                 400, "unsupported_setting", f"{', '.join(names)}: turns are sampled as they are trained"
             )
         self.counts["overridden"] += 1
+
+    @asynccontextmanager
+    async def decides(self) -> AsyncIterator[None]:
+        """Around the code that plays: what fails first where turns are sampled is raised, whatever that code makes of
+        it. It is cancelled then, since nothing it could still do counts."""
+        try:
+            async with asyncio.timeout(None) as self._harness:
+                yield
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if self.failure is None or (task is not None and task.cancelling()):
+                raise
+            raise self.failure from error
+        finally:
+            self._harness = None
+        if self.failure is not None:
+            raise self.failure
 
     def end(self) -> None:
         """No more turns: those under way are cancelled, later ones are refused (409). Idempotent."""
@@ -224,7 +243,8 @@ class GatewayRollout:
         """The recorded turn that answers a request which was sent again.
 
         An SDK says so. Without its word it is taken for one where no conversation would go on with it otherwise;
-        the first request of a sub-agent is not: equal ones open parallel twins."""
+        the first request of a sub-agent is not, since equal ones open parallel twins, unless who sent one has hung up
+        while it was sampled."""
         threads, sole = self._candidates(asked)
         flagged = asked.request.repeated
         if flagged and self._refused[key := _key(asked)]:
@@ -234,7 +254,9 @@ class GatewayRollout:
             return None
         terms = _terms(asked)
         turns = [turn for t in threads if (turn := self._turns.get(t)) and turn.terms == terms]
-        same = [t for t in turns if (flagged or sole or not t.first) and repeats(t.asked, asked.entries)]
+        same = [
+            t for t in turns if (flagged or sole or t.lost or not t.first) and repeats(t.asked, asked.entries)
+        ]
         if not same:
             return None
         turn = next((t for t in same if t.lost), same[-1])
@@ -343,7 +365,7 @@ class GatewayRollout:
                 ids, text, request.tools, finish="stop" if ended else "length"
             )
         except Exception as error:
-            self.failure = self.failure or error
+            self._fail(error)
             raise
         calls = tuple(_tool_call(name, i, call) for i, call in enumerate(parsed.calls))
         assert conversation.last is not None
@@ -362,6 +384,12 @@ class GatewayRollout:
         )
         thread.past = Past([*thread.past.entries, _entry(reply, text)], thread.past.first, thread.past.tools)
         return reply
+
+    def _fail(self, error: Exception) -> None:
+        if self.failure is None:
+            self.failure = error
+            if self._harness is not None:
+                self._harness.reschedule(asyncio.get_running_loop().time())  # at once
 
     async def _reply(self, turn: _Turn) -> TurnReply:
         """Of a turn, once it is there. It ends at the latest with the attempt, whose task it is."""

@@ -143,7 +143,7 @@ class _Attempts:
                 self.tools,
             )
             try:
-                rollout = await _attempt(self.task, request.question, episode)
+                rollout = await play_attempt(self.task, request.question, episode)
                 if self.accept is not None:
                     self.accept(rollout)
             except asyncio.CancelledError:
@@ -166,7 +166,7 @@ class _Attempts:
         return RolloutResult(request, self.number, None, text, failure.kind)
 
 
-async def _attempt(task: Task, question: Question, episode: Episode) -> Rollout:
+async def play_attempt(task: Task, question: Question, episode: Episode) -> Rollout:
     """Play one attempt. Whatever its end, no task of it runs afterwards and the engines hold nothing of it."""
     attempt = Attempt()
     try:
