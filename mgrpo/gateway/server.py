@@ -8,8 +8,8 @@
 
 Every request but the last carries its rollout's token (Authorization: Bearer, or x-api-key); what is wrong about id or
 token is not said. `x-mgrpo-invocation: n` names the conversation, where the history alone does not tell it. On
-loopback, the default, only requests that name loopback are answered: a web page must not reach the gateway through a
-name that resolves to this machine.
+loopback, the default, only requests that name loopback are answered, and none of a web page of another host: it must
+reach the gateway neither through a name that resolves to this machine nor by a request whose answer it cannot read.
 """
 
 from __future__ import annotations
@@ -196,9 +196,12 @@ class Gateway:
     def _check_host(self, exchange: Exchange) -> None:
         if not is_loopback(self.options.host):
             return
-        named = re.sub(r":\d*$", "", exchange.header(b"host") or "").strip("[]")
+        named = _named(exchange.header(b"host") or "")
         if not is_loopback(named) and named != self.options.advertise:
             raise GatewayError(403, "forbidden", "this gateway answers loopback only")
+        origin = exchange.header(b"origin")
+        if origin is not None and not is_loopback(_named(origin.rpartition("//")[2])):
+            raise GatewayError(403, "forbidden", "this gateway does not answer web pages of other hosts")
 
     def _seat(self, identity: str, exchange: Exchange) -> Seat:
         """The rollout of an id, if the request has its token. A wrong token looks like an id that was never given."""
@@ -281,6 +284,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def _named(place: str) -> str:
+    """The host of host:port."""
+    return re.sub(r":\d*$", "", place).strip("[]")
 
 
 def _listen(options: GatewayOptions) -> socket.socket:
