@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from mgrpo.gateway import connections, server
-from mgrpo.gateway.exchange import Exchange
 from mgrpo.gateway.turn import TurnRequest
 from tests.gateway_server_kit import FakeRollout, Served, reply, run, served, until
 
@@ -107,32 +106,22 @@ def test_only_who_names_loopback_is_answered() -> None:
     run(test())
 
 
-def test_pages_of_other_hosts_are_not_answered() -> None:
-    """A page can send a request that it needs no leave for, and would take a rollout away from its program; the
-    browser names the page's host. Pages of this machine, and programs, which name none, are answered."""
+def test_two_ends_of_one_request_close_the_connection() -> None:
+    """What follows a request whose length is said twice is never taken for another request."""
 
     async def test() -> None:
-        async def claimed(exchange: Exchange) -> bool:
-            await exchange.answer(200, {})
-            return True
-
-        async with served(extra=claimed) as at:
-            statuses = {}
-            ours = ("http://localhost:3000", "http://127.0.0.1:8", "http://[::1]:5", "https://localhost")
-            others = (
-                "https://evil.example",
-                "null",
-                "http://[",
-                "http://127.0.0.1.evil.example:80",
-                "",
-                "file://",
+        async with served() as at:
+            reader, writer = await dial(at)
+            body = json.dumps(HELLO).encode()
+            writer.write(head(at, Content_Length=4, Transfer_Encoding="chunked"))
+            writer.write(
+                b"%x\r\n%s\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" % (len(body), body)
             )
-            for origin in (*ours, *others):
-                answer = await at.http.post(
-                    f"{at.gateway.url}/harness/claim", content="{}", headers={"Origin": origin}
-                )
-                statuses[origin] = answer.status_code
-            assert statuses == dict.fromkeys(ours, 200) | dict.fromkeys(others, 403)
+            answer = await reader.read()
+            writer.close()
+            assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+            assert b'"ambiguous_length"' in answer and not at.rollout.asked
+            await is_fine(at)
 
     run(test())
 

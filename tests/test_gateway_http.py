@@ -374,3 +374,33 @@ def test_the_gateway_ends_while_turns_are_sampled() -> None:
 def test_a_gateway_that_was_not_started_closes() -> None:
     """Nothing was opened."""
     run(Gateway(GatewayOptions()).close())
+
+
+def test_pages_of_other_hosts_are_not_answered() -> None:
+    """A page can send a request that it needs no leave for, and would take a rollout away from its program; the
+    browser names the page's host. Pages of this machine, and programs, which name none, are answered."""
+
+    async def test() -> None:
+        async def claimed(exchange: Exchange) -> bool:
+            await exchange.answer(200, {})
+            return True
+
+        async with served(extra=claimed) as at:
+            statuses = {}
+            ours = ("http://localhost:3000", "http://127.0.0.1:8", "http://[::1]:5", "https://localhost")
+            others = (
+                "https://evil.example",
+                "null",
+                "http://[",
+                "http://127.0.0.1.evil.example:80",
+                "",
+                "file://",
+            )
+            for origin in (*ours, *others):
+                answer = await at.http.post(
+                    f"{at.gateway.url}/harness/claim", content="{}", headers={"Origin": origin}
+                )
+                statuses[origin] = answer.status_code
+            assert statuses == dict.fromkeys(ours, 200) | dict.fromkeys(others, 403)
+
+    run(test())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -75,7 +75,7 @@ def parse(body: bytes | bytearray) -> Table:
     return value
 
 
-def is_deeper(value: dict[str, Any] | list[Any], most: int) -> bool:
+def is_deeper(value: Mapping[str, Any] | Sequence[Any], most: int) -> bool:
     """Whether it has more than `most` levels of objects and lists, itself the first."""
     level: list[Any] = [value]
     for _ in range(most):

@@ -53,6 +53,7 @@ PATH = re.compile(
     r"/rollout/(?P<id>[\w-]{1,200})(?:/agent/(?P<role>[^/]{1,400}))?(?:/v1){0,2}/"
     r"(?P<what>chat/completions|responses|messages|models(?:/[^/]{1,400})?|reward)/?"
 )
+FRAMING = "ambiguous_length"
 CHAT, MESSAGES = ChatCompletions(), Messages()
 Extra = Callable[[Exchange], Awaitable[bool]]
 """Answers a request whose path is its own, or raises GatewayError; False for any other. Tokens are its matter."""
@@ -161,6 +162,11 @@ class Gateway:
 
     async def _answer(self, exchange: Exchange, dialect: Dialect) -> None:
         self._check_host(exchange)
+        if (
+            exchange.header(b"transfer-encoding") is not None
+            and exchange.header(b"content-length") is not None
+        ):
+            raise GatewayError(400, FRAMING, "a request has either a Content-Length or a Transfer-Encoding")
         if exchange.path == "/health":
             _check_method(exchange, "GET")
             await exchange.answer(200, {"status": "ok"})
@@ -222,6 +228,8 @@ async def _refuse(exchange: Exchange, dialect: Dialect, error: GatewayError) -> 
     headers: list[tuple[bytes, bytes]] = []
     if error.status == 409 and error.code != "conversation_busy":
         headers.append((b"x-should-retry", b"false"))  # SDKs would ask again otherwise
+    if error.code == FRAMING:  # where it ends, a proxy between us may have seen otherwise
+        headers.append((b"connection", b"close"))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await exchange.answer(error.status, dialect.error(error), headers)
