@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -402,5 +403,23 @@ def test_pages_of_other_hosts_are_not_answered() -> None:
                 )
                 statuses[origin] = answer.status_code
             assert statuses == dict.fromkeys(ours, 200) | dict.fromkeys(others, 403)
+
+    run(test())
+
+
+def test_a_connection_that_is_accepted_while_the_server_closes_is_closed() -> None:
+    """It is none of the server's connections yet; its peer sees its end, whichever turn of the loop it comes in."""
+
+    async def test() -> None:
+        for turns in range(8):
+            gateway = Gateway(GatewayOptions())
+            await gateway.start()
+            with socket.create_connection(("127.0.0.1", int(gateway.url.rsplit(":", 1)[1])), 20) as peer:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await gateway.close()
+                peer.settimeout(5)
+                with contextlib.suppress(ConnectionResetError):
+                    assert peer.recv(1) == b""
 
     run(test())
