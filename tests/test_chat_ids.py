@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mgrpo.errors import ConfigError
 from mgrpo.model.chat import ChatFormat
-from mgrpo.model.chat_ids import ChatEncoder, Rendered
+from mgrpo.model.chat_ids import ChatEncoder, Rendered, _Places
 from mgrpo.model.tokens import Tokenizer as TokenizerProtocol
 
 CHATML = (
@@ -162,3 +163,15 @@ def test_regex_split_tokenizers_keep_their_pieces() -> None:
     form = ChatFormat(tok)
     text = tok.decode(form.observe("user", "say <|im_end|> twice <|im_end|>"))
     assert "say <|im_end|> twice <|im_end|><|im_end|>\n<|im_start|>assistant\n" in text
+
+
+def test_places_overlap_as_a_walk_over_all_of_them_finds() -> None:
+    """Spans that touch, hold each other or are empty included."""
+    random = Random(5)
+    for _ in range(300):
+        starts = [random.randint(0, 12) for _ in range(random.randint(0, 5))]
+        spans = sorted((start, start + random.randint(0, 5)) for start in starts)
+        found = _Places(spans)
+        for start in range(13):
+            for end in range(start, 15):
+                assert found.overlap(start, end) == any(a < end and b > start for a, b in spans)

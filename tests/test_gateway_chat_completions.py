@@ -157,6 +157,10 @@ def test_messages_are_taken_in_every_form_that_sdks_send() -> None:
         ({"model": 3}, "model is 3, expected a text"),
         ({"messages": "Hello"}, "messages is 'Hello', expected a list"),
         ({"messages": []}, "messages is empty"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+            r"messages\[0\]\.function_call is not supported: use tool_calls",
+        ),
         ({"messages": ["Hello"]}, r"messages\[0\] is 'Hello'"),
         ({"messages": [{"role": "bot", "content": ""}]}, r"messages\[0\]\.role is 'bot'.*supported: system"),
         ({"messages": [{"role": "user", "content": 1}]}, r"messages\[0\]\.content is 1"),

@@ -106,6 +106,26 @@ def test_only_who_names_loopback_is_answered() -> None:
     run(test())
 
 
+def test_two_ends_of_one_request_close_the_connection() -> None:
+    """What follows a request whose length is said twice is never taken for another request."""
+
+    async def test() -> None:
+        async with served() as at:
+            reader, writer = await dial(at)
+            body = json.dumps(HELLO).encode()
+            writer.write(head(at, Content_Length=4, Transfer_Encoding="chunked"))
+            writer.write(
+                b"%x\r\n%s\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" % (len(body), body)
+            )
+            answer = await reader.read()
+            writer.close()
+            assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+            assert b'"ambiguous_length"' in answer and not at.rollout.asked
+            await is_fine(at)
+
+    run(test())
+
+
 def test_replies_of_one_rollout_are_not_found_from_another() -> None:
     """Neither by their ids nor by those of their items, with the right token of the other."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -374,3 +375,51 @@ def test_the_gateway_ends_while_turns_are_sampled() -> None:
 def test_a_gateway_that_was_not_started_closes() -> None:
     """Nothing was opened."""
     run(Gateway(GatewayOptions()).close())
+
+
+def test_pages_of_other_hosts_are_not_answered() -> None:
+    """A page can send a request that it needs no leave for, and would take a rollout away from its program; the
+    browser names the page's host. Pages of this machine, and programs, which name none, are answered."""
+
+    async def test() -> None:
+        async def claimed(exchange: Exchange) -> bool:
+            await exchange.answer(200, {})
+            return True
+
+        async with served(extra=claimed) as at:
+            statuses = {}
+            ours = ("http://localhost:3000", "http://127.0.0.1:8", "http://[::1]:5", "https://localhost")
+            others = (
+                "https://evil.example",
+                "null",
+                "http://[",
+                "http://127.0.0.1.evil.example:80",
+                "",
+                "file://",
+            )
+            for origin in (*ours, *others):
+                answer = await at.http.post(
+                    f"{at.gateway.url}/harness/claim", content="{}", headers={"Origin": origin}
+                )
+                statuses[origin] = answer.status_code
+            assert statuses == dict.fromkeys(ours, 200) | dict.fromkeys(others, 403)
+
+    run(test())
+
+
+def test_a_connection_that_is_accepted_while_the_server_closes_is_closed() -> None:
+    """It is none of the server's connections yet; its peer sees its end, whichever turn of the loop it comes in."""
+
+    async def test() -> None:
+        for turns in range(8):
+            gateway = Gateway(GatewayOptions())
+            await gateway.start()
+            with socket.create_connection(("127.0.0.1", int(gateway.url.rsplit(":", 1)[1])), 20) as peer:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await gateway.close()
+                peer.settimeout(5)
+                with contextlib.suppress(ConnectionResetError):
+                    assert peer.recv(1) == b""
+
+    run(test())

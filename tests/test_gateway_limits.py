@@ -29,6 +29,12 @@ from tests.gateway_kit import (
 # -- limits and refusals --
 
 
+def called(arguments: str) -> TurnRequest:
+    """A first request of sub whose history has a call with these arguments."""
+    calls = [{"id": "1", "function": {"name": "f", "arguments": arguments}}]
+    return TurnRequest("sub", [user("x"), assistant("", tool_calls=calls), user("y")])
+
+
 @pytest.mark.parametrize(
     ("limits", "requests", "expected"),
     [
@@ -45,19 +51,20 @@ from tests.gateway_kit import (
         ({}, [TurnRequest("sub", FIRST, max_tokens=0)], (400, "invalid_messages")),
         ({}, [TurnRequest("sub", FIRST, stop=("",))], (400, "invalid_messages")),
         ({}, [TurnRequest("sub", [user("x" * 5000)])], (400, "context_length_exceeded")),
-        (
-            {},
-            [
-                TurnRequest(
-                    "sub",
-                    [
-                        user("x"),
-                        assistant("", tool_calls=[{"id": "1", "function": {"name": "f", "arguments": "{a"}}]),
-                        user("y"),
-                    ],
-                )
-            ],
-            (400, "invalid_messages"),
+        ({}, [TurnRequest("sub", [user("")] * 2001)], (400, "context_length_exceeded")),
+        *(
+            ({}, [called(arguments)], (400, "invalid_messages"))
+            for arguments in (
+                "{a",
+                "[1]",
+                '{"a": NaN}',
+                '{"a": -Infinity}',
+                '{"a": 1e999}',
+                '{"a": "\\ud800"}',
+                '{"\\ud800": 1}',
+                '{"a": ' + "9" * 5000 + "}",
+                *('{"a":' * depth + "1" + "}" * depth for depth in (65, 700, 10_000)),
+            )
         ),
     ],
 )
@@ -81,6 +88,31 @@ def test_what_is_refused_changes_nothing(
     run(main)
     team.check()
     assert team.episode.calls() == 0
+
+
+@pytest.mark.parametrize("history", ["fork", "keep"])
+def test_what_is_far_too_long_reaches_no_tokenizer(monkeypatch: pytest.MonkeyPatch, history: str) -> None:
+    """A worker's other rollouts would wait for it: its characters are counted first, as a first request, as what
+    follows a reply, as a history anew, and as tools."""
+    team = Team(echo, history=history)
+    program = Program(team, FIRST)
+
+    async def main() -> None:
+        await program.ask()
+        for role in team.engines:
+            chat = team.forms.of(team.episode.agents[role]).chat
+            monkeypatch.setattr(chat, "_render", lambda *_, **__: pytest.fail("rendered"))
+        long = user("x" * (64 * 2000 + 1))
+        asks = [
+            TurnRequest("sub", [long]),
+            TurnRequest("sub", FIRST, [tool("f" * (64 * 2000))]),
+            TurnRequest("main", [*program.messages, long]),
+            TurnRequest("main", [*FIRST, assistant("another"), long]),
+        ]
+        for request in asks:
+            assert await error_of(team.rollout.turn(request)) == (400, "context_length_exceeded")
+
+    run(main)
 
 
 def test_overridden_settings_are_counted_or_refused() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from mgrpo.gateway.dialect import Asked
 from mgrpo.gateway.errors import GatewayError
 from mgrpo.gateway.messages import Messages
+from mgrpo.gateway.sse import dumps
+from mgrpo.gateway.turn import ToolCall
 from tests.gateway_server_kit import CALL, TOOL, WORDS, FakeRollout, reply, run, served
 
 HELLO: dict[str, Any] = {
@@ -183,6 +186,28 @@ def test_settings_that_are_not_taken_are_told() -> None:
     )
     wanted = read(tools=[{"name": "find"}], tool_choice={"type": "none"}, thinking={"type": "adaptive"})
     assert wanted.turn.tools == [] and wanted.overridden == ()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"a": ', "[1]", "x", '{"a": NaN}', '{"a": 1e999}', "[" * 9000, '{"a":' * 60 + "1" + "}" * 60],
+)
+def test_arguments_that_are_no_object_come_back_as_they_were(arguments: str) -> None:
+    """A server's own parser may pass them on; a tool's input is an object all the same, and the history the same."""
+    call = ToolCall("c1", "find", arguments)
+    wanted = read()
+    answer = Messages().answer(wanted, reply(tool_calls=(call,)), None)
+    blocks = msgspec.json.decode(dumps(answer))["content"]
+    assert isinstance(blocks[-1]["input"], dict)
+    for event in Messages().events(wanted, reply(tool_calls=(call,)), None):
+        assert msgspec.json.decode(event.partition(b"data: ")[2])
+    history = [
+        *HELLO["messages"],
+        {"role": "assistant", "content": blocks},
+        {"role": "user", "content": "on"},
+    ]
+    (said,) = read(messages=history).turn.messages[1]["tool_calls"]
+    assert said["function"]["arguments"] == arguments
 
 
 @pytest.mark.parametrize(

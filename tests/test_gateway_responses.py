@@ -201,6 +201,7 @@ def test_a_history_that_is_sent_each_time_is_kept_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"input": [{"text": "x"}]}, r"input\[0\]\.type is None, expected one of message, function_call"),
         ({"input": None}, "input is None, expected a text or a list of items"),
         ({"input": []}, "input is empty"),
         ({"input": [3]}, r"input\[0\] is 3"),

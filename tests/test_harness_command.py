@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 
+from mgrpo.environments.task import Question
 from mgrpo.errors import ConfigError, InfrastructureError, RolloutError
+from mgrpo.gateway.access import Access
 from mgrpo.gateway.command import ANSWER_BYTES, Command, answer_of, run_command
 from mgrpo.gateway.scores import Answer
 from mgrpo.pipeline.play import RolloutRequest, play
 from mgrpo.services import outage
 from tests import fake_clock
-from tests.harness_kit import Engine, KitTask, agents, echo, played, program, rollout_of
+from tests.harness_kit import Engine, FunctionTask, KitTask, agents, ask, echo, played, program, rollout_of
 from tests.research_kit import FIJI, words_of
 from tests.runs import wait_for
 
@@ -71,6 +73,21 @@ def test_a_command_reports_outcome_and_scores(tmp_path: Path) -> None:
     assert rollout.main.scores == {"format": 1.0} and rollout.invocations["sub"][0].scores == {"format": 0.25}
     result = played(task_of(program(tmp_path, TEAM % "'x'"), score={"rule": "reported"}))
     assert result.kind == "task" and "gave no `correct` with its answer" in result.failure
+
+
+def test_an_outcome_that_nobody_reads_fails_the_rollout(tmp_path: Path) -> None:
+    """A harness that says what its answer is worth would train on what the rule or score() says instead."""
+    line = "json.dumps({'answer': 'x', 'correct': 0.5})"
+    for options in ({}, {"score": {"rule": "f1"}}):
+        result = played(task_of(program(tmp_path, TEAM % line), **options))
+        assert result.kind == "task" and "`correct` = 0.5" in result.failure
+        assert "task.options.score decides" in result.failure and 'rule = "reported"' in result.failure
+
+    async def harness(question: Question, base_url: Access) -> object:
+        return Answer(await ask(base_url, "main", question.text), correct=1.0)
+
+    result = played(FunctionTask(harness, score=lambda question, answer: 1.0))
+    assert result.kind == "task" and "FunctionTask.score() decides" in result.failure
 
 
 def test_it_is_given_the_question_without_its_answers() -> None:

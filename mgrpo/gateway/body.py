@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -69,17 +70,24 @@ def parse(body: bytes | bytearray) -> Table:
         raise GatewayError(400, "invalid_json", f"the body is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise GatewayError(400, "invalid_json", "the body is JSON, but no object")
-    level: list[object] = [value]
-    for _ in range(MAX_DEPTH):
+    if is_deeper(value, MAX_DEPTH):
+        raise _too_deep()
+    return value
+
+
+def is_deeper(value: Mapping[str, Any] | Sequence[Any], most: int) -> bool:
+    """Whether it has more than `most` levels of objects and lists, itself the first."""
+    level: list[Any] = [value]
+    for _ in range(most):
         level = [
             inner
             for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)  # type: ignore[attr-defined]
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, dict | list)
         ]
         if not level:
-            return value
-    raise _too_deep()
+            return False
+    return True
 
 
 def _too_large(size: int, limit: int) -> GatewayError:

@@ -165,6 +165,8 @@ def _messages(body: Table) -> Iterator[Message]:
 
 def _turn(row: Table, where: str) -> Mapping[str, object]:
     """What only the assistant's messages have."""
+    if row.get("function_call") is not None:
+        raise GatewayError(400, "unsupported", f"{where}function_call is not supported: use tool_calls")
     found: dict[str, object] = {}
     calls = []
     for number, call in enumerate(fields.rows(row, "tool_calls", fields.MAX_TOOLS, where)):

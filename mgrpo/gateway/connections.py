@@ -122,8 +122,14 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         """End once every connection and request has; abort_all() sees to that. uvicorn's own waits in tenths."""
-        for listening in (*self.servers, *(sockets or ())):
-            listening.close()
+        loop = asyncio.get_running_loop()
+        for server in self.servers:  # asyncio leaves a connection open that was accepted as its server closed
+            for listening in server.sockets:
+                loop.remove_reader(listening.fileno())
+        for _ in range(4):  # turns of the loop until what was accepted is among the connections
+            await asyncio.sleep(0)
+        for closing in (*self.servers, *(sockets or ())):
+            closing.close()
         state = self.server_state
         for connection in list(state.connections):
             connection.shutdown()

@@ -13,7 +13,8 @@ from typing import Any
 
 from mgrpo.environments.episode import Agent
 from mgrpo.errors import ChatError
-from mgrpo.gateway.history import Entry, arguments_of, function_of
+from mgrpo.gateway.body import MAX_DEPTH, is_deeper
+from mgrpo.gateway.history import Entry, arguments_of, canonical, function_of
 from mgrpo.gateway.options import GatewayOptions
 from mgrpo.gateway.tool_parser import ToolParser, open_parser
 from mgrpo.model.chat import ChatFormat, Message, Opening
@@ -119,7 +120,19 @@ def _call(call: object) -> dict[str, Any]:
         raise ValueError(
             f"the arguments of a call of {name!r:.50} are {given!r:.100}, expected an object in JSON"
         )
+    if is_deeper(arguments, MAX_DEPTH):
+        raise ValueError(f"the arguments of a call of {name!r:.50} have more than {MAX_DEPTH} levels")
+    _check_texts(arguments, name)
     return {"type": "function", "id": number, "function": {"name": name, "arguments": arguments}}
+
+
+def _check_texts(arguments: Mapping[str, Any], name: str) -> None:
+    try:
+        canonical(arguments).encode()
+    except UnicodeEncodeError:  # which JSON can spell, and a chat template does not refuse
+        raise ValueError(
+            f"the arguments of a call of {name!r:.50} hold a lone surrogate, which no tokenizer can encode"
+        ) from None
 
 
 def _calls(reply: Entry) -> list[dict[str, Any]]:

@@ -168,6 +168,12 @@ class HarnessTask(Task):
         return episode.finish(outcome.correct, **info, **outcome.info)
 
     async def _score(self, episode: Episode, question: Question, said: Answer) -> Score:
+        if said.correct is not None and (self._scorer is not None or _is_own(self, "score")):
+            scorer = f"{type(self).__name__}.score()" if self._scorer is None else "task.options.score"
+            raise RolloutError(
+                f"{episode.query}/{episode.rollout}: the harness gave `correct` = {said.correct:g} with its answer, "
+                f'and {scorer} decides: leave it out, or have score = {{ rule = "{REPORTED}" }} and no score()'
+            )
         if self._scorer is not None:
             answer = said.value if isinstance(said.value, str | None) else json_text(said.value)
             found = await self._scorer.score(question, answer, f"{episode.query}/{episode.rollout}")

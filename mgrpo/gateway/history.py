@@ -12,6 +12,7 @@ otherwise pass; thoughts that were changed are another history.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -116,13 +117,19 @@ def function_of(call: object) -> tuple[str, str, object]:
 
 
 def arguments_of(arguments: object) -> Any:
-    """Arguments as JSON values: text that holds JSON is read, any other stays text."""
+    """Arguments as JSON values: text that holds JSON is read, any other stays text, as do NaN and what is infinite."""
     if not isinstance(arguments, str):
         return {} if arguments is None else arguments
     try:
-        return json.loads(arguments, parse_float=_number) if arguments.strip() else {}
+        return read_json(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):
         return arguments
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, NaN and infinite numbers included, RecursionError
+    for what is nested too deep."""
+    return json.loads(text, parse_float=_number, parse_constant=_number)
 
 
 def canonical(value: object) -> str:
@@ -143,6 +150,8 @@ def _dumped(value: object) -> str:
 def _number(text: str) -> float | int:
     """1.0 is 1, as JavaScript writes it."""
     number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is no number of JSON")
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 

@@ -48,6 +48,8 @@ def messages_of(said: object, item: Callable[[str], Table]) -> Iterator[Message]
 
 def _kind(row: Table, where: str) -> str:
     kind = fields.text(row, "type", where) or ("message" if "role" in row else "item_reference")
+    if not row.get("type") and "role" not in row and "id" not in row:
+        raise fields.refusal(f"{where}type", None, f"one of {', '.join(KINDS)}")
     if kind not in KINDS:
         raise fields.unsupported(f"{where}type", kind, KINDS)
     return kind

@@ -7,15 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mgrpo.gateway import fields
+from mgrpo.gateway.body import MAX_DEPTH, is_deeper
 from mgrpo.gateway.dialect import Asked, Decode, Dialect, Wanted, pieces, place
 from mgrpo.gateway.errors import GatewayError
 from mgrpo.gateway.fields import Table
+from mgrpo.gateway.history import read_json
 from mgrpo.gateway.sse import event
 from mgrpo.gateway.turn import TurnReply, TurnRequest
 from mgrpo.model.chat import Message
 
 ROLES = ("user", "assistant", "system")
 USER, ASSISTANT = ("text", "tool_result"), ("text", "thinking", "redacted_thinking", "tool_use")
+UNREAD = "arguments_that_are_no_json_object"
+"""The one key of a tool's input where what was sampled is no JSON object, which is all that the API can say."""
 STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 ERRORS = {
     401: "authentication_error",
@@ -114,7 +118,20 @@ def _blocks(reply: TurnReply) -> Iterator[dict[str, Any]]:
     if reply.content or not reply.tool_calls:
         yield {"type": "text", "text": reply.content}
     for call in reply.tool_calls:
-        yield {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
+        yield {"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call.arguments)}
+
+
+def _input(arguments: str) -> Mapping[str, Any]:
+    """Arguments as an object. A server's own parser may pass on what is none: see UNREAD."""
+    try:
+        value = read_json(arguments)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict) and not is_deeper(
+        value, MAX_DEPTH // 2
+    ):  # it stands within others when it comes back
+        return value
+    return {UNREAD: arguments}
 
 
 def _deltas(block: Table) -> Iterator[Mapping[str, object]]:
@@ -174,7 +191,9 @@ def _assistant(blocks: Sequence[Table], where: str) -> Message:
             thought = fields.text(block, "thinking", at) or ""
             message["reasoning_content"] = message.get("reasoning_content", "") + thought
         elif kind == "tool_use":
-            arguments = json.dumps(fields.inner(block, "input", at) or {}, ensure_ascii=False)
+            given = fields.inner(block, "input", at) or {}
+            unread = given.get(UNREAD) if len(given) == 1 else None
+            arguments = unread if isinstance(unread, str) else json.dumps(given, ensure_ascii=False)
             told = fields.call(fields.needed(block, "id", at), fields.needed(block, "name", at), arguments)
             message.setdefault("tool_calls", []).append(told)
         elif kind != "redacted_thinking":

@@ -35,7 +35,7 @@ class Score:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What run() may return in place of a plain answer: value, with what the harness itself says of it. correct: the
-    outcome, which counts where options.score.rule is "reported"."""
+    outcome, for options.score.rule "reported" alone: anywhere else it would be overruled, and fails the rollout."""
 
     value: object
     correct: float | None = None

@@ -8,8 +8,8 @@
 
 Every request but the last carries its rollout's token (Authorization: Bearer, or x-api-key); what is wrong about id or
 token is not said. `x-mgrpo-invocation: n` names the conversation, where the history alone does not tell it. On
-loopback, the default, only requests that name loopback are answered: a web page must not reach the gateway through a
-name that resolves to this machine.
+loopback, the default, only requests that name loopback are answered, and none of a web page of another host: it must
+reach the gateway neither through a name that resolves to this machine nor by a request whose answer it cannot read.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ PATH = re.compile(
     r"/rollout/(?P<id>[\w-]{1,200})(?:/agent/(?P<role>[^/]{1,400}))?(?:/v1){0,2}/"
     r"(?P<what>chat/completions|responses|messages|models(?:/[^/]{1,400})?|reward)/?"
 )
+FRAMING = "ambiguous_length"
 CHAT, MESSAGES = ChatCompletions(), Messages()
 Extra = Callable[[Exchange], Awaitable[bool]]
 """Answers a request whose path is its own, or raises GatewayError; False for any other. Tokens are its matter."""
@@ -161,6 +162,11 @@ class Gateway:
 
     async def _answer(self, exchange: Exchange, dialect: Dialect) -> None:
         self._check_host(exchange)
+        if (
+            exchange.header(b"transfer-encoding") is not None
+            and exchange.header(b"content-length") is not None
+        ):
+            raise GatewayError(400, FRAMING, "a request has either a Content-Length or a Transfer-Encoding")
         if exchange.path == "/health":
             _check_method(exchange, "GET")
             await exchange.answer(200, {"status": "ok"})
@@ -196,9 +202,12 @@ class Gateway:
     def _check_host(self, exchange: Exchange) -> None:
         if not is_loopback(self.options.host):
             return
-        named = re.sub(r":\d*$", "", exchange.header(b"host") or "").strip("[]")
+        named = _named(exchange.header(b"host") or "")
         if not is_loopback(named) and named != self.options.advertise:
             raise GatewayError(403, "forbidden", "this gateway answers loopback only")
+        origin = exchange.header(b"origin")
+        if origin is not None and not is_loopback(_named(origin.rpartition("//")[2])):
+            raise GatewayError(403, "forbidden", "this gateway does not answer web pages of other hosts")
 
     def _seat(self, identity: str, exchange: Exchange) -> Seat:
         """The rollout of an id, if the request has its token. A wrong token looks like an id that was never given."""
@@ -219,6 +228,8 @@ async def _refuse(exchange: Exchange, dialect: Dialect, error: GatewayError) -> 
     headers: list[tuple[bytes, bytes]] = []
     if error.status == 409 and error.code != "conversation_busy":
         headers.append((b"x-should-retry", b"false"))  # SDKs would ask again otherwise
+    if error.code == FRAMING:  # where it ends, a proxy between us may have seen otherwise
+        headers.append((b"connection", b"close"))
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await exchange.answer(error.status, dialect.error(error), headers)
@@ -281,6 +292,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def _named(place: str) -> str:
+    """The host of host:port."""
+    return re.sub(r":\d*$", "", place).strip("[]")
 
 
 def _listen(options: GatewayOptions) -> socket.socket:

@@ -7,7 +7,7 @@ The policies of GatewayOptions (history, thoughts) are applied here, and nowhere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +19,10 @@ from mgrpo.gateway.history import Entry, Match, Past, accepted, difference
 from mgrpo.gateway.options import GatewayOptions
 from mgrpo.gateway.turn import TurnRequest
 from mgrpo.model.chat import Opening
+
+CHARACTERS = 64
+"""Of a token, on the average over messages and tools: no text that fits has more. What has is refused before a chat
+template and a tokenizer have worked on it for minutes, while all other rollouts of the worker wait."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +66,7 @@ class Asked:
 
 def open_step(asked: Asked, agent: Agent, form: Form) -> Step:
     """Of a new conversation. Raises GatewayError (400) where its messages do not fit, and as Form.open."""
+    _check_size(agent, asked.entries, asked.tools)
     opening = form.open(asked.request.messages, asked.entries, asked.request.tools)
     past = Past(asked.entries, len(asked.entries), asked.tools)
     return Step("open", None, opening.ids, past, _room(agent, 0, len(opening.ids)), opening)
@@ -101,6 +106,7 @@ def next_step(asked: Asked, thread: Thread, match: Match, options: GatewayOption
 
 def _extend(asked: Asked, thread: Thread, match: Match, counts: Sequence[str]) -> Step:
     agent = thread.conversation.agent
+    _check_size(agent, asked.entries[match.new :], ())
     new = asked.request.messages[match.new :]
     ids = thread.form.follow(new, asked.entries, thread.opening, thread.last)
     room = _room(agent, agent.max_length - thread.conversation.remaining, len(ids))
@@ -111,20 +117,36 @@ def _extend(asked: Asked, thread: Thread, match: Match, counts: Sequence[str]) -
 
 def _fork(asked: Asked, thread: Thread, counts: Sequence[str]) -> Step:
     agent = thread.conversation.agent
+    _check_size(agent, asked.entries, asked.tools)
     opening = thread.form.open(asked.request.messages, asked.entries, asked.request.tools)
     past = Past(asked.entries, len(asked.entries), asked.tools)
     room = _room(agent, 0, len(opening.ids))
     return Step("fork", thread, opening.ids, past, room, opening, (*counts, "forks"))
 
 
+def _check_size(agent: Agent, entries: Sequence[Entry], tools: Iterable[str]) -> None:
+    """Raises GatewayError for messages and tools that are too long, or too many, by far."""
+    if len(entries) > agent.max_length:
+        raise _too_long(agent, f"{len(entries)} messages, each of a token at least")
+    size = sum(map(len, tools))
+    for e in entries:
+        size += len(e.content) + len(e.reasoning) + sum(len(name) + len(given) for name, given in e.calls)
+    if size > (most := CHARACTERS * agent.max_length):
+        raise _too_long(agent, f"{size} characters, more than {most}, which no such context holds")
+
+
 def _room(agent: Agent, before: int, new: int) -> int:
     """Tokens left for a turn. Raises GatewayError where there are none."""
     room = agent.max_length - before - new
     if room < 1:
-        raise GatewayError(
-            400,
-            "context_length_exceeded",
-            f"this model's maximum context length is {agent.max_length} tokens (agents.{agent.role}.max_length); the "
-            f"messages resulted in {before + new} tokens, which leaves no room for a turn",
-        )
+        raise _too_long(agent, f"{before + new} tokens, which leaves no room for a turn")
     return room
+
+
+def _too_long(agent: Agent, what: str) -> GatewayError:
+    return GatewayError(
+        400,
+        "context_length_exceeded",
+        f"this model's maximum context length is {agent.max_length} tokens (agents.{agent.role}.max_length); the "
+        f"messages resulted in {what}",
+    )

@@ -18,6 +18,7 @@ stay as they are.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,20 @@ class Rendered:
         return Rendered(self.text[start:], tuple(moved))
 
 
+class _Places:
+    """Spans (start, end) in order of their starts; whether one overlaps another is a search, not a walk: a long history
+    has thousands of messages, and several control tokens each."""
+
+    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
+        self._starts = [start for start, _ in spans]
+        self._ends = list(itertools.accumulate((end for _, end in spans), max))  # the last end so far
+
+    def overlap(self, start: int, end: int) -> bool:
+        """Whether any of them begins before `end` and ends behind `start`."""
+        before = bisect_left(self._starts, end)
+        return before > 0 and self._ends[before - 1] > start
+
+
 class ChatEncoder:
     """Encodes rendered chats. Raises ConfigError for a tokenizer without a fast (Rust) implementation: there control
     tokens cannot be told from their text."""
@@ -73,8 +88,10 @@ class ChatEncoder:
     def encode(self, rendered: Rendered, skip: int = 0) -> list[int]:
         """Ids of the chat behind its first `skip` characters, which hold no control token. Raises ConfigError where a
         token reaches across that border."""
-        found = list(self._found(rendered.text))
-        if all(self._is_the_templates(token, rendered) for token in found if token[0] in self.control):
+        found, said = list(self._found(rendered.text)), _Places(rendered.said)
+        if not any(
+            said.overlap(*_core(rendered.text, start, end)) for i, start, end in found if i in self.control
+        ):
             pieces: Sequence[tuple[int, int, int]] = found
         else:
             pieces = list(self._guarded(rendered))
@@ -103,10 +120,6 @@ class ChatEncoder:
         )
         for token, (start, end) in zip(out["input_ids"], out["offset_mapping"], strict=True):
             yield int(token), start, end
-
-    def _is_the_templates(self, token: tuple[int, int, int], rendered: Rendered) -> bool:
-        start, end = _core(rendered.text, token[1], token[2])
-        return not any(a < end and b > start for a, b in rendered.said)
 
     def _guarded(self, rendered: Rendered) -> Iterator[tuple[int, int, int]]:
         """(id, start, end) with the template's control tokens alone; places are those in a text in which each of them
