@@ -101,6 +101,9 @@ class VllmBackend(ServerBackend):
         if engine.device == "cpu":
             # One process for engine and worker: adapters hang in vLLM's two-process form on the CPU.
             arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+            # vLLM 0.32 rewinds the generator of a seeded request whose prompt is split among steps, which a CPU's
+            # generator cannot: its engine ends. So a prompt is computed in one step, or waits for the next.
+            arguments.append("--no-enable-chunked-prefill")
             variables |= {
                 "OMP_NUM_THREADS": str(view.rollout.threads),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
