@@ -187,7 +187,7 @@ def _turn(row: Table, where: str) -> Mapping[str, object]:
 
 def _tools(body: Table) -> tuple[list[Table], list[str]]:
     """(the tools that are offered, the settings about them that are not taken)."""
-    tools, taken = [], []
+    tools: list[Table] = []
     for number, row in enumerate(fields.rows(body, "tools", fields.MAX_TOOLS)):
         where = f"tools[{number}]."
         if (kind := fields.text(row, "type", where) or "function") != "function":
@@ -195,16 +195,7 @@ def _tools(body: Table) -> tuple[list[Table], list[str]]:
         told, at = fields.inner(row, "function", where) or {}, f"{where}function."
         name, description = fields.needed(told, "name", at), fields.text(told, "description", at)
         tools.append(fields.function(name, description, fields.inner(told, "parameters", at)))
-    choice = body.get("tool_choice")
-    if choice == "none":
-        tools = []
-    elif isinstance(choice, dict) or choice == "required":
-        taken.append("tool_choice")
-    elif choice not in (None, "auto"):
-        raise fields.refusal("tool_choice", choice, 'one of "none", "auto", "required" or an object')
-    if not fields.flag(body, "parallel_tool_calls", default=True):
-        taken.append("parallel_tool_calls")
-    return tools, taken
+    return fields.chosen(body, tools)
 
 
 def _format(body: Table) -> Iterator[str]:

@@ -196,3 +196,18 @@ def overridden(body: Table) -> Iterator[str]:
             yield name
     if inner(body, "logit_bias"):
         yield "logit_bias"
+
+
+def chosen(body: Table, tools: list[Table]) -> tuple[list[Table], list[str]]:
+    """The tools that OpenAI's tool_choice leaves, and the names of settings that are not taken."""
+    taken: list[str] = []
+    choice = body.get("tool_choice")
+    if choice == "none":
+        tools = []
+    elif isinstance(choice, dict) or choice == "required":
+        taken.append("tool_choice")
+    elif choice not in (None, "auto"):
+        raise refusal("tool_choice", choice, 'one of "none", "auto", "required" or an object')
+    if not flag(body, "parallel_tool_calls", default=True):
+        taken.append("parallel_tool_calls")
+    return tools, taken

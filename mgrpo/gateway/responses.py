@@ -191,23 +191,13 @@ def _text_events(item: Table, where: Mapping[str, object]) -> Iterator[Mapping[s
 def _tools(body: Table) -> tuple[Sequence[Table], list[str]]:
     """(the tools that are offered, the settings about them that are not taken)."""
     tools: list[Table] = []
-    taken = []
     for number, row in enumerate(fields.rows(body, "tools", fields.MAX_TOOLS)):
         where = f"tools[{number}]."
         if (kind := fields.text(row, "type", where) or "function") != "function":
             raise fields.unsupported(f"{where}type", kind, ("function",))
         name, description = fields.needed(row, "name", where), fields.text(row, "description", where)
         tools.append(fields.function(name, description, fields.inner(row, "parameters", where)))
-    choice = body.get("tool_choice")
-    if choice == "none":
-        tools = []
-    elif isinstance(choice, dict) or choice == "required":
-        taken.append("tool_choice")
-    elif choice not in (None, "auto"):
-        raise fields.refusal("tool_choice", choice, 'one of "none", "auto", "required" or an object')
-    if not fields.flag(body, "parallel_tool_calls", default=True):
-        taken.append("parallel_tool_calls")
-    return tools, taken
+    return fields.chosen(body, tools)
 
 
 def _format(body: Table) -> Iterator[str]:
