@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,3 +20,11 @@ class Addresses:
     insecure: bool = False
     engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     weights: Path | None = None
+
+
+def is_loopback(host: str) -> bool:
+    """True for "localhost" and addresses of the loopback interface."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mgrpo.addresses import is_loopback
 from mgrpo.config.run import RecordConfig
 from mgrpo.errors import ConfigError
 from mgrpo.record.notes import Notes
@@ -23,7 +24,7 @@ from mgrpo.record.reader import RecordedRollout, Recording
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.types import Rollout, Trajectory
 from mgrpo.view.data import RunView
-from mgrpo.view.server import as_json, export, is_loopback
+from mgrpo.view.server import as_json, export
 from tests.big_run import multiply
 from tests.browser import MISSING, Browser, browser
 from tests.runs import command, started

@@ -187,15 +187,7 @@ def _turn(row: Table, where: str) -> Mapping[str, object]:
 
 def _tools(body: Table) -> tuple[list[Table], list[str]]:
     """(the tools that are offered, the settings about them that are not taken)."""
-    tools: list[Table] = []
-    for number, row in enumerate(fields.rows(body, "tools", fields.MAX_TOOLS)):
-        where = f"tools[{number}]."
-        if (kind := fields.text(row, "type", where) or "function") != "function":
-            raise fields.unsupported(f"{where}type", kind, ("function",))
-        told, at = fields.inner(row, "function", where) or {}, f"{where}function."
-        name, description = fields.needed(told, "name", at), fields.text(told, "description", at)
-        tools.append(fields.function(name, description, fields.inner(told, "parameters", at)))
-    return fields.chosen(body, tools)
+    return fields.chosen(body, fields.tools(body, "function", "parameters", "function"))
 
 
 def _format(body: Table) -> Iterator[str]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mgrpo.engines.base import MAX_STOP_LENGTH, MAX_STOPS
 from mgrpo.gateway.errors import GatewayError
+from mgrpo.gateway.turn import ToolCall
 from mgrpo.model.chat import Message
 
 Table = Mapping[str, Any]
 
 MAX_MESSAGES = 20_000
 MAX_TOOLS = 1_000
-MAX_STOPS, MAX_STOP = 16, 256
 PENALTIES: Mapping[str, tuple[float, ...]] = {
     "temperature": (),
     "top_p": (1.0,),
@@ -116,11 +117,11 @@ def texts(table: Table, name: str) -> tuple[str, ...]:
     if len(found) > MAX_STOPS:
         raise GatewayError(400, "invalid_value", f"{name} has {len(found)} texts, at most {MAX_STOPS}")
     for entry in found:
-        if not 0 < len(entry) <= MAX_STOP:
+        if not 0 < len(entry) <= MAX_STOP_LENGTH:
             raise GatewayError(
                 400,
                 "invalid_value",
-                f"{name} has a text of {len(entry)} characters, expected 1 to {MAX_STOP}",
+                f"{name} has a text of {len(entry)} characters, expected 1 to {MAX_STOP_LENGTH}",
             )
     return tuple(found)
 
@@ -162,6 +163,20 @@ def role_of(table: Table, where: str) -> str:
     return "system" if role == "developer" else role
 
 
+def tools(body: Table, kind: str, parameters: str, below: str = "") -> list[Table]:
+    """The tools of a request in the form of Chat Completions. kind: the one type that is taken. parameters: what the
+    dialect calls their schema. below: the table in which it describes a tool."""
+    found = []
+    for place, row in enumerate(rows(body, "tools", MAX_TOOLS)):
+        where = f"tools[{place}]."
+        if (given := text(row, "type", where) or kind) != kind:
+            raise unsupported(f"{where}type", given, (kind,))
+        told, at = (inner(row, below, where) or {}, f"{where}{below}.") if below else (row, where)
+        name, description = needed(told, "name", at), text(told, "description", at)
+        found.append(function(name, description, inner(told, parameters, at)))
+    return found
+
+
 def function(name: str, description: str | None, parameters: Table | None) -> Table:
     """A tool in the form of Chat Completions."""
     told: dict[str, object] = {"name": name}
@@ -173,7 +188,7 @@ def function(name: str, description: str | None, parameters: Table | None) -> Ta
 
 def call(identity: str, name: str, arguments: str) -> Table:
     """A tool call of a message in the form of Chat Completions."""
-    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return ToolCall(identity, name, arguments).message()
 
 
 def checked(messages: Sequence[Message], field: str) -> Sequence[Message]:

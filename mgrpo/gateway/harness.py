@@ -31,6 +31,7 @@ from typing import ClassVar
 
 from pydantic import ValidationError
 
+from mgrpo.addresses import is_loopback
 from mgrpo.benchmarks.question_file import QuestionFile
 from mgrpo.config.settings import first_problem
 from mgrpo.environments import attempt
@@ -44,7 +45,6 @@ from mgrpo.gateway.forms import Forms
 from mgrpo.gateway.harness_options import REPORTED, HarnessOptions, HarnessScoring, read_options
 from mgrpo.gateway.rollout import GatewayRollout
 from mgrpo.gateway.scores import Answer, Score, merged_scores
-from mgrpo.gateway.server import is_loopback
 from mgrpo.gateway.serving import ClaimOptions, Served, hold
 from mgrpo.scoring.judge import Judge, JudgeConfig
 from mgrpo.scoring.scorer import Scorer

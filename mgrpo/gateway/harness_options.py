@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mgrpo.config.settings import MAX_SECONDS, Options, Settings, first_problem
 from mgrpo.gateway.options import GatewayOptions
+from mgrpo.services.config import variable_name
 
 REPORTED = "reported"
 """The rule by which the harness itself says what its answer is worth."""
@@ -65,10 +66,7 @@ class HarnessOptions(Settings):
     @field_validator("key_env")
     @classmethod
     def _a_name(cls, name: str | None) -> str | None:
-        if name is not None and not name.isidentifier():
-            # The value is not shown: who mistakes the field writes the key itself here.
-            raise ValueError("key_env: expected the name of an environment variable, not a key")
-        return name
+        return name if name is None else variable_name(name)
 
     @field_validator("env")
     @classmethod

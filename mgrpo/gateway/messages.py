@@ -203,13 +203,7 @@ def _assistant(blocks: Sequence[Table], where: str) -> Message:
 
 def _tools(body: Table) -> tuple[Sequence[Table], list[str]]:
     """(the tools that are offered, the settings about them that are not taken)."""
-    tools: list[Table] = []
-    for number, row in enumerate(fields.rows(body, "tools", fields.MAX_TOOLS)):
-        where = f"tools[{number}]."
-        if (kind := fields.text(row, "type", where) or "custom") != "custom":
-            raise fields.unsupported(f"{where}type", kind, ("custom",))
-        name, description = fields.needed(row, "name", where), fields.text(row, "description", where)
-        tools.append(fields.function(name, description, fields.inner(row, "input_schema", where)))
+    tools = fields.tools(body, "custom", "input_schema")
     choice = fields.inner(body, "tool_choice") or {"type": "auto"}
     kind = fields.needed(choice, "type", "tool_choice.")
     if kind not in ("auto", "any", "tool", "none"):

@@ -190,14 +190,7 @@ def _text_events(item: Table, where: Mapping[str, object]) -> Iterator[Mapping[s
 
 def _tools(body: Table) -> tuple[Sequence[Table], list[str]]:
     """(the tools that are offered, the settings about them that are not taken)."""
-    tools: list[Table] = []
-    for number, row in enumerate(fields.rows(body, "tools", fields.MAX_TOOLS)):
-        where = f"tools[{number}]."
-        if (kind := fields.text(row, "type", where) or "function") != "function":
-            raise fields.unsupported(f"{where}type", kind, ("function",))
-        name, description = fields.needed(row, "name", where), fields.text(row, "description", where)
-        tools.append(fields.function(name, description, fields.inner(row, "parameters", where)))
-    return fields.chosen(body, tools)
+    return fields.chosen(body, fields.tools(body, "function", "parameters"))
 
 
 def _format(body: Table) -> Iterator[str]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import hmac
-import ipaddress
 import logging
 import re
 import socket
@@ -26,6 +25,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from mgrpo.addresses import is_loopback
 from mgrpo.errors import ConfigError
 from mgrpo.gateway import body, fields
 from mgrpo.gateway.chat_completions import ChatCompletions
@@ -284,14 +284,6 @@ def _reward(seat: Seat, table: fields.Table) -> dict[str, Any]:
 
 
 # -- addresses --
-
-
-def is_loopback(host: str) -> bool:
-    """True for "localhost" and addresses of the loopback interface."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _named(place: str) -> str:

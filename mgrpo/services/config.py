@@ -50,10 +50,7 @@ class ServiceConfig(Settings):
     @field_validator("key_env")
     @classmethod
     def _a_name(cls, name: str | None) -> str | None:
-        if name is not None and not name.isidentifier():
-            # The value is not shown: who mistakes the field writes the key itself here.
-            raise ValueError("key_env: expected the name of an environment variable, not a key")
-        return name
+        return name if name is None else variable_name(name)
 
     @field_validator("headers")
     @classmethod
@@ -84,3 +81,11 @@ class ChatServiceConfig(ServiceConfig):
         if taken := sorted(OWN_FIELDS & set(extra)):
             raise ValueError(f"extra: {', '.join(taken)} cannot be set here")
         return extra
+
+
+def variable_name(name: str) -> str:
+    """A `key_env` that names an environment variable. Raises ValueError, without the value: who mistakes the field
+    writes the key itself there."""
+    if not name.isidentifier():
+        raise ValueError("key_env: expected the name of an environment variable, not a key")
+    return name

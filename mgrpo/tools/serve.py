@@ -13,12 +13,12 @@ through a name that resolves to this machine. On another address anybody who rea
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mgrpo.addresses import is_loopback
 from mgrpo.errors import ConfigError
 from mgrpo.tools.corpus import Corpus, Hit
 from mgrpo.tools.corpus_tools import corpus_tools
@@ -146,14 +146,6 @@ def mcp_server(tools: ToolSet, name: str = "mgrpo") -> Any:
         )
 
     return Server(name, on_list_tools=list_tools, on_call_tool=call_tool)
-
-
-def is_loopback(host: str) -> bool:
-    """True for "localhost" and addresses of the loopback interface."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _body(request: Any) -> dict[str, Any]:

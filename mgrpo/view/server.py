@@ -8,7 +8,6 @@ the token that it prints.
 from __future__ import annotations
 
 import html
-import ipaddress
 import json
 import math
 import secrets
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mgrpo.addresses import is_loopback
 from mgrpo.errors import ConfigError
 from mgrpo.files import write_atomic
 from mgrpo.view.data import Json, RunView
@@ -119,14 +119,6 @@ def serve(run: Path, host: str, port: int) -> None:
     server = uvicorn.Server(uvicorn.Config(application(view, token), log_level="warning", lifespan="off"))
     with listener:
         server.run(sockets=[listener])
-
-
-def is_loopback(host: str) -> bool:
-    """True for "localhost" and addresses of the loopback interface."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def application(view: RunView, token: str) -> Any:
