@@ -234,8 +234,12 @@ class RecordConfig(Settings):
     alignment of every step. Replaying a loss needs the tokens of all steps since the last kept checkpoint."""
     evaluation: int = Field(40, ge=0)
     """Rollouts kept of each evaluation."""
+    spans: bool = True
+    """When each rollout, turn, tool call, claim, step and weight update began and ended, for `mgrpo trace` and the run
+    page's timeline."""
     max_mb: float = Field(256.0, gt=0)
-    """Bound on the records of one process in 10^6 bytes. The oldest go first, but never those of the run's start."""
+    """Bound on the records of one process in 10^6 bytes, and on its spans. The oldest go first, but never those of the
+    run's start."""
     checkpoints_mb: float = Field(256.0, ge=0)
     """Bound on one agent's checkpoints that are kept for replay (hard links; the oldest go first; 0: none)."""
 

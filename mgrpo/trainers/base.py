@@ -39,6 +39,18 @@ class Checkpoint:
     passed_over: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What an RL step took, all ranks together, and what their devices could do."""
+
+    flops: float
+    """Of the model: forward and backward of the rows that were computed, what is computed twice counted once."""
+    peak_flops: float
+    """FLOP/s of all ranks' devices at the dtype of the products; NaN where a device is not known."""
+    peak_memory: float
+    """Bytes on the fullest device, or of the fullest process on a CPU, at the highest since the step before."""
+
+
 class PolicyTrainer(ABC):
     """One agent's policy with its optimizer, and the ranks that it is divided over. A context manager: leaving it takes
     down what connects the ranks."""
@@ -89,6 +101,10 @@ class PolicyTrainer(ABC):
         """One RL step: an optimizer step on each minibatch in turn; its metrics. `batches` hold the micro-batches of
         all ranks. recompute_old: the ratio's denominator is this policy before the step, not the sampler's report.
         Raises NumericsError where the step was not taken."""
+
+    def cost(self) -> StepCost | None:
+        """Of the last train(); None where it is not known."""
+        return None
 
     @abstractmethod
     def weights(self) -> Iterator[tuple[str, Tensor]]:

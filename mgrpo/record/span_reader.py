@@ -1,0 +1,65 @@
+"""The spans of a run, process by process; see spans.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from mgrpo.errors import CorruptionError
+from mgrpo.record.segments import Frame, SegmentReader
+from mgrpo.record.spans import FOLDER, Span, SpansHead
+
+PATTERNS = (f"rollouts/*/{FOLDER}", f"agents/*/record/{FOLDER}")
+
+
+class SpanReader:
+    """The spans below one or several folders (a run that was spread over servers leaves some on each). Call refresh()
+    to see what a live run has added. What cannot be read is passed over (`damaged`)."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = list(folders)
+        self._readers: dict[Path, SegmentReader] = {}
+        self._frames: list[tuple[SpansHead, Frame]] = []
+        self._head = msgspec.msgpack.Decoder(SpansHead)
+        self._body = msgspec.msgpack.Decoder(list[Span])
+        self.damaged: dict[Path, str] = {}
+        self.refresh()
+
+    def refresh(self) -> int:
+        """Take in what is new; returns the number of new frames."""
+        before = len(self._frames)
+        for path in (p for f in self._folders for pattern in PATTERNS for p in sorted(f.glob(pattern))):
+            reader = self._readers.setdefault(path, SegmentReader(path))
+            for frame in reader.fresh():
+                try:
+                    self._frames.append((self._head.decode(frame.head), frame))
+                except msgspec.DecodeError as error:
+                    self.damaged.setdefault(frame.path, f"spans cannot be read ({error})")
+            self.damaged |= reader.damaged
+        return len(self._frames) - before
+
+    def bounds(self) -> tuple[int, int] | None:
+        """Unix ns of the earliest start and the latest end; None where there are no spans."""
+        if not self._frames:
+            return None
+        return min(head.first for head, _ in self._frames), max(head.last for head, _ in self._frames)
+
+    def spans(self, start: int | None = None, end: int | None = None) -> dict[str, list[Span]]:
+        """Process -> its spans that touch [start, end] (Unix ns; None: no bound), by start, the longer first."""
+        found: dict[str, list[Span]] = {}
+        for head, frame in self._frames:
+            if (start is not None and head.last < start) or (end is not None and head.first > end):
+                continue
+            try:
+                body = self._body.decode(frame.body())
+            except (CorruptionError, msgspec.DecodeError) as error:
+                self.damaged.setdefault(frame.path, f"spans cannot be read ({error})")
+                continue
+            found.setdefault(head.process, []).extend(
+                s for s in body if (start is None or s.end >= start) and (end is None or s.start <= end)
+            )
+        for spans in found.values():
+            spans.sort(key=lambda s: (s.start, -s.end))
+        return dict(sorted(found.items()))

@@ -1,0 +1,1 @@
+"""One timeline of a whole run, from the spans that its processes recorded."""
