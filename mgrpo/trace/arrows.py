@@ -3,7 +3,8 @@ their way into the steps that train on them.
 
     publish -> update     of the same label, in every rollout worker that has loaded it
     update -> turn        the first turn of the role in that worker which was sampled from the new version
-    rollout -> claim      of each step, by its record, that the rollout's group was part of
+    rollout -> read       of each step, by its record, that trained on the rollout's group: the claim itself, which
+                          waits for the group, began before
 
 Servers' clocks may differ by more than the time between two spans. An arrow that would go back in time is left out and
 counted: `backwards` says by how much the clocks differ at the least.
@@ -89,15 +90,15 @@ def _training(
     rollouts: dict[str, list[Span]] = {}
     for span in _of(processes, "rollout"):
         rollouts.setdefault(span.lane, []).append(span)
-    claims = {
+    reads = {
         (process, span.args.get("step")): span  # the last one of a step that was taken again
         for process, spans in processes.items()
         for span in spans
-        if span.kind == "claim"
+        if span.kind == "read"
     }
     for (role, step), recorded in list(recording.steps.items()):
-        claim = claims.get((TRAINER + policies.get(role, role), step))
-        if claim is None:
+        read = reads.get((TRAINER + policies.get(role, role), step))
+        if read is None:
             continue
         try:
             body = recorded.body()
@@ -106,7 +107,7 @@ def _training(
         for rollout in (f"{query}/{i}" for query in body.queries for i in range(body.k)):
             played = rollouts.get(rollout)
             if played:  # one whose worker was killed has been played again
-                arrows.add(_latest(played, claim.end) or played[0], claim)
+                arrows.add(_latest(played, read.start) or played[0], read)
 
 
 def _latest(spans: Sequence[Span], before: int) -> Span | None:

@@ -47,18 +47,23 @@ def write_trace(
     stream = _Stream(protocol(), file)
     start = min((span.start for spans in processes.values() for span in spans), default=0) - LEAD_NS
     stream.head(start)
-    uuid = 1
+    # All descriptors come first: a process that is described after the first event of its pid is taken for another one.
+    drawn: list[tuple[int, Track]] = []
+    uuid = 0
     for number, (process, spans) in enumerate(processes.items()):
-        parent = lane = stream.process(number, process, uuid)
         uuid += 1
+        parent = lane = uuid
+        stream.process(uuid, number, process)
         for place, track in enumerate(tracks(spans)):
+            uuid += 1
             # What ran beside a lane is drawn below it.
             stream.track(uuid, lane if track.depth else parent, place, track.name)
             if not track.depth:
                 lane = uuid
-            _Sequence(stream, uuid, arrows).write(track, start)
-            written(len(track.spans))
-            uuid += 1
+            drawn.append((uuid, track))
+    for number, track in drawn:
+        _Sequence(stream, number, arrows).write(track, start)
+        written(len(track.spans))
     stream.flush()
 
 
@@ -104,12 +109,11 @@ class _Stream:
         for clock, at in ((_BOOTTIME, LEAD_NS), (_REALTIME, start + LEAD_NS)):
             packet.clock_snapshot.clocks.add(clock_id=clock, timestamp=at)
 
-    def process(self, number: int, name: str, uuid: int) -> int:
+    def process(self, uuid: int, number: int, name: str) -> None:
         descriptor = self._descriptor(uuid, number)
         descriptor.process.pid = number + 1  # of the trace: those of several servers may be the same
         descriptor.process.process_name = name
         descriptor.child_ordering = descriptor.EXPLICIT
-        return uuid
 
     def track(self, uuid: int, parent: int, place: int, name: str) -> None:
         descriptor = self._descriptor(uuid, place)
@@ -120,6 +124,7 @@ class _Stream:
     def _descriptor(self, uuid: int, place: int) -> Any:
         packet = self.packet()
         packet.trusted_packet_sequence_id = 1
+        packet.timestamp = LEAD_NS
         packet.track_descriptor.uuid = uuid
         packet.track_descriptor.sibling_order_rank = place
         return packet.track_descriptor
