@@ -42,8 +42,9 @@ def write_trace(
     arrows: Arrows,
     written: Callable[[int], None] = lambda spans: None,
 ) -> None:
-    """Write the spans of all processes (process -> its spans) as one trace. written: is called with the number of spans
-    that were added since the last time. Raises ConfigError without the package, OSError."""
+    """Write the spans of all processes (process -> its spans, none of which ends before it starts) as one trace. Of the
+    arrows those between the same objects are drawn. written: is called with the number of spans that were added since
+    the last time. Raises ConfigError without the package, OSError."""
     stream = _Stream(protocol(), file)
     start = min((span.start for spans in processes.values() for span in spans), default=0) - LEAD_NS
     stream.head(start)
