@@ -52,9 +52,7 @@ def read_trace(path: Path) -> list[Slice]:
     for packet in itertools.chain(first, packets):
         number = packet.trusted_packet_sequence_id
         assert number, "a packet without a sequence"
-        assert packet.HasField("track_event"), (
-            "a process that is described later is another one of the same pid"
-        )
+        assert packet.HasField("track_event"), "descriptors come before all events"
         if packet.sequence_flags & pb.TracePacket.SEQ_INCREMENTAL_STATE_CLEARED:
             defaults = packet.trace_packet_defaults.track_event_defaults
             sequences[number] = {"track": defaults.track_uuid, "time": -1}
