@@ -253,7 +253,7 @@ def _check_steps(slices: list[Slice], recording: Recording, policies: dict[str, 
     for process in trainers & {s.process for s in slices}:
         role = process.removeprefix("trainer ")
         steps = sorted({step for r, step in recording.steps if policies[r] == role})
-        for kind in ("claim", "step", "train", "apply"):
+        for kind in ("claim", "read", "build", "step", "train", "apply", "record"):
             found = sorted(int(str(s.args["step"])) for s in slices if (s.process, s.kind) == (process, kind))
             assert found == steps, f"{process}: {kind}"
         versions = [s.args["version"] for s in slices if (s.process, s.kind) == (process, "publish")]
