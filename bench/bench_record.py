@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.common import Report, parser
+from bench.common import Comparison, Report, parser
 from mgrpo.config import RunConfig
 from mgrpo.pipeline.replay import Replayer
 from mgrpo.pipeline.step_record import StepRecorder
@@ -140,8 +140,10 @@ def costs(report: Report, folder: Path, start: Path, steps: int) -> None:
     report.figure(
         "trainers' recording", 1e3 * (again.seconds - worker) / steps, "ms", note="2 trainers, checkpoints"
     )
-    share = 100 * again.seconds / steps / step[False]
-    report.figure("recording, share of a step's CPU time", share, "%", at_most=3.0)
+    off, recorders = 1e3 * step[False], 1e3 * again.seconds / steps
+    compared = Comparison(off + recorders, floor=off, floor_name="recording off")
+    share = 100 * recorders / off
+    report.compare("recording, share of a step's CPU time", compared, value=share, unit="%", at_most=3.0)
     same = final_weights(run) == final_weights(folder / f"{steps}-False")
     report.figure("weights that recording changes", float(not same), at_most=0)
     rollouts = rec_bytes(run / "rollouts")

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bench.common import Report, parser
+from bench.common import Comparison, Report, parser
 from bench.weights_parts import REAL, available, shapes_of
 
 RATES = (1e-6, 1e-5, 1e-4)
@@ -203,7 +203,8 @@ def way_rows(report: Report, p: Pair, lr: float, samples: Samples, wrong: int) -
         report.figure(f"{at}: {name}", middle[name], "s", note=note)
     for name in samples:
         if name != "patch":
-            report.figure(f"{at}: {name} / patch, seconds", middle[name] / middle["patch"], "x")
+            against = Comparison(middle["patch"], {name: middle[name]}, unit="s")
+            report.compare(f"{at}: {name} / patch, seconds", against)
     report.figure(f"{at}: versions with other bits", wrong, at_most=0)
 
 
