@@ -43,8 +43,37 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def completed(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A bench that gives "rival", "ours" and "rival / ours" as plain figures has compared them, too."""
+    plain = {f["item"]: f for f in figures}
+    ours = plain.get("ours")
+    if ours is None:
+        return list(figures)
+    value, unit = ours["value"], ours["unit"]
+    found = []
+    for f in figures:
+        name = f["item"].removesuffix(" / ours")
+        rival = plain.get(name) if name != f["item"] and not f.get("compared") else None
+        if rival is not None and rival["unit"] == unit:
+            f = f | {"compared": _as_compared(value, name, rival["value"], unit, unit.endswith("/s"))}
+        found.append(f)
+    return found
+
+
+def _as_compared(ours: float, rival: str, theirs: float, unit: str, more: bool) -> dict[str, Any]:
+    """Comparison.as_dict of one rival without a floor."""
+    nothing = {"floor": None, "floor_name": "", "of_floor": None}
+    return nothing | {
+        "ours": ours,
+        "rivals": {rival: theirs},
+        "best_rival": rival,
+        "unit": unit,
+        "more_is_better": more,
+    }
+
+
 def pictures(bench: str, figures: Sequence[dict[str, Any]]) -> list[Picture]:
-    """One for everything that is compared with the same value of ours; else one for each unit of several figures."""
+    """One for all that is compared with the same value of ours, and one for each other unit of several figures."""
     grouped: dict[tuple[float, str, bool], list[dict[str, Any]]] = {}
     for f in figures:
         if c := f.get("compared"):
@@ -54,16 +83,19 @@ def pictures(bench: str, figures: Sequence[dict[str, Any]]) -> list[Picture]:
         for key, group in grouped.items()
     ]
     found = [p for p in found if len(p.bars) > 1]
-    if found or grouped:
-        return found
-    for unit in UNITS:
+    for unit in sorted(set(UNITS) - {p.unit for p in found}, key=UNITS.index):
         same = [f for f in figures if f["unit"] == unit and f["value"] > 0][:MOST]
         if len(same) > 1:
-            bars: list[tuple[str, float, Kind]] = [
-                (f["item"], f["value"], "ours" if f["item"].startswith("ours") else "plain") for f in same
-            ]
-            found.append(Picture(f"{bench.removeprefix('bench_')}, {unit}", unit, unit.endswith("/s"), bars))
+            bars: list[tuple[str, float, Kind]] = [(f["item"], f["value"], _kind(f["item"])) for f in same]
+            title = (
+                f"{bench.removeprefix('bench_')}: {_common([f['item'] for f in same]).strip(' ,:/') or unit}"
+            )
+            found.append(Picture(title, unit, unit.endswith("/s"), bars))
     return found
+
+
+def _kind(item: str) -> Kind:
+    return "ours" if item.split(": ")[-1].startswith("ours") else "plain"
 
 
 def _compared(title: str, unit: str, more: bool, group: Sequence[dict[str, Any]]) -> Picture:
