@@ -129,7 +129,8 @@ def _wait(process: subprocess.Popen[bytes], job: Job, began: float) -> bool:
 def _remarks(text: str) -> list[str]:
     """Lines that say what was left out, and why."""
     marks = ("missing rival:", "not measured", "nothing measured", "not assembled", "is missing", "needs ")
-    return [line.strip() for line in text.splitlines() if any(mark in line for mark in marks)][:20]
+    lines = (line.strip() for line in text.splitlines() if not line.startswith(("│", "|")))  # tables have notes
+    return [line for line in lines if any(mark in line for mark in marks)][:20]
 
 
 def _compiled(kernels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
