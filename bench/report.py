@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes, what = rendered(chosen, args.folder), "figures of earlier runs"
     else:
         outcomes = measured(chosen, args.quick, deadline, args.folder)
-        what = "quick: fewer rounds and sizes than the bounds are meant for" if args.quick else "all rounds and sizes"
+        what = (
+            "quick: fewer rounds and sizes than the bounds are for" if args.quick else "all rounds and sizes"
+        )
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     heading = Heading(now, commit(), machine(), what, time.monotonic() - began)
     args.out.parent.mkdir(parents=True, exist_ok=True)

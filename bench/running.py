@@ -16,9 +16,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 TAIL = 30  # lines of a failed bench's output that are kept
@@ -77,25 +79,35 @@ def run(job: Job, folder: Path) -> Outcome:
         try:
             ended = _wait(process, job, began)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _stop(process)
     seconds = time.monotonic() - began
     text = log.read_text(errors="replace")
-    tail = "\n".join(text.splitlines()[-TAIL:])
+    found = Outcome(job.name, "not run", reason="it wrote no figures")
+    status: Status
+    if written.exists():
+        found = outcome_of(job.name, written)
     if not ended:
-        reason = f"still running after its deadline of {job.deadline_s:g} s"
-        return Outcome(job.name, "hung", seconds, reason, remarks=_remarks(text), tail=tail)
-    if process.returncode:
-        reason = f"exit status {process.returncode}"
-        return Outcome(job.name, "crashed", seconds, reason, remarks=_remarks(text), tail=tail)
-    if not written.exists():
-        return Outcome(job.name, "not run", seconds, "it wrote no figures", remarks=_remarks(text), tail=tail)
-    found = outcome_of(job.name, written)
-    return Outcome(
-        job.name, found.status, seconds, found.reason, found.machine, found.figures, _remarks(text),
-        "" if found.status == "ok" else tail,
-    )  # fmt: skip
+        status, reason = "hung", f"still running after its deadline of {job.deadline_s:g} s"
+    elif process.returncode:
+        status, reason = "crashed", f"exit status {process.returncode}"
+    else:
+        status, reason = found.status, found.reason
+    tail = "" if status == "ok" else "\n".join(text.splitlines()[-TAIL:])
+    return replace(found, status=status, seconds=seconds, reason=reason, remarks=_remarks(text), tail=tail)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a bench: its group, and descendants that have a session of their own, as ranks have."""
+    descendants: list[psutil.Process] = []
+    if process.poll() is None:
+        with suppress(psutil.Error):
+            descendants = psutil.Process(process.pid).children(recursive=True)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for descendant in descendants:
+        with suppress(psutil.Error):
+            descendant.kill()
+    process.wait()
 
 
 def outcome_of(name: str, path: Path) -> Outcome:
@@ -129,7 +141,7 @@ def _wait(process: subprocess.Popen[bytes], job: Job, began: float) -> bool:
 def _remarks(text: str) -> list[str]:
     """Lines that say what was left out, and why."""
     marks = ("missing rival:", "not measured", "nothing measured", "not assembled", "is missing", "needs ")
-    lines = (line.strip() for line in text.splitlines() if not line.startswith(("│", "|")))  # tables have notes
+    lines = [line.strip() for line in text.splitlines() if not line.startswith("│")]  # notes of tables
     return [line for line in lines if any(mark in line for mark in marks)][:20]
 
 

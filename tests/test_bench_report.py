@@ -106,13 +106,16 @@ def test_what_the_limit_of_the_command_leaves_out_is_named(tmp_path: Path) -> No
     assert "0 s are over" in row.why
 
 
-def test_a_stopped_bench_takes_its_processes_along(tmp_path: Path) -> None:
-    """A store or a client that a bench started does not go on after the bench's deadline."""
+@pytest.mark.parametrize("own", [False, True], ids=["its group", "a session of its own"])
+def test_a_stopped_bench_takes_its_processes_along(tmp_path: Path, own: bool) -> None:
+    """A store, a client or a rank that a bench started does not go on after the bench's deadline."""
     mark = tmp_path / "child"
     child = (
         f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
     )
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session={own})"
+    )
     job = Job("parent", (sys.executable, "-c", parent), 3.0)
     outcome = run(job, tmp_path)
     assert outcome.status == "hung"
