@@ -249,12 +249,14 @@ def run(args: argparse.Namespace, report: Report) -> dict[str, list[Row]]:
     streaming = [r for r in rows if r.rule.startswith("streaming")]
     beyond = max(r.age_max - r.max_lag for r in streaming)
     report.figure("streaming: oldest trained token, steps beyond max_lag", beyond, at_most=0)
-    others = {r.rule: r.steps for r in rows if r not in streaming and not r.rule.startswith(("any", "ideal"))}
+    others = {r.rule: r.steps for r in rows if not r.rule.startswith(("streaming", "any", "ideal"))}
     for r in rows:
-        rivals = others if r in streaming else {}
-        steps = Comparison(r.steps, rivals, best, "ideal", "steps/h", more_is_better=True)
-        note = f"busy {r.busy:.2f}, trainer idle {r.idle:.2f}"
-        report.compare(f"{r.rule}: steps/h of ideal", steps, value=r.steps / best, unit="", note=note)
+        item, note = f"{r.rule}: steps/h of ideal", f"busy {r.busy:.2f}, trainer idle {r.idle:.2f}"
+        if r in streaming:
+            steps = Comparison(r.steps, others, best, "ideal", "steps/h", more_is_better=True)
+            report.compare(item, steps, value=r.steps / best, unit="", note=note)
+        else:
+            report.figure(item, r.steps / best, note=note)
     return {"ways": rows, "shares": shares, "sizes": sizes}
 
 

@@ -43,6 +43,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def floor_word(more_is_better: bool) -> str:
+    """A rate cannot be above what a time cannot be below."""
+    return "ceiling" if more_is_better else "floor"
+
+
 def completed(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A bench that gives "rival", "ours" and "rival / ours" as plain figures has compared them, too."""
     plain = {f["item"]: f for f in figures}
@@ -106,7 +111,9 @@ def _compared(title: str, unit: str, more: bool, group: Sequence[dict[str, Any]]
         if c["floor"] is not None:
             floors[c["floor_name"] or "floor"] = c["floor"]
         rivals |= c["rivals"]
-    bars: list[tuple[str, float, Kind]] = [(f"floor: {name}", v, "floor") for name, v in floors.items()]
+    bars: list[tuple[str, float, Kind]] = [
+        (f"{floor_word(more)}: {name}", v, "floor") for name, v in floors.items()
+    ]
     bars.append(("ours", group[0]["compared"]["ours"], "ours"))
     ranked = sorted(rivals.items(), key=lambda r: r[1], reverse=more)
     return Picture(title, unit, more, bars + [(name, v, "rival") for name, v in ranked[:MOST]])

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.report_bars import Picture, completed, leads_svg, number, pictures, svg
+from bench.report_bars import Picture, completed, floor_word, leads_svg, number, pictures, svg
 from bench.running import Outcome
 
 STYLE = """
@@ -181,7 +181,7 @@ def _row(f: dict[str, Any]) -> str:
     cells.append(_value(c.get("ours"), unit) if is_ratio else f'<td class="n">{escape(value)}</td>')
     ratio = escape(value) if is_ratio else ""
     if c.get("of_floor") is not None and c.get("rivals"):
-        ratio += f"<small>{number(c['of_floor'])} x floor</small>"
+        ratio += f"<small>{number(c['of_floor'])} x from {floor_word(c['more_is_better'])}</small>"
     cells.append(f'<td class="n ratio">{ratio}</td>')
     verdict = str(f.get("verdict", ""))
     cells.append(

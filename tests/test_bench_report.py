@@ -220,7 +220,18 @@ def test_the_page_holds_every_figure_and_escapes_every_name(tmp_path: Path) -> N
     text = page(HEADING, [good, bad])
     assert "<script" not in text and HOSTILE not in text
     assert escape(HOSTILE) in text
-    for part in ("1 ms", "6 ms", "2 ms", "3 x", "2 x floor", "≥ 4", "12,345 B", "n/a GB", "abc1234", "hung"):
+    for part in (
+        "1 ms",
+        "6 ms",
+        "2 ms",
+        "3 x",
+        "2 x from floor",
+        "≥ 4",
+        "12,345 B",
+        "n/a GB",
+        "abc1234",
+        "hung",
+    ):
         assert part in text, part
     assert text.count("<svg") == 2  # the comparison, and the leads over rivals
     assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
