@@ -151,9 +151,9 @@ def test_rollouts_that_come_to_nothing_are_there(kept: Kept) -> None:
     unasked = RolloutRequest("q", Unasked("", "", failure=Failure("task", "no question")), 2)
     asyncio.run(play(GivenTask(fails), unasked, {}, 1))
     rollouts = [s for s in kept.read() if s.kind == "rollout"]
-    assert [(s.lane, s.args["split"], s.args["status"], s.args.get("failed_by")) for s in rollouts] == [
+    assert [(s.lane, s.args["split"], s.args["status"], s.args["failed_by"]) for s in rollouts] == [
         ("q/0", "train", "failed", "task"),
-        ("eval/x/1", "eval", "cancelled", None),
+        ("eval/x/1", "eval", "cancelled", ""),
         ("q/2", "train", "failed", "task"),
     ]
 

@@ -277,15 +277,14 @@ class Feed:
 
     @contextmanager
     def _publishing(self) -> Iterator[None]:
-        """Around what makes the weights of `step` RL steps available; announces them to the store afterwards."""
+        """Around what makes the weights of `step` RL steps available; announces them to the store afterwards. Where
+        that fails, the part stays open for another try."""
         if not self._clock.inside("publish"):
             self._clock.begin("publish")
-        try:
-            yield
-            for stream in self._streams:
-                stream.store.status(version=self.step, step=self.step, checkpoint_step=self.saved_step)
-        finally:
-            self._clock.finish("publish", {"version": self.step, "label": self.label()})
+        yield
+        for stream in self._streams:
+            stream.store.status(version=self.step, step=self.step, checkpoint_step=self.saved_step)
+        self._clock.finish("publish", {"version": self.step, "label": self.label()})
         self._version = self.step
         if self._begun is not None:
             self._begun.published = True

@@ -97,12 +97,12 @@ async def play(
     together may take, without the outages of services that they wait for."""
     name = f"{request.query}/{request.rollout}"
     split = "eval" if request.query.startswith("eval/") else "train"
-    with spans.span("rollout", name, name, {"split": split, "status": "cancelled"}) as seen:
+    args: spans.Args = {"split": split, "status": "cancelled", "failed_by": "", "correct": 0.0, "attempts": 0}
+    with spans.span("rollout", name, name, args):
         result = await _play(task, request, agents, seed, accept, deadline)
-        ok = result.rollout is not None
-        seen |= {"status": "ok" if ok else "failed", "failed_by": result.kind or ""}
-        seen |= {"correct": float(result.rollout.correct) if result.rollout else 0.0}
-        seen |= {"attempts": result.attempt + 1}
+        played = result.rollout
+        args |= {"status": "failed" if played is None else "ok", "failed_by": result.kind or ""}
+        args |= {"correct": 0.0 if played is None else float(played.correct), "attempts": result.attempt + 1}
         return result
 
 

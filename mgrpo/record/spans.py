@@ -135,13 +135,15 @@ def record_to(log: SpanLog | None) -> None:
 
 def recording() -> bool:
     """Whether spans of this process are kept."""
-    return _log is not None and _log.active
+    log = _log
+    return log is not None and log.active
 
 
 def add(kind: str, name: str, lane: str, start: int, end: int, args: Args | None = None) -> None:
     """Keep a span whose times, by now(), are known."""
-    if _log is not None:
-        _log.add(Span(kind, name, lane, start, end, args or {}))
+    log = _log  # another thread may set it to None
+    if log is not None:
+        log.add(Span(kind, name, lane, start, end, args or {}))
 
 
 @contextlib.contextmanager
