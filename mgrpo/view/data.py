@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from mgrpo.record.schema import RolloutHead, StepBody, TrajectoryRecord
 from mgrpo.record.segments import Frame
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.summary import read_summary
-from mgrpo.view.timeline import timeline
+from mgrpo.view.span_timeline import SpanTimeline
+from mgrpo.view.timeline import shares, timeline
 from mgrpo.view.transcript import labels, tool_calls, verdict
 
-HIDDEN = ("seq",)
+HIDDEN = ("seq", "step", "time")
 COLUMNS = ("id", "text", "gold", "answer", "step", "split", "mode", "ok", "correct", "tokens", "failed_by",
            "tool_errors", "redacted")  # fmt: skip
 COUNTERS = "service/"
@@ -44,20 +45,22 @@ class RunView:
         self._lock = threading.Lock()
         self._recording = Recording([run])
         self._texts = Texts(self._recording)
+        self._spans = SpanTimeline(run)
         self._credit: dict[tuple[str, int], _Credit] = {}
 
     def overview(self, have: int = 0) -> Json:
         """Everything but the trees: settings, curves, and a line for each rollout from number `have` on."""
         with self._lock:
             self._recording.refresh()
+            records = list(read_metrics(self.run))
             return {
                 "title": str(self.run),
                 "settings": self._settings(),
                 "summary": self._summary(),
-                "notes": self._recording.notes(),
+                "series": self._series(records),
+                **self._timeline(records),
+                "notes": self._recording.notes() + self._spans.notes(),
                 "live": self._folder.live,
-                "series": self._series(),
-                "timeline": self._timeline(),
                 "steps": {
                     role: sorted(step for r, step in self._recording.steps if r == role)
                     for role in self.config.roles
@@ -109,13 +112,12 @@ class RunView:
     def _summary(self) -> Json | None:
         return read_summary(self.run) or None
 
-    def _series(self) -> dict[str, list[list[float]]]:
+    def _series(self, records: Iterable[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
         """Name -> [[step, value, seconds], ...]; a step that was reported again counts once, the last time. Counters of
         services are the sum of all that was reported at a step, by several workers or again after a restart."""
         points: dict[str, dict[int, list[float]]] = {}
-        for record in read_metrics(self.run):
-            step = int(record.pop("step"))
-            seconds = float(record.pop("time"))
+        for record in records:
+            step, seconds = int(record["step"]), float(record["time"])
             for name, value in record.items():
                 if value is None or name in HIDDEN:
                     continue
@@ -124,9 +126,13 @@ class RunView:
                 known[step] = [step, before + value, seconds]
         return {name: [found[s] for s in sorted(found)] for name, found in sorted(points.items())}
 
-    def _timeline(self) -> Json | None:
-        found = timeline(read_metrics(self.run), self.config.training_roles)
-        return found.as_json() if found else None
+    def _timeline(self, records: Iterable[Mapping[str, Any]]) -> Json:
+        """The last steps, from spans where they were recorded, and what they were made of."""
+        found = timeline(records, self.config.training_roles)
+        drawn = self._spans.read(found, self._recording.rollouts.__contains__)
+        if drawn is None and found is not None:
+            drawn = found.as_json()
+        return {"timeline": drawn, "shares": shares(found) if found else {}}
 
     def _lines(self, have: int) -> Json:
         """One line a rollout, as columns; questions once for each group."""

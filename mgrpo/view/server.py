@@ -21,8 +21,8 @@ from mgrpo.files import write_atomic
 from mgrpo.view.data import Json, RunView
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("base.js", "curves.js", "timeline.js", "services.js", "steps.js", "tools.js", "tree.js", "rollouts.js",
-           "app.js")  # fmt: skip
+SCRIPTS = ("base.js", "curves.js", "timeline.js", "spans.js", "services.js", "steps.js", "tools.js", "tree.js",
+           "rollouts.js", "app.js")  # fmt: skip
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 COOKIE = "mgrpo-token"
 TREES = 2000  # rollout trees in an exported file, unless --trees says otherwise

@@ -3,6 +3,7 @@
 const TABS = [["curves", "Curves"], ["steps", "Alignment"], ["rollouts", "Rollouts"], ["compare", "Before and after"], ["services", "Services"]];
 const FOLLOW_MS = 2000;
 const lines = new Lines();
+let timelineText = "";
 let run = null, state = { tab: "curves" }, shown = null;
 
 function readHash() {
@@ -42,8 +43,11 @@ async function follow() {
       lines.add(next.rollouts, run.settings.roles);
       document.getElementById("title").textContent = clean(run.title);
       status();
+      const moved = JSON.stringify(next.timeline) !== timelineText;
+      timelineText = JSON.stringify(next.timeline);
       if (first) draw();
       else if (grown && (state.tab === "curves" || state.tab === "services")) draw();
+      else if (moved && state.tab === "curves") redrawTimeline(run);
       else if (grown && shown && shown.grown) shown.grown();
     }
   } catch (error) {

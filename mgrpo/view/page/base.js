@@ -36,6 +36,7 @@ class Exported {
   constructor(data) { this.data = data; this.live = false; }
   async overview(have) { return have ? null : this.data.overview; }
   async step(role, step) { return this.data.steps[`${role}/${step}`]; }
+  has(id) { return Object.hasOwn(this.data.rollouts, id); }
   async rollout(id) {
     if (!(id in this.data.rollouts)) throw new Error("the tree of this rollout is not in the exported file");
     return this.data.rollouts[id];
@@ -51,6 +52,7 @@ class Served {
   }
   overview(have) { return this.ask("run", { have }); }
   step(role, step) { return this.ask("step", { role, step }); }
+  has() { return true; }
   rollout(id) { return this.ask("rollout", { id }); }
 }
 
