@@ -15,7 +15,9 @@ from mgrpo.errors import DeadlineError, PeerError
 from mgrpo.pipeline import step_reporter
 from mgrpo.pipeline.feed import Feed, step_times
 from mgrpo.pipeline.step_ahead import Closed, StepAhead
+from mgrpo.pipeline.step_clock import METRICS
 from mgrpo.pipeline.trainer_loop import TrainerLoop
+from mgrpo.record import spans
 from mgrpo.store.records import Control, World
 from mgrpo.weights.publisher import VersionSize
 from tests.runs import RELAY
@@ -286,7 +288,7 @@ def test_times_add_up() -> None:
         loop._feed.flush()
     assert len(store.reported) == 3
     for row in store.reported:
-        parts = [row[f"main/time/{name}"] for name in ("wait_batch", "train", "weights", "other")]
+        parts = [row[f"main/time/{name}"] for name in (*METRICS.values(), "other")]
         assert all(part >= 0 for part in parts) and sum(parts) == pytest.approx(
             row["main/time/step"], abs=1e-9
         )
@@ -297,16 +299,15 @@ def test_times_add_up() -> None:
 
 def test_only_what_passed_before_the_trainer_waited_was_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim of 8 seconds of which the trainer saw the last 3, then 2 of reading: 5 are hidden."""
-    from mgrpo.pipeline import step_ahead
     from mgrpo.pipeline.step_ahead import _Part
 
     ahead = StepAhead([], 1)
-    parts = [_Part("claim", 100.0, 108.0), _Part("read", 108.0, 110.0), _Part("build", 110.0, 110.0)]
+    ends = {"claim": (100, 108), "read": (108, 110), "build": (110, 110)}
+    parts = [_Part(name, began * 10**9, ended * 10**9) for name, (began, ended) in ends.items()]
     ahead._next = ahead._executor.submit(lambda: ([], parts))
-    clock = iter([105.0, 110.0])
-    monkeypatch.setattr(step_ahead, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(spans, "now", lambda: 105 * 10**9)
     prepared = ahead.take(0, lambda: None)
     ahead.close()
-    assert prepared.hidden == {"claim": 5.0, "read": 0.0, "build": 0.0} and prepared.waited == 5.0
-    times = step_times(10.0, prepared, 3.0, 1.0)
-    assert times["time/other"] == 1.0 and times["perf/idle"] == 0.5
+    assert prepared.hidden == {"claim": 5.0, "read": 0.0, "build": 0.0}
+    times = step_times({"step": 10.0, "wait_batch": 5.0}, prepared.hidden)
+    assert times["time/hidden_claim"] == 5.0 and times["perf/idle"] == 0.5

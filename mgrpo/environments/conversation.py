@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -21,9 +22,11 @@ import numpy as np
 from mgrpo._C import philox4x32_10
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.attempt import AttemptOverError
+from mgrpo.environments.conversation_spans import ConversationSpans
 from mgrpo.environments.tools import outside_tools
 from mgrpo.errors import ContextOverflowError, RolloutError
 from mgrpo.model.tokens import Tokenizer, decode_piece, encode_piece, encode_start
+from mgrpo.record import spans
 from mgrpo.types import Trajectory
 
 
@@ -73,7 +76,8 @@ class Conversation:
         self.last: Generation | None = None  # the turn that was sampled last
         self.closed = False
         self._over = False
-        self._seed = seed
+        self._seed, self._attempt = seed, attempt
+        self._spans = ConversationSpans()
         self._turn = 0
         self._sampling = False
         self._past: list[_Segment] = []  # segments that were forked away from, each with a sampled token
@@ -181,13 +185,15 @@ class Conversation:
         now = self._now
         self.mismatches += now.ids[: len(self._seen)] != self._seen
         outside_tools(f"{self._session} samples")
-        self._sampling = True
+        self._sampling, context, out, began = True, len(now.ids), None, spans.now()
+        engine = self.agent.engine
         try:
-            out = await self.agent.engine.generate(
+            out = await engine.generate(
                 now.ids, params, seed=mix(self._seed, self._turn), session=self._session
             )
         finally:
             self._sampling = False
+            self._spans.turn(self._turn, began, context, out, engine)
         self._turn, self.last = self._turn + 1, out
         ids = [int(i) for i in out.token_ids]
         now.extend(ids, 1, [float(x) for x in out.logprobs], [int(v) for v in out.versions])
@@ -208,6 +214,7 @@ class Conversation:
             name: unit_score(value, f"score {name!r} of {self._session}") for name, value in scores.items()
         }
         self.closed = True
+        self._spans.close()
         self.release()
 
     def metric(self, name: str, value: float) -> None:
@@ -223,6 +230,16 @@ class Conversation:
     def release(self) -> None:
         """Free what the engine holds of this conversation. Idempotent."""
         self.agent.engine.release(self._session)
+
+    def tool_span(self, name: str) -> AbstractContextManager[None]:
+        """Around a tool's work that does not come through Episode.tool, such as a search within this process: the
+        timeline of the rollout shows it, and no metric measures it."""
+        return self._spans.tool(name)
+
+    def record(self) -> None:
+        """Keep the spans of its turns and its own, once, when the attempt has ended."""
+        lane = f"{self.query}/{self.rollout}"
+        self._spans.keep(lane, self.agent.role, self.invocation, self._attempt)
 
     def trajectory(self) -> Trajectory:
         """The conversation so far, as arrays."""

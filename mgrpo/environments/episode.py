@@ -34,6 +34,7 @@ from mgrpo.environments.conversation import Agent, Conversation, finite_metric, 
 from mgrpo.environments.tools import ToolCalls, outside_tools
 from mgrpo.errors import RolloutError
 from mgrpo.model.chat import ChatFormat, Message, Opening
+from mgrpo.record import spans
 from mgrpo.types import MAIN, Rollout
 
 __all__ = ["Agent", "Chat", "Conversation", "Episode", "mix"]
@@ -140,7 +141,9 @@ class Episode:
             return mix(self._seed, 1 << 40 | salt) / 2.0**64  # none of a conversation's
 
         run = self._tools.run
-        return await run(name, partial(call, *args), timeout, attempts, backoff, noise)
+        seen: spans.Args = {"attempt": self.attempt, "retries": 0, "failed": 0}
+        with spans.span("tool", name, f"{self.query}/{self.rollout}", seen):
+            return await run(name, partial(call, *args), timeout, attempts, backoff, noise, seen)
 
     def open(self, role: str, salt: int | None = None) -> Conversation:
         """Start the next conversation of `role`. salt: what its noise follows from in place of its number, where
@@ -190,6 +193,11 @@ class Episode:
         """Free what the engines hold for this rollout, once no call of it is under way any more. Idempotent."""
         for conversation in self._conversations():
             conversation.release()
+
+    def record(self) -> None:
+        """Keep the spans of the conversations, once, when the attempt has ended."""
+        for conversation in self._conversations():
+            conversation.record()
 
     def calls(self) -> int:
         """Conversations of sub-agents that were opened."""

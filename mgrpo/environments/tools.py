@@ -59,8 +59,10 @@ class ToolCalls:
         attempts: int,
         backoff: float,
         noise: Callable[[int], float],
+        seen: dict[str, int | float | str],
     ) -> Any:
-        """See Episode.tool. noise: a number in [0, 1) that its argument decides."""
+        """See Episode.tool. noise: a number in [0, 1) that its argument decides. seen: gets what the call's span says
+        of it, "retries" and whether it has "failed" (1 or 0)."""
         if not name.isidentifier():
             raise ValueError(f"tool {name!r:.100}: expected a name of letters, digits and _")
         if attempts < 1 or backoff < 0 or not (timeout is None or timeout > 0):
@@ -74,6 +76,7 @@ class ToolCalls:
             for attempt in range(attempts):
                 if attempt:
                     calls.retries += 1
+                    seen["retries"] = attempt
                     pause = backoff * 2.0 ** (attempt - 1) * (0.5 + noise(salt | attempt & 0xFF))
                     with outside.call():
                         await asyncio.sleep(min(pause, LONGEST_PAUSE))
@@ -94,6 +97,7 @@ class ToolCalls:
         finally:
             calls.seconds.append(time.monotonic() - began)
             calls.failures += failed
+            seen["failed"] = int(failed)
 
     def metrics(self) -> dict[str, list[float]]:
         """Full name -> values: seconds has one of each call, the others are counts of the rollout."""

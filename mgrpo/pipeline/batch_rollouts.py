@@ -38,13 +38,16 @@ class BatchRollouts:
         """Play until every trainer has made its last step; the version then published. version: published now."""
         self._cursor += version * self._config.trainer.pool // self._workers * self._workers
         self._reported_at = idle_since = time.monotonic()
-        while (version := self._context.published()) < self._config.trainer.steps:
-            self._context.loop.check_stop()
+        context = self._context
+        while (version := context.published()) < self._config.trainer.steps:
+            context.loop.check_stop()
             if batch := self._open_batch():
+                context.waited()
                 self._play(batch)
                 idle_since = time.monotonic()
             else:
-                self._context.wait_a_little(version + 1, idle_since)
+                context.wait_a_little(version + 1, idle_since)
+        context.waited()
         return version
 
     def _open_batch(self) -> RolloutBatch:

@@ -14,6 +14,7 @@ from mgrpo.environments.task import Split
 from mgrpo.pipeline.eval_sets import EvalSet, play_set, read_set
 from mgrpo.pipeline.play import Accuracy, RolloutResult, evaluate
 from mgrpo.pipeline.worker_context import WorkerContext, asked
+from mgrpo.record import spans
 
 EVAL_SEED = 0x65_76_61_6C  # evaluation noise is the same in every run and at every step
 SET = "eval_set"  # the kind of a set's report
@@ -80,16 +81,17 @@ class Evaluations:
                     result.kind or "",
                 )
 
-        result = await play_set(
-            context.task,
-            played,
-            context.team.agents,
-            step=step,
-            seed=EVAL_SEED,
-            seen=seen,
-            accept=context.check_rewards,
-            deadline=context.config.rollout.deadline,
-        )
+        with spans.span("evaluation", config.name, spans.EVALUATION_LANE, {"step": step}):
+            result = await play_set(
+                context.task,
+                played,
+                context.team.agents,
+                step=step,
+                seed=EVAL_SEED,
+                seen=seen,
+                accept=context.check_rewards,
+                deadline=context.config.rollout.deadline,
+            )
         played.played.add(step)
         report = {
             "step": step,
@@ -131,7 +133,8 @@ class Evaluations:
                 place=f"{split}/{step}",
             )
 
-        greedy, sampled = await accuracy("greedy"), await accuracy("sampled")
+        with spans.span("evaluation", split, spans.EVALUATION_LANE, {"step": step}):
+            greedy, sampled = await accuracy("greedy"), await accuracy("sampled")
         report = {
             "step": step,
             "split": split,

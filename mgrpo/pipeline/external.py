@@ -161,8 +161,9 @@ class ExternalFeed(Feed):
                 f"to {self.step} (applied)"
             )
         if step and step > self.saved_step:
-            self._write_saved(step)
-            self.commit(step, lambda cursors: cursors)
+            with self.part("checkpoint"):
+                self._write_saved(step)
+                self.commit(step, lambda cursors: cursors)
 
     def _read_saved(self) -> int | None:
         path = self.folder / SAVED

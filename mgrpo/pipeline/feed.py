@@ -20,8 +20,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -34,7 +35,9 @@ from mgrpo.errors import ConfigError, DeadlineError, PeerError
 from mgrpo.pipeline.batch import StepBatch, merge_streams
 from mgrpo.pipeline.role_stream import RoleStream
 from mgrpo.pipeline.step_ahead import PreparedStep, StepAhead
+from mgrpo.pipeline.step_clock import StepClock
 from mgrpo.pipeline.step_reporter import StepReporter
+from mgrpo.record import spans
 from mgrpo.record.schema import StepSettings
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.schedule import learning_rate
@@ -66,15 +69,12 @@ class FeedStep:
 
 @dataclass(slots=True)
 class _Begun:
-    """The step in the trainer's hands. learned: None until it is applied; times: when what was done."""
+    """The step in the trainer's hands. learned: None until it is applied."""
 
     number: int
     lr: float
     prepared: PreparedStep
-    began: float = field(default_factory=time.monotonic)
-    trained: float = 0.0
-    applied: float = 0.0
-    published: float = 0.0
+    published: bool = False
     learned: Mapping[str, float] | None = None
 
 
@@ -106,7 +106,8 @@ class Feed:
         self._reporter = StepReporter(self._streams)
         self._begun: _Begun | None = None
         self._version: int | None = None  # published last
-        self._ended: float | None = None  # of the step before: a step's seconds are those since then
+        self._clock = StepClock(role)
+        self._spans: spans.SpanLog | None = None  # of this process, where it was opened with the feed
         self._stop_requested = False
         self._handlers: dict[int, Any] = {}  # of signals, as they were before
 
@@ -128,7 +129,10 @@ class Feed:
         try:
             for r in config.roles_of(role):
                 streams.append(RoleStream(config, r, agents / r, addresses, weights))
-            return cls(config, role, folder, streams, weights, heartbeat)
+            feed = cls(config, role, folder, streams, weights, heartbeat)
+            feed._spans = spans.SpanLog(config.record, folder / "record", f"trainer {role}", feed.say)
+            spans.record_to(feed._spans)
+            return feed
         except BaseException:
             for stream in streams:
                 stream.close()
@@ -143,6 +147,9 @@ class Feed:
     ) -> None:
         self._ahead.stop()
         self._reporter.close()
+        if self._spans is not None:
+            spans.record_to(None)
+            self._spans.close()
         for stream in self._streams:
             stream.close()
         self._weights.close()
@@ -205,13 +212,16 @@ class Feed:
             self.step >= trainer.steps
         ):  # the run may be over before the final policy is written: no look at it
             raise StopIteration
-        if self._ended is None:
-            self._ended = time.monotonic()
+        first = not self._clock.running
+        if first:
+            self._clock.start()
             self._catch_signals()
             self._ahead.begin(self.step)
-        else:
-            self.check_stop()
-        prepared = self._ahead.take(self.step, self.check_stop)
+        with self._clock.part("wait", {"step": self.step}):
+            if not first:
+                self.check_stop()
+            prepared = self._ahead.take(self.step, self.check_stop)
+        self._clock.begin("train", {"step": self.step})
         lr = learning_rate(self.agent.optimizer, self.step, trainer.steps)
         self._begun = _Begun(self.step, lr, prepared)
         recompute = trainer.old_logprobs == "recompute"
@@ -223,7 +233,7 @@ class Feed:
         run's records. Raises ValueError; then nothing is accounted for."""
         begun = self._begun
         if begun is None or begun.learned is not None:
-            last = f"step {self.step - 1} was applied" if self._ended is not None else "no step was taken"
+            last = f"step {self.step - 1} was applied" if self._clock.running else "no step was taken"
             raise ValueError(
                 f"feed of {self.role}: applied() comes once a step, {last}; take the next one first"
             )
@@ -233,23 +243,25 @@ class Feed:
                 f"feed of {self.role}: metric {bad[0]!r} of step {begun.number} is {learned[bad[0]]}, expected a "
                 "finite number; the step was not accounted for"
             )
-        begun.trained = time.monotonic()
-        for stream, batch in zip(self._streams, begun.prepared.batches, strict=True):
-            stream.store.apply(step=begun.number, groups=batch.groups, surplus=batch.surplus)
-        self.step, begun.learned, begun.applied = begun.number + 1, learned, time.monotonic()
+        self._clock.finish("train")
+        with self._clock.part("apply", {"step": begun.number}):
+            for stream, batch in zip(self._streams, begun.prepared.batches, strict=True):
+                stream.store.apply(step=begun.number, groups=batch.groups, surplus=batch.surplus)
+        self.step, begun.learned = begun.number + 1, learned
+        self._clock.begin("publish")  # whatever the trainer does until its weights are announced
 
     def publish(self, tensors: Iterable[tuple[str, torch.Tensor]], probe: Probe | None = None) -> None:
         """Serve the weights of `step` RL steps, and announce the version afterwards. tensors: (name in a checkpoint,
         tensor), in the same order every time. probe: what engines are compared with; None: they are not."""
         self._check_order("publish()")
-        self._weights.publish(self.label(), self.step, tensors, probe)
-        self._status()
+        with self._publishing():
+            self._weights.publish(self.label(), self.step, tensors, probe)
 
     def announce(self, probe: Probe | None) -> None:
         """Instead of publish(): the trainer has brought these weights to the servers itself."""
         self._check_order("announce()")
-        self._weights.announce(self.label(), self.step, probe)
-        self._status()
+        with self._publishing():
+            self._weights.announce(self.label(), self.step, probe)
 
     def label(self) -> str:
         """Of the version that is published next."""
@@ -263,12 +275,20 @@ class Feed:
         if self._version == self.step:
             raise ValueError(f"feed of {self.role}: the weights of {self.step} steps were published already")
 
-    def _status(self) -> None:
-        for stream in self._streams:
-            stream.store.status(version=self.step, step=self.step, checkpoint_step=self.saved_step)
+    @contextmanager
+    def _publishing(self) -> Iterator[None]:
+        """Around what makes the weights of `step` RL steps available; announces them to the store afterwards."""
+        if not self._clock.inside("publish"):
+            self._clock.begin("publish")
+        try:
+            yield
+            for stream in self._streams:
+                stream.store.status(version=self.step, step=self.step, checkpoint_step=self.saved_step)
+        finally:
+            self._clock.finish("publish", {"version": self.step, "label": self.label()})
         self._version = self.step
         if self._begun is not None:
-            self._begun.published = time.monotonic()
+            self._begun.published = True
 
     def end_step(self, upto: int) -> None:
         """Record and report the step that was trained and published, where it is one of the first `upto`."""
@@ -287,15 +307,18 @@ class Feed:
                 raise ValueError(
                     f"feed of {self.role}: step {begun.number} was taken without {call}; call it before the next step"
                 )
-        assert begun.learned is not None and self._ended is not None
-        before, self._ended = self._ended, time.monotonic()
-        times = step_times(
-            self._ended - before, begun.prepared, begun.trained - begun.began, begun.published - begun.applied
-        )
+        assert begun.learned is not None
+        times = step_times(self._clock.end(begun.number), begun.prepared.hidden)
         ranks, data_ranks = self.config.ranks(self.role), self.config.data_ranks(self.role)
         settings = StepSettings(begun.lr, self.config.trainer.threads, ranks, data_ranks)
         self._begun = None
-        self._reporter.submit(begun.prepared.batches, begun.learned, settings, times | self._weight_metrics())
+        times |= self._weight_metrics()
+        with self._clock.part("report", {"step": begun.number}):
+            self._reporter.submit(begun.prepared.batches, begun.learned, settings, times)
+
+    def part(self, kind: str) -> AbstractContextManager[None]:
+        """Around work of the trainer's own within a step, for its named times. kind: of step_clock.METRICS."""
+        return self._clock.part(kind, {"step": max(0, self.step - 1)})
 
     def _weight_metrics(self) -> dict[str, float]:
         """What the newest version costs a receiver that holds the one before."""
@@ -325,7 +348,8 @@ class Feed:
     def flush(self) -> None:
         """Wait until the last step is recorded and reported."""
         try:
-            self._reporter.flush()
+            with self.part("report"):
+                self._reporter.flush()
         except (DeadlineError, PeerError):
             if not self._stop_requested:  # else: the store has ended too, and nobody reads them
                 raise
@@ -372,18 +396,11 @@ class Feed:
             stream.store.shorten_deadlines(STOP_SECONDS)
 
 
-def step_times(step: float, prepared: PreparedStep, train: float, weights: float) -> dict[str, float]:
-    """Metrics of where the `step` seconds of a step went on the main thread, which add up to it, and what ran beside.
-    train: the optimizer step; weights: until their new version was announced."""
-    other = (
-        step - prepared.waited - train - weights
-    )  # apply, checkpoint, and waiting for the record of the step before
+def step_times(seconds: Mapping[str, float], hidden: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of where a step's seconds went on the main thread (StepClock.end), which add up to it, and of what ran
+    beside it (`hidden`, by part)."""
     return {
-        "time/step": step,
-        "time/wait_batch": prepared.waited,
-        "time/train": train,
-        "time/weights": weights,
-        "time/other": other,
-        **{f"time/hidden_{name}": seconds for name, seconds in prepared.hidden.items()},
-        "perf/idle": prepared.waited / step,
+        **{f"time/{name}": taken for name, taken in seconds.items()},
+        **{f"time/hidden_{name}": taken for name, taken in hidden.items()},
+        "perf/idle": seconds["wait_batch"] / seconds["step"],
     }

@@ -20,6 +20,7 @@ from mgrpo.environments.failure import Failure, Kind, failure_of
 from mgrpo.environments.task import Question, Task
 from mgrpo.environments.tools import ToolCalls
 from mgrpo.errors import InfrastructureError
+from mgrpo.record import spans
 from mgrpo.services import outage
 from mgrpo.types import Rollout, Trajectory
 
@@ -94,6 +95,25 @@ async def play(
     """Play one rollout, with up to ATTEMPTS attempts. The seed names the noise: same seed and weights, same rollout.
     accept: raises for a rollout that cannot be used, which is then a failed one. deadline: seconds that all attempts
     together may take, without the outages of services that they wait for."""
+    name = f"{request.query}/{request.rollout}"
+    split = "eval" if request.query.startswith("eval/") else "train"
+    with spans.span("rollout", name, name, {"split": split, "status": "cancelled"}) as seen:
+        result = await _play(task, request, agents, seed, accept, deadline)
+        ok = result.rollout is not None
+        seen |= {"status": "ok" if ok else "failed", "failed_by": result.kind or ""}
+        seen |= {"correct": float(result.rollout.correct) if result.rollout else 0.0}
+        seen |= {"attempts": result.attempt + 1}
+        return result
+
+
+async def _play(
+    task: Task,
+    request: RolloutRequest,
+    agents: Mapping[str, Agent],
+    seed: int,
+    accept: Callable[[Rollout], object] | None,
+    deadline: float | None,
+) -> RolloutResult:
     if isinstance(request.question, Unasked):
         return RolloutResult(request, 0, None, request.question.failure.text, request.question.failure.kind)
     began = time.monotonic()
@@ -178,6 +198,7 @@ async def play_attempt(task: Task, question: Question, episode: Episode) -> Roll
             await attempt.end()
         finally:
             episode.release()
+            episode.record()
 
 
 async def play_all(

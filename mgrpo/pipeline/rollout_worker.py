@@ -26,6 +26,7 @@ from mgrpo.pipeline.streaming import Streaming
 from mgrpo.pipeline.team import Team
 from mgrpo.pipeline.worker_context import WorkerContext, main_reward
 from mgrpo.pipeline.worker_loop import Shutdown, WorkerLoop
+from mgrpo.record import spans
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.services.outage import outages
 from mgrpo.store.worker_client import WorkerClient
@@ -72,6 +73,8 @@ class RolloutWorker:
             Team(config, addresses, self._clients, loop),
             loop,
         )
+        self._spans = spans.SpanLog(config.record, folder, name, lambda line: self._context.log(line))
+        spans.record_to(self._spans)
         self._evaluations = Evaluations(self._context)
         self._streaming: Streaming | None = None
 
@@ -82,6 +85,7 @@ class RolloutWorker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         context = self._context
+        context.waited()
         context.shipper.stop()
         for trajectory_log in self._logs.values():
             trajectory_log.close()
@@ -93,6 +97,8 @@ class RolloutWorker:
         if self._streaming is not None:
             self._streaming.close()
         context.loop.close(self._close())
+        spans.record_to(None)
+        self._spans.close()
 
     def run(self) -> None:
         """Roll out until every trainer has made its last step, the run is stopped, or stop() was called."""
@@ -147,7 +153,10 @@ class RolloutWorker:
                 },
             )
             return True
-        report = context.loop.run(context.task.validate_start(context.team.agents, n, context.config.seed))
+        with spans.span("evaluation", "start validation", spans.EVALUATION_LANE, {"step": 0}):
+            report = context.loop.run(
+                context.task.validate_start(context.team.agents, n, context.config.seed)
+            )
         figures = {name: list(values) for name, values in report.figures.items()}
         context.store.report(
             "start_validation", {"valid": report.valid, "figures": figures, "text": str(report)}
@@ -180,6 +189,7 @@ class RolloutWorker:
         began = time.monotonic()
         while (published := self._context.published()) < version:
             self._context.wait_a_little(version, began)
+        self._context.waited()
         return published
 
     def stop(self) -> None:

@@ -11,13 +11,13 @@ when a trainer ends stay leased, until its successor's resume gives them back.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from mgrpo.pipeline.batch import StepBatch
 from mgrpo.pipeline.role_stream import POLL_SECONDS, RoleStream
+from mgrpo.record import spans
 
 
 class Closed(Exception):
@@ -26,11 +26,10 @@ class Closed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
-    """One step, a batch for each role stream. waited: seconds the trainer waited for it. hidden: seconds of each part
-    of the work that passed before it began to wait."""
+    """One step, a batch for each role stream. hidden: seconds of each part of the work that passed before the trainer
+    began to wait for it."""
 
     batches: Sequence[StepBatch]
-    waited: float
     hidden: dict[str, float]
 
 
@@ -53,7 +52,7 @@ class StepAhead:
         stop waiting. Raises what the preparation raised; its waits have the deadlines."""
         if self._next is None:
             raise ValueError(f"step {step} was not begun, the run has {self._steps}")
-        began = time.monotonic()
+        began = spans.now()
         self._wanted.set()
         while not wait([self._next], POLL_SECONDS).done:
             check()
@@ -62,8 +61,8 @@ class StepAhead:
         self.begin(step + 1)
         hidden = {part.name: 0.0 for part in parts}
         for part in parts:
-            hidden[part.name] += max(0.0, min(part.ended, began) - part.began)
-        return PreparedStep(batches, time.monotonic() - began, hidden)
+            hidden[part.name] += max(0, min(part.ended, began) - part.began) / 1e9
+        return PreparedStep(batches, hidden)
 
     def stop(self) -> None:
         """End the preparation at its next look, without waiting for that."""
@@ -77,16 +76,21 @@ class StepAhead:
     # -- on the thread -------------------------------------------------------------------------------------------
 
     def _prepare(self, step: int) -> tuple[list[StepBatch], list[_Part]]:
-        marks = [time.monotonic()]
+        marks = [spans.now()]
         claimed = [stream.claim(step, self._is_wanted) for stream in self._streams]
-        marks.append(time.monotonic())
+        marks.append(spans.now())
         both = list(zip(self._streams, claimed, strict=True))
         read = [stream.builder.read(step, groups) for stream, groups in both]
-        marks.append(time.monotonic())
+        marks.append(spans.now())
         batches = [stream.builder.assemble(seen) for stream, seen in zip(self._streams, read, strict=True)]
-        marks.append(time.monotonic())
-        names = ("claim", "read", "build")
-        return batches, [_Part(name, *marks[n : n + 2]) for n, name in enumerate(names)]
+        marks.append(spans.now())
+        parts = [_Part(name, *marks[n : n + 2]) for n, name in enumerate(("claim", "read", "build"))]
+        args: spans.Args = {"step": step}
+        for part in parts:
+            more: spans.Args = {"groups": sum(map(len, claimed))} if part.name == "claim" else {}
+            name = self._streams[0].role
+            spans.add(part.name, name, spans.AHEAD_LANE, part.began, part.ended, args | more)
+        return batches, parts
 
     def _is_wanted(self) -> bool:
         if self._closing.is_set():
@@ -96,6 +100,8 @@ class StepAhead:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
+    """Times in ns by spans.now()."""
+
     name: str
-    began: float
-    ended: float
+    began: int
+    ended: int

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from mgrpo.errors import DeadlineError
 from mgrpo.pipeline.batch import StepBatch
 from mgrpo.pipeline.role_stream import RoleStream
+from mgrpo.record import spans
 from mgrpo.record.schema import StepSettings
 
 WRITE_SECONDS = 600.0  # for one step's record and reports
@@ -58,12 +59,13 @@ class StepReporter:
         settings: StepSettings,
         times: Mapping[str, float],
     ) -> None:
-        began = time.monotonic()
-        for stream, batch in zip(self._streams, batches, strict=True):
-            stream.recorder.step(batch, {**batch.metrics, **learned}, settings)
-        times = {**times, "time/hidden_record": time.monotonic() - began}
-        for stream, batch in zip(self._streams, batches, strict=True):
-            metrics = {**batch.metrics, **learned, **times}
-            named = {f"{stream.role}/{name}": float(value) for name, value in metrics.items()}
-            payload = {"role": stream.role, "step": batch.step + 1, "metrics": named}
-            self._streams[0].store.report("step", payload)
+        with spans.span("record", self._streams[0].role, spans.RECORD_LANE, {"step": batches[0].step}):
+            began = time.monotonic()
+            for stream, batch in zip(self._streams, batches, strict=True):
+                stream.recorder.step(batch, {**batch.metrics, **learned}, settings)
+            times = {**times, "time/hidden_record": time.monotonic() - began}
+            for stream, batch in zip(self._streams, batches, strict=True):
+                metrics = {**batch.metrics, **learned, **times}
+                named = {f"{stream.role}/{name}": float(value) for name, value in metrics.items()}
+                payload = {"role": stream.role, "step": batch.step + 1, "metrics": named}
+                self._streams[0].store.report("step", payload)

@@ -14,12 +14,18 @@ from mgrpo.engines.registry import open_engine
 from mgrpo.environments.episode import Agent
 from mgrpo.errors import CorruptionError, DeadlineError
 from mgrpo.pipeline.worker_loop import WorkerLoop
+from mgrpo.record import spans
 from mgrpo.transport.client import Client
 from mgrpo.weights.pull import Progress, Pull, fetch_policy_files, fetch_weights
 from mgrpo.weights.version import Weights
 
 PULL_REPORT_SECONDS = 10.0  # between two reports of weights that are long under way
 WAIT_SLICE = 1.0  # seconds between two looks at the run's state while waiting
+
+
+def lane_of(role: str) -> str:
+    """Of the spans of a role's weights."""
+    return f"weights {role}"
 
 
 @dataclass(slots=True)
@@ -97,18 +103,20 @@ class Team:
         engine cannot use them, it gets the newest version whole. Raises CorruptionError where it cannot use that
         either."""
         source = self._sources[role]
-        try:
-            await source.engine.load(weights, weights.version)
-        except CorruptionError as error:
-            source.report(f"{role}: {error}; taking a whole version")
+        with spans.span("update", role, lane_of(role)) as seen:
+            try:
+                await source.engine.load(weights, weights.version)
+            except CorruptionError as error:
+                source.report(f"{role}: {error}; taking a whole version")
+                weights.close()
+                source.label = ""
+                whole = await asyncio.to_thread(self.fetch, role, weights.version)
+                assert whole is not None
+                weights = whole
+                await source.engine.load(weights, weights.version)
             weights.close()
-            source.label = ""
-            whole = await asyncio.to_thread(self.fetch, role, weights.version)
-            assert whole is not None
-            weights = whole
-            await source.engine.load(weights, weights.version)
-        weights.close()
-        source.label = weights.label
+            source.label = weights.label
+            seen |= {"version": weights.version, "label": weights.label}
 
     def fetch(self, role: str, at_least: int) -> Weights | None:
         """A role's newest weights, of this version or a later one, once its trainer has them; None when they are those
@@ -117,12 +125,17 @@ class Team:
         arrived damaged twice."""
         source, damaged = self._sources[role], False
         since, received = time.monotonic(), source.pull.received
+        began = spans.now()
         while True:
             try:
                 whole = not source.engine.takes_patches or not source.label
-                return fetch_weights(
+                weights = fetch_weights(
                     source.client, source.label, at_least, WAIT_SLICE, source.pull, whole=whole
                 )
+                if weights is not None:
+                    args: spans.Args = {"version": weights.version, "label": weights.label}
+                    spans.add("fetch", role, lane_of(role), began, spans.now(), args)
+                return weights
             except CorruptionError as error:
                 if damaged:
                     raise
@@ -132,6 +145,8 @@ class Team:
             except DeadlineError:
                 if source.pull.received != received:  # a slow link, but it moves
                     since, received = time.monotonic(), source.pull.received
+                else:
+                    began = spans.now()  # nothing of it was under way yet
                 if time.monotonic() - since > self._config.store.idle_timeout:
                     raise
             self._loop.check()

@@ -80,13 +80,15 @@ class TrainerLoop:
         for step in feed:
             feed.applied(self._trainer.train(step.minibatches, step.recompute_old, step.lr))
             self._publish()
-            if feed.step % trainer.checkpoint_every == 0 or feed.step == trainer.steps:
+            with feed.part("checkpoint"):
+                if feed.step % trainer.checkpoint_every == 0 or feed.step == trainer.steps:
+                    self._checkpoint()
+                else:
+                    self._finish_checkpoint(wait=False)
+        with feed.part("checkpoint"):
+            if feed.step > self._begun:
                 self._checkpoint()
-            else:
-                self._finish_checkpoint(wait=False)
-        if feed.step > self._begun:
-            self._checkpoint()
-        self._finish_checkpoint(wait=True)
+            self._finish_checkpoint(wait=True)
         feed.flush()
 
     def _checkpoint(self) -> None:

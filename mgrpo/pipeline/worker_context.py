@@ -17,6 +17,7 @@ from mgrpo.pipeline.play import RolloutResult, question_of
 from mgrpo.pipeline.shipper import Shipper
 from mgrpo.pipeline.team import WAIT_SLICE, Team
 from mgrpo.pipeline.worker_loop import WorkerLoop
+from mgrpo.record import spans
 from mgrpo.record.rollouts import Asked, RolloutRecorder
 from mgrpo.store.records import World
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
@@ -40,6 +41,7 @@ class WorkerContext:
     _paused_at: float = -1e9  # when published() last found a paused worker
     _scored: set[tuple[str, int]] = field(default_factory=set)  # role and stage whose scores have fitted
     _stage: int = 0  # of the newest group that was opened
+    _wait: tuple[int, int] | None = None  # since when (spans.now()) this worker waits, and for which version
     _rewards: StageRewards = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,10 +71,18 @@ class WorkerContext:
         """Wait for a version, but not for long: a dropped group may have left room for another one meanwhile. Raises
         DeadlineError when nothing has come for idle_timeout seconds since `since`."""
         self.check_idle(version, since)
+        if self._wait is None:
+            self._wait = spans.now(), version
         with contextlib.suppress(DeadlineError):
             wanted = dict.fromkeys(self.config.training_roles, version)
             self.store.wait(versions=wanted, timeout=WAIT_SLICE)
         self.loop.check()
+
+    def waited(self) -> None:
+        """What was waited for is there, or is not waited for any more: one span of all the slices."""
+        if self._wait is not None:
+            (start, version), self._wait = self._wait, None
+            spans.add("wait", f"version {version}", spans.MAIN_LANE, start, spans.now(), {"step": version})
 
     def check_idle(self, version: int, since: float) -> None:
         """Raise DeadlineError when this version has not come for idle_timeout seconds since `since`, or since another

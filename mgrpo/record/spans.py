@@ -39,6 +39,7 @@ from pathlib import Path
 import msgspec
 
 from mgrpo.config.run import RecordConfig
+from mgrpo.errors import MgrpoError
 from mgrpo.record.writer import RecordWriter, Report
 
 FOLDER = "spans"
@@ -74,13 +75,20 @@ def now() -> int:
 
 
 class SpanLog:
-    """Writes one process's spans to <folder>/spans; does nothing where recording is switched off. Thread-safe. Never
-    raises OSError."""
+    """Writes one process's spans to <folder>/spans; does nothing where recording is switched off. Thread-safe. Raises
+    nothing for a disk that is full or gone, nor where that cannot be reported."""
 
     def __init__(self, config: RecordConfig, folder: Path, process: str, report: Report) -> None:
         """folder: of the process's record. report: takes one line when recording has to stop."""
         wanted = config.enabled and config.spans
-        self._writer = RecordWriter(folder / FOLDER, int(config.max_mb * 1e6), report) if wanted else None
+
+        def line(text: str) -> None:
+            with contextlib.suppress(
+                MgrpoError
+            ):  # whoever ends a span has no part in what became of its record
+                report(text)
+
+        self._writer = RecordWriter(folder / FOLDER, int(config.max_mb * 1e6), line) if wanted else None
         self._process = process
         self._waiting: list[Span] = []
         self._flushed = now()
@@ -93,7 +101,8 @@ class SpanLog:
     def add(self, span: Span) -> None:
         if not self.active:
             return
-        self._waiting.append(span)
+        with self._lock:  # against a flush on another thread, which would leave it out
+            self._waiting.append(span)
         if span.end - self._flushed > FLUSH_NS:
             self.flush()
 

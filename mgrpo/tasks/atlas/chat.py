@@ -167,7 +167,9 @@ class AtlasChatTask(Task):
             if move.name == "answer":
                 answer = move.arguments["value"]
                 break
-            talk.observe(self._tool(move, call.relation, found, opened))
+            with conversation.tool_span(move.name):
+                seen = self._tool(move, call.relation, found, opened)
+            talk.observe(seen)
         truth = self.world.value(call.relation, call.entity) or NONE
         conversation.close(format=talk.turns.score(answer is not None), expert=float(answer == truth))
         return answer or NONE, opened

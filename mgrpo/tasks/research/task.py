@@ -211,6 +211,7 @@ class ResearchTask(Task):
             finally:
                 episode.end()
                 episode.release()
+                episode.record()
         raise InfrastructureError(f"start validation, question {number}: {last}")
 
 

@@ -102,12 +102,14 @@ async def play_sub(sub: Conversation, call: Call, library: Library) -> Finding:
     while (text := await _turn(sub, observation, library.turn_tokens)) is not None:
         move = library.language.parse_sub(text, state)
         if isinstance(move, Search):
-            query, found, state = move.query, library.index.search(move.query), "open"
+            with sub.tool_span("search"):
+                query, found, state = move.query, library.index.search(move.query), "open"
             observation = results(found)
         elif isinstance(move, Open) and move.title in found:
             opened.append(move.title)
             state = "last" if len(opened) == library.language.max_opens else "read"
-            observation = f"{DOCUMENT} {library.documents[move.title].text}"
+            with sub.tool_span("open"):
+                observation = f"{DOCUMENT} {library.documents[move.title].text}"
         else:
             answer = move if isinstance(move, Answer) else None
             break
