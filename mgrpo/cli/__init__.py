@@ -19,6 +19,7 @@ from mgrpo.cli.plan import plan
 from mgrpo.cli.questions import app as questions_app
 from mgrpo.cli.store import app as store_app
 from mgrpo.cli.tools import app as tools_app
+from mgrpo.cli.trace import trace
 from mgrpo.errors import CheckpointError, ConfigError, CorruptionError, MgrpoError
 
 # What a file system says of itself, and what starting again does not mend.
@@ -250,6 +251,7 @@ app.command()(plan)
 app.command()(bench)
 app.command(name="filter")(filter_questions)
 app.command()(gateway)
+app.command()(trace)
 app.command(name="launch")(launch_run)
 app.command(name="monitor")(follow_run)
 

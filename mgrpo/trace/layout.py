@@ -44,13 +44,20 @@ def tracks(spans: Sequence[Span]) -> list[Track]:
     on exactly one of them; a span whose end is before its start ends at its start."""
     lanes: dict[str, list[Span]] = {}
     rollouts: dict[str, list[Span]] = {}
-    for span in sorted(map(_forward, spans), key=_order):
+    for span in sorted(map(forward, spans), key=_order):
         (rollouts if span.kind in ROLLOUT_KINDS else lanes).setdefault(span.lane, []).append(span)
     known = [lane for lane in _LANES if lane in lanes]
     found: list[Track] = []
     for lane in known + sorted(lanes.keys() - set(known)):
         found += _named(lane, nested(lanes[lane]))
     return found + _places(rollouts)
+
+
+def forward(span: Span) -> Span:
+    """The span itself, or where it ends before it starts one without length."""
+    if span.end >= span.start:
+        return span
+    return Span(span.kind, span.name, span.lane, span.start, span.start, span.args)
 
 
 def nested(spans: Sequence[Span]) -> list[list[Span]]:
@@ -85,12 +92,6 @@ def depths(spans: Sequence[Span]) -> list[int]:
         found.append(len(stack))
         stack.append(span.end)
     return found
-
-
-def _forward(span: Span) -> Span:
-    if span.end >= span.start:
-        return span
-    return Span(span.kind, span.name, span.lane, span.start, span.start, span.args)
 
 
 def _order(span: Span) -> tuple[int, int, int]:
