@@ -115,9 +115,12 @@ def trainer_spans(steps: int, seconds: float) -> list[Span]:
     return spans
 
 
-def add_run_of_spans(run: Path, roles: Sequence[str], ids: Sequence[str], seconds: float = 60.0) -> None:
-    """Trainers of `roles` with 15 steps and one worker with 16 places, whose rollouts are `ids`."""
+def add_run_of_spans(
+    run: Path, roles: Sequence[str], ids: Sequence[str], seconds: float = 60.0, evil: str = "search"
+) -> None:
+    """Trainers of `roles` with 15 steps and one worker with 16 places, whose rollouts are `ids`; evil: name of their
+    tool."""
     for role in roles:
         write_spans(run, f"trainer {role}", trainer_spans(15, seconds))
     loads = [span for role in roles for span in weight_spans(role, 15, seconds)]
-    write_spans(run, "rollout-0", worker_spans(7, ids, 16, seconds) + loads)
+    write_spans(run, "rollout-0", worker_spans(7, ids, 16, seconds, name=evil) + loads)

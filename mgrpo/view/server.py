@@ -46,12 +46,15 @@ def page(title: str, data: str = "") -> str:
 
 def export(run: Path, file: Path, trees: int = TREES) -> None:
     """Write the page as one file that needs no network: all curves and steps, and the trees of `trees` rollouts,
-    half of them the first, half the last."""
+    half of them the first, half the last, and of those that its lists of the slowest name."""
     view = RunView(run)
     overview = view.overview()
     ids = view.ids()
     if len(ids) > trees:
-        ids = ids[: trees // 2] + ids[len(ids) - (trees - trees // 2) :]
+        slowest = [row["rollout"] for rows in _slowest(overview) for row in rows if row["rollout"]]
+        ids = list(
+            dict.fromkeys(ids[: trees // 2] + ids[len(ids) - (trees - trees // 2) :] + slowest[:trees])
+        )
     data = {
         "overview": overview | {"live": False},
         "steps": {
@@ -66,6 +69,12 @@ def export(run: Path, file: Path, trees: int = TREES) -> None:
         write_atomic(file, page(str(run), as_json(data)))
     except OSError as error:
         raise ConfigError(f"--export {file}: cannot be written ({error.strerror})") from None
+
+
+def _slowest(overview: Json) -> list[list[Json]]:
+    """The lists of the slowest rollouts, turns and tool calls; none where no spans were recorded."""
+    timeline = overview["timeline"] or {}
+    return list(timeline.get("slowest", {}).values())
 
 
 def _recorded(look: Callable[..., Json], *what: object) -> Json | None:

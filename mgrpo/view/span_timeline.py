@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mgrpo.record.span_reader import SpanReader
 from mgrpo.record.spans import MAIN_LANE, Args, Span
-from mgrpo.trace.layout import ROLLOUT_KINDS, Track, tracks
+from mgrpo.trace.layout import ROLLOUT_KINDS, tracks
 from mgrpo.trace.slowest import slowest
 from mgrpo.view.timeline import STEPS, Timeline
 
@@ -43,16 +43,19 @@ class Bar:
     """Something that is drawn. start, length: microseconds, from the window's start on. row: of those that share a
     line. rollout: its id where the bar opens its tree. is_slow: one of the slowest rollouts, which stand out."""
 
+    span: Span
     part: str
     start: int
     length: int
-    words: str
     row: int = 0
     rollout: str | None = None
     is_slow: bool = False
+    shown: list[Any] = field(default_factory=list)  # what is sent, once it is known that the bar is drawn
 
-    def as_json(self) -> list[Any]:
-        return [self.part, self.start, self.length, self.words, self.row, self.rollout, int(self.is_slow)]
+    def show(self) -> list[Any]:
+        words = detail(self.span)
+        self.shown = [self.part, self.start, self.length, words, self.row, self.rollout, int(self.is_slow)]
+        return self.shown
 
 
 @dataclass(slots=True)
@@ -69,7 +72,7 @@ class Row:
             "name": self.name,
             "size": self.size,
             "rows": self.rows,
-            "bars": [bar.as_json() for bar in self.bars],
+            "bars": [bar.shown for bar in self.bars],
         }
 
 
@@ -125,7 +128,9 @@ def window(reader: SpanReader, steps: Timeline | None) -> tuple[dict[str, list[S
         if any(s.kind == "step" for s in spans)
     ]
     start = min((own[0] for own in starts), default=max(first, last - reach))
-    kept = {process: [s for s in spans if s.end >= start] for process, spans in found.items()}
+    kept = {
+        process: [s for s in spans if s.end > start or s.start >= start] for process, spans in found.items()
+    }
     return {process: spans for process, spans in kept.items() if spans}, first, start, last
 
 
@@ -174,10 +179,10 @@ def _trainer(spans: Sequence[Span], start: int) -> list[Row]:
     stages = [s for s in spans if s.kind == "stage"]
     for track in tracks([s for s in spans if s.kind != "stage"]):
         is_main = track.name == MAIN_LANE
-        bars = [_bar(s, start, s.kind, detail(s)) for s in track.spans]
+        bars = [_bar(s, start, s.kind) for s in track.spans]
         found.append(Row(clip(track.name), "main" if is_main else "thin", bars))
         if is_main and stages:
-            found.append(Row("stages", "thin", [_bar(s, start, "stage", detail(s)) for s in stages]))
+            found.append(Row("stages", "thin", [_bar(s, start, "stage") for s in stages]))
     return found
 
 
@@ -191,26 +196,27 @@ def _worker(
     """(rows, how many lines are left out). The first row is that of evaluations, waiting and weights. slow: lane and
     start of the rollouts that stand out."""
     others = [s for s in spans if s.kind not in ROLLOUT_KINDS]
-    rows = [Row("", "thin", [_bar(s, start, s.kind, detail(s)) for s in others])]
-    places: list[list[Track]] = []
-    for track in tracks(_with_open_ends([s for s in spans if s.kind in ROLLOUT_KINDS])):
+    rows = [Row("", "thin", [_bar(s, start, s.kind) for s in others])]
+    played = _with_open_ends([s for s in spans if s.kind in ROLLOUT_KINDS])
+    places = tracks([s for s in played if s.kind == "rollout"])
+    left = max(0, len(places) - limit)
+    if left:  # whole places are left out, so those that are kept need no more than before
+        places.sort(key=lambda place: -max(s.end - s.start for s in place.spans))
+        lanes = {s.lane for place in places[:limit] for s in place.spans}
+        played = [s for s in played if s.lane in lanes]
+    for track in tracks(played):
         if track.depth == 0:
-            places.append([])
-        places[-1].append(track)
-    order = sorted(range(len(places)), key=lambda i: -_longest(places[i]))
-    for place in sorted(order[:limit]):
-        bars = []
-        for row, track in enumerate(places[place]):
-            for s in track.spans:
-                if s.kind == "invocation":
-                    continue  # its turns are drawn; what lies between them is its rollout's
-                bar = _bar(s, start, _part(s), detail(s), row)
-                if s.kind == "rollout":
-                    bar.rollout = s.lane if is_recorded(s.lane) else None
-                    bar.is_slow = (s.lane, s.start) in slow
-                bars.append(bar)
-        rows.append(Row(places[place][0].name, "line", bars, len(places[place])))
-    return rows, max(0, len(places) - limit)
+            rows.append(Row(track.name, "line", [], 0))
+        for s in track.spans:
+            if s.kind == "invocation":
+                continue  # its turns are drawn; what lies between them is its rollout's
+            bar = _bar(s, start, _part(s), rows[-1].rows)
+            if s.kind == "rollout":
+                bar.rollout = s.lane if is_recorded(s.lane) else None
+                bar.is_slow = (s.lane, s.start) in slow
+            rows[-1].bars.append(bar)
+        rows[-1].rows += 1
+    return rows, left
 
 
 def _with_open_ends(spans: list[Span]) -> list[Span]:
@@ -229,10 +235,6 @@ def _with_open_ends(spans: list[Span]) -> list[Span]:
     return spans + [Span("rollout", lane, lane, a, b, {"status": "open"}) for lane, (a, b) in open_.items()]
 
 
-def _longest(place: Iterable[Track]) -> int:
-    return max(s.end - s.start for track in place for s in track.spans)
-
-
 def _part(span: Span) -> str:
     """How a span of a rollout is coloured."""
     args = span.args
@@ -246,9 +248,9 @@ def _part(span: Span) -> str:
     return span.kind
 
 
-def _bar(span: Span, start: int, part: str, words: str, row: int = 0) -> Bar:
+def _bar(span: Span, start: int, part: str, row: int = 0) -> Bar:
     begin = max(span.start, start)
-    return Bar(part, (begin - start) // 1000, max(0, span.end - begin) // 1000, words, row)
+    return Bar(span, part, (begin - start) // 1000, max(0, span.end - begin) // 1000, row)
 
 
 def _arrows(spans: Mapping[str, Sequence[Span]], start: int) -> list[list[Any]]:
@@ -276,12 +278,12 @@ def _version(args: Args) -> Any:
 
 
 def cut(rows: Sequence[Row]) -> list[str]:
-    """Take bars out until the rest fits; returns what was taken, in words."""
+    """Take bars out until the rest fits, and make those that are drawn ready; returns what was taken, in words."""
     bars = [bar for row in rows for bar in row.bars]
     bars.sort(key=lambda bar: (_LATER.get(bar.part, 0), -bar.length))
     size = kept = 0
     for bar in bars[:BARS]:
-        size += len(json.dumps(bar.as_json())) + 2
+        size += len(json.dumps(bar.show())) + 2
         if size > BYTES:
             break
         kept += 1
@@ -313,8 +315,8 @@ def detail(span: Span) -> str:
     if span.kind == "turn":
         parts.append(f"{clip(args.get('role', span.name))} {_number(args, 'invocation') + 1:.0f}")
         parts.append(f"turn {_number(args, 'turn') + 1:.0f}")
-        parts += [f"{_number(args, 'sampled'):.0f} tokens"] if "sampled" in args else []
-        parts += [f"after {_number(args, 'context'):.0f}"] if "context" in args else []
+        context = f" after a context of {_number(args, 'context'):.0f}" if "context" in args else ""
+        parts += [f"{_number(args, 'sampled'):.0f} tokens{context}"] if "sampled" in args else []
     elif span.kind in ("rollout", "tool", "stage", "read", "build"):
         parts.append(clip(span.name))
     elif span.kind in ("fetch", "update"):

@@ -150,8 +150,8 @@ def as_text(found: Timeline, width: int = 60) -> list[str]:
             else:
                 text += signs[best.part]
         lines.append(f"{name:<{longest}}  {text}")
-    drawn = {bar.part for bars in found.rows.values() for bar in bars}
-    key = "  ".join(f"{sign} {word}" for part, (sign, word) in SIGNS.items() if part in drawn)
+    shown = "".join(line[longest:] for line, name in zip(lines, found.rows, strict=True) if name != ROLLOUTS)
+    key = "  ".join(f"{sign} {word}" for sign, word in SIGNS.values() if sign in shown)
     if ROLLOUTS in found.rows:
         key += ";  ▁▄█ places that hold a rollout"
     return [*lines, f"{'':<{longest}}  last {found.end - found.start:.0f} s: {key}"]

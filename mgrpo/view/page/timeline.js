@@ -83,7 +83,7 @@ function* perfFacts(run) {
   for (const role of run.settings.roles) {
     const idle = last(`${role}/perf/idle`), peak = last(`${role}/perf/peak_mem_gb`);
     if (idle !== null) yield fact(`${clean(role)} trainer idle`, idle, percent(idle));
-    yield* both(role, "mfu", (v) => `${num(100 * v, 1)} %`, "MFU");
+    yield* both(role, "mfu", (v) => `${(100 * v).toFixed(1)} %`, "MFU");
     yield* both(role, "tok_per_s", whole, "tokens/s");
     yield* both(role, "trained_tok_per_s", whole, "trained tokens/s");
     if (peak !== null) yield fact(`${clean(role)} peak memory`, peak, `${num(peak, 1)} GB`);
