@@ -73,7 +73,8 @@ def add_spans(run: Path, rollouts: int) -> None:
 
 def answers(report: Report, run: Path, tries: int) -> None:
     """What the server computes: the first answer, and the next one of a page that has it all."""
-    first, next_one, length = [], [], 0
+    first, next_one, drawn = [], [], []
+    length = picture = 0
     for _ in range(tries):
         began = time.process_time()
         view = RunView(run)
@@ -82,10 +83,15 @@ def answers(report: Report, run: Path, tries: int) -> None:
         began = time.process_time()
         view.overview(len(view.ids()))
         next_one.append(time.process_time() - began)
+        began = time.process_time()
+        picture = len(json.dumps(view.timeline()))
+        drawn.append(time.process_time() - began)
     report.figure(
         "first answer", 1e3 * statistics.median(first), "ms", note=f"CPU; {length / 1e6:.1f} MB of JSON"
     )
     report.figure("next answer", 1e3 * statistics.median(next_one), "ms", note="CPU; asked for every 2 s")
+    note = f"CPU, beside the first answer; {picture / 1e6:.2f} MB of JSON"
+    report.figure("timeline of the last steps", 1e3 * statistics.median(drawn), "ms", note=note)
 
 
 def in_browser(report: Report, folder: Path, tries: int) -> None:
@@ -93,7 +99,8 @@ def in_browser(report: Report, folder: Path, tries: int) -> None:
     began = time.perf_counter()
     export(folder / "run", file)
     report.figure("export", time.perf_counter() - began, "s", note=f"{file.stat().st_size / 1e6:.1f} MB")
-    opened, from_disk = [], []
+    opened: list[float] = []
+    from_disk: list[float] = []
     for number in range(tries):
         (folder / str(number)).mkdir()
         with served(folder / "run") as (url, _), browser(folder / str(number)) as page:

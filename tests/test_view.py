@@ -181,6 +181,7 @@ def test_the_page_in_a_browser(recorded: Path, tmp_path: Path, width: int, dark:
     with served(recorded) as (url, _), browser(tmp_path, width=width, dark=dark) as page:
         page.open(url)
         page.until("return document.querySelectorAll('figure svg').length >= 8")
+        page.until("return document.querySelector('[data-timeline]') !== null")
         drawn = page.run(
             "return [...document.querySelectorAll('[data-timeline] [data-part]')].map(e => e.dataset.part)"
         )

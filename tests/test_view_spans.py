@@ -141,7 +141,7 @@ def test_what_is_sent_is_bounded_whatever_names_there_are(monkeypatch: pytest.Mo
 
 def test_weights_are_followed_from_their_publication_to_every_load(spanned: Path) -> None:
     """Three trainers' versions of the window, on one worker; an arrow never begins at another role's trainer."""
-    arrows = RunView(spanned).overview()["timeline"]["arrows"]
+    arrows = RunView(spanned).timeline()["timeline"]["arrows"]
     assert len(arrows) == 3 * 12
     assert all(a[0] == f"trainer {a[4].split(',')[0]}" and a[2] == "rollout-0" for a in arrows)
     assert all(a[1] <= a[3] for a in arrows)
@@ -151,7 +151,7 @@ def test_without_spans_the_metrics_are_drawn(spanned: Path, tmp_path: Path) -> N
     """record.spans was off, or the run is older; a damaged file of spans is named and ends nothing."""
     run = tmp_path / "run"
     shutil.copytree(spanned, run, ignore=shutil.ignore_patterns("spans"))
-    old = RunView(run).overview()
+    old = RunView(run).timeline()
     assert old["timeline"]["kind"] == "metrics" and set(old["shares"]) == {"main", "left", "right"}
     assert all(sum(parts.values()) == pytest.approx(1.0) for parts in old["shares"].values())
     shutil.copytree(spanned, run, dirs_exist_ok=True)
@@ -159,7 +159,7 @@ def test_without_spans_the_metrics_are_drawn(spanned: Path, tmp_path: Path) -> N
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
-    new = RunView(run).overview()
+    new = RunView(run).timeline()
     assert new["timeline"]["kind"] == "spans"
     assert SpanTimeline(run).read(None, nothing_is_recorded) is not None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,18 @@ class RunView:
         self._lock = threading.Lock()
         self._recording = Recording([run])
         self._texts = Texts(self._recording)
-        self._spans = SpanTimeline(run)
+        self._spans, self._spans_lock = SpanTimeline(run), threading.Lock()
         self._credit: dict[tuple[str, int], _Credit] = {}
 
     def overview(self, have: int = 0) -> Json:
-        """Everything but the trees: settings, curves, and a line for each rollout from number `have` on."""
+        """Everything but trees and timeline: settings, curves, and a line for each rollout from number `have` on."""
         with self._lock:
             self._recording.refresh()
-            records = list(read_metrics(self.run))
             return {
                 "title": str(self.run),
                 "settings": self._settings(),
                 "summary": self._summary(),
-                "series": self._series(records),
-                **self._timeline(records),
+                "series": self._series(),
                 "notes": self._recording.notes() + self._spans.notes(),
                 "live": self._folder.live,
                 "steps": {
@@ -67,6 +65,16 @@ class RunView:
                 },
                 "rollouts": self._lines(have),
             }
+
+    def timeline(self) -> Json:
+        """The last steps, from spans where they were recorded (None: there is no step yet), and what they were made
+        of. It keeps no other call waiting."""
+        found = timeline(read_metrics(self.run), self.config.training_roles)
+        with self._spans_lock:
+            drawn = self._spans.read(found, self._recording.rollouts.__contains__)
+        if drawn is None and found is not None:
+            drawn = found.as_json()
+        return {"timeline": drawn, "shares": shares(found) if found else {}}
 
     def step(self, role: str, step: int) -> Json:
         """The alignment of one step of one role. Raises ConfigError when it is not in the record."""
@@ -112,11 +120,11 @@ class RunView:
     def _summary(self) -> Json | None:
         return read_summary(self.run) or None
 
-    def _series(self, records: Iterable[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    def _series(self) -> dict[str, list[list[float]]]:
         """Name -> [[step, value, seconds], ...]; a step that was reported again counts once, the last time. Counters of
         services are the sum of all that was reported at a step, by several workers or again after a restart."""
         points: dict[str, dict[int, list[float]]] = {}
-        for record in records:
+        for record in read_metrics(self.run):
             step, seconds = int(record["step"]), float(record["time"])
             for name, value in record.items():
                 if value is None or name in HIDDEN:
@@ -125,14 +133,6 @@ class RunView:
                 before = known[step][1] if step in known and name.startswith(COUNTERS) else 0.0
                 known[step] = [step, before + value, seconds]
         return {name: [found[s] for s in sorted(found)] for name, found in sorted(points.items())}
-
-    def _timeline(self, records: Iterable[Mapping[str, Any]]) -> Json:
-        """The last steps, from spans where they were recorded, and what they were made of."""
-        found = timeline(records, self.config.training_roles)
-        drawn = self._spans.read(found, self._recording.rollouts.__contains__)
-        if drawn is None and found is not None:
-            drawn = found.as_json()
-        return {"timeline": drawn, "shares": shares(found) if found else {}}
 
     def _lines(self, have: int) -> Json:
         """One line a rollout, as columns; questions once for each group."""

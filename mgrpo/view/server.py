@@ -48,15 +48,16 @@ def export(run: Path, file: Path, trees: int = TREES) -> None:
     """Write the page as one file that needs no network: all curves and steps, and the trees of `trees` rollouts,
     half of them the first, half the last, and of those that its lists of the slowest name."""
     view = RunView(run)
-    overview = view.overview()
+    overview, timeline = view.overview(), view.timeline()
     ids = view.ids()
     if len(ids) > trees:
-        slowest = [row["rollout"] for rows in _slowest(overview) for row in rows if row["rollout"]]
+        slowest = [row["rollout"] for rows in _slowest(timeline) for row in rows if row["rollout"]]
         ids = list(
             dict.fromkeys(ids[: trees // 2] + ids[len(ids) - (trees - trees // 2) :] + slowest[:trees])
         )
     data = {
         "overview": overview | {"live": False},
+        "timeline": timeline,
         "steps": {
             f"{role}/{s}": shown
             for role, steps in overview["steps"].items()
@@ -71,10 +72,9 @@ def export(run: Path, file: Path, trees: int = TREES) -> None:
         raise ConfigError(f"--export {file}: cannot be written ({error.strerror})") from None
 
 
-def _slowest(overview: Json) -> list[list[Json]]:
+def _slowest(timeline: Json) -> list[list[Json]]:
     """The lists of the slowest rollouts, turns and tool calls; none where no spans were recorded."""
-    timeline = overview["timeline"] or {}
-    return list(timeline.get("slowest", {}).values())
+    return list((timeline["timeline"] or {}).get("slowest", {}).values())
 
 
 def _recorded(look: Callable[..., Json], *what: object) -> Json | None:
@@ -131,7 +131,7 @@ def serve(run: Path, host: str, port: int) -> None:
 
 
 def application(view: RunView, token: str) -> Any:
-    """The page and its three questions as an ASGI application. token: "" asks for none but serves loopback only."""
+    """The page and its four questions as an ASGI application. token: "" asks for none but serves loopback only."""
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.gzip import GZipMiddleware
@@ -164,6 +164,8 @@ def application(view: RunView, token: str) -> Any:
         try:
             if request.url.path == "/api/run":
                 data = view.overview(int(query.get("have", "0")))
+            elif request.url.path == "/api/timeline":
+                data = view.timeline()
             elif request.url.path == "/api/step":
                 data = view.step(query.get("role", ""), int(query.get("step", "-1")))
             else:
@@ -172,7 +174,10 @@ def application(view: RunView, token: str) -> Any:
             return PlainTextResponse(str(error), 404)
         return Response(as_json(data), media_type="application/json", headers=_headers())
 
-    routes = [Route("/", index), *(Route(f"/api/{name}", ask) for name in ("run", "step", "rollout"))]
+    routes = [
+        Route("/", index),
+        *(Route(f"/api/{name}", ask) for name in ("run", "timeline", "step", "rollout")),
+    ]
     return Starlette(routes=routes, middleware=[Middleware(GZipMiddleware, minimum_size=4096)])
 
 

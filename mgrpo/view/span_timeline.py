@@ -80,13 +80,17 @@ class SpanTimeline:
     """The timeline of a run that may still grow. Not thread-safe."""
 
     def __init__(self, run: Path) -> None:
-        self._reader = SpanReader([run])
+        self._run = run
+        self._reader: SpanReader | None = (
+            None  # opened with the first look: a page may open before it has read all
+        )
         self._known: Json | None = None
         self._made_at, self._took = 0.0, 0.0
 
     def notes(self) -> list[str]:
         """A line for each file of spans that cannot be read."""
-        return [f"{path}: {what}" for path, what in self._reader.damaged.items()]
+        damaged = dict(self._reader.damaged) if self._reader else {}
+        return [f"{path}: {what}" for path, what in damaged.items()]
 
     def read(self, steps: Timeline | None, is_recorded: Callable[[str], bool]) -> Json | None:
         """None where no spans were recorded. steps: the metrics' timeline of the same steps; is_recorded: whether a
@@ -94,6 +98,7 @@ class SpanTimeline:
         began = time.monotonic()
         if self._known is not None and began - self._made_at < REST * self._took:
             return self._known
+        self._reader = self._reader or SpanReader([self._run])
         if self._reader.refresh() or self._known is None:
             found = window(self._reader, steps)
             self._known = found and picture(*found, is_recorded)

@@ -3,7 +3,6 @@
 const TABS = [["curves", "Curves"], ["steps", "Alignment"], ["rollouts", "Rollouts"], ["compare", "Before and after"], ["services", "Services"]];
 const FOLLOW_MS = 2000;
 const lines = new Lines();
-let timelineText = "";
 let run = null, state = { tab: "curves" }, shown = null;
 
 function readHash() {
@@ -24,6 +23,7 @@ function draw() {
   document.getElementById("tabs").replaceChildren(...TABS.map(([tab, title]) => el("button", { type: "button", "data-tab": tab, "aria-current": tab === state.tab ? "page" : "false", onclick: () => go({ tab }) }, title)));
   shown = views[state.tab]();
   document.getElementById("view").replaceChildren(shown);
+  if (state.tab === "curves") follower.look(run).catch(() => {}); // a server that is gone is named by follow()
 }
 
 function status(text) {
@@ -43,13 +43,11 @@ async function follow() {
       lines.add(next.rollouts, run.settings.roles);
       document.getElementById("title").textContent = clean(run.title);
       status();
-      const moved = JSON.stringify(next.timeline) !== timelineText;
-      timelineText = JSON.stringify(next.timeline);
       if (first) draw();
       else if (grown && (state.tab === "curves" || state.tab === "services")) draw();
-      else if (moved && state.tab === "curves") redrawTimeline(run);
       else if (grown && shown && shown.grown) shown.grown();
     }
+    if (run && state.tab === "curves") await follower.look(run);
   } catch (error) {
     if (run) status(`no answer from the server (${clean(error.message)}); what is shown may be old`);
     else document.getElementById("status").textContent = clean(error.message);

@@ -35,6 +35,7 @@ const fact = (name, value, text) => el("div", { title: value === null || value =
 class Exported {
   constructor(data) { this.data = data; this.live = false; }
   async overview(have) { return have ? null : this.data.overview; }
+  async timeline() { return this.data.timeline; }
   async step(role, step) { return this.data.steps[`${role}/${step}`]; }
   has(id) { return Object.hasOwn(this.data.rollouts, id); }
   async rollout(id) {
@@ -51,6 +52,7 @@ class Served {
     return answer.json();
   }
   overview(have) { return this.ask("run", { have }); }
+  timeline() { return this.ask("timeline", {}); }
   step(role, step) { return this.ask("step", { role, step }); }
   has() { return true; }
   rollout(id) { return this.ask("rollout", { id }); }

@@ -37,12 +37,23 @@ function timelineFigure(run) {
     sharesFigure(run), found.slowest ? slowestLists(found.slowest) : null);
 }
 
-// Between two steps of a live run: rollouts that have ended meanwhile.
-function redrawTimeline(run) {
-  const next = timelineFigure(run), old = document.getElementById("timeline");
-  if (next && old) old.replaceWith(next);
-  else if (next) document.querySelector("#view > section").prepend(next);
+// Beside the curves, which do not wait for it: a live run's rollouts end between its steps.
+class Follower {
+  constructor() { this.text = ""; this.found = null; this.asks = false; }
+  figure(run) { return (this.found && timelineFigure({ ...run, ...this.found })) || el("section", { id: "timeline" }); }
+  async look(run) {
+    if (this.asks) return;
+    this.asks = true;
+    try {
+      const found = await source.timeline(), text = JSON.stringify(found);
+      const old = document.getElementById("timeline");
+      if (text === this.text || !old) return;
+      [this.text, this.found] = [text, found];
+      old.replaceWith(this.figure(run));
+    } finally { this.asks = false; }
+  }
 }
+const follower = new Follower();
 
 // x of a time, and the axis below a picture of height H.
 function timeAxis(picture, found, L, R, W, H) {
