@@ -2,8 +2,8 @@
 
 The run is the atlas example. A step's CPU time, all processes together, is the difference between a long and a short
 run from the same policies, so that starting processes and evaluating do not count. The recorders' share of it is
-measured by giving them everything that the long run recorded once more: the same calls with the same rollouts and
-batches.
+measured by giving them everything that the long run recorded once more: the same calls with the same rollouts,
+batches and spans.
 
     python -m bench.bench_record [--start RUN] [--quick] [--json PATH]
 
@@ -25,10 +25,12 @@ from bench.common import Report, parser
 from mgrpo.config import RunConfig
 from mgrpo.pipeline.replay import Replayer
 from mgrpo.pipeline.step_record import StepRecorder
+from mgrpo.record import spans
 from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.record.schema import RolloutBody
 from mgrpo.record.segments import SegmentWriter
+from mgrpo.record.span_reader import SpanReader
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.trainers.base import Checkpoint
 from mgrpo.trainers.torch.checkpoint import step_folders, step_of
@@ -87,6 +89,26 @@ class Again:
         recorder.close()
         return number
 
+    def spans(self) -> int:
+        """Of every process, written once a second as there; returns how many."""
+        number = 0
+        for process, kept in SpanReader([self._run]).spans().items():
+            log = spans.SpanLog(self.config.record, self._folder / process.replace(" ", "-"), process, print)
+            spans.record_to(log)
+            kept.sort(key=lambda span: span.end)
+            number, written = number + len(kept), kept[0].end
+            began = time.process_time()
+            for span in kept:
+                with spans.span(span.kind, span.name, span.lane) as args:
+                    args.update(span.args)
+                if span.end - written > spans.FLUSH_NS:
+                    written = span.end
+                    log.flush()
+            log.close()
+            self.seconds += time.process_time() - began
+            spans.record_to(None)
+        return number
+
     def steps(self) -> None:
         """Of every role, with its checkpoints."""
         replayer = Replayer(self.config, self._recording, RunFolder(self._run).agent)
@@ -132,20 +154,29 @@ def costs(report: Report, folder: Path, start: Path, steps: int) -> None:
     number = again.rollouts()
     worker = again.seconds
     again.steps()
+    recorders = again.seconds
+    spans_count = again.spans()
     report.figure("CPU of a step, recording off", 1e3 * step[False], "ms", note="all processes together")
     report.figure(
         "CPU of a step, recording on", 1e3 * step[True], "ms", note="whole runs: the noise is in both"
     )
     report.figure("worker's recording", 1e3 * worker / steps, "ms", note=f"{number // steps} rollouts a step")
     report.figure(
-        "trainers' recording", 1e3 * (again.seconds - worker) / steps, "ms", note="2 trainers, checkpoints"
+        "trainers' recording", 1e3 * (recorders - worker) / steps, "ms", note="2 trainers, checkpoints"
     )
-    share = 100 * again.seconds / steps / step[False]
-    report.figure("recording, share of a step's CPU time", share, "%", at_most=3.0)
+    note = (
+        f"{spans_count // steps} spans a step, {1e6 * (again.seconds - recorders) / spans_count:.1f} us each"
+    )
+    report.figure("spans", 1e3 * (again.seconds - recorders) / steps, "ms", note=note)
+    for what, seconds in (("spans", again.seconds - recorders), ("recording and spans", again.seconds)):
+        share = 100 * seconds / steps / step[False]
+        report.figure(f"{what}, share of a step's CPU time", share, "%", at_most=3.0)
     same = final_weights(run) == final_weights(folder / f"{steps}-False")
     report.figure("weights that recording changes", float(not same), at_most=0)
-    rollouts = rec_bytes(run / "rollouts")
+    rollouts = sum(p.stat().st_size for p in (run / "rollouts").glob("*/*.rec"))
     report.figure("bytes of a rollout, tokens kept", rollouts / number, "B")
+    written = sum(rec_bytes(path) for path in run.glob("**/spans"))
+    report.figure("bytes of a rollout's spans", written / number, "B", note="all spans of the run")
     bare = folder / "bare"
     quiet = again.config.record.model_copy(update={"tokens_every": 0})
     again.config = again.config.model_copy(update={"record": quiet})
@@ -154,7 +185,8 @@ def costs(report: Report, folder: Path, start: Path, steps: int) -> None:
     report.figure(
         "bytes of a rollout, numbers only", rec_bytes(bare) / number, "B", note="record.tokens_every = 0"
     )
-    report.figure("bytes of a step, one trainer", rec_bytes(run / "agents") / steps / len(ROLES), "B")
+    trainers = sum(p.stat().st_size for p in (run / "agents").glob("*/record/*.rec"))
+    report.figure("bytes of a step, one trainer", trainers / steps / len(ROLES), "B")
 
 
 def bound(report: Report, folder: Path) -> None:

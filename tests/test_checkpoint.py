@@ -19,6 +19,7 @@ from mgrpo.config import dump_config, load_config
 from mgrpo.errors import CheckpointError, CorruptionError
 from mgrpo.model.policy import Policy
 from mgrpo.pipeline.feed import Feed
+from mgrpo.pipeline.step_clock import StepClock
 from mgrpo.pipeline.trainer_loop import TrainerLoop
 from mgrpo.run.folder import RunFolder
 from mgrpo.trainers.base import Checkpoint
@@ -205,7 +206,7 @@ def test_a_trainer_cuts_its_trajectory_log_for_the_oldest_checkpoint(tmp_path: P
     recorder = SimpleNamespace(keep=lambda c: kept.append(c.step))
     feed, trainer = object.__new__(Feed), object.__new__(TrainerLoop)
     trainer._trainer = SimpleNamespace(note_cursors=note_cursors)  # type: ignore[assignment]
-    trainer._feed, feed._begun = feed, None
+    trainer._feed, feed._begun, feed._clock, feed.step = feed, None, StepClock("main"), 0
     feed._reporter = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
     feed._streams = [
         SimpleNamespace(role="main", trajectory_log=trajectory_log, store=Committed(), recorder=recorder)

@@ -9,6 +9,7 @@ import pytest
 from mgrpo.cli.replay import replay_run
 from mgrpo.record.reader import Recording
 from tests.runs import ROOT, leftovers, records, summary, train
+from tests.span_kit import check_spans
 
 CONFIG = ROOT / "tests" / "harness.toml"
 
@@ -26,6 +27,7 @@ def test_a_run_through_the_gateway_trains_and_replays(
     assert {"rollout/task/gateway_turns", "sub/reward/format"} <= {name for r in records(out) for name in r}
     rollouts = [r.head for r in Recording([out]).rollouts.values() if r.head.split == "train"]
     assert len(rollouts) >= 3 * 4 * 4 and {r.d_k["sub"] for r in rollouts} == {2}
+    check_spans(out, ("main", "sub"), 3)
     capsys.readouterr()
     replay_run(out, [], sample=12, seed=1)
     assert capsys.readouterr().out.splitlines()[-1] == "12 rollouts: every stage bit-equal"

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from tests.runs import (
     train,
     wait_for,
 )
+from tests.span_kit import check_spans
 
 ROLES = ("main", "left", "right")
 STEPS = 20
@@ -55,6 +57,19 @@ def test_a_run_leaves_results_and_nothing_else(undisturbed: Path) -> None:
     assert (undisturbed / "curves.png").stat().st_size > 10_000
     assert list((undisturbed / "tensorboard").iterdir())
     assert leftovers(undisturbed) == []
+
+
+def test_everything_has_its_span(undisturbed: Path) -> None:
+    """Each rollout, turn, claim, part of a step, version and update is in the record of spans, once, and a trainer's
+    named times are its steps' seconds."""
+    spans = check_spans(undisturbed, ROLES, STEPS)["rollout-0"]
+    for role in ROLES:
+        updates = [s.args["version"] for s in spans if s.kind == "update" and s.name == role]
+        assert updates == list(range(STEPS + 1))
+    evaluations = Counter(s.name for s in spans if s.kind == "evaluation")
+    assert evaluations == {"validation": 3, "heldout": 2, "start validation": 1}
+    waits = [s for s in spans if s.kind == "wait"]
+    assert waits and all(before.end <= after.start for before, after in pairwise(waits))
 
 
 def test_every_role_trains_on_its_own_counts(undisturbed: Path) -> None:
@@ -210,6 +225,7 @@ def test_asynchronous_runs_keep_the_lag_and_survive_failures(tmp_path: Path) -> 
             8 * 4,
         )  # none beyond the last step
     assert all(r["main/rollouts/failed"] == 4 for r in rows)  # one of four rollouts in each of four groups
+    check_spans(out, ROLES, 8)
     assert leftovers(out) == []
 
 

@@ -24,6 +24,7 @@ from tests.runs import (
     trained_ages,
     wait_for,
 )
+from tests.span_kit import check_spans
 
 
 def groups_of(out: Path) -> tuple[Counter[str], Counter[int]]:
@@ -50,6 +51,7 @@ def test_an_agent_alone_streams(tmp_path: Path, window: int) -> None:
     busy = [r["rollout/perf/busy"] for r in rows if "rollout/perf/busy" in r]
     assert busy and all(0 <= share <= 1 for share in busy) and max(busy) > 0
     assert max(r["main/staleness/max"] for r in rows if "main/staleness/max" in r) <= 2
+    check_spans(out, ("main",), 6)
     assert leftovers(out) == []
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mgrpo.errors import DeadlineError, MgrpoError
 from mgrpo.pipeline.feed import Feed, FeedStep, Shutdown
+from mgrpo.pipeline.step_clock import StepClock
 from mgrpo.pipeline.trainer_loop import TrainerLoop
 from mgrpo.transport.server import Server
 from tests.runs import wait_for
@@ -27,7 +28,7 @@ class BareFeed(Feed):
         engine = SimpleNamespace(direct=False, probed=False)
         self.agent = SimpleNamespace(frozen=False, model="folder", engine=engine)  # type: ignore[assignment]
         self.config = SimpleNamespace(trainer=SimpleNamespace(checkpoint_every=100, steps=200))  # type: ignore[assignment]
-        self._heartbeat = lambda: None
+        self._heartbeat, self._clock = lambda: None, StepClock("main")
         self._ahead = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
         self._reporter = SimpleNamespace(flush=lambda: None)  # type: ignore[assignment]
         self._weights = SimpleNamespace(describe=lambda files: None)  # type: ignore[assignment]
