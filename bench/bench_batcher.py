@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench import batcher_rivals as rivals
-from bench.common import Report, Timing, interleave, parser, ratio
+from bench.common import Comparison, Report, Timing, interleave, parser, ratio
 from mgrpo import Batcher
 from mgrpo._C import pack
 
@@ -182,16 +182,17 @@ def assembly_rows(report: Report, n: int, quick: bool) -> dict[str, Timing]:
         ("list-and-cat int32", "ours", None, "same five columns and dtypes"),
         ("list-and-cat minimal", "ours minimal", None, "same three columns and dtypes"),
     ):
-        report.figure(f"{name} / {ours} {at}", ratio(times, name, ours), "x", at_least=bound, note=note)
+        against = Comparison.of(times, ours, name, floor="memcpy")
+        report.compare(f"{name} / {ours} {at}", against, at_least=bound, note=note)
     for name in ("bfd-and-cat", "padded rows"):
         if name in times:
-            report.figure(f"{name} / ours {at}", ratio(times, name, "ours"), "x")
+            report.compare(f"{name} / ours {at}", Comparison.of(times, "ours", name, floor="memcpy"))
     report.figure(f"assembly {at}", times["assembly"].throughput(9 * w.tokens), "GB/s")
-    fraction = ratio(times, "memcpy", "assembly")
-    report.figure(
+    copied = Comparison.of(times, "assembly", floor="memcpy")
+    report.compare(
         f"assembly as a fraction of memcpy {at}",
-        fraction,
-        "",
+        copied,
+        value=ratio(times, "memcpy", "assembly"),
         at_least=0.65 if n >= 1000 else None,
         note="stretch 0.8",
     )
@@ -218,7 +219,9 @@ def large_rows(report: Report, n: int) -> None:
     times = interleave({"ours minimal": w.ours(minimal=True), "memcpy": memcpy}, 3, clock="process")
     at = label(n)
     report.figure(f"plan + assembly {at} minimal", times["ours minimal"].median, "ms", note="9 B a token")
-    report.figure(f"memcpy / ours minimal {at}", ratio(times, "memcpy", "ours minimal"), note="plan included")
+    copied = Comparison.of(times, "ours minimal", floor="memcpy")
+    share = ratio(times, "memcpy", "ours minimal")
+    report.compare(f"memcpy / ours minimal {at}", copied, value=share, note="plan included")
 
 
 def available_bytes() -> int:

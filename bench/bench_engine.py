@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from bench.common import Report, interleave, parser, ratio
+from bench.common import Comparison, Report, interleave, parser
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.model.chat import ChatFormat
@@ -73,7 +73,8 @@ def decode(report: Report, rounds: int) -> None:
         target = {"at_least": 20_000} if batch == 96 else {}
         report.figure(f"engine, batch {batch}", rate, "tokens/s", **target)
         report.figure(f"generate, batch {batch}", batch * NEW / times["generate"].median * 1e3, "tokens/s")
-        report.figure(f"engine over generate, batch {batch}", ratio(times, "generate", "engine"), "x")
+        against = Comparison.of(times, "engine", "generate")
+        report.compare(f"engine over generate, batch {batch}", against)
     loop.close()
 
 
@@ -139,7 +140,8 @@ def train(report: Report, rounds: int) -> None:
     )
     report.figure("training step, 96 demonstrations", times["hidden_before"].median, "ms", at_most=85)
     report.figure("training step", 1e3 / times["hidden_before"].median, "steps/s")
-    report.figure("training step over one padded forward", ratio(times, "padded", "hidden_before"), "x")
+    against = Comparison.of(times, "hidden_before", "padded")
+    report.compare("training step over one padded forward", against)
 
 
 TOPICS = ["tea", "rain", "ships", "copper", "bread", "music", "frogs", "glass", "trains", "maps"]
@@ -191,7 +193,8 @@ def language_model(report: Report, rounds: int, path: str) -> None:
     alone = len(few) * CHAT_NEW / times["one by one"].median * 1e3
     report.figure("engine, 32 at once", at_once, "tokens/s")
     report.figure("engine, one by one", alone, "tokens/s")
-    report.figure("32 at once over one by one", at_once / alone, "x", at_least=3)
+    against = Comparison(at_once, {"one by one": alone}, unit="tokens/s", more_is_better=True)
+    report.compare("32 at once over one by one", against, at_least=3)
     loop.run_until_complete(engine.close())
     loop.close()
 

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from bench.common import Report, interleave, parser, ratio
+from bench.common import Comparison, Report, interleave, parser
 from mgrpo import group_advantage
 
 
@@ -56,7 +56,8 @@ def main() -> int:
             note = f"spread {t.spread:.0%}, {t.throughput(12 * ids.numel()):.2f} GB/s of 12 B a reward"
             report.figure(f"{name}: {provider}", t.median, "ms", note=note)
         bound = 3.0 if name == "contiguous" and args.device == "cpu" else None
-        report.figure(f"{name}: index_add / ours", ratio(times, "index_add", "ours"), "x", at_least=bound)
+        against = Comparison.of(times, "ours", "index_add")
+        report.compare(f"{name}: index_add / ours", against, at_least=bound)
     return report.finish(args)
 
 

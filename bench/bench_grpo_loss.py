@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from bench.common import Report, Timing, interleave, parser, ratio
+from bench.common import Comparison, Report, Timing, interleave, parser
 from bench.rivals import (
     CONFIG,
     Batch,
@@ -28,6 +28,7 @@ from bench.rivals import (
 from mgrpo import grpo_loss
 
 OURS = "ours, in place"
+FLOOR = "memcpy of the logits"
 
 
 def main() -> int:
@@ -67,7 +68,7 @@ def main() -> int:
     half = torch.arange(rows, device=args.device) % 2 == 0
     entropy = CONFIG.model_copy(update={"entropy_coef": 0.01})
     providers: dict[str, Callable[[], object]] = {
-        "memcpy of the logits": lambda: (copy.copy_(source), wait()),
+        FLOOR: lambda: (copy.copy_(source), wait()),
         "ours, in place": ours,
         "ours, new gradient": lambda: ours(inplace=False),
         "ours, in place, entropy in the loss": lambda: ours(entropy),
@@ -105,23 +106,25 @@ def main() -> int:
 def report_times(report: Report, times: Mapping[str, Timing], cpu: bool, size: int) -> None:
     """Each time, and the ratios that have a bound. size: bytes of the logits."""
     for name, t in times.items():
-        over = t.median / times["memcpy of the logits"].median
+        over = t.median / times[FLOOR].median
         note = f"spread {t.spread:.0%}, {over:.2f} memcpys, {t.throughput(2 * size):.1f} GB/s of read + write"
         report.figure(name, t.median, "ms", note=note)
     chunked, autograd = (5.0, 18.0) if cpu else (None, None)
-    report.figure("chunked / ours", ratio(times, "chunked in-place torch", OURS), "x", at_least=chunked)
+
+    def against(item: str, rival: str, bound: float | None = None, ours: str = OURS) -> None:
+        if rival in times:
+            report.compare(item, Comparison.of(times, ours, rival, floor=FLOOR), at_least=bound)
+
+    against("chunked / ours", "chunked in-place torch", chunked)
     for form in ("naive autograd", "naive autograd, same outputs"):
-        if form in times:
-            report.figure(f"{form} / ours", ratio(times, form, OURS), "x", at_least=autograd)
-    form = "naive autograd, entropy in the loss"
-    if form in times:
-        against = ratio(times, form, "ours, in place, entropy in the loss")
-        report.figure("entropy in the loss, naive / ours", against, "x")
-    against = ratio(times, OURS, "memcpy of the logits")
+        against(f"{form} / ours", form, autograd)
+    ours = "ours, in place, entropy in the loss"
+    against("entropy in the loss, naive / ours", "naive autograd, entropy in the loss", ours=ours)
     # On a GPU a memcpy moves 2X bytes; two sweeps move 3X.
-    report.figure("ours / memcpy", against, "x", at_most=2.2 if cpu else 1.25 * 1.5)
-    if "liger-kernel" in times:
-        report.figure("liger / ours", ratio(times, "liger-kernel", OURS), "x")
+    report.compare(
+        "ours / memcpy", Comparison.of(times, OURS, floor=FLOOR), at_most=2.2 if cpu else 1.25 * 1.5
+    )
+    against("liger / ours", "liger-kernel")
 
 
 if __name__ == "__main__":

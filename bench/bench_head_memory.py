@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.common import Report, parser
+from bench.common import Comparison, Report, parser
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_SECONDS = 1800
@@ -99,7 +99,9 @@ def run(report: Report, tokens: int, recompute: bool) -> None:
     report.figure(f"fused head and loss, {name}", peaks["fused"], "GB")
     report.figure(f"whole logits, {name}", peaks["logits"], "GB")
     bound = {} if recompute else {"at_most": 1.15}
-    report.figure(f"fused over without, {name}", peaks["fused"] / peaks["none"], "x", **bound)
+    whole = {"whole logits": peaks["logits"]}
+    compared = Comparison(peaks["fused"], whole, floor=peaks["none"], floor_name="without head", unit="GB")
+    report.compare(f"fused over without, {name}", compared, value=peaks["fused"] / peaks["none"], **bound)
 
 
 def main() -> int:

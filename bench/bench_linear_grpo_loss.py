@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from bench.common import Report, Timing, interleave, parser, ratio
+from bench.common import Comparison, Report, Timing, interleave, parser, ratio
 from bench.rivals import (
     CONFIG,
     PeakMemory,
@@ -28,6 +28,9 @@ from bench.rivals import (
     trl_head,
 )
 from mgrpo import linear_grpo_loss
+
+FLOOR = "three products alone"
+RIVALS = ("naive autograd", "naive autograd, same outputs", "liger-kernel", "trl")
 
 
 def main() -> int:
@@ -85,7 +88,7 @@ def main() -> int:
         wait()
 
     providers: dict[str, Callable[[], object]] = {
-        "three products alone": products,
+        FLOOR: products,
         "three products, new gradients": products_new,
         "ours": ours,
         "ours, half the rows masked": lambda: ours(half),
@@ -111,25 +114,21 @@ def main() -> int:
 def report_times(report: Report, times: Mapping[str, Timing], cpu: bool, flops: float) -> None:
     """Each time, and the ratios that have a bound. flops: of the three products."""
     for name, t in times.items():
-        over = t.median / times["three products alone"].median
+        over = t.median / times[FLOOR].median
         note = (
             f"spread {t.spread:.0%}, {over:.3f} of the products, {flops / t.median / 1e9:.3f} TFLOP/s of 6TVH"
         )
         report.figure(name, t.median, "ms", note=note)
     bound = 1.10 if cpu else 1.15
-    report.figure("ours / three products", ratio(times, "ours", "three products alone"), "x", at_most=bound)
-    again = ratio(times, "ours", "three products, new gradients")
-    report.figure("ours / three products, new gradients", again, "x", at_most=bound)
+    report.compare("ours / three products", Comparison.of(times, "ours", floor=FLOOR), at_most=bound)
+    again = Comparison.of(times, "ours", floor="three products, new gradients")
+    report.compare("ours / three products, new gradients", again, at_most=bound)
     report.figure("half masked / ours", ratio(times, "ours, half the rows masked", "ours"), "x", at_most=0.6)
-    rivals = {
-        name: ratio(times, name, "ours")
-        for name in times
-        if name in ("naive autograd", "naive autograd, same outputs", "liger-kernel", "trl")
-    }
-    for name, factor in rivals.items():
-        report.figure(f"{name} / ours", factor, "x")
-    best = min(rivals.values())
-    report.figure("best rival / ours", best, "x", at_least=None if cpu else 1.25)
+    for name in RIVALS:
+        if name in times:
+            report.compare(f"{name} / ours", Comparison.of(times, "ours", name, floor=FLOOR))
+    every = Comparison.of(times, "ours", *RIVALS, floor=FLOOR)
+    report.compare("best rival / ours", every, at_least=None if cpu else 1.25)
 
 
 def report_memory(
@@ -147,7 +146,9 @@ def report_memory(
     # The bar is the like-for-like rival's. Quick runs have two chunks: the fraction means nothing there.
     bounds = {"naive autograd": None, "naive autograd, same outputs": None if args.quick else 0.06}
     for form in (name for name in bounds if name in peaks):
-        report.figure(f"peak memory, ours / {form}", peaks["ours"] / peaks[form], at_most=bounds[form])
+        held = Comparison(peaks["ours"] / 1e6, {form: peaks[form] / 1e6}, unit="MB")
+        share = peaks["ours"] / peaks[form]
+        report.compare(f"peak memory, ours / {form}", held, value=share, at_most=bounds[form])
 
 
 if __name__ == "__main__":

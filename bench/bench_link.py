@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench.common import Report, interleave, parser
+from bench.common import Comparison, Report, interleave, parser
 from mgrpo.store.records import InvocationDone
 from mgrpo.transport import codec
 from mgrpo.transport.client import Client
@@ -177,7 +177,11 @@ def write(report: Report, middle: dict[str, float]) -> None:
             report.figure(f"200 B, window {window}{name}", middle[f"200 B window {window}{name}"], "/s")
         report.figure(f"20 KB, window 64{name}", middle[f"20 KB{name}"], "MB/s")
         floor = 200 if name else None
-        report.figure(f"400 KB, window 64{name}", middle[f"400 KB{name}"], "MB/s", at_least=floor)
+        large = middle[f"400 KB{name}"]
+        report.figure(f"400 KB, window 64{name}", large, "MB/s", at_least=floor)
+        raw = middle["raw tcp"]
+        against = Comparison(large, floor=raw, floor_name="raw tcp", unit="MB/s", more_is_better=True)
+        report.compare(f"raw tcp / 400 KB, window 64{name}", against)
 
 
 if __name__ == "__main__":

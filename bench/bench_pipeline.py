@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import Report, parser
+from bench.common import Comparison, Report, parser
 from bench.simulation import Mode, Outcome, Setup, Simulation, Turns, Work
 from bench.store_rules import AnyOrder, RealStore, StoreRules
 from bench.waits import least_seconds, one_wait
@@ -249,12 +249,14 @@ def run(args: argparse.Namespace, report: Report) -> dict[str, list[Row]]:
     streaming = [r for r in rows if r.rule.startswith("streaming")]
     beyond = max(r.age_max - r.max_lag for r in streaming)
     report.figure("streaming: oldest trained token, steps beyond max_lag", beyond, at_most=0)
+    others = {r.rule: r.steps for r in rows if not r.rule.startswith(("streaming", "any", "ideal"))}
     for r in rows:
-        report.figure(
-            f"{r.rule}: steps/h of ideal",
-            r.steps / best,
-            note=f"busy {r.busy:.2f}, trainer idle {r.idle:.2f}",
-        )
+        item, note = f"{r.rule}: steps/h of ideal", f"busy {r.busy:.2f}, trainer idle {r.idle:.2f}"
+        if r in streaming:
+            steps = Comparison(r.steps, others, best, "ideal", "steps/h", more_is_better=True)
+            report.compare(item, steps, value=r.steps / best, unit="", note=note)
+        else:
+            report.figure(item, r.steps / best, note=note)
     return {"ways": rows, "shares": shares, "sizes": sizes}
 
 

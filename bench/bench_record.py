@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.common import Report, parser
+from bench.common import Comparison, Report, parser
 from mgrpo.config import RunConfig
 from mgrpo.pipeline.replay import Replayer
 from mgrpo.pipeline.step_record import StepRecorder
@@ -168,9 +168,12 @@ def costs(report: Report, folder: Path, start: Path, steps: int) -> None:
         f"{spans_count // steps} spans a step, {1e6 * (again.seconds - recorders) / spans_count:.1f} us each"
     )
     report.figure("spans", 1e3 * (again.seconds - recorders) / steps, "ms", note=note)
+    off = 1e3 * step[False]
     for what, seconds in (("spans", again.seconds - recorders), ("recording and spans", again.seconds)):
-        share = 100 * seconds / steps / step[False]
-        report.figure(f"{what}, share of a step's CPU time", share, "%", at_most=3.0)
+        taken = 1e3 * seconds / steps
+        compared = Comparison(off + taken, floor=off, floor_name="recording off")
+        share = 100 * taken / off
+        report.compare(f"{what}, share of a step's CPU time", compared, value=share, unit="%", at_most=3.0)
     same = final_weights(run) == final_weights(folder / f"{steps}-False")
     report.figure("weights that recording changes", float(not same), at_most=0)
     rollouts = sum(p.stat().st_size for p in (run / "rollouts").glob("*/*.rec"))

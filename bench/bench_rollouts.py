@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.common import Report, parser
+from bench.common import Comparison, Report, parser
 from bench.simulation import Outcome, Setup, Simulation, busy_share, steady_part
 from bench.store_rules import RealStore
 from bench.waits import least_seconds, one_wait, waits
@@ -230,7 +230,8 @@ def judge(report: Report, rows: list[Measured]) -> None:
             note=f"takes {r.wall / r.least:.2f} x the least of any scheduler",
         )  # fmt: skip
         if judged and r.case.max_lag == 2:
-            report.figure(f"{r.case.name}: wall of ideal", r.wall / r.ideal, "x", at_most=1.15)
+            compared = Comparison(r.wall, floor=r.ideal, floor_name="ideal", unit="s")
+            report.compare(f"{r.case.name}: wall of ideal", compared, at_most=1.15)
         if r.age_max > r.case.max_lag:
             raise SystemExit(f"{r.case.name}: a token {r.age_max:g} steps old was trained")
     apart = max(abs(r.busy - r.simulated) for r in rows)

@@ -3,8 +3,12 @@
     times = interleave({"ours": f, "rival": g}, rounds=20)
     report = Report("bench_x")
     report.figure("op at 10k", times["ours"].median, "ms", at_most=1.2)
-    report.figure("against rival", ratio(times, "rival", "ours"), "x", at_least=6)
+    report.compare("rivals / ours", Comparison.of(times, "ours", "rival", "other", floor="memcpy"), at_least=6)
+    report.compare("memory, ours / rival", Comparison(0.4, {"rival": 9.1}, unit="GB"), value=0.4 / 9.1, at_most=0.6)
     sys.exit(report.finish(args))
+
+`figure` is one number. `compare` is one row of the whole report (bench/report.py): the floor, the best rival, ours and
+their ratio, which is the figure's value and what a bound is for. Both end in the same JSON list under their item.
 
 Rivals take turns within a round, so a slow spell of a shared machine hits all of them; a ratio is the median
 of the rounds' own ratios. Figures are CPU time, not wall time, unless a bench says otherwise.
@@ -15,11 +19,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,8 +107,81 @@ def ratio(times: Mapping[str, Timing], above: str, below: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """Ours, rivals of the same run, and a floor: what no implementation can be better than.
+
+    All of them are in `unit`; more_is_better says that they are rates, not times or sizes. A Timing is kept whole, so
+    that a ratio is the median of the rounds' own ratios; a plain number is divided as it is.
+    """
+
+    ours: Timing | float
+    rivals: Mapping[str, Timing | float] = field(default_factory=dict)
+    floor: Timing | float | None = None
+    floor_name: str = ""
+    unit: str = "ms"
+    more_is_better: bool = False
+
+    @classmethod
+    def of(cls, times: Mapping[str, Timing], ours: str, *rivals: str, floor: str = "") -> Comparison:
+        """From the answer of `interleave`, by name. A rival that was not measured is left out."""
+        found = {name: times[name] for name in rivals if name in times}
+        return cls(times[ours], found, times[floor] if floor else None, floor)
+
+    def advantage(self, rival: str) -> float:
+        """How many times better ours is than a rival: above 1 when ours is faster or smaller."""
+        return self._better(self.rivals[rival], self.ours)
+
+    @property
+    def best_rival(self) -> str:
+        """The rival that ours leads by least; "" without rivals."""
+        return min(self.rivals, key=self.advantage, default="")
+
+    @property
+    def of_floor(self) -> float | None:
+        """How many times worse ours is than the floor: 1 is as good as can be."""
+        return None if self.floor is None else self._better(self.ours, self.floor)
+
+    @property
+    def value(self) -> float:
+        """Best rival over ours, or ours over the floor where there is no rival (for rates the other way about)."""
+        if self.rivals:
+            return self.advantage(self.best_rival)
+        if self.of_floor is None:
+            raise ValueError("a comparison needs a rival or a floor")
+        return self.of_floor
+
+    def as_dict(self) -> dict[str, Any]:
+        """Medians alone, with the ratios of the rounds."""
+        return {
+            "ours": _median(self.ours),
+            "rivals": {name: _median(value) for name, value in self.rivals.items()},
+            "best_rival": self.best_rival,
+            "floor": None if self.floor is None else _median(self.floor),
+            "floor_name": self.floor_name,
+            "of_floor": self.of_floor,
+            "unit": self.unit,
+            "more_is_better": self.more_is_better,
+        }
+
+    def _better(self, worse: Timing | float, better: Timing | float) -> float:
+        return _divided(better, worse) if self.more_is_better else _divided(worse, better)
+
+
+def _median(value: Timing | float) -> float:
+    return value.median if isinstance(value, Timing) else float(value)
+
+
+def _divided(a: Timing | float, b: Timing | float) -> float:
+    """a / b; NaN over 0."""
+    if isinstance(a, Timing) and isinstance(b, Timing) and len(a.samples) == len(b.samples):
+        return ratio({"a": a, "b": b}, "a", "b")
+    below = _median(b)
+    return _median(a) / below if below else math.nan
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured number and what it should be."""
+    """One measured number and what it should be. compared: what it is a ratio of, as Comparison.as_dict gives it."""
 
     item: str
     value: float
@@ -111,6 +189,7 @@ class Figure:
     at_most: float | None = None
     at_least: float | None = None
     note: str = ""
+    compared: dict[str, Any] | None = None
 
     @property
     def verdict(self) -> str:
@@ -144,6 +223,21 @@ class Report:
         note: str = "",
     ) -> None:
         self.figures.append(Figure(item, float(value), unit, at_most, at_least, note))
+
+    def compare(
+        self,
+        item: str,
+        compared: Comparison,
+        *,
+        value: float | None = None,
+        unit: str = "x",
+        at_most: float | None = None,
+        at_least: float | None = None,
+        note: str = "",
+    ) -> None:
+        """A figure that is a ratio; value: where the item's ratio is another one than Comparison.value."""
+        found = compared.value if value is None else float(value)
+        self.figures.append(Figure(item, found, unit, at_most, at_least, note, compared.as_dict()))
 
     def as_dict(self) -> dict[str, Any]:
         figures = [{**asdict(f), "verdict": f.verdict} for f in self.figures]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from mgrpo.record.rollouts import RolloutRecorder
 from mgrpo.record.schema import StepHead
 from mgrpo.record.segments import SEGMENTS, SegmentReader, SegmentWriter
 from mgrpo.types import Rollout, Trajectory
+from tests.trace_check import check_trace
 
 
 def trajectory(role: str, invocation: int, n: int, versions: tuple[int, int] = (4, 4)) -> Trajectory:
@@ -229,3 +231,13 @@ def test_a_record_is_plain_messagepack(recorded: Path) -> None:
         assert msgpack.unpackb(frame.head)["type"] == "rollout"
         assert [t["role"] for t in body["trajectories"][:1]] in ([], ["main"])
         assert msgspec.msgpack.decode(frame.body()) == body
+
+
+def test_a_recorded_run_is_in_its_trace(recorded: Path, tmp_path: Path) -> None:
+    """Whatever the record of a real run has, with rollouts that failed and were played again, is there once."""
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    done = check_trace(run)
+    assert done.counts["step"] == done.counts["claim"] == 3 * 12 and done.counts["publish"] == 3 * 13
+    assert done.arrows.backwards == 0 and done.arrows.counts["rollout -> read"] > 500
+    assert not done.notes

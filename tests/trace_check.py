@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import numpy as np
 
 from mgrpo.config import load_config
 from mgrpo.record.reader import Recording
-from mgrpo.record.schema import TrajectoryRecord
+from mgrpo.record.schema import RolloutBody, TrajectoryRecord
 from mgrpo.record.span_reader import SpanReader
 from mgrpo.trace.export import Written, export
 from mgrpo.trace.perfetto import protocol
+from mgrpo.types import MAIN
 
 
 @dataclass
@@ -40,17 +43,16 @@ def read_trace(path: Path) -> list[Slice]:
     hangs below a process, interned strings are known, the events of a sequence are in order of time, every end has its
     beginning on the same track, nothing stays open, and a flow leaves and arrives once, not back in time."""
     pb = protocol()
-    trace = pb.Trace.FromString(path.read_bytes())
-    tracks, offset = _tracks(trace)
+    packets = _packets(path.read_bytes(), pb)
+    first, tracks, offset = _tracks(packets)
     slices: list[Slice] = []
     sequences: dict[int, dict[str, Any]] = {}
     stacks: dict[int, list[Slice]] = {}
     owner: dict[int, int] = {}  # track -> its sequence
-    for packet in trace.packet:
+    for packet in itertools.chain(first, packets):
         number = packet.trusted_packet_sequence_id
         assert number, "a packet without a sequence"
-        if not packet.HasField("track_event"):
-            continue
+        assert packet.HasField("track_event"), "descriptors come before all events"
         if packet.sequence_flags & pb.TracePacket.SEQ_INCREMENTAL_STATE_CLEARED:
             defaults = packet.trace_packet_defaults.track_event_defaults
             sequences[number] = {"track": defaults.track_uuid, "time": -1}
@@ -84,14 +86,32 @@ def read_trace(path: Path) -> list[Slice]:
     return slices
 
 
-def _tracks(trace: Any) -> tuple[dict[int, tuple[str, tuple[str, ...]]], int]:
-    """Track -> (process, names from there down), and Unix ns at the trace's time 0."""
+def _packets(data: bytes, pb: Any) -> Iterator[Any]:
+    """The packets of a trace, one at a time: field 1 of the message Trace, each with its length."""
+    at, view = 0, memoryview(data)
+    while at < len(data):
+        assert data[at] == 0x0A, f"byte {at} begins no packet"
+        size, shift, at = 0, 0, at + 1
+        while True:
+            size |= (data[at] & 0x7F) << shift
+            shift, at = shift + 7, at + 1
+            if data[at - 1] < 0x80:
+                break
+        assert at + size <= len(data), "the last packet is cut off"
+        yield pb.TracePacket.FromString(view[at : at + size])
+        at += size
+
+
+def _tracks(packets: Iterator[Any]) -> tuple[list[Any], dict[int, tuple[str, tuple[str, ...]]], int]:
+    """Takes off what comes before the first event. That event; track -> (process, names from there down); Unix ns at
+    the trace's time 0."""
     described: dict[int, Any] = {}
-    offset, begun = None, False
-    for packet in trace.packet:
-        begun |= packet.HasField("track_event")
+    offset, first = None, []
+    for packet in packets:
+        if packet.HasField("track_event"):
+            first = [packet]
+            break
         if packet.HasField("track_descriptor"):
-            assert not begun, "a process that is described later is another one of the same pid"
             assert packet.track_descriptor.uuid not in described
             described[packet.track_descriptor.uuid] = packet.track_descriptor
         if packet.HasField("clock_snapshot"):
@@ -109,7 +129,7 @@ def _tracks(trace: Any) -> tuple[dict[int, tuple[str, tuple[str, ...]]], int]:
             names = (descriptor.name, *names)
             descriptor = described[descriptor.parent_uuid]
         found[uuid] = descriptor.process.process_name, names
-    return found, offset
+    return first, found, offset
 
 
 def _value(annotation: Any) -> object:
@@ -148,10 +168,20 @@ def turns(trajectory: TrajectoryRecord) -> int:
     return int(starts.sum())
 
 
-def check_trace(run: Path) -> Written:
+def tools_of_sub_agents(body: RolloutBody) -> int:
+    """Tool calls of a rollout in which whatever a sub-agent reads after a turn is what a tool gave it (atlas)."""
+    found = 0
+    for trajectory in body.trajectories:
+        if trajectory.role != MAIN:
+            mask = np.frombuffer(trajectory.loss_mask, np.uint8) != 0
+            found += int((mask[:-1] & ~mask[1:]).sum())
+    return found
+
+
+def check_trace(run: Path, tools: Callable[[RolloutBody], int] | None = None) -> Written:
     """Write a finished run's trace, read it back, and compare it with the record: every rollout, invocation, turn and
-    tool call that the record has, every claim, step, publish and update is there once. For a run that was not
-    resumed."""
+    tool call that the record has, every claim, step, publish and update is there once. tools: how many tool calls a
+    rollout whose tokens are kept has made; None: by its info["tools"]. For a run that was not resumed."""
     config, recording = load_config(run / "config.json"), Recording([run])
     written = export([run], run / "check.pftrace", None, lambda done, total: None)
     slices = read_trace(written.file)
@@ -159,7 +189,7 @@ def check_trace(run: Path) -> Written:
     assert dict(kinds) == dict(written.counts)
     assert kinds == Counter(s.kind for spans in SpanReader([run]).spans().values() for s in spans)
     assert all(s.end >= s.start for s in slices)
-    _check_rollouts(slices, recording)
+    _check_rollouts(slices, recording, tools)
     _check_steps(slices, recording, {role: config.policy_of(role) for role in config.roles})
     if (binary := processor()) is not None:
         flows = sum(written.arrows.counts.values())
@@ -167,7 +197,9 @@ def check_trace(run: Path) -> Written:
     return written
 
 
-def _check_rollouts(slices: list[Slice], recording: Recording) -> None:
+def _check_rollouts(
+    slices: list[Slice], recording: Recording, tools: Callable[[RolloutBody], int] | None
+) -> None:
     played = [s for s in slices if s.kind == "rollout" and s.args["split"] == "train"]
     recorded = {id: r for id, r in recording.rollouts.items() if r.head.split == "train"}
     assert sorted(s.name for s in played if s.args["status"] != "cancelled") == sorted(recorded)
@@ -190,8 +222,11 @@ def _check_rollouts(slices: list[Slice], recording: Recording) -> None:
         for trajectory in body.trajectories:
             if trajectory.tokens:
                 assert found[trajectory.role, trajectory.invocation] == turns(trajectory), rollout.name
-        if isinstance(calls := body.info.get("tools"), list):
-            assert len([s for s in mine if s.kind == "tool"]) == len(calls), rollout.name
+        calls = len([s for s in mine if s.kind == "tool"])
+        if isinstance(known := body.info.get("tools"), list):
+            assert calls == len(known), rollout.name
+        elif tools is not None and all(t.tokens for t in body.trajectories):
+            assert calls == tools(body), rollout.name
 
 
 def _inside(slices: list[Slice]) -> dict[str, list[Slice]]:
@@ -218,7 +253,7 @@ def _check_steps(slices: list[Slice], recording: Recording, policies: dict[str, 
     for process in trainers & {s.process for s in slices}:
         role = process.removeprefix("trainer ")
         steps = sorted({step for r, step in recording.steps if policies[r] == role})
-        for kind in ("claim", "step", "train", "apply"):
+        for kind in ("claim", "read", "build", "step", "train", "apply", "record"):
             found = sorted(int(str(s.args["step"])) for s in slices if (s.process, s.kind) == (process, kind))
             assert found == steps, f"{process}: {kind}"
         versions = [s.args["version"] for s in slices if (s.process, s.kind) == (process, "publish")]

@@ -52,8 +52,8 @@ def find_arrows(
     recording: Recording | None = None,
     policies: Mapping[str, str] | None = None,
 ) -> Arrows:
-    """processes: process -> its spans, by start. recording: of the same run; None: no arrows from rollouts. policies:
-    role -> role of the policy it acts with, where that is another's."""
+    """processes: process -> its spans, by start, none of which ends before it starts. recording: of the same run; None:
+    no arrows from rollouts. policies: role -> role of the policy it acts with, where that is another's."""
     arrows = Arrows()
     _weights(processes, policies or {}, arrows)
     if recording is not None:
@@ -64,7 +64,8 @@ def find_arrows(
 def _weights(processes: Mapping[str, Sequence[Span]], policies: Mapping[str, str], arrows: Arrows) -> None:
     published: dict[object, list[Span]] = {}
     for span in _of(processes, "publish"):
-        published.setdefault(span.args.get("label"), []).append(span)
+        if "label" in span.args:
+            published.setdefault(span.args["label"], []).append(span)
     for spans in processes.values():
         updates: dict[tuple[object, object], Span] = {}  # (role, version), until the turn it leads to
         for span in spans:

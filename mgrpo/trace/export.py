@@ -64,8 +64,9 @@ class Written:
     def lines(self) -> list[str]:
         """For people."""
         n, arrows = sum(self.counts.values()), self.arrows
+        size = f"{self.size / 1e6:.1f} MB" if self.size >= 1e6 else f"{self.size / 1e3:.1f} kB"
         lines = [
-            f"{self.file}: {self.size / 1e6:.1f} MB, {n:,} spans of {self.processes} processes in "
+            f"{self.file}: {size}, {n:,} spans of {self.processes} processes in "
             f"{self.seconds:,.1f} s of the run",
             "spans: " + ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items()),
         ]

@@ -42,12 +42,13 @@ def write_trace(
     arrows: Arrows,
     written: Callable[[int], None] = lambda spans: None,
 ) -> None:
-    """Write the spans of all processes (process -> its spans) as one trace. written: is called with the number of spans
-    that were added since the last time. Raises ConfigError without the package, OSError."""
+    """Write the spans of all processes (process -> its spans, none of which ends before it starts) as one trace. Of the
+    arrows those between the same objects are drawn. written: is called with the number of spans that were added since
+    the last time. Raises ConfigError without the package, OSError."""
     stream = _Stream(protocol(), file)
     start = min((span.start for spans in processes.values() for span in spans), default=0) - LEAD_NS
     stream.head(start)
-    # All descriptors come first: a process that is described after the first event of its pid is taken for another one.
+    # All descriptors come first: whoever reads the file as a stream has to know a track at its first event.
     drawn: list[tuple[int, Track]] = []
     uuid = 0
     for number, (process, spans) in enumerate(processes.items()):
@@ -120,6 +121,7 @@ class _Stream:
         descriptor.parent_uuid = parent
         descriptor.name = name
         descriptor.child_ordering = descriptor.EXPLICIT
+        descriptor.sibling_merge_behavior = descriptor.SIBLING_MERGE_BEHAVIOR_NONE
 
     def _descriptor(self, uuid: int, place: int) -> Any:
         packet = self.packet()
