@@ -24,10 +24,11 @@ from mgrpo.record.schema import RolloutHead, StepBody, TrajectoryRecord
 from mgrpo.record.segments import Frame
 from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.run.summary import read_summary
-from mgrpo.view.timeline import timeline
+from mgrpo.view.span_timeline import SpanTimeline
+from mgrpo.view.timeline import shares, timeline
 from mgrpo.view.transcript import labels, tool_calls, verdict
 
-HIDDEN = ("seq",)
+HIDDEN = ("seq", "step", "time")
 COLUMNS = ("id", "text", "gold", "answer", "step", "split", "mode", "ok", "correct", "tokens", "failed_by",
            "tool_errors", "redacted")  # fmt: skip
 COUNTERS = "service/"
@@ -44,26 +45,36 @@ class RunView:
         self._lock = threading.Lock()
         self._recording = Recording([run])
         self._texts = Texts(self._recording)
+        self._spans, self._spans_lock = SpanTimeline(run), threading.Lock()
         self._credit: dict[tuple[str, int], _Credit] = {}
 
     def overview(self, have: int = 0) -> Json:
-        """Everything but the trees: settings, curves, and a line for each rollout from number `have` on."""
+        """Everything but trees and timeline: settings, curves, and a line for each rollout from number `have` on."""
         with self._lock:
             self._recording.refresh()
             return {
                 "title": str(self.run),
                 "settings": self._settings(),
                 "summary": self._summary(),
-                "notes": self._recording.notes(),
-                "live": self._folder.live,
                 "series": self._series(),
-                "timeline": self._timeline(),
+                "notes": self._recording.notes() + self._spans.notes(),
+                "live": self._folder.live,
                 "steps": {
                     role: sorted(step for r, step in self._recording.steps if r == role)
                     for role in self.config.roles
                 },
                 "rollouts": self._lines(have),
             }
+
+    def timeline(self) -> Json:
+        """The last steps, from spans where they were recorded (None: there is no step yet), and what they were made
+        of. It keeps no other call waiting."""
+        found = timeline(read_metrics(self.run), self.config.training_roles)
+        with self._spans_lock:
+            drawn = self._spans.read(found, self._recording.rollouts.__contains__)
+        if drawn is None and found is not None:
+            drawn = found.as_json()
+        return {"timeline": drawn, "shares": shares(found) if found else {}}
 
     def step(self, role: str, step: int) -> Json:
         """The alignment of one step of one role. Raises ConfigError when it is not in the record."""
@@ -114,8 +125,7 @@ class RunView:
         services are the sum of all that was reported at a step, by several workers or again after a restart."""
         points: dict[str, dict[int, list[float]]] = {}
         for record in read_metrics(self.run):
-            step = int(record.pop("step"))
-            seconds = float(record.pop("time"))
+            step, seconds = int(record["step"]), float(record["time"])
             for name, value in record.items():
                 if value is None or name in HIDDEN:
                     continue
@@ -123,10 +133,6 @@ class RunView:
                 before = known[step][1] if step in known and name.startswith(COUNTERS) else 0.0
                 known[step] = [step, before + value, seconds]
         return {name: [found[s] for s in sorted(found)] for name, found in sorted(points.items())}
-
-    def _timeline(self) -> Json | None:
-        found = timeline(read_metrics(self.run), self.config.training_roles)
-        return found.as_json() if found else None
 
     def _lines(self, have: int) -> Json:
         """One line a rollout, as columns; questions once for each group."""

@@ -21,8 +21,8 @@ from mgrpo.files import write_atomic
 from mgrpo.view.data import Json, RunView
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("base.js", "curves.js", "timeline.js", "services.js", "steps.js", "tools.js", "tree.js", "rollouts.js",
-           "app.js")  # fmt: skip
+SCRIPTS = ("base.js", "curves.js", "timeline.js", "spans.js", "services.js", "steps.js", "tools.js", "tree.js",
+           "rollouts.js", "app.js")  # fmt: skip
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 COOKIE = "mgrpo-token"
 TREES = 2000  # rollout trees in an exported file, unless --trees says otherwise
@@ -46,14 +46,18 @@ def page(title: str, data: str = "") -> str:
 
 def export(run: Path, file: Path, trees: int = TREES) -> None:
     """Write the page as one file that needs no network: all curves and steps, and the trees of `trees` rollouts,
-    half of them the first, half the last."""
+    half of them the first, half the last, and of those that its lists of the slowest name."""
     view = RunView(run)
-    overview = view.overview()
+    overview, timeline = view.overview(), view.timeline()
     ids = view.ids()
     if len(ids) > trees:
-        ids = ids[: trees // 2] + ids[len(ids) - (trees - trees // 2) :]
+        slowest = [row["rollout"] for rows in _slowest(timeline) for row in rows if row["rollout"]]
+        ids = list(
+            dict.fromkeys(ids[: trees // 2] + ids[len(ids) - (trees - trees // 2) :] + slowest[:trees])
+        )
     data = {
         "overview": overview | {"live": False},
+        "timeline": timeline,
         "steps": {
             f"{role}/{s}": shown
             for role, steps in overview["steps"].items()
@@ -66,6 +70,11 @@ def export(run: Path, file: Path, trees: int = TREES) -> None:
         write_atomic(file, page(str(run), as_json(data)))
     except OSError as error:
         raise ConfigError(f"--export {file}: cannot be written ({error.strerror})") from None
+
+
+def _slowest(timeline: Json) -> list[list[Json]]:
+    """The lists of the slowest rollouts, turns and tool calls; none where no spans were recorded."""
+    return list((timeline["timeline"] or {}).get("slowest", {}).values())
 
 
 def _recorded(look: Callable[..., Json], *what: object) -> Json | None:
@@ -122,7 +131,7 @@ def serve(run: Path, host: str, port: int) -> None:
 
 
 def application(view: RunView, token: str) -> Any:
-    """The page and its three questions as an ASGI application. token: "" asks for none but serves loopback only."""
+    """The page and its four questions as an ASGI application. token: "" asks for none but serves loopback only."""
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.gzip import GZipMiddleware
@@ -155,6 +164,8 @@ def application(view: RunView, token: str) -> Any:
         try:
             if request.url.path == "/api/run":
                 data = view.overview(int(query.get("have", "0")))
+            elif request.url.path == "/api/timeline":
+                data = view.timeline()
             elif request.url.path == "/api/step":
                 data = view.step(query.get("role", ""), int(query.get("step", "-1")))
             else:
@@ -163,7 +174,10 @@ def application(view: RunView, token: str) -> Any:
             return PlainTextResponse(str(error), 404)
         return Response(as_json(data), media_type="application/json", headers=_headers())
 
-    routes = [Route("/", index), *(Route(f"/api/{name}", ask) for name in ("run", "step", "rollout"))]
+    routes = [
+        Route("/", index),
+        *(Route(f"/api/{name}", ask) for name in ("run", "timeline", "step", "rollout")),
+    ]
     return Starlette(routes=routes, middleware=[Middleware(GZipMiddleware, minimum_size=4096)])
 
 

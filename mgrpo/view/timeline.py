@@ -1,8 +1,11 @@
 """What every process did in the last steps, from metrics.jsonl: where time was spent, and where it was waited.
 
+What the run page draws where no spans were recorded (span_timeline.py), and `mgrpo top`.
+
 A trainer's step ends when its record is written, and its parts follow each other: waiting for the batch, training,
-publishing the weights, the rest. Rollout workers report how many of their places were taken on average while one
-version was the newest, which is one bar of that height; with several workers it is their mean.
+accounting for the groups, publishing the weights, the checkpoint, waiting for the record of the step before, the rest.
+Rollout workers report how many of their places were taken on average while one version was the newest, which is one
+bar of that height; with several workers it is their mean.
 """
 
 from __future__ import annotations
@@ -12,9 +15,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PARTS = ("wait_batch", "train", "weights")  # of time/*; what is left of a step is "other"
+PARTS = ("wait_batch", "train", "apply", "weights", "checkpoint", "record")
+"""Of time/*; what is left of a step is "other"."""
 STEPS = 12
 ROLLOUTS = "rollouts"
+SIGNS = {
+    "wait_batch": ("·", "waits"), "train": ("█", "trains"), "apply": ("a", "store"), "weights": ("▒", "weights"),
+    "checkpoint": ("c", "checkpoint"), "record": ("r", "record"), "other": ("░", "other"),
+}  # fmt: skip
+"""Part -> its sign and its word in a terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,7 @@ class Timeline:
             name: [[b.step, b.part, b.start, b.end, b.share] for b in bars]
             for name, bars in self.rows.items()
         }
-        return {"start": self.start, "end": self.end, "rows": rows}
+        return {"kind": "metrics", "start": self.start, "end": self.end, "rows": rows}
 
 
 def timeline(
@@ -60,6 +69,20 @@ def timeline(
         rows = {ROLLOUTS: rollouts} | rows
         end = max(end, rollouts[-1].end)
     return Timeline(start, end, rows)
+
+
+def shares(found: Timeline) -> dict[str, dict[str, float]]:
+    """Role -> part -> its share of the time of the role's steps; parts that took nothing are left out."""
+    out: dict[str, dict[str, float]] = {}
+    for role, bars in found.rows.items():
+        whole = sum(bar.end - bar.start for bar in bars)
+        if role == ROLLOUTS or whole <= 0:
+            continue
+        for part in (*PARTS, "other"):
+            seconds = sum(bar.end - bar.start for bar in bars if bar.part == part)
+            if seconds > 0:
+                out.setdefault(role, {})[part] = seconds / whole
+    return out
 
 
 def _trainer(records: list[Mapping[str, Any]], role: str, last: int) -> list[Bar]:
@@ -110,7 +133,7 @@ def _number(record: Mapping[str, Any], name: str) -> float | None:
 def as_text(found: Timeline, width: int = 60) -> list[str]:
     """One line of `width` signs for each row: the part that took most of the sign's time; of rollouts, how many places
     were taken."""
-    signs = {"wait_batch": "·", "train": "█", "weights": "▒", "other": "░"}
+    signs = {part: sign for part, (sign, _) in SIGNS.items()}
     heights = "▁▂▃▄▅▆▇█"
     longest = max(map(len, found.rows))
     lines = []
@@ -127,7 +150,8 @@ def as_text(found: Timeline, width: int = 60) -> list[str]:
             else:
                 text += signs[best.part]
         lines.append(f"{name:<{longest}}  {text}")
-    key = "· waits  █ trains  ▒ weights  ░ other" + (
-        ";  ▁▄█ places that hold a rollout" if ROLLOUTS in found.rows else ""
-    )
+    shown = "".join(line[longest:] for line, name in zip(lines, found.rows, strict=True) if name != ROLLOUTS)
+    key = "  ".join(f"{sign} {word}" for sign, word in SIGNS.values() if sign in shown)
+    if ROLLOUTS in found.rows:
+        key += ";  ▁▄█ places that hold a rollout"
     return [*lines, f"{'':<{longest}}  last {found.end - found.start:.0f} s: {key}"]

@@ -32,6 +32,8 @@ from mgrpo.view.timeline import STEPS, as_text, timeline
 
 RECENT = 20  # steps that the time left is estimated from
 ASK_SECONDS = 2.0
+SPEEDS = (("mfu", "perf/mfu", ".1%"), ("tok/s", "perf/tok_per_s", ",.0f"), ("GB", "perf/peak_mem_gb", ".1f"))
+"""Columns that are there only where a trainer has reported them: title, metric, form."""
 
 
 class RunStatus:
@@ -144,8 +146,9 @@ def render(status: RunStatus) -> Group:
     """The whole screen."""
     config = status.config
     table = Table(box=None, pad_edge=False)
+    speeds = [column for column in SPEEDS if any(_known(status, role, column[1]) for role in config.roles)]
     for title in ("agent", "step", "reward", "correct", "expert", "d_k", "copies", "dropped", "zero-adv", "entropy",
-                  "clip", "lag", "idle", "ready", "taken"):  # fmt: skip
+                  "clip", "lag", "idle", *(title for title, *_ in speeds), "ready", "taken"):  # fmt: skip
         table.add_column(title, justify="left" if title == "agent" else "right")
     roles: Mapping[str, Any] = (status.stats or {}).get("roles", {})
     for role in config.roles:
@@ -163,12 +166,17 @@ def render(status: RunStatus) -> Group:
             show("reward/expert", ".2f"), show("d_k/mean", ".2f"), show("align/dup_ratio", ".0%"),
             show("align/drop_ratio", ".0%"), show("advantage/frac_zero", ".0%"), show("policy/entropy", ".2f"),
             show("loss/clip_ratio_high", ".3f"), show("staleness/max", ".0f"), show("perf/idle", ".0%"),
+            *(show(name, form) for _, name, form in speeds),
             str(queue.get("ready", "-")), str(queue.get("leased", "-")),
         )  # fmt: skip
     found = timeline(status.recent, config.training_roles)
     bars = [Text(line) for line in as_text(found)] if found else []
     lines = [Text(line) for line in (_evaluations(status), *_services(status))]
     return Group(table, *lines, *bars, Text(_foot(status)))
+
+
+def _known(status: RunStatus, role: str, name: str) -> bool:
+    return not math.isnan(status.value(f"{role}/{name}"))
 
 
 def _evaluations(status: RunStatus) -> str:

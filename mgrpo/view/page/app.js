@@ -23,6 +23,7 @@ function draw() {
   document.getElementById("tabs").replaceChildren(...TABS.map(([tab, title]) => el("button", { type: "button", "data-tab": tab, "aria-current": tab === state.tab ? "page" : "false", onclick: () => go({ tab }) }, title)));
   shown = views[state.tab]();
   document.getElementById("view").replaceChildren(shown);
+  if (state.tab === "curves") follower.look(run).catch(() => {}); // a server that is gone is named by follow()
 }
 
 function status(text) {
@@ -46,6 +47,7 @@ async function follow() {
       else if (grown && (state.tab === "curves" || state.tab === "services")) draw();
       else if (grown && shown && shown.grown) shown.grown();
     }
+    if (run && state.tab === "curves") await follower.look(run);
   } catch (error) {
     if (run) status(`no answer from the server (${clean(error.message)}); what is shown may be old`);
     else document.getElementById("status").textContent = clean(error.message);

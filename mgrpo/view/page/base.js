@@ -35,7 +35,9 @@ const fact = (name, value, text) => el("div", { title: value === null || value =
 class Exported {
   constructor(data) { this.data = data; this.live = false; }
   async overview(have) { return have ? null : this.data.overview; }
+  async timeline() { return this.data.timeline; }
   async step(role, step) { return this.data.steps[`${role}/${step}`]; }
+  has(id) { return Object.hasOwn(this.data.rollouts, id); }
   async rollout(id) {
     if (!(id in this.data.rollouts)) throw new Error("the tree of this rollout is not in the exported file");
     return this.data.rollouts[id];
@@ -50,7 +52,9 @@ class Served {
     return answer.json();
   }
   overview(have) { return this.ask("run", { have }); }
+  timeline() { return this.ask("timeline", {}); }
   step(role, step) { return this.ask("step", { role, step }); }
+  has() { return true; }
   rollout(id) { return this.ask("rollout", { id }); }
 }
 

@@ -91,5 +91,5 @@ function curvesView(run) {
   if (held && held.final) words.push(`held-out accuracy: sampled ${num(held.final.sampled)}, greedy ${num(held.final.greedy)}` + (held.start ? ` (before RL ${num(held.start.sampled)}, ${num(held.start.greedy)})` : ""));
   if (summary && !summary.valid) words.push("the run's start did not pass its validation, or that was skipped");
   words.push(...run.notes.map((note) => `not all was recorded: ${clean(note)}`));
-  return el("section", {}, words.map((w) => el("p", {}, w)), timelineFigure(run), found.length ? el("div", { class: "charts" }, found) : el("p", { class: "quiet" }, "No step has been reported yet."));
+  return el("section", {}, words.map((w) => el("p", {}, w)), follower.figure(run), found.length ? el("div", { class: "charts" }, found) : el("p", { class: "quiet" }, "No step has been reported yet."));
 }
