@@ -85,9 +85,12 @@ def train(trainer: TorchTrainer, start: Path, last: int = STEPS, save: bool = Fa
     """From where the trainer's checkpoint stands up to `last`: metrics of each step, weights before and after all."""
     checkpoint = trainer.load(start)
     step = checkpoint.step if checkpoint else 0
-    found: dict[str, Any] = {"from": step, "before": weights(trainer), "metrics": []}
+    found: dict[str, Any] = {"from": step, "before": weights(trainer), "metrics": [], "costs": []}
     while step < last:
         found["metrics"].append(trainer.train(batches_of(step), recompute_old=step % 2 == 1))
+        cost = trainer.cost()
+        assert cost is not None
+        found["costs"].append((cost.flops, cost.peak_memory))
         step += 1
         if save and step == MIDDLE:
             trainer.save(step)  # written while the next steps are taken

@@ -89,6 +89,8 @@ def test_two_ranks_take_the_steps_of_one(alone: Found, together: Found, variant:
         assert a.keys() == b.keys() and "loss/pg" in a
         for name, value in a.items():
             assert b[name] == pytest.approx(value, rel=10 * bound, abs=bound), name
+    for (flops, _), (of_both, memory) in zip(one["costs"], two["costs"], strict=True):
+        assert of_both == flops > 0 and memory > 1e7  # the rows of all ranks, once
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from mgrpo.pipeline.step_clock import METRICS
 from mgrpo.pipeline.trainer_loop import TrainerLoop
 from mgrpo.record import spans
 from mgrpo.store.records import Control, World
+from mgrpo.trainers.base import StepCost
 from mgrpo.weights.publisher import VersionSize
 from tests.runs import RELAY
 
@@ -101,6 +103,9 @@ class Trainer:
         self._during(self._step)
         self._step += 1
         return {"loss/pg": 1.0}
+
+    def cost(self) -> StepCost:
+        return StepCost(flops=1e9, peak_flops=math.nan, peak_memory=3e9)
 
     def weights(self) -> Iterator[tuple[str, object]]:
         return iter(())
@@ -295,6 +300,8 @@ def test_times_add_up() -> None:
         assert row["main/perf/idle"] == pytest.approx(row["main/time/wait_batch"] / row["main/time/step"])
         assert (row["main/weights/bytes"], row["main/weights/share"]) == (5, 0.25)
         assert {f"main/time/hidden_{name}" for name in ("claim", "read", "build", "record")} <= row.keys()
+        assert row["main/perf/peak_mem_gb"] == 3.0 and "main/perf/mfu" not in row
+        assert row["main/perf/tflops"] == pytest.approx(1e-3 / row["main/time/train"], rel=1e-6)
 
 
 def test_only_what_passed_before_the_trainer_waited_was_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,9 @@ class StoreConfig(Settings):
     heartbeat_timeout: float = Field(30.0, gt=0, le=MAX_SECONDS)
     """Seconds without a sign of life after which a rollout worker counts as dead, and the others take its groups over.
     A worker gives one four times in that time."""
+    metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Port on this machine (127.0.0.1) at which Prometheus reads the run's metrics and the store's own numbers. Unset:
+    none."""
 
 
 class LinkConfig(Settings):

@@ -36,9 +36,11 @@ from mgrpo.pipeline.batch import StepBatch, merge_streams
 from mgrpo.pipeline.role_stream import RoleStream
 from mgrpo.pipeline.step_ahead import PreparedStep, StepAhead
 from mgrpo.pipeline.step_clock import StepClock
+from mgrpo.pipeline.step_perf import step_perf
 from mgrpo.pipeline.step_reporter import StepReporter
 from mgrpo.record import spans
 from mgrpo.record.schema import StepSettings
+from mgrpo.trainers.base import StepCost
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.schedule import learning_rate
 from mgrpo.types import Probe, version_label
@@ -76,6 +78,7 @@ class _Begun:
     prepared: PreparedStep
     published: bool = False
     learned: Mapping[str, float] | None = None
+    cost: StepCost | None = None
 
 
 class Feed:
@@ -228,9 +231,10 @@ class Feed:
         batches = prepared.batches
         return FeedStep(self.step, lr, recompute, merge_streams(batches), batches)
 
-    def applied(self, metrics: Mapping[str, float]) -> None:
+    def applied(self, metrics: Mapping[str, float], cost: StepCost | None = None) -> None:
         """The optimizer steps of this RL step are taken; once a step. metrics: finite numbers of the training, for the
-        run's records. Raises ValueError; then nothing is accounted for."""
+        run's records; cost: what they took, for `*/perf/mfu` and its like. Raises ValueError; then nothing is
+        accounted for."""
         begun = self._begun
         if begun is None or begun.learned is not None:
             last = f"step {self.step - 1} was applied" if self._clock.running else "no step was taken"
@@ -243,6 +247,7 @@ class Feed:
                 f"feed of {self.role}: metric {bad[0]!r} of step {begun.number} is {learned[bad[0]]}, expected a "
                 "finite number; the step was not accounted for"
             )
+        begun.cost = cost
         self._clock.finish("train")
         with self._clock.part("apply", {"step": begun.number}):
             for stream, batch in zip(self._streams, begun.prepared.batches, strict=True):
@@ -308,6 +313,7 @@ class Feed:
                 )
         assert begun.learned is not None
         times = step_times(self._clock.end(begun.number), begun.prepared.hidden)
+        times |= step_perf(begun.cost, begun.prepared.batches, times["time/train"], times["time/step"])
         ranks, data_ranks = self.config.ranks(self.role), self.config.data_ranks(self.role)
         settings = StepSettings(begun.lr, self.config.trainer.threads, ranks, data_ranks)
         self._begun = None

@@ -78,7 +78,8 @@ class TrainerLoop:
         """All steps, or those until the stop: then the weights are those of a whole step, and are saved."""
         feed, trainer = self._feed, self._feed.config.trainer
         for step in feed:
-            feed.applied(self._trainer.train(step.minibatches, step.recompute_old, step.lr))
+            learned = self._trainer.train(step.minibatches, step.recompute_old, step.lr)
+            feed.applied(learned, self._trainer.cost())
             self._publish()
             with feed.part("checkpoint"):
                 if feed.step % trainer.checkpoint_every == 0 or feed.step == trainer.steps:

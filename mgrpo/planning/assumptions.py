@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mgrpo.errors import ConfigError
+from mgrpo.profiling.devices import peak_flops
 
 GB = 10**9
 GIB = 2**30
@@ -26,10 +27,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80 * GB, 312e12, 2.0e12),
-        Gpu("h100", 80 * GB, 989e12, 3.35e12),
-        Gpu("h200", 141 * GB, 989e12, 4.8e12),
-        Gpu("b200", 180 * GB, 2250e12, 8.0e12),
+        Gpu("a100", 80 * GB, peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16"), 2.0e12),
+        Gpu("h100", 80 * GB, peak_flops("NVIDIA H100 80GB HBM3", "bfloat16"), 3.35e12),
+        Gpu("h200", 141 * GB, peak_flops("NVIDIA H200", "bfloat16"), 4.8e12),
+        Gpu("b200", 180 * GB, peak_flops("NVIDIA B200", "bfloat16"), 8.0e12),
     )
 }
 

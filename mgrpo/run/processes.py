@@ -106,6 +106,7 @@ def run_store_process(config_path: Path, out: Path, overrides: Sequence[str], pa
         run_params(config),
         security=server_keys(addresses),
         insecure=addresses.insecure,
+        metrics_port=config.store.metrics_port,
     )
 
 

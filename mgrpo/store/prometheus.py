@@ -1,4 +1,4 @@
-"""The store's numbers for Prometheus, over HTTP on a port of their own."""
+"""The store's numbers and the newest metrics of the run for Prometheus, over HTTP on a port of their own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,39 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from mgrpo.errors import ConfigError
+from mgrpo.store.reports import NewestValues
+from mgrpo.store.series import families
 
 
 class _Collector:
-    def __init__(self, stats: Callable[[], Mapping[str, Any]]) -> None:
-        self._stats = stats
+    def __init__(self, stats: Callable[[], Mapping[str, Any]], newest: NewestValues) -> None:
+        self._stats, self._newest = stats, newest
 
     def collect(self) -> Iterator[Any]:
         stats = self._stats()
+        yield from self._of_store(stats)
+        yield from self._of_run(stats.get("roles", {}))
+
+    def _of_run(self, roles: Mapping[str, Any]) -> Iterator[Any]:
+        newest = self._newest
+        steps = GaugeMetricFamily(
+            "mgrpo_store_reported_step", "Steps of the newest report of a role", labels=["role"]
+        )
+        for role, step in newest.steps.items():
+            steps.add_metric([role], step)
+        yield steps
+        for family in families(newest.values, {*roles, *newest.steps}):
+            gauge = GaugeMetricFamily(
+                family.name, "Newest value; docs/metrics.md says of what", labels=family.labels
+            )
+            for values, value in family.series.items():
+                gauge.add_metric(values, value)
+            yield gauge
+        yield GaugeMetricFamily(
+            "mgrpo_store_values_left_out", "Values of too many metrics", value=newest.left_out
+        )
+
+    def _of_store(self, stats: Mapping[str, Any]) -> Iterator[Any]:
         groups = GaugeMetricFamily("mgrpo_store_groups", "Groups by state", labels=["state"])
         for state in ("open", "sealed", "dropped"):
             groups.add_metric([state], stats.get(state, 0))
@@ -53,11 +78,18 @@ class _Collector:
 
 
 class MetricsEndpoint:
-    """Serves `stats` at http://address:port/metrics until close(). Raises ConfigError when the port is taken."""
+    """Serves `stats`, and the newest values of a run's metrics, at http://address:port/metrics until close(). Raises
+    ConfigError when the port is taken."""
 
-    def __init__(self, stats: Callable[[], Mapping[str, Any]], port: int, address: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        stats: Callable[[], Mapping[str, Any]],
+        port: int,
+        address: str = "127.0.0.1",
+        newest: NewestValues | None = None,
+    ) -> None:
         registry = CollectorRegistry()
-        registry.register(_Collector(stats))
+        registry.register(_Collector(stats, newest or NewestValues()))
         try:
             self._server, self._thread = start_http_server(port, address, registry)
         except OSError as error:

@@ -22,6 +22,7 @@ from mgrpo.store import records as rec
 from mgrpo.store.core import Core
 from mgrpo.store.database import Connection, Database, connect_sqlite
 from mgrpo.store.ledger import LAUNCHER, METHODS
+from mgrpo.store.reports import NewestValues
 from mgrpo.transport.codec import Limits, Refusal
 from mgrpo.transport.keys import ServerKeys
 from mgrpo.transport.server import Handler, Park, Reply, Request, Server
@@ -54,6 +55,7 @@ class StoreServer:
         self._database = Database(db_path, connect=connect, synchronous=synchronous)
         self._metrics: dict[str, Any] = {}
         self._measured = 0.0
+        self._newest: NewestValues | None = None
         self._broken = 0.0  # when to try the file again; 0: it works
         self._cause = ""  # why it does not
         try:
@@ -98,6 +100,12 @@ class StoreServer:
     def metrics(self) -> dict[str, Any]:
         """Numbers as of the last second; may be called from any thread."""
         return self._metrics
+
+    def newest(self) -> NewestValues:
+        """The newest values that were reported, kept from the first call on; may be called from any thread."""
+        if self._newest is None:
+            self._newest = NewestValues()
+        return self._newest
 
     def close(self) -> None:
         """Answer what is in hand, checkpoint, free address and file. Idempotent."""
@@ -165,6 +173,8 @@ class StoreServer:
             "wal_bytes": wal.stat().st_size if wal.exists() else 0,
             "refused": self.counters(),
         }
+        if self._newest is not None and self._core.ledger is not None:
+            self._newest.take(self._core.ledger.state.reports)
 
     # -- requests -------------------------------------------------------------------------------------------
 
@@ -257,9 +267,15 @@ def run_store(
     with StoreServer(url, db_path, params, **options) as server, ExitStack() as stack:
         announce(f"store {db_path} serves at {server.url}")
         if metrics_port is not None:
-            from mgrpo.store.prometheus import MetricsEndpoint
+            try:
+                from mgrpo.store.prometheus import MetricsEndpoint
+            except ImportError:
+                raise ConfigError(
+                    f"metrics port {metrics_port}: the endpoint needs the package prometheus-client (pip install "
+                    '"mgrpo[store]")'
+                ) from None
 
-            endpoint = MetricsEndpoint(server.metrics, metrics_port)
+            endpoint = MetricsEndpoint(server.metrics, metrics_port, newest=server.newest())
             stack.callback(endpoint.close)
             announce(f"metrics at http://127.0.0.1:{endpoint.port}/metrics")
         while not received:

@@ -22,6 +22,7 @@ from mgrpo.model.policy import Policy
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.loss_metrics import join_metrics, read_metrics, step_metrics
 from mgrpo.ops.selective_logprob import selective_logprob
+from mgrpo.profiling.devices import PeakMemory
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.mesh import by_mesh, clip_gradient
 from mgrpo.trainers.torch.ranks import Ranks
@@ -68,6 +69,9 @@ class Learner:
         self.policy, self.optimizer, self.loss, self.grad_clip = policy, optimizer, loss, grad_clip
         self.reference, self.ranks = reference, ranks or Ranks()
         self.aux_loss_coef = policy.config.aux_loss_coef
+        self.memory: PeakMemory | None = None
+        """Whoever sets it finds the most of all ranks in `most_memory` after a step."""
+        self.most_memory = 0.0
 
     def train(
         self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None = None
@@ -107,8 +111,9 @@ class Learner:
             else:  # the others gather weights in this micro-step, which takes every rank
                 self._backward(_blank(), batch.denominator)
         if self.ranks.size > 1:  # in the order of ranks, of those that have the same rows one
-            every = self.ranks.gather(read_metrics(parts))[:: self.policy.config.mesh.same_rows]
-            parts = [part for found in every for part in found]
+            every = self.ranks.gather((read_metrics(parts), self.memory.most() if self.memory else 0.0))
+            self.most_memory = max(held for _, held in every)
+            parts = [part for found, _ in every[:: self.policy.config.mesh.same_rows] for part in found]
         if not sum(tokens for tokens, _ in parts):
             return {}
         balance = balance or self._balance(load)

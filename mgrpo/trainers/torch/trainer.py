@@ -26,7 +26,8 @@ from mgrpo.model.policy_files import policy_files
 from mgrpo.model.probe import probe, probe_ids
 from mgrpo.model.stream import Reading, WeightStream
 from mgrpo.model.tokens import Tokenizer
-from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
+from mgrpo.profiling.devices import PeakMemory
+from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer, StepCost
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.checkpoint import (
     CheckpointWriter,
@@ -36,6 +37,7 @@ from mgrpo.trainers.torch.checkpoint import (
     restore_checkpoint,
     snapshot,
 )
+from mgrpo.trainers.torch.cost import StepMeter
 from mgrpo.trainers.torch.direct import DirectSender, Transfer
 from mgrpo.trainers.torch.direct_servers import DirectServers
 from mgrpo.trainers.torch.heap import return_freed_memory
@@ -65,6 +67,8 @@ class TorchTrainer(PolicyTrainer):
             self._root, view.trainer.keep_checkpoints, ranks.files, is_main=ranks.is_main
         )
         self._learner: Learner | None = None
+        self._meter: StepMeter | None = None  # of rank 0
+        self._cost: StepCost | None = None
         self._sft: Sft | None = None
         self._longest = view.longest
         self._streams: dict[bool, WeightStream] = {}  # by adapter_only
@@ -136,7 +140,14 @@ class TorchTrainer(PolicyTrainer):
         )
         self._finish_reading()
         self._ranks.broadcast("train", shards)
-        return self._train(*shards[0])
+        self._cost = None
+        learned = self._train(*shards[0])
+        if self._meter is not None:
+            self._cost = self._meter.cost(batches, recompute_old, self._own.most_memory)
+        return learned
+
+    def cost(self) -> StepCost | None:
+        return self._cost
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See PolicyTrainer."""
@@ -236,6 +247,8 @@ class TorchTrainer(PolicyTrainer):
         policy = self._policy(start, self._agent.policy)
         reference = self._reference(policy, start) if find_loss(self._agent.loss).needs_reference else None
         self._learner = new_learner(self._agent, policy, reference, self._ranks)
+        self._learner.memory = PeakMemory(policy.device)
+        self._meter = self._new_meter(policy, reference is not None) if self.is_main else None
         self._streams.clear()
         if checkpoint is not None:
             restore_checkpoint(checkpoint, policy, self._learner.optimizer, self._ranks.files)
@@ -255,7 +268,20 @@ class TorchTrainer(PolicyTrainer):
         return load_sharded_reference(policy, folder, self._ranks)
 
     def _train(self, batches: Sequence[MiniBatch], recompute_old: bool, lr: float | None) -> dict[str, float]:
-        return self._own.train(batches, recompute_old, lr)
+        learner = self._own
+        assert learner.memory is not None
+        learner.memory.begin()
+        learned = learner.train(batches, recompute_old, lr)
+        if self._ranks.size == 1:
+            learner.most_memory = learner.memory.most()
+        return learned
+
+    def _new_meter(self, policy: Policy, has_reference: bool) -> StepMeter | None:
+        """Whoever does not train has no steps."""
+        if self._agent.frozen:
+            return None
+        every_row_acts = find_loss(self._agent.loss).every_token_acts
+        return StepMeter(policy, every_row_acts, has_reference, self._ranks.size)
 
     def _read(self, adapter_only: bool) -> Reading:
         if adapter_only not in self._streams:
