@@ -101,17 +101,17 @@ class NsysRange(Profiler):
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
-        torch.cuda.nvtx.range_push(name)
+        _cuda().nvtx.range_push(name)
         try:
             yield
         finally:
-            torch.cuda.nvtx.range_pop()
+            _cuda().nvtx.range_pop()
 
     def start(self) -> None:
-        torch.cuda.profiler.start()
+        _cuda().profiler.start()
 
     def stop(self, folder: Path, name: str) -> str:
-        torch.cuda.profiler.stop()
+        _cuda().profiler.stop()
         return f"nsys has what it captured, and writes it to {folder}"
 
 
@@ -119,19 +119,19 @@ class MemoryHistory(Profiler):
     """Allocations on this process's GPU, with their stacks."""
 
     def start(self) -> None:
-        _memory()._record_memory_history(max_entries=ALLOCATIONS)
+        _cuda().memory._record_memory_history(max_entries=ALLOCATIONS)
 
     def stop(self, folder: Path, name: str) -> str:
         snapshot = folder / f"{name}.pickle"
         try:
-            _memory()._dump_snapshot(str(snapshot))
+            _cuda().memory._dump_snapshot(str(snapshot))
         finally:
-            _memory()._record_memory_history(enabled=None)
+            _cuda().memory._record_memory_history(enabled=None)
         return f"{snapshot} (opens in {MEMORY_VIEW})"
 
 
-def _memory() -> Any:
-    return torch.cuda.memory
+def _cuda() -> Any:
+    return torch.cuda  # whose functions here have no types
 
 
 def open_profiler(config: ProfileConfig) -> Profiler:
