@@ -27,7 +27,9 @@ from mgrpo.profiling.stages import stage
 from mgrpo.profiling.window import ProfileWindow, profiling
 from mgrpo.record import spans
 from mgrpo.record.span_reader import SpanReader
-from mgrpo.run.nsys import OPTIONS, check_nsys
+from mgrpo.run import processes
+from mgrpo.run.folder import RunFolder
+from mgrpo.run.nsys import INSIDE, OPTIONS, check_nsys
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner, adamw
 from tests.models import tiny_policy
@@ -381,3 +383,25 @@ def test_a_machine_without_nsys_is_told_what_to_install(
     check_nsys(ProfileConfig(tool="nsys"))
     with pytest.raises(ConfigError, match="install NVIDIA Nsight Systems"):
         check_nsys(ProfileConfig(steps=(1, 2), tool="nsys"))
+
+
+def test_what_profile_names_goes_under_nsys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer by the name of its log; nothing else, and nothing that is inside already."""
+    found: dict[str, Sequence[str]] = {}
+    monkeypatch.setattr(processes, "check_nsys", lambda profile: None)
+    monkeypatch.setattr(
+        processes, "run_under_nsys", lambda name, command, folder: found.update({name: command})
+    )
+    plain = load_config(RELAY)
+    config = plain.model_copy(update={"profile": ProfileConfig(steps=(1, 2), tool="nsys", roles=("left",))})
+    for chosen in (plain, config):
+        for role in chosen.roles:
+            looks, part = chosen.profile.looks_at_trainer(role), ["trainer", "run.toml", "--agent", role]
+            processes._under_nsys(chosen, f"trainer-{role}", part, RunFolder(tmp_path), looks)
+    assert {name: list(command)[1:] for name, command in found.items()} == {
+        "trainer-left": ["-m", "mgrpo", "trainer", "run.toml", "--agent", "left"]
+    }
+    found.clear()
+    monkeypatch.setenv(INSIDE, f"{os.getpid()}:{tmp_path / 'note'}")
+    processes._under_nsys(config, "trainer-left", [], RunFolder(tmp_path), profiled=True)
+    assert found == {}
