@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.record.rollouts import Asked, RolloutRecorder
 from mgrpo.types import Rollout, Trajectory
 

@@ -208,7 +208,9 @@ def test_a_run_with_ranks_survives_the_loss_of_one(recorded: Path, tmp_path: Pat
     process, and leaves nothing behind."""
     two = tmp_path / "two"
     as_recorded = ("trainer.steps=12", "trainer.minibatches=2", "task.options.fail_every=4")
-    sets = [f"--set={s}" for s in (*as_recorded, "trainer.checkpoint_every=2", "agents.main.policy.ranks=2")]
+    profile = ("profile.steps=[8, 9]", "profile.ranks=[1]", 'profile.roles=["main"]')
+    more = ("trainer.checkpoint_every=2", "agents.main.policy.ranks=2", *profile)
+    sets = [f"--set={s}" for s in (*as_recorded, *more)]
     with started(command("train", str(RELAY), "--out", str(two), *sets)) as process:
         wait_for(lambda: steps_of(two) >= 3 or process.poll() is not None, "step 3", 150)
         os.kill(ranks_of(two)[1], signal.SIGKILL)
@@ -218,6 +220,10 @@ def test_a_run_with_ranks_survives_the_loss_of_one(recorded: Path, tmp_path: Pat
     assert re.search(r"main: resumed at step [2468]", output), output
     assert leftovers(two) == [] and ranks_of(two) == {}
     assert summary(two)["finished"]
+    assert sorted(path.name for path in (two / "profile").iterdir()) == [
+        "main-rank1-steps-8-9.json.gz",
+        "main-rank1-steps-8-9.txt",
+    ]
     sequence = [r["seq"] for r in records(two)]
     assert sequence == sorted(set(sequence))  # nothing written twice
     for role, data in final_weights(recorded).items():

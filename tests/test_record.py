@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.errors import CorruptionError
 from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import RolloutRecorder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mgrpo.config import dump_config, load_config
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.pipeline import step_record as trainer_record
 from mgrpo.pipeline.step_record import StepRecorder
 from mgrpo.record import segments
@@ -30,7 +30,7 @@ from tests.test_record import rollout
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.record.rollouts import RolloutRecorder
 from tests.test_record import rollout
 said = []

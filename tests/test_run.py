@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import signal
 import socket
@@ -97,9 +98,18 @@ def test_policies_have_changed_and_differ(undisturbed: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
-    """Synchronous mode: a second run ends with the same weights."""
-    train(RELAY, tmp_path / "again")
-    assert final_weights(tmp_path / "again") == final_weights(undisturbed)
+    """Synchronous mode: a second run ends with the same weights, also where profilers look at three of its steps in
+    two trainers and the rollout worker."""
+    again = tmp_path / "again"
+    output = train(
+        RELAY, again, "profile.steps=[2, 4]", 'profile.roles=["main", "left"]', "profile.workers=[0]"
+    )
+    assert final_weights(again) == final_weights(undisturbed)
+    for name, inside in {"main-rank0": "publish", "left-rank0": "backward", "rollout-0": "decode"}.items():
+        trace = again / "profile" / f"{name}-steps-2-4.json.gz"
+        assert f"mgrpo/{inside}".encode() in gzip.decompress(trace.read_bytes())
+    assert len(list((again / "profile").iterdir())) == 6  # a table beside each
+    assert output.count("profile of steps 2 to 4") == 3, output
 
 
 def test_killed_processes_change_nothing(undisturbed: Path, tmp_path: Path) -> None:

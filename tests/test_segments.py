@@ -17,7 +17,7 @@ import mgrpo
 from mgrpo.algorithms import GroupMember, GroupRollout, RolloutGroup, open_algorithm
 from mgrpo.cli.replay import replay_run
 from mgrpo.config import RunConfig, load_config
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.integrations import slime
 from mgrpo.losses.registry import find_loss
 from mgrpo.pipeline.batch import BatchBuilder, StepBatch

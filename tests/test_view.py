@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mgrpo.addresses import is_loopback
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.errors import ConfigError
 from mgrpo.record.notes import Notes
 from mgrpo.record.reader import RecordedRollout, Recording

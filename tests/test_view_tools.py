@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import Asked, RolloutRecorder
 from mgrpo.record.schema import RolloutHead

@@ -25,7 +25,7 @@ WHERE = (
     "advertise",
 )  # of a service, and how long it is waited for
 MAY_CHANGE = (
-    *("store", "link", "rollout", "eval", "record", "metrics"),
+    *("store", "link", "rollout", "eval", "record", "metrics", "profile"),
     *("trainer.steps", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
     *("trainer.stop_timeout", "trainer.threads"),
     *("agents.<role>.url", "agents.<role>.policy.ranks", "agents.<role>.policy.mesh"),

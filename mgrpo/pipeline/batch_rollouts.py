@@ -17,6 +17,7 @@ from mgrpo.pipeline.evaluations import Evaluations
 from mgrpo.pipeline.play import RolloutRequest, RolloutResult, all_failed, play_all
 from mgrpo.pipeline.rollout_metrics import RolloutMetrics
 from mgrpo.pipeline.worker_context import MAX_FAILED_BATCHES, WorkerContext, is_closed
+from mgrpo.profiling.window import begin_step, end_step
 from mgrpo.services.counters import take
 from mgrpo.store.worker_client import WorkerGroup
 
@@ -84,6 +85,7 @@ class BatchRollouts:
             for role in self._config.training_roles
         }
         version = context.team.sync(min_versions)
+        begin_step(version + 1, context.log)
         if context.number == 0 and self._evaluations.due(version):
             context.loop.run(self._evaluations.run_due(version))
         began = time.monotonic()
@@ -111,6 +113,7 @@ class BatchRollouts:
             )
         )
         context.shipper.drain(context.loop.check_stop)
+        end_step(version + 1)
         self._check_outage(metrics, len(requests))
         self._report(version, metrics, len(requests), time.monotonic() - began)
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mgrpo.batcher.plan import Rows
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.pipeline.batch import StepBatch
 from mgrpo.pipeline.batch_metrics import Member
 from mgrpo.record.schema import ROW, MiniBatchRecord, StepBody, StepHead, StepSettings

@@ -31,6 +31,7 @@ from mgrpo.pipeline.play import RolloutRequest, RolloutResult, all_failed, play
 from mgrpo.pipeline.rollout_metrics import Load, RolloutMetrics
 from mgrpo.pipeline.team import WAIT_SLICE
 from mgrpo.pipeline.worker_context import MAX_FAILED_BATCHES, WorkerContext, is_closed, oldest_version
+from mgrpo.profiling.window import begin_step
 from mgrpo.services.counters import take
 from mgrpo.store.records import World
 from mgrpo.store.worker_client import WorkerGroup
@@ -135,6 +136,7 @@ class Streaming:
                 finally:
                     self._loading -= 1
                 held = weights.version
+                begin_step(min(self._context.team.versions().values()) + 1, self._context.log)
                 self._evaluate_if_due()
                 self._start_rollouts()
                 self._notify()

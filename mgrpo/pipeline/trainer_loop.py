@@ -19,6 +19,8 @@ from mgrpo.config import RunConfig
 from mgrpo.environments.task import Task
 from mgrpo.model.chat_check import check_chat
 from mgrpo.pipeline.feed import Feed, Shutdown
+from mgrpo.profiling.stages import mark
+from mgrpo.profiling.window import close_window
 from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer
 
 
@@ -78,14 +80,17 @@ class TrainerLoop:
         """All steps, or those until the stop: then the weights are those of a whole step, and are saved."""
         feed, trainer = self._feed, self._feed.config.trainer
         for step in feed:
-            learned = self._trainer.train(step.minibatches, step.recompute_old, step.lr)
-            feed.applied(learned, self._trainer.cost())
-            self._publish()
+            with self._trainer.profiled(step.number + 1, feed.say):
+                with mark("train"):
+                    learned = self._trainer.train(step.minibatches, step.recompute_old, step.lr)
+                feed.applied(learned, self._trainer.cost())
+                self._publish()
             with feed.part("checkpoint"):
                 if feed.step % trainer.checkpoint_every == 0 or feed.step == trainer.steps:
                     self._checkpoint()
                 else:
                     self._finish_checkpoint(wait=False)
+        close_window()
         with feed.part("checkpoint"):
             if feed.step > self._begun:
                 self._checkpoint()
@@ -111,12 +116,13 @@ class TrainerLoop:
 
     def _publish(self) -> None:
         """Serve the weights first, announce the version afterwards."""
-        probe = self._trainer.probe() if self._agent.engine.probed else None
-        if self._agent.engine.direct:
-            self._trainer.publish_direct(self._feed.label())
-            self._feed.announce(probe)
-        else:
-            self._feed.publish(self._trainer.weights(), probe)
+        with mark("publish"):
+            probe = self._trainer.probe() if self._agent.engine.probed else None
+            if self._agent.engine.direct:
+                self._trainer.publish_direct(self._feed.label())
+                self._feed.announce(probe)
+            else:
+                self._feed.publish(self._trainer.weights(), probe)
 
 
 def start_policy(feed: Feed, task: Task, trainer: PolicyTrainer) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.record.redaction import WITHHELD, redacted_info
 from mgrpo.record.schema import EVALUATION, RolloutBody, RolloutHead, TrajectoryRecord
 from mgrpo.record.writer import RecordWriter, Report

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import msgspec
 
-from mgrpo.config.run import RecordConfig
+from mgrpo.config.record import RecordConfig
 from mgrpo.errors import MgrpoError
 from mgrpo.record.writer import RecordWriter, Report
 

@@ -67,6 +67,11 @@ class RunFolder:
         return self.root / "rollouts" / str(worker)
 
     @property
+    def profile(self) -> Path:
+        """What profilers write of the processes on this server."""
+        return self.root / "profile"
+
+    @property
     def weights(self) -> Path:
         """Versions on their way to servers; of no use once the run has ended."""
         return self.root / "weights"

@@ -26,6 +26,7 @@ from mgrpo.run.folder import RunFolder, recorded_run, started_engines
 from mgrpo.run.interrupts import Interrupts
 from mgrpo.run.lock import take_lock
 from mgrpo.run.monitor import Monitor, Outcome
+from mgrpo.run.nsys import check_nsys
 from mgrpo.run.processes import check_plugins, load_run_task
 from mgrpo.run.progress import Display
 from mgrpo.run.supervisor import HEALTHY_SECONDS, QUIET_SECONDS, Supervisor
@@ -77,6 +78,7 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
     folder.check_sockets(config)
     check_plugins(config)
     check_external(config)
+    check_nsys(config.profile)
     task = load_run_task(config)
     for role in config.policy_roles:
         view, where = view_of(config, role), f"agents.{role}"

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 
 from mgrpo.algorithms import open_algorithm
 from mgrpo.config import RunConfig, config_digest, load_config, view_of
 from mgrpo.config.evaluation import OWN
+from mgrpo.config.profile import ProfileConfig
 from mgrpo.credit import check_names
 from mgrpo.engines.process import run_server
 from mgrpo.engines.registry import find_engine
 from mgrpo.environments.task import Task
 from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.losses.registry import find_loss
+from mgrpo.profiling.window import profiling
 from mgrpo.run.folder import RunFolder
+from mgrpo.run.nsys import check_nsys, inside_nsys, is_inside, run_under_nsys
 from mgrpo.run.supervisor import die_with_parent
 from mgrpo.sinks.registry import find_sinks
 from mgrpo.store.records import RunParams
@@ -124,18 +129,19 @@ def run_trainer_process(
         )
     folder = RunFolder(out)
     folder.make_socket_folder(config)
-    if config.ranks(role) == 1:
-        _train(config, role, folder)
-        return
-    from mgrpo.run.torchrun import as_rank, run_ranks
-    from mgrpo.trainers.torch.ranks import under_torchrun
+    sets = [f"--set={o}" for o in overrides]
+    arguments = ["trainer", str(config_path), "--agent", role, "--out", str(out), *sets]
+    with _under_nsys(config, f"trainer-{role}", arguments, folder, config.profile.looks_at_trainer(role)):
+        if config.ranks(role) == 1:
+            _train(config, role, folder)
+            return
+        from mgrpo.run.torchrun import as_rank, run_ranks
+        from mgrpo.trainers.torch.ranks import under_torchrun
 
-    if under_torchrun():
-        as_rank(lambda: _train(config, role, folder))
-    else:
-        sets = [f"--set={o}" for o in overrides]
-        arguments = ["trainer", str(config_path), "--agent", role, "--out", str(out), *sets]
-        run_ranks(config.ranks(role), arguments, config.trainer.threads, config.trainer.stop_timeout)
+        if under_torchrun():
+            as_rank(lambda: _train(config, role, folder))
+        else:
+            run_ranks(config.ranks(role), arguments, config.trainer.threads, config.trainer.stop_timeout)
 
 
 def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
@@ -143,7 +149,12 @@ def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
     from mgrpo.pipeline.trainer_loop import run_trainer
     from mgrpo.trainers.registry import open_trainer
 
-    with open_trainer(view_of(config, role), folder.agent(role)) as trainer:
+    rank = int(os.environ.get("RANK", "0")) if config.ranks(role) > 1 else 0
+    wanted = config.profile if config.profile.looks_at_trainer(role) else ProfileConfig()
+    with (
+        profiling(wanted, f"{role}-rank{rank}", folder.profile, looks=rank in config.profile.ranks),
+        open_trainer(view_of(config, role), folder.agent(role)) as trainer,
+    ):
         if not trainer.is_main:
             trainer.run_commands()
             return
@@ -159,8 +170,26 @@ def run_worker_process(
     config = _begin(config_path, overrides, parent, _unwind)
     if not 0 <= worker < config.rollout.workers:
         raise ConfigError(f"--worker {worker}: expected 0 to {config.rollout.workers - 1} (rollout.workers)")
-    folder = RunFolder(out)
-    run_worker(config, worker, load_run_task(config), folder.addresses(config), folder.rollouts(worker))
+    folder, profiled = RunFolder(out), worker in config.profile.workers
+    sets = [f"--set={o}" for o in overrides]
+    arguments = ["rollout", str(config_path), "--worker", str(worker), "--out", str(out), *sets]
+    with (
+        _under_nsys(config, f"rollout-{worker}", arguments, folder, profiled),
+        profiling(config.profile if profiled else ProfileConfig(), f"rollout-{worker}", folder.profile),
+    ):
+        run_worker(config, worker, load_run_task(config), folder.addresses(config), folder.rollouts(worker))
+
+
+def _under_nsys(
+    config: RunConfig, name: str, arguments: Sequence[str], folder: RunFolder, profiled: bool
+) -> AbstractContextManager[None]:
+    """Around the work of process `name`, which `python -m mgrpo *arguments` starts; where it is to run under nsys and
+    does not yet, that is started here, and this process ends with it. profiled: whether [profile] names it."""
+    profile = config.profile
+    if profiled and profile.steps is not None and profile.tool == "nsys" and not is_inside():
+        check_nsys(profile)
+        run_under_nsys(name, [sys.executable, "-m", "mgrpo", *arguments], folder.profile)
+    return inside_nsys()
 
 
 def run_engine_process(

@@ -8,6 +8,7 @@ processes runs the same program on every rank, and those that are not `is_main` 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mgrpo.config import AgentView
 from mgrpo.config.run import SftConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.tokens import Tokenizer
+from mgrpo.profiling.window import begin_step, end_step
 from mgrpo.types import Int32, Probe, UInt8
 
 if TYPE_CHECKING:  # a launcher looks trainers up without torch
@@ -101,6 +103,14 @@ class PolicyTrainer(ABC):
         """One RL step: an optimizer step on each minibatch in turn; its metrics. `batches` hold the micro-batches of
         all ranks. recompute_old: the ratio's denominator is this policy before the step, not the sampler's report.
         Raises NumericsError where the step was not taken."""
+
+    @contextlib.contextmanager
+    def profiled(self, step: int, report: Callable[[str], object]) -> Iterator[None]:
+        """Around all that is done for one RL step, counted from 1: where [profile] asks for it, profilers look at it on
+        the ranks that it names. report: takes lines for people."""
+        begin_step(step, report)
+        yield
+        end_step(step)
 
     def cost(self) -> StepCost | None:
         """Of the last train(); None where it is not known."""

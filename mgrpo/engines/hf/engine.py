@@ -51,6 +51,7 @@ from mgrpo.model.loading import load_policy
 from mgrpo.model.places import Shapes, places_of
 from mgrpo.model.policy import Policy, state_from_bytes, state_of
 from mgrpo.model.stop_texts import StopTexts
+from mgrpo.profiling.stages import mark
 from mgrpo.weights.version import Weights
 
 FORWARD_COST = 64
@@ -276,7 +277,8 @@ class HfEngine(Engine):
         ready, logits = [], []
         for group in width_groups(width, FORWARD_COST):
             rows = active[group]
-            hidden = self._forward(rows, width[group])
+            with mark("decode" if width[group].max() == 1 else "prefill"):
+                hidden = self._forward(rows, width[group])
             done = arrays.feeding[rows] == 0
             if done.any():
                 ready.append(rows[done])
@@ -284,7 +286,8 @@ class HfEngine(Engine):
                 logits.append(self.policy.vocabulary.logits(hidden, self.policy.head_weight))
         if not ready:
             return False
-        return self._sample(np.concatenate(ready), torch.cat(logits).float())
+        with mark("sample"):
+            return self._sample(np.concatenate(ready), torch.cat(logits).float())
 
     def _forward(self, rows: Int64, counts: Int64) -> Tensor:
         """Feed counts[i] tokens of slot rows[i]; hidden states (R, H) of each row's last."""

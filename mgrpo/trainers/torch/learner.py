@@ -23,6 +23,7 @@ from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.loss_metrics import join_metrics, read_metrics, step_metrics
 from mgrpo.ops.selective_logprob import selective_logprob
 from mgrpo.profiling.devices import PeakMemory
+from mgrpo.profiling.stages import stage
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.mesh import by_mesh, clip_gradient
 from mgrpo.trainers.torch.ranks import Ranks
@@ -87,16 +88,21 @@ class Learner:
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         if recompute_old:
-            for micro in (m for batch in batches for m in batch.micro):
-                micro.old_logprobs = torch.zeros_like(micro.rollout_logprobs)
-                rows = micro if len(micro.lengths) else _blank()
-                found = logprobs_of(self.policy, rows, self.loss.temperature)
-                if rows is micro:
-                    micro.old_logprobs[:, 1:][micro.active().mask] = found.to(micro.old_logprobs.device)
+            with stage("recompute"):
+                for micro in (m for batch in batches for m in batch.micro):
+                    self._recompute(micro)
         results = [result for batch in batches if (result := self.step(batch))]
         if not results:
             return {}
         return step_metrics(results, float(self.optimizer.param_groups[0]["lr"])) | moe.means(results)
+
+    def _recompute(self, micro: MicroBatch) -> None:
+        """Set its old_logprobs to those of the policy as it is."""
+        micro.old_logprobs = torch.zeros_like(micro.rollout_logprobs)
+        rows = micro if len(micro.lengths) else _blank()
+        found = logprobs_of(self.policy, rows, self.loss.temperature)
+        if rows is micro:
+            micro.old_logprobs[:, 1:][micro.active().mask] = found.to(micro.old_logprobs.device)
 
     def step(self, batch: MiniBatch) -> dict[str, float]:
         """One optimizer step; returns the loss metrics of the minibatch. A minibatch that cannot move the policy
@@ -104,27 +110,33 @@ class Learner:
         parts: list[tuple[int, Mapping[str, torch.Tensor | float]]] = []
         load = moe.RouterLoad()
         self.optimizer.zero_grad(set_to_none=True)
-        balance = self._count(batch, load) if self.aux_loss_coef else None
+        balance = None
+        if self.aux_loss_coef:
+            with stage("count"):
+                balance = self._count(batch, load)
         for rows in self._parts(batch):
             if len(rows.lengths):
                 parts.append(self._backward(rows, batch.denominator, load, balance))
             else:  # the others gather weights in this micro-step, which takes every rank
                 self._backward(_blank(), batch.denominator)
         if self.ranks.size > 1:  # in the order of ranks, of those that have the same rows one
-            every = self.ranks.gather((read_metrics(parts), self.memory.most() if self.memory else 0.0))
+            with stage("reduce"):  # of the metrics; FSDP sums gradients within the backward passes
+                every = self.ranks.gather((read_metrics(parts), self.memory.most() if self.memory else 0.0))
             self.most_memory = max(held for _, held in every)
             parts = [part for found, _ in every[:: self.policy.config.mesh.same_rows] for part in found]
         if not sum(tokens for tokens, _ in parts):
             return {}
         balance = balance or self._balance(load)
-        norm = float(clip_gradient(list(self.policy.parameters()), self.grad_clip))
+        with stage("clip"):  # the float waits for all of the device's work so far
+            norm = float(clip_gradient(list(self.policy.parameters()), self.grad_clip))
         result = join_metrics(parts)
         if not math.isfinite(norm) or result["nonfinite_rows"]:
             raise NumericsError(
                 f"gradient norm {norm}, {result['nonfinite_rows']:.0f} tokens with non-finite log-probs; "
                 "the step was not taken"
             )
-        self.optimizer.step()
+        with stage("optimizer"):
+            self.optimizer.step()
         return result | {"grad_norm": norm} | balance.metrics()
 
     def _parts(self, batch: MiniBatch) -> Iterator[MicroBatch]:
@@ -158,27 +170,32 @@ class Learner:
         """load: takes what the routers do, unless `balance` has it already, which is of the whole minibatch."""
         device = self.policy.device
         active = rows.active().to(device)
-        with self.policy.routing.record(load if balance is None else None, keep=balance is not None):
+        routing = self.policy.routing.record(load if balance is None else None, keep=balance is not None)
+        with stage("forward"), routing:
             hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask)  # (T, H)
-        loss, metrics = linear_grpo_loss(
-            hidden,
-            self.policy.token_head,
-            self.policy.vocabulary.classes(active.targets),
-            cu_seqlens=active.cu_seqlens,
-            advantages=rows.advantages.to(device) if active.token_advantages is None else None,
-            token_advantages=active.token_advantages,
-            seq_weight=rows.weights.to(device),
-            old_logprobs=active.old_logprobs,
-            ref_logprobs=None
-            if self.reference is None
-            else logprobs_of(self.reference, rows, self.loss.temperature),
-            rollout_logprobs=active.rollout_logprobs,
-            denominator=denominator,
-            config=self.loss,
-        )
-        if balance is not None and (uneven := self.policy.routing.balance_loss(balance)) is not None:
-            loss = loss + self.aux_loss_coef * uneven
-        loss.backward()  # type: ignore[no-untyped-call]
+        reference = None
+        if self.reference is not None:
+            with stage("reference"):
+                reference = logprobs_of(self.reference, rows, self.loss.temperature)
+        with stage("head"):
+            loss, metrics = linear_grpo_loss(
+                hidden,
+                self.policy.token_head,
+                self.policy.vocabulary.classes(active.targets),
+                cu_seqlens=active.cu_seqlens,
+                advantages=rows.advantages.to(device) if active.token_advantages is None else None,
+                token_advantages=active.token_advantages,
+                seq_weight=rows.weights.to(device),
+                old_logprobs=active.old_logprobs,
+                ref_logprobs=reference,
+                rollout_logprobs=active.rollout_logprobs,
+                denominator=denominator,
+                config=self.loss,
+            )
+            if balance is not None and (uneven := self.policy.routing.balance_loss(balance)) is not None:
+                loss = loss + self.aux_loss_coef * uneven
+        with stage("backward"):
+            loss.backward()  # type: ignore[no-untyped-call]
         return len(active.targets), metrics
 
 

@@ -6,6 +6,7 @@ nothing is broadcast, and the policy is whole where it trains.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from mgrpo.model.probe import probe, probe_ids
 from mgrpo.model.stream import Reading, WeightStream
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.profiling.devices import PeakMemory
+from mgrpo.profiling.window import begin_step, covers, end_step
 from mgrpo.trainers.base import Checkpoint, Demos, PolicyTrainer, StepCost
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.checkpoint import (
@@ -149,6 +151,17 @@ class TorchTrainer(PolicyTrainer):
     def cost(self) -> StepCost | None:
         return self._cost
 
+    @contextlib.contextmanager
+    def profiled(self, step: int, report: Callable[[str], object]) -> Iterator[None]:
+        """See PolicyTrainer."""
+        window = covers(step)
+        if window:
+            self._broadcast("begin profile", step)
+        with super().profiled(step, report):
+            yield
+        if window:
+            self._broadcast("end profile", step)
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See PolicyTrainer."""
         return self._begin_reading(self._agent.engine.adapter_only)
@@ -215,6 +228,10 @@ class TorchTrainer(PolicyTrainer):
                 self._train(*part)
             elif command == "weights":
                 self._read(part).finish()
+            elif command == "begin profile":
+                begin_step(part)
+            elif command == "end profile":
+                end_step(part)
             elif command == "probe":
                 self._probe(part)
             elif command == "direct":
