@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from bench.bench_train_step import LOSS, SHAPES, cut, make_model, make_rows
+from bench.step_workload import LOSS, SHAPES, cut, make_model, make_rows
 from bench.common import Report, parser
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.trainers.batch import MiniBatch
