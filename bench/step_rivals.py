@@ -1,10 +1,11 @@
 """Whole optimizer steps of others on the team step of step_workload.py, and the ladder from TRL's trainer to ours.
 
     naive     transformers' model on padded rows with copies, log-softmax of all logits, autograd through it
-    TRL       GRPOTrainer's own training_step: its split into micro-batches, its padding (prompts to the left, completions
-              to the right, all micro-batches as wide as the generation batch), its chunked head, its loss and metrics.
-              Only the rollouts are given. On a CPU its head scores every position of a row; on a GPU those that have a
-              label ("compacted"), for which the one question that it asks of the device is answered with yes.
+    TRL       GRPOTrainer's own training_step: its split into micro-batches, its padding (prompts to the left,
+              completions to the right, all micro-batches as wide as the generation batch), its chunked head, its loss
+              and metrics. Only the rollouts are given. On a CPU its head scores every position of a row; on a GPU those
+              that have a label ("compacted"), for which the one question that it asks of the device is answered with
+              yes.
     ladder    mgrpo's MGRPOTrainer, which is TRL's trainer with our head and loss; with weights instead of copies; and
               with trajectories of advantage 0 left out
 
@@ -81,7 +82,6 @@ def generation(rows: MicroBatch, weighted: bool) -> dict[str, torch.Tensor]:
     starts = rows.loss_mask.int().argmax(1)
     lengths = rows.lengths - starts
     prompts, completions = int(starts.max()), int(lengths.max())
-    n = len(starts)
     left = torch.arange(prompts)[None] - prompts + starts[:, None]  # columns of the row, negative on padding
     right = torch.arange(completions)[None] + starts[:, None]
     prompt_mask, mask = left >= 0, right < rows.lengths[:, None]
@@ -100,7 +100,6 @@ def generation(rows: MicroBatch, weighted: bool) -> dict[str, torch.Tensor]:
         batch["seq_weight"] = rows.weights.clone()
         batch["weight_total"] = rows.weights.sum()
         batch["token_total"] = (rows.weights * rows.loss_mask.sum(1)).sum()
-    assert n == len(batch["prompt_ids"])
     return batch
 
 
@@ -183,31 +182,34 @@ def trl_step(
     return step
 
 
-def trl_steps(trainee: Trainee, team: Team, rows: int, ladder: bool) -> dict[str, Step]:
-    """TRL's trainer as it is and with its head compacted, and with `ladder` what becomes of it rung by rung; nothing,
-    with a line that says why, where TRL does not import."""
+def trl_steps(trainee: Trainee, team: Team, rows: int) -> dict[str, Step]:
+    """TRL's trainer as it is and with its head compacted; nothing, with a line that says why, where TRL does not
+    import."""
     try:
         from trl import GRPOTrainer
-
-        from mgrpo.integrations.trl import MGRPOTrainer
     except ImportError as missing:
         print(f"missing rival: TRL: {missing}")
         return {}
     copies = generation(join(list(team.copies.micro)), weighted=False)
-    steps = {
+    return {
         "TRL as it is": trl_step(GRPOTrainer, trainee, copies, rows),
         "TRL with a compacted head": trl_step(GRPOTrainer, trainee, copies, rows, compact=True),
     }
-    if ladder:
-        votes = generation(join(list(team.distinct.micro)), weighted=True)
-        steps |= {
-            "TRL's trainer with our head": trl_step(MGRPOTrainer, trainee, copies, rows),
-            "and weights instead of copies": trl_step(MGRPOTrainer, trainee, votes, rows),
-            "and no trajectories of advantage 0": trl_step(
-                MGRPOTrainer, trainee, with_advantage(votes), rows
-            ),
-        }
-    return steps
+
+
+def ladder_steps(trainee: Trainee, team: Team, rows: int) -> dict[str, Step]:
+    """What becomes of TRL's trainer rung by rung; nothing where TRL does not import."""
+    try:
+        from mgrpo.integrations.trl import MGRPOTrainer
+    except ImportError:
+        return {}
+    copies = generation(join(list(team.copies.micro)), weighted=False)
+    votes = generation(join(list(team.distinct.micro)), weighted=True)
+    return {
+        "TRL's trainer with our head": trl_step(MGRPOTrainer, trainee, copies, rows),
+        "and weights instead of copies": trl_step(MGRPOTrainer, trainee, votes, rows),
+        "and no trajectories of advantage 0": trl_step(MGRPOTrainer, trainee, with_advantage(votes), rows),
+    }
 
 
 def naive_step(

@@ -3,15 +3,16 @@
     parent: VerlRival(python, model, rows, ...)  ->  child: python bench/step_verl.py FOLDER
 
 The folder has the model as transformers saves it and the rows with copies as safetensors. The child answers each line
-of its input ("gradient" or "step") with a line of JSON: CPU seconds of an optimizer step, peak memory above what it held
-before, and for "gradient", which moves no weight, the file of the gradients. What it computes is what verl's FSDP engine
-does without flash-attn (use_remove_padding needs it): rows padded to their micro-batch, whole logits, the logits of real
-tokens cut out and joined, `logprobs_from_logits`, and the registered loss "vanilla" with "token-mean" over the batch.
-This file imports nothing of mgrpo.
+of its input ("gradient" or "step") with a line of JSON: CPU seconds of an optimizer step and, for "gradient", which
+moves no weight, the peak of memory above what it held before and the file of the gradients. What it computes is what
+verl's FSDP engine does without flash-attn (which use_remove_padding needs): rows padded to their micro-batch, whole
+logits, the logits of real tokens cut out and joined, `logprobs_from_logits`, and the registered loss "vanilla" with
+"token-mean" over the batch. This file imports nothing of mgrpo.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -60,7 +61,11 @@ class VerlRival:
             stderr=self._errors,
             env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
-        self.version = str(self._answer(START_LIMIT)["verl"])
+        try:
+            self.version = str(self._answer(START_LIMIT)["verl"])
+        except RuntimeError:
+            self.close()
+            raise
 
     def __enter__(self) -> VerlRival:
         return self
@@ -82,7 +87,8 @@ class VerlRival:
 
     def close(self) -> None:
         if self._child.stdin:
-            self._child.stdin.close()  # the child reads to the end
+            with contextlib.suppress(BrokenPipeError):
+                self._child.stdin.close()  # the child reads to the end
         try:
             self._child.wait(10.0)
         except subprocess.TimeoutExpired:
@@ -172,9 +178,13 @@ class Child:
         logits = self.model(
             input_ids=ids, attention_mask=inside, position_ids=positions, use_cache=False
         ).logits
-        logits = torch.cat([row[:length] for row, length in zip(logits, part["lengths"].tolist(), strict=True)])
+        logits = torch.cat(
+            [row[:length] for row, length in zip(logits, part["lengths"].tolist(), strict=True)]
+        )
         rolled = torch.roll(ids[inside], shifts=-1, dims=0)
-        found = logits.new_zeros(ids.shape).masked_scatter(inside, self.logprobs(logits=logits, labels=rolled))
+        found = logits.new_zeros(ids.shape).masked_scatter(
+            inside, self.logprobs(logits=logits, labels=rolled)
+        )
         mask = part["loss_mask"][:, 1:width]
         loss, _ = self.loss(
             old_log_prob=part["rollout_logprobs"][:, 1:width],

@@ -156,7 +156,7 @@ def make_team(policy: Policy, tokens: int, micro_batch: int, scale: float = 1.0)
 
     Raises ValueError where a micro-batch cannot hold the longest trajectory.
     """
-    longest = int(LONGEST * scale)
+    longest = round(LONGEST * scale)
     if micro_batch < longest:
         raise ValueError(f"micro_batch={micro_batch} is below the {longest} tokens of the longest trajectory")
     questions = max(1, round(tokens / (QUESTION_TOKENS * scale)))
@@ -189,9 +189,7 @@ def _trajectories(n: int, scale: float, vocabulary: int) -> MicroBatch:
         for at in (prompt + free // 4, prompt + free * 5 // 8):  # two results of tools
             mask[row, at : at + tool // 2] = False
     ids = torch.randint(vocabulary, mask.shape, generator=g)
-    return MicroBatch(
-        ids, mask, torch.zeros(mask.shape), lengths, torch.zeros(n), torch.ones(n)
-    )
+    return MicroBatch(ids, mask, torch.zeros(mask.shape), lengths, torch.zeros(n), torch.ones(n))
 
 
 def _minibatch(
@@ -243,7 +241,10 @@ def join(parts: list[MicroBatch]) -> MicroBatch:
         return torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
     return MicroBatch(
-        *(torch.cat([grown(getattr(p, name)) for p in parts]) for name in ("ids", "loss_mask", "rollout_logprobs")),
+        *(
+            torch.cat([grown(getattr(p, name)) for p in parts])
+            for name in ("ids", "loss_mask", "rollout_logprobs")
+        ),
         *(torch.cat([getattr(p, name) for p in parts]) for name in ("lengths", "advantages", "weights")),
     )
 
