@@ -186,6 +186,7 @@ def test_verls_loss_path_has_our_gradient(step: tuple[Policy, step_rivals.Traine
 def test_bad_arguments_are_refused(
     given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Before anything is built, with the value and the bound."""
     with pytest.raises(SystemExit):
         bench.arguments_of(given)
     assert message in capsys.readouterr().err
