@@ -146,7 +146,10 @@ def trl_step(
 
     model = trainee.model
     parts = -(-len(batch["advantages"]) // rows)
-    batch = filled(batch, parts)
+    if "seq_weight" in batch:
+        batch = filled(batch, parts)
+    while len(batch["advantages"]) % parts:  # TRL's micro-batches have the same number of rows
+        parts += 1
     with quiet(), tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
