@@ -24,8 +24,8 @@ import torch.distributed as dist
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from bench.bench_train_step import LOSS, SHAPES, cut, make_model, make_rows
 from bench.common import Report, parser
+from bench.step_workload import LOSS, SHAPES, cut, make_model, make_rows
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner, adamw

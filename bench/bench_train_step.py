@@ -1,15 +1,21 @@
 """A whole optimizer step of a real-sized model without rollouts: forward, loss, backward, clip, AdamW.
 
-    python -m bench.bench_train_step [--model smollm2|llama-1b|qwen3-0.6b|qwen3-8b] [--tokens 16384] [--lora RANK]
-        [--checkpointing] [--compile] [--ours-only] [--plan] [--device cpu|cuda] [--json PATH]
+    python -m bench.bench_train_step [--model smollm2|llama-1b|qwen3-0.6b|qwen3-8b|FOLDER] [--tokens 6000]
+        [--lora RANK] [--checkpointing] [--compile] [--ours-only] [--plan] [--device cpu|cuda] [--quick]
+        [--rounds N] [--limit S] [--json PATH]
 
-Random weights in the model's shape; trajectories of 221 to 643 tokens of which 42 % are masked and 29 % have advantage
-0, as a step of examples/smollm2 has; their log-probs are the model's own and a little noise, as a sampler's are, so
-that no ratio is near a bound of the clip, where rounding would choose which tokens train. Rival: transformers' own
-model on padded rows, log-softmax of all logits, autograd through it. On a GPU bfloat16 over float32 weights (the
-rival's by autocast), wall time; on the CPU float32, process time. All ways start from the same weights and their
-gradients are compared before anything is timed.
+Random weights in the model's shape, and the team step of step_workload.py: 14 trajectories of 3 questions, 24 with the
+copies that alignment to d_max makes of them. Their log-probs are the model's own and a little noise, as a sampler's
+are, so that no ratio is near a bound of the clip, where rounding would choose which tokens train. Rivals
+(step_rivals.py): TRL's GRPOTrainer as it is on a CPU and with its head compacted as on a GPU, a plain Hugging Face
+loop, and verl's loss path in a process of its own; then TRL's trainer with one of our tricks after the other. All ways
+start from the same weights, and a rival whose gradient is not ours (1e-5 of its size) has no time here.
 
+On the CPU float32, one thread, process time; peak memory is that of weights, Adam's state and what the step holds above
+them. On a GPU bfloat16 over float32 weights (the rival's by autocast), wall time, and the plain loop is the only rival.
+
+--quick: 4 layers of SmolLM2's width, trajectories an eighth as long, no ladder and no verl; for `make bench-quick`.
+--limit: what would begin after so many seconds is not measured, and the figures are those of what was.
 --plan: beside the memory of the step, what `mgrpo plan` predicts for it (planned.py): for as many tokens as the largest
 micro-batch computes, and for one that is full, which is what the command plans for. qwen3-8b trained whole takes 131
 GB of weights, gradients and Adam's state, more than one GPU of 80 GB has: there give --lora 16 --checkpointing
@@ -19,146 +25,86 @@ GB of weights, gradients and Adam's state, more than one GPU of 80 GB has: there
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import itertools
+import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from bench.common import Report, interleave, parser, ratio
+from bench.common import CLOCKS, Report, Timing, parser, ratio
 from bench.planned import planned_bytes
 from bench.rivals import PeakMemory, that_fit
-from mgrpo import GrpoLossConfig
-from mgrpo.config.policy import PolicyConfig
+from bench.step_rivals import Step, Trainee, ladder_steps, naive_step, trl_steps, verl_rival
+from bench.step_verl import VerlRival
+from bench.step_workload import (
+    LONGEST,
+    LOSS,
+    Team,
+    computed_tokens,
+    flops_of,
+    join,
+    make_model,
+    make_policy,
+    make_team,
+    model_name,
+    peak_of,
+    settings_of,
+)
 from mgrpo.model import attention
 from mgrpo.model.attention import PACKED
 from mgrpo.model.policy import Policy
-from mgrpo.trainers.batch import MicroBatch, MiniBatch
-from mgrpo.trainers.torch.learner import Learner, adamw, logprobs_of
+from mgrpo.trainers.torch.learner import Learner, adamw
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512},
-    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                "num_key_value_heads": 3, "vocab_size": 49152},
-    "llama-1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "vocab_size": 128256},
-    "tiny-qwen3": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-                   "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512},
-    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-                   "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
-    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
-}  # fmt: skip
-UNTIED = ("qwen3-8b",)
-"""Whose head is no embedding."""
-PEAK_TFLOPS = {"NVIDIA H100": 989.0, "NVIDIA H200": 989.0, "NVIDIA A100": 312.0}
-"""Dense bfloat16 products of a device; another device has no MFU."""
-LOSS = GrpoLossConfig(type="dapo", clip_eps_high=0.28)
-NOISE = 0.02
-"""Standard deviation of what a sampler's log-probs are off by, in nats: a tenth of the way to a bound of the clip."""
+OURS = "ours"
+DEFAULT_TOKENS = {"cpu": 6000, "cuda": 16384}
+MICRO_BATCH = {"cpu": 8 * LONGEST, "cuda": 16384}
+"""Padded tokens of a micro-batch; 8 rows are TRL's default."""
+QUICK_SCALE = 1 / 8
+LADDER = (
+    "TRL as it is",
+    "TRL's trainer with our head",
+    "and weights instead of copies",
+    "and no trajectories of advantage 0",
+    OURS,
+)
+TARGETS = {"TRL as it is": 4.0, "TRL with a compacted head": 3.0}
+QUICK_TARGETS = {"TRL as it is": 3.0, "TRL with a compacted head": 2.5, "naive Hugging Face": 2.0}
+MEMORY_TARGET, QUICK_MEMORY_TARGET = 0.6, 0.7
+GRADIENT = 1e-5
+"""How far a rival's gradient may be from ours, relative to its size, on the CPU."""
 
 
-def make_model(name: str, device: str) -> Any:
-    """Random weights of the shape, float32."""
-    torch.manual_seed(0)
-    more = {"max_position_embeddings": 2048, "tie_word_embeddings": name not in UNTIED}
-    with torch.device(device):
-        if "qwen3" in name:
-            return Qwen3ForCausalLM(Qwen3Config(**SHAPES[name], **more))
-        return LlamaForCausalLM(LlamaConfig(**SHAPES[name], **more))
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The first step of a provider."""
+
+    seconds: float
+    bytes: float  # at its highest, above weights and Adam's state
+    distance: float  # of its gradient from ours, relative to ours
 
 
-def settings_of(args: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """The agent's `policy` settings. kind: of attention."""
-    out: dict[str, Any] = {"device": args.device, "attention": kind}
-    out["dtype"] = "float32" if args.device == "cpu" else "bfloat16"
-    if args.lora:
-        out["lora"] = {"rank": args.lora, "alpha": 2.0 * args.lora}
-    if args.checkpointing:
-        out["gradient_checkpointing"] = True
-    if args.compile:
-        out["compile"] = True
-    return out
-
-
-def make_policy(model: Any, settings: dict[str, Any]) -> Policy:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(model.config.vocab_size)}, unk_token="w0"))
-    return Policy(
-        model, PreTrainedTokenizerFast(tokenizer_object=words), "bench", PolicyConfig.model_validate(settings)
-    )
-
-
-def make_rows(tokens: int, vocabulary: int) -> MicroBatch:
-    """About `tokens` tokens of distinct trajectories, sampled by a uniform policy (`sample` puts in the model's own
-    log-probs)."""
-    g = torch.Generator().manual_seed(1)
-    lengths = torch.randint(221, 644, (max(2, tokens // 432),), generator=g)
-    shape = (len(lengths), int(lengths.max()))
-    inside = torch.arange(shape[1])[None] < lengths[:, None]
-    mask = inside & (torch.arange(shape[1])[None] % 100 >= 42)
-    advantages = torch.randn(shape[0], generator=g)
-    advantages[torch.arange(shape[0]) % 7 < 2] = 0.0  # 29 %
-    near = -torch.full(shape, float(torch.tensor(vocabulary).log()))
-    ids = torch.randint(vocabulary, shape, generator=g)
-    return MicroBatch(ids, mask, near, lengths, advantages, torch.ones(shape[0]))
-
-
-def cut(rows: MicroBatch, size: int) -> list[MicroBatch]:
-    """Micro-batches of at most `size` padded tokens, longest rows first, as the batcher cuts them."""
-    order = rows.lengths.argsort(descending=True)
-    parts, at = [], 0
-    while at < len(order):
-        n = max(1, size // int(rows.lengths[order[at]]))
-        parts.append(rows.rows(torch.isin(torch.arange(len(order)), order[at : at + n])))
-        at += n
-    return parts
-
-
-def sample(policy: Policy, micro: list[MicroBatch]) -> None:
-    """Write the policy's own log-probs into the rollout's, NOISE off."""
-    g = torch.Generator().manual_seed(2)
-    for rows in micro:
-        found = logprobs_of(policy, rows, LOSS.temperature).cpu()
-        noise = NOISE * torch.randn(found.shape, generator=g)
-        rows.rollout_logprobs[:, 1:][rows.active().mask] = found + noise
-
-
-def computed_tokens(micro: list[MicroBatch], packed: bool) -> int:
-    """Tokens of the largest micro-batch that go through the model: trajectories without an advantage stay out. Padded
-    ones unless they are packed."""
-    kept = [rows.rows(rows.with_advantage()).lengths for rows in micro]
-    return max(int(x.sum()) if packed else int(x.max()) * len(x) for x in kept if len(x))
-
-
-def naive_loss(model: Any, rows: MicroBatch, denominator: float, device: str) -> torch.Tensor:
-    """The clipped loss of padded rows as a plain loop writes it: whole logits, log-softmax, autograd."""
-    ids, lengths = rows.ids.to(device), rows.lengths.to(device)
-    inside = torch.arange(ids.shape[1], device=device)[None] < lengths[:, None]
-    logits = model(input_ids=ids, attention_mask=inside.long(), use_cache=False).logits[:, :-1]
-    logp = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    a = rows.advantages.to(device)[:, None]
-    rate = (logp - rows.rollout_logprobs.to(device)[:, 1:]).exp()
-    held = rate.clamp(1 - LOSS.clip_eps_low, 1 + LOSS.clip_eps_high)
-    loss = -torch.minimum(rate * a, held * a) * rows.loss_mask[:, 1:].to(device)
-    return loss.sum() / denominator
-
-
-def arguments_of() -> argparse.Namespace:
+def arguments_of(given: list[str] | None = None) -> argparse.Namespace:
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--model", default="smollm2", choices=list(SHAPES))
-    arguments.add_argument("--tokens", type=int, default=16384)
-    arguments.add_argument("--micro-batch", type=int, default=16384, help="padded tokens of a micro-batch")
+    arguments.add_argument("--model", type=model_name, help="smollm2; a folder: its weights")
+    arguments.add_argument(
+        "--tokens", type=int, help="of distinct trajectories; 6000 on a CPU, 16384 on a GPU"
+    )
+    arguments.add_argument("--micro-batch", type=int, help="padded tokens of a micro-batch")
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument(
+        "--limit",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="end the rounds after S seconds from the start",
+    )
     arguments.add_argument(
         "--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank alone"
     )
@@ -168,80 +114,231 @@ def arguments_of() -> argparse.Namespace:
     )
     arguments.add_argument("--ours-only", action="store_true", help="no rival, no padded rows")
     arguments.add_argument("--plan", action="store_true", help="compare the memory with what mgrpo plan says")
-    args = arguments.parse_args()
-    args.ours_only |= args.lora > 0 or args.compile  # the rival has no adapters, and would be compiled too
+    args = arguments.parse_args(given)
+    for name in ("tokens", "micro_batch", "rounds"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            arguments.error(f"--{name.replace('_', '-')} {value} is below 1")
+    args.ours_only |= args.lora > 0 or args.compile  # the rivals have no adapters, and would be compiled too
+    args.is_design = args.model in (None, "smollm2") and args.tokens is None and not args.quick
+    args.scale = QUICK_SCALE if args.quick and args.model is None else 1.0
+    args.rounds = min(args.rounds, 2) if args.quick else args.rounds
+    args.model = args.model or ("quick" if args.quick else "smollm2")
+    args.tokens = args.tokens or round(DEFAULT_TOKENS[args.device] * args.scale)
+    args.micro_batch = args.micro_batch or round(MICRO_BATCH[args.device] * args.scale)
+    args.rows = max(1, args.micro_batch // round(LONGEST * args.scale))
     return args
 
 
-def main() -> int:
-    args = arguments_of()
-    cpu = args.device == "cpu"
-    torch.set_num_threads(1)
-    report = Report("bench_train_step")
-    model = make_model(args.model, args.device)
-    packed = make_policy(model, settings_of(args, "auto"))
-    rows = make_rows(args.tokens, model.config.vocab_size)
-    micro = cut(rows, args.micro_batch)
-    sample(packed, micro)
-    denominator = float(rows.loss_mask.sum())
-    optimizer = adamw(packed, 1e-6)
-    wait = (lambda: None) if cpu else torch.cuda.synchronize
+def our_step(
+    trainee: Trainee, policy: Policy, team: Team, kind: attention.Kind, wait: Callable[[], None]
+) -> Step:
+    """The project's learner; kind: of attention."""
+    learner = Learner(policy, trainee.optimizer, LOSS, 1.0)
 
-    learner, best = Learner(packed, optimizer, LOSS, 1.0), packed.attention
-
-    def ours(kind: attention.Kind) -> Callable[[], object]:
-        def step() -> None:
-            model.set_attn_implementation("sdpa")
-            attention.use(model, kind)
-            packed.attention = kind
-            learner.step(MiniBatch(micro, denominator))
-            wait()
-
-        return step
-
-    def naive() -> None:
-        model.set_attn_implementation("sdpa")
-        optimizer.zero_grad(set_to_none=True)
-        for part in micro:
-            with packed.full_precision(), torch.autocast(args.device, torch.bfloat16, enabled=not cpu):
-                loss = naive_loss(model, part, denominator, args.device)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
+    def step() -> None:
+        trainee.model.set_attn_implementation("sdpa")
+        attention.use(trainee.model, kind)
+        policy.attention, learner.grad_clip = kind, trainee.grad_clip
+        learner.step(team.distinct)
         wait()
 
-    providers: dict[str, Callable[[], object]] = {f"ours, {best}": ours(best)}
-    if not args.ours_only:
-        providers |= {"ours, padded rows": ours("sdpa"), "naive Hugging Face": naive}
+    return step
+
+
+def providers_of(
+    args: argparse.Namespace, trainee: Trainee, policy: Policy, team: Team, stack: contextlib.ExitStack
+) -> dict[str, Step]:
+    """All ways, ours first."""
+    cpu = args.device == "cpu"
+    wait = (lambda: None) if cpu else torch.cuda.synchronize
+    providers = {OURS: our_step(trainee, policy, team, policy.attention, wait)}
+    if args.ours_only:
+        return providers
+
+    def half() -> Any:
+        both = contextlib.ExitStack()
+        both.enter_context(policy.full_precision())
+        both.enter_context(torch.autocast(args.device, torch.bfloat16, enabled=not cpu))
+        return both
+
+    plain = naive_step(trainee, team.copies, args.rows, args.device, half)
     if not cpu:
-        providers = that_fit(providers)
-    compare(report, model, providers, optimizer, cpu)
-    times = interleave(providers, rounds=2 if args.quick else args.rounds, clock="process" if cpu else "wall")
-    flops = flops_of(model, rows, whole=not args.lora)
+        print("missing rivals: TRL, verl: compared on a CPU only")
+        providers["ours, padded rows"] = our_step(trainee, policy, team, "sdpa", wait)
+        return that_fit({**providers, "naive Hugging Face": lambda: (plain(), wait())[1]})
+    # verl before TRL: a GRPOTrainer writes the tokenizer's pad token into the model's configuration, and a model that
+    # is loaded with one has no gradient for that token's embedding.
+    verl = None if args.quick else verl_rival(trainee, team.copies, args.rows)
+    providers |= trl_steps(trainee, team, args.rows)
+    providers["naive Hugging Face"] = plain
+    if not args.quick:
+        providers |= ladder_steps(trainee, team, args.rows)
+    if verl is not None:
+        providers[f"verl {verl.version}"] = stack.enter_context(verl)
+    model = trainee.model
+    for name, step in providers.items():
+        if name != OURS and not isinstance(step, VerlRival):
+            providers[name] = with_sdpa(model, step)
+    return providers
+
+
+def with_sdpa(model: Any, step: Step) -> Step:
+    """The step with transformers' own attention."""
+
+    def run() -> float | None:
+        model.set_attn_implementation("sdpa")
+        return step()
+
+    return run
+
+
+def timed(step: Step, clock: str) -> float:
+    """Seconds of one step."""
+    now = CLOCKS[clock]
+    start = now()
+    reported = step()
+    return reported if reported is not None else (now() - start) / 1e9
+
+
+def check(
+    args: argparse.Namespace, trainee: Trainee, providers: Mapping[str, Step], end: float = math.inf
+) -> dict[str, Checked]:
+    """One step of each without a change of the weights, unclipped, since a clip would hide a wrong scale. What would
+    begin after `end` (of time.monotonic()) is left out, and named."""
+    model, clock = trainee.model, "process" if args.device == "cpu" else "wall"
+    rates = [group["lr"] for group in trainee.optimizer.param_groups]
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = 0.0
+    trainee.grad_clip = math.inf
+    found: dict[str, Checked] = {}
+    ours: dict[str, torch.Tensor] = {}
+    for name, step in providers.items():
+        if ours and time.monotonic() > end:
+            print(f"--limit {args.limit:g}: {name} is not measured")
+            continue
+        trainee.optimizer.zero_grad(set_to_none=True)
+        if isinstance(step, VerlRival):
+            seen, seconds, peak = step.gradient()
+        else:
+            with PeakMemory(args.device) as memory:
+                seconds = timed(step, clock)
+            peak = memory.bytes
+            seen = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        if not ours:
+            ours = {n: g.to("cpu", copy=True) for n, g in seen.items()}  # a GPU has no room for two
+        found[name] = Checked(seconds, peak, distance(seen, ours))
+        print(
+            f"checked {name}: {seconds:.1f} s, {peak / 1e9:.2f} GB, gradient {found[name].distance:.1e} off",
+            flush=True,
+        )
+    for group, rate in zip(trainee.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    trainee.grad_clip = 1.0
+    trainee.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def distance(seen: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> float:
+    """Of two gradients, relative to the size of ours; infinite where they are not of the same parameters."""
+    if seen.keys() != ours.keys():
+        return math.inf
+    off = sum(float((seen[n].cpu() - g).double().square().sum()) for n, g in ours.items())
+    return float((off / sum(float(g.double().square().sum()) for g in ours.values())) ** 0.5)
+
+
+def comparable(
+    report: Report, args: argparse.Namespace, providers: Mapping[str, Step], checked: Mapping[str, Checked]
+) -> dict[str, Step]:
+    """The providers with our gradient; the others are a miss, and are not timed. In half precision the rival rounds its
+    logits, which ours does not, so it has no bound there."""
+    kept = {}
+    for name, found in checked.items():
+        off = found.distance
+        bound = GRADIENT if args.device == "cpu" else 0.02 if name.startswith(OURS) else math.inf
+        if name != OURS:
+            finite = {} if bound == math.inf else {"at_most": bound}
+            report.figure(f"gradient, distance from ours: {name}", off, **finite)
+        if off <= bound:
+            kept[name] = providers[name]
+        else:
+            print(
+                f"no comparison: {name}: its gradient is {off:.2g} of its size from ours, at most {bound:g}"
+            )
+    return kept
+
+
+def race(
+    args: argparse.Namespace, providers: Mapping[str, Step], checked: Mapping[str, Checked], end: float
+) -> dict[str, Timing]:
+    """Times of the providers, in turn within a round. The steps of the check are the first round where a step takes
+    long (there nothing is cold that takes as long as a hundredth of it). end: of time.monotonic(), where rounds end;
+    one that is not whole does not count."""
+    clock = "process" if args.device == "cpu" else "wall"
+    counts = clock == "process" and not args.quick
+    rounds = [{name: checked[name].seconds for name in providers}] if counts else []
+    gc.collect()
+    gc.disable()
+    try:
+        while len(rounds) < args.rounds:
+            found: dict[str, float] = {}
+            for name, step in providers.items():
+                if rounds and time.monotonic() > end:
+                    break
+                found[name] = timed(step, clock)
+                if counts:
+                    print(f"{name}: {found[name]:.1f} s", flush=True)
+            if len(found) < len(providers):
+                print(f"--limit {args.limit:g}: {len(rounds)} of {args.rounds} rounds are whole")
+                break
+            rounds.append(found)
+    finally:
+        gc.enable()
+    return {name: Timing(tuple(times[name] * 1e3 for times in rounds)) for name in providers}
+
+
+def report_times(
+    report: Report, args: argparse.Namespace, model: Any, team: Team, times: Mapping[str, Timing]
+) -> None:
+    """tokens/s and milliseconds of each way, MFU of ours, and the ratios with their targets."""
+    tokens = team.tokens()
     for name, t in times.items():
-        note = f"{args.model}, {int(rows.lengths.sum())} tokens, {t.spread:.0%} spread"
+        note = f"{args.model}, {tokens} distinct tokens, {len(t.samples)} rounds, {t.spread:.0%} spread"
         report.figure(name, t.median, "ms", note=note)
-        report.figure(f"tokens/s: {name}", float(rows.lengths.sum()) / t.median * 1e3)
-    mine = next(iter(times))
-    report.figure("TFLOP/s of the rows that train: ours", flops / times[mine].median / 1e9)
-    if not cpu and (peak := peak_of(torch.cuda.get_device_name())):
-        report.figure("MFU: ours", flops / times[mine].median / 1e9 / peak, note=f"of {peak:g} TFLOP/s")
-    if "naive Hugging Face" in times:
-        report.figure("naive / ours", ratio(times, "naive Hugging Face", mine), "x")
-    held = 0.0
-    for name, provider in providers.items():
-        with PeakMemory(args.device) as memory:
-            provider()
-        report.figure(f"peak memory above base: {name}", memory.bytes / 1e6, "MB")
-        if not cpu and name == mine:
-            held = torch.cuda.max_memory_allocated()
-            report.figure("memory of the step, weights and state included: ours", held / 1e9, "GB")
-    if args.plan:
-        report_plan(report, model, args, computed_tokens(micro, best in PACKED), held)
-    return report.finish(args)
+        report.figure(f"tokens/s: {name}", tokens / t.median * 1e3)
+    rate = flops_of(model, join(list(team.distinct.micro)), whole=not args.lora) / times[OURS].median / 1e9
+    report.figure("TFLOP/s of the rows that train: ours", rate)
+    if args.device == "cuda" and (peak := peak_of(torch.cuda.get_device_name())):
+        report.figure("MFU: ours", rate / peak, note=f"of {peak:g} TFLOP/s")
+    targets = TARGETS if args.is_design else QUICK_TARGETS if args.scale < 1 else {}
+    for name in times:
+        if name != OURS and name not in LADDER[1:]:
+            bound = {"at_least": targets[name]} if name in targets and args.device == "cpu" else {}
+            report.figure(f"{name} / ours", ratio(times, name, OURS), "x", **bound)
+    for above, below in itertools.pairwise(LADDER):
+        if above in times and below in times and not args.quick:
+            report.figure(f"ladder: {below}", ratio(times, above, below), "x", note=f"{above} / it")
 
 
-def report_plan(report: Report, model: Any, args: argparse.Namespace, tokens: int, held: float) -> None:
+def report_memory(
+    report: Report, args: argparse.Namespace, trainee: Trainee, checked: Mapping[str, Checked]
+) -> None:
+    """Weights, Adam's state and what the step holds above them."""
+    held = sum(p.nbytes for p in trainee.model.parameters())
+    held += sum(
+        x.nbytes for state in trainee.optimizer.state.values() for x in state.values() if torch.is_tensor(x)
+    )
+    for name, found in checked.items():
+        report.figure(f"peak memory above base: {name}", found.bytes / 1e6, "MB")
+        report.figure(
+            f"peak memory: {name}", (held + found.bytes) / 1e9, "GB", note="weights and state in it"
+        )
+    if "TRL as it is" in checked:
+        bound = MEMORY_TARGET if args.is_design else QUICK_MEMORY_TARGET if args.scale < 1 else None
+        mine, theirs = checked[OURS].bytes, checked["TRL as it is"].bytes
+        report.figure("peak memory, ours / TRL", (held + mine) / (held + theirs), "x", at_most=bound)
+
+
+def report_plan(report: Report, args: argparse.Namespace, model: Any, tokens: int, held: float) -> None:
     """What `mgrpo plan` says for a micro-batch of `tokens`, against the measured `held` bytes (0: not measured), and
     for one as large as it may be."""
     settings = settings_of(args, "auto")
@@ -254,56 +351,37 @@ def report_plan(report: Report, model: Any, args: argparse.Namespace, tokens: in
         report.figure("memory of a full micro-batch, by mgrpo plan", full / 1e9, "GB", note=note)
 
 
-def compare(
-    report: Report,
-    model: Any,
-    providers: dict[str, Callable[[], object]],
-    optimizer: torch.optim.Optimizer,
-    cpu: bool,
-) -> None:
-    """How far each way's gradient is from the first one's, relative to its size; no weight moves meanwhile. In half
-    precision the rival rounds its logits, which ours does not, so it has no bound there."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    first: list[torch.Tensor] = []
-    for name, provider in providers.items():
-        provider()
-        seen = [p.grad for p in model.parameters() if p.grad is not None]
-        if not first:
-            first = [g.cpu() for g in seen]  # a GPU has no room for two of them
-            continue
-        off = sum(
-            float((a - b.to(a.device)).double().square().sum()) for a, b in zip(seen, first, strict=True)
-        )
-        size = sum(float(b.to(a.device).double().square().sum()) for a, b in zip(seen, first, strict=True))
-        bound = {"at_most": 1e-5 if cpu else 0.02} if cpu or name.startswith("ours") else {}
-        report.figure(f"gradient, distance from ours: {name}", (off / size) ** 0.5, **bound)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+def measure(args: argparse.Namespace, report: Report) -> None:
+    """All figures of one call, into the report."""
+    torch.set_num_threads(1)
+    end = time.monotonic() + args.limit
+    model = make_model(args.model, args.device)
+    policy = make_policy(model, settings_of(args, "auto"))
+    team = make_team(policy, args.tokens, args.micro_batch, args.scale)
+    trainee = Trainee(model, adamw(policy, 1e-6))
+    trainee.fill_state()
+    with contextlib.ExitStack() as stack:
+        best = policy.attention
+        providers = providers_of(args, trainee, policy, team, stack)
+        checked = check(args, trainee, providers, end)
+        kept = comparable(report, args, providers, checked)
+        report_times(report, args, model, team, race(args, kept, checked, end))
+        report_memory(report, args, trainee, {name: checked[name] for name in kept})
+        held = 0.0
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            providers[OURS]()
+            held = float(torch.cuda.max_memory_allocated())
+            report.figure("memory of the step, weights and state included: ours", held / 1e9, "GB")
+    if args.plan:
+        report_plan(report, args, model, computed_tokens(list(team.distinct.micro), best in PACKED), held)
 
 
-def flops_of(model: Any, rows: MicroBatch, whole: bool) -> float:
-    """Forward and backward of the rows that have an advantage: backbone weights, causal attention, and the head for the
-    tokens that are scored. Each product counts 2 forward and 4 backward, 2 backward where its weight is frozen (whole
-    is false: adapters train); what is computed twice counts once."""
-    c = model.config
-    kept = rows.rows(rows.advantages != 0)
-    tokens, squares = float(kept.lengths.sum()), float(kept.lengths.double().square().sum())
-    backbone = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if "layers" in name and "lora" not in name and p.dim() == 2
-    )
-    width = c.num_attention_heads * getattr(c, "head_dim", c.hidden_size // c.num_attention_heads)
-    attended = 2 * c.num_hidden_layers * width * squares / 2
-    head = float(kept.loss_mask.sum()) * c.hidden_size * c.vocab_size
-    return (6 if whole else 4) * (backbone * tokens + head) + 6 * attended
-
-
-def peak_of(device: str) -> float | None:
-    """TFLOP/s of dense bfloat16 products; None for a device that is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if device.startswith(name)), None)
+def main() -> int:
+    args = arguments_of()
+    report = Report("bench_train_step")
+    measure(args, report)
+    return report.finish(args)
 
 
 if __name__ == "__main__":
