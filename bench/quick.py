@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.running import ROOT, Job, Outcome, job_of, run
+from bench.running import ROOT, Job, Outcome, job_of, run, stop_on_sigterm
 
 TABLE = Path(__file__).parent / "quick.toml"
 Verdict = Literal["pass", "missed once", "MISSED TWICE", "not run", "CRASHED TWICE"]
@@ -197,4 +197,5 @@ def summary(rows: Sequence[Row], seconds: float, folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    stop_on_sigterm()
     sys.exit(main())

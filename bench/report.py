@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.common import machine
 from bench.report_page import Heading, page
-from bench.running import ROOT, Outcome, job_of, outcome_of, run
+from bench.running import ROOT, Outcome, job_of, outcome_of, run, stop_on_sigterm
 
 BENCHES = Path(__file__).parent
 DEADLINE_S, QUICK_DEADLINE_S = 1200.0, 300.0
@@ -105,4 +105,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_on_sigterm()
     sys.exit(main())

@@ -62,6 +62,11 @@ def job_of(name: str, arguments: Sequence[str], deadline_s: float) -> Job:
     return Job(name, (sys.executable, "-m", f"bench.{name}", *arguments), deadline_s)
 
 
+def stop_on_sigterm() -> None:
+    """A command that is terminated stops its bench, too, as with Ctrl-C: the bench is in a session of its own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def run(job: Job, folder: Path) -> Outcome:
     """Run one bench to its end or its deadline. No failure of the bench raises."""
     folder.mkdir(parents=True, exist_ok=True)

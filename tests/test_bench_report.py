@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from html import escape
@@ -121,13 +122,45 @@ def test_a_stopped_bench_takes_its_processes_along(tmp_path: Path, own: bool) ->
     assert outcome.status == "hung"
     if not mark.exists():
         pytest.skip("this machine was too busy to start the child in time")
-    status = Path(f"/proc/{mark.read_text()}/stat")
+    assert gone(int(mark.read_text()))
+
+
+def test_a_terminated_command_takes_its_bench_along(tmp_path: Path) -> None:
+    """SIGTERM, as a CI that gives up sends it."""
+    mark = tmp_path / "bench"
+    code = (
+        f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    command = (
+        "import sys; from pathlib import Path; from bench.running import Job, run, stop_on_sigterm; stop_on_sigterm()\n"
+        f"run(Job('fake', (sys.executable, '-c', {code!r}), 300.0), Path({str(tmp_path)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT)
+    try:
+        for _ in range(600):
+            if mark.exists() and mark.read_text():
+                break
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 128 + 15
+    finally:
+        process.kill()
+        process.wait()
+    assert gone(int(mark.read_text()))
+
+
+def gone(pid: int) -> bool:
+    """Has a process ended within ten seconds? It is killed otherwise."""
+    status = Path(f"/proc/{pid}/stat")
     for _ in range(100):
-        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return
+        try:
+            if status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
         time.sleep(0.1)
-    os.kill(int(mark.read_text()), 9)
-    pytest.fail("the child goes on")
+    os.kill(pid, 9)
+    return False
 
 
 def test_bounds_are_inclusive_and_refuse_nan() -> None:
