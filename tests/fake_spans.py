@@ -106,6 +106,12 @@ def trainer_spans(steps: int, seconds: float) -> list[Span]:
             if kind == "publish":
                 args = {"version": step + 1, "label": f"v{step + 1}"}
             spans.append(Span(kind, kind, "main", at, end, args))
+            if kind == "train":
+                half = (at + end) // 2
+                spans += [
+                    Span("stage", "forward", "main", at, half),
+                    Span("stage", "backward", "main", half, end),
+                ]
             at = end
         spans.append(Span("step", "step", "main", begin, begin + each, {"step": step}))
         claim: Args = {"step": step, "groups": 4}

@@ -194,6 +194,7 @@ def test_the_timeline_in_a_browser(spanned: Path, tmp_path: Path, width: int, da
         page.until("return document.querySelector('[data-timeline=spans]') !== null")
         parts = page.run("return [...document.querySelectorAll('[data-part]')].map(e => e.dataset.part)")
         assert [parts.count(p) for p in ("step", "train", "publish", "report")] == [36] * 4
+        assert parts.count("stage") == 2 * 36
         assert parts.count("played") > 50 and parts.count("tool") > 50 and parts.count("update") >= 36
         assert page.run("return document.querySelectorAll('[data-flow]').length") == 36
         titles = page.run(
