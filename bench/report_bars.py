@@ -13,7 +13,7 @@ Kind = Literal["floor", "ours", "rival", "plain"]
 UNITS = ("ms", "s", "MB", "GB", "tokens/s", "steps/h", "/s", "MB/s")
 """Of figures that are drawn side by side where a bench compares nothing itself."""
 MOST = 14  # bars of a picture
-LEFT, WIDTH, ROW, RIGHT = 230, 640, 22, 84  # pixels: names, all, a bar, values
+LEFT, WIDTH, ROW, RIGHT = 230, 640, 22, 100  # pixels: names, all, a bar, values
 LETTERS = 34  # of a name; the whole one is its tooltip
 
 
