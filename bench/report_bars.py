@@ -13,7 +13,7 @@ Kind = Literal["floor", "ours", "rival", "plain"]
 UNITS = ("ms", "s", "MB", "GB", "tokens/s", "steps/h", "/s", "MB/s")
 """Of figures that are drawn side by side where a bench compares nothing itself."""
 MOST = 14  # bars of a picture
-LEFT, WIDTH, ROW, RIGHT = 230, 640, 22, 84  # pixels: names, all, a bar, values
+LEFT, WIDTH, ROW, RIGHT = 230, 640, 22, 100  # pixels: names, all, a bar, values
 LETTERS = 34  # of a name; the whole one is its tooltip
 
 
@@ -88,19 +88,25 @@ def pictures(bench: str, figures: Sequence[dict[str, Any]]) -> list[Picture]:
         for key, group in grouped.items()
     ]
     found = [p for p in found if len(p.bars) > 1]
+    rivals = {name for p in found for name, _, kind in p.bars if kind == "rival"}
     for unit in sorted(set(UNITS) - {p.unit for p in found}, key=UNITS.index):
         same = [f for f in figures if f["unit"] == unit and f["value"] > 0][:MOST]
         if len(same) > 1:
-            bars: list[tuple[str, float, Kind]] = [(f["item"], f["value"], _kind(f["item"])) for f in same]
-            title = (
-                f"{bench.removeprefix('bench_')}: {_common([f['item'] for f in same]).strip(' ,:/') or unit}"
-            )
-            found.append(Picture(title, unit, unit.endswith("/s"), bars))
+            found.append(_plain(bench, unit, same, rivals))
     return found
 
 
-def _kind(item: str) -> Kind:
-    return "ours" if item.split(": ")[-1].startswith("ours") else "plain"
+def _plain(bench: str, unit: str, figures: Sequence[dict[str, Any]], rivals: set[str]) -> Picture:
+    """Figures of one unit; what all their items begin with is the picture's title and not each bar's."""
+    common = _common([f["item"] for f in figures])
+    cut = common[: common.rfind(": ") + 2] if ": " in common else ""
+    names = [f["item"].removeprefix(cut) for f in figures]
+    bars: list[tuple[str, float, Kind]] = [
+        (name, f["value"], "ours" if name.startswith("ours") else "rival" if name in rivals else "plain")
+        for name, f in zip(names, figures, strict=True)
+    ]
+    title = f"{bench.removeprefix('bench_')}: {common.strip(' ,:/') or unit}"
+    return Picture(title, unit, unit.endswith("/s"), bars)
 
 
 def _compared(title: str, unit: str, more: bool, group: Sequence[dict[str, Any]]) -> Picture:
