@@ -29,9 +29,7 @@ class StepMeter:
         """every_row_acts: rows without an advantage are computed too. ranks: the devices that share the work."""
         self._every_row_acts, self._has_reference = every_row_acts, has_reference
         self._known: tuple[ModelFlops, ModelFlops] | None = None
-        with contextlib.suppress(
-            ConfigError
-        ):  # an architecture that is not counted has neither FLOPs nor MFU
+        with contextlib.suppress(ConfigError):  # an architecture that is not counted has no MFU
             self._known = flops_of(policy.model.config, plain(policy.config), policy.vocabulary.size)
         self._peak = peak_of(policy.device, policy.config.dtype) * ranks
 
