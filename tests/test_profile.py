@@ -88,7 +88,11 @@ def test_a_trace_holds_the_stages_of_its_steps_and_changes_no_bit(tmp_path: Path
     steps = dict.fromkeys(("clip", "optimizer"), 2 * 2) | {"recompute": 2}
     assert ranges_of(trace) == {f"mgrpo/{name}": n for name, n in (micro | steps).items()}
     table = trace.parent / "main-rank0-steps-2-3.txt"
-    assert "aten::" in table.read_text() and "mgrpo/backward" in table.read_text()
+    text = table.read_text()
+    counts = {
+        line.split()[0]: int(line.split()[1]) for line in text.splitlines() if line.startswith("mgrpo/")
+    }
+    assert counts["mgrpo/backward"] == 8 and counts["mgrpo/recompute"] == 2 and "aten::mm" in text
     assert {path.name for path in trace.parent.iterdir()} == {trace.name, table.name}  # nothing half written
     assert len(lines) == 1 and str(trace) in lines[0] and table.name in lines[0]
 

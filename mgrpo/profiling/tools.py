@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mgrpo.config.profile import ProfileConfig
+from mgrpo.profiling.stages import PREFIX
 
 TABLE_ROWS = 40
 ALLOCATIONS = 1_000_000  # of a memory history: the newest are kept
@@ -74,10 +75,16 @@ class TorchProfiler(Profiler):
         finally:
             raw.unlink(missing_ok=True)
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table.write_text(
-            self._profile.key_averages().table(sort_by=by, row_limit=TABLE_ROWS), encoding="utf-8"
-        )
+        events = self._profile.key_averages()
+        table.write_text(_stages(events) + events.table(sort_by=by, row_limit=TABLE_ROWS), encoding="utf-8")
         return f"{trace} (opens in https://ui.perfetto.dev), longest operators in {table.name}"
+
+
+def _stages(events: Any) -> str:
+    """A line for each stage, the longest first. A stage that lies within another counts in both."""
+    found = sorted((e for e in events if e.key.startswith(PREFIX)), key=lambda e: -e.cpu_time_total)
+    rows = [f"{e.key:<24}{e.count:>8}{e.cpu_time_total / 1e3:>14.1f}" for e in found]
+    return "\n".join([f"{'stage':<24}{'calls':>8}{'host ms':>14}", *rows, "", ""])
 
 
 def _compress(raw: Path, trace: Path) -> None:
