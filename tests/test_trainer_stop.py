@@ -45,7 +45,7 @@ class BareFeed(Feed):
             self.check_stop()
         return FeedStep(self.step, 0.1, False, [], [])
 
-    def applied(self, metrics: object) -> None:
+    def applied(self, metrics: object, cost: object = None) -> None:
         self.step += 1
 
 
@@ -59,6 +59,7 @@ class Bare(TrainerLoop):
             load=lambda start: SimpleNamespace(step=begun, passed_over=()) if begun else None,
             policy_files=dict,
             train=lambda batches, recompute, lr: {},
+            cost=lambda: None,
             weights=lambda: iter(()),
             save=lambda step: self.events.append(f"checkpoint {step}"),
             saved=self.settle,
