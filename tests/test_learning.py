@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT, leftovers, records, summary, train
+from tests.trace_check import check_trace, tools_of_sub_agents
 
 ATLAS = ROOT / "examples" / "atlas" / "atlas.toml"
 SHORT = (
@@ -23,7 +24,8 @@ SHORT = (
 @pytest.mark.timeout(1800)
 def test_two_agents_learn_together(tmp_path: Path) -> None:
     """From a valid start, 80 steps lift held-out accuracy by far more than chance could, for both ways of decoding; the
-    trainer's log-probs stay the sampler's, and no token is ever re-tokenised."""
+    trainer's log-probs stay the sampler's, and no token is ever re-tokenised. The trace of the run holds each of its
+    rollouts, turns, tool calls, claims, steps and weight updates once."""
     out = tmp_path / "run"
     train(ATLAS, out, *SHORT, timeout=1750)
     data = summary(out)
@@ -38,3 +40,4 @@ def test_two_agents_learn_together(tmp_path: Path) -> None:
         assert len(differences) >= 20 and max(differences) < 1e-4
     assert data["retokenization_mismatch"] == 0
     assert leftovers(out) == []
+    assert check_trace(out, tools_of_sub_agents).counts["step"] == 2 * 80

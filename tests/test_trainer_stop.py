@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,7 @@ class Bare(TrainerLoop):
             load=lambda start: SimpleNamespace(step=begun, passed_over=()) if begun else None,
             policy_files=dict,
             train=lambda batches, recompute, lr: {},
+            profiled=lambda step, report: contextlib.nullcontext(),
             cost=lambda: None,
             weights=lambda: iter(()),
             save=lambda step: self.events.append(f"checkpoint {step}"),
