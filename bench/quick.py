@@ -6,7 +6,7 @@ Ratios alone, against floors and rivals of the same process, so that another mac
 they have room for noise and are no claims (bench/quick.toml says how they were found). A bench whose ratio is past its
 bound, or that crashes, runs again by itself. The command fails (exit 1) only when the same ratio is past its bound, or
 the bench crashes, twice in a row. Everything else is a line of its report: a ratio that was missed once, a rival that
-is not installed, a bench that its deadline or the command's own has stopped.
+is not installed, a bench that its deadline or the command's own has stopped, or that the machine has no room for.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def rows_of(check: Check, first: Outcome, second: Outcome | None) -> list[Row]:
 def _row(bench: str, bound: Bound, first: Outcome, second: Outcome | None, why: str = "") -> Row:
     value = first.value(bound.item)
     if value is None:
-        reasons = [r for r in first.remarks if r] or [first.reason or "the bench has no such figure"]
+        reasons = [r for r in first.remarks if r] or [first.reason or "the bench did not measure it here"]
         return Row(bench, bound.item, str(bound), (), "not run", "; ".join(reasons))
     if bound.holds(value):
         return Row(bench, bound.item, str(bound), (value,), "pass", why)
@@ -188,8 +188,11 @@ def summary(rows: Sequence[Row], seconds: float, folder: Path) -> int:
         if row.verdict != "pass":
             print(row, flush=True)
     data: list[dict[str, Any]] = [asdict(row) for row in rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.json").write_text(json.dumps(data, indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.json").write_text(json.dumps(data, indent=1) + "\n")
+    except OSError as error:
+        print(f"rows.json is not written: {error}", flush=True)
     failed = [row for row in rows if row.verdict in FAILURES]
     if failed:
         print(f"bench-quick failed, first of {len(failed)}: {failed[0]}", file=sys.stderr, flush=True)

@@ -9,10 +9,13 @@ on. Its output is NAME.log and its figures are NAME.json, both in the folder.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +28,7 @@ import psutil
 ROOT = Path(__file__).parent.parent
 TAIL = 30  # lines of a failed bench's output that are kept
 BEAT_S = 15.0  # between two progress lines of a bench
+ROOM = 64e6  # bytes: a disk with less is full
 Status = Literal["ok", "crashed", "hung", "not run"]
 
 
@@ -53,8 +57,9 @@ class Outcome:
     tail: str = ""  # the end of its output where it failed
 
     def value(self, item: str) -> float | None:
-        """None where the bench has no such figure."""
-        return next((float(f["value"]) for f in self.figures if f["item"] == item), None)
+        """None where the bench has no such figure, or could not measure it here (NaN)."""
+        found = next((float(f["value"]) for f in self.figures if f["item"] == item), math.nan)
+        return None if math.isnan(found) else found
 
 
 def job_of(name: str, arguments: Sequence[str], deadline_s: float) -> Job:
@@ -68,7 +73,17 @@ def stop_on_sigterm() -> None:
 
 
 def run(job: Job, folder: Path) -> Outcome:
-    """Run one bench to its end or its deadline. No failure of the bench raises."""
+    """Run one bench to its end or its deadline. No failure of the bench or the disk raises, and one that the machine
+    has no room for is not run."""
+    if full := _full(folder):
+        return Outcome(job.name, "not run", reason=full)
+    try:
+        return _run(job, folder)
+    except OSError as error:
+        return Outcome(job.name, "not run", reason=str(error))
+
+
+def _run(job: Job, folder: Path) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     log, written = folder / f"{job.name}.log", folder / f"{job.name}.json"
     written.unlink(missing_ok=True)
@@ -93,12 +108,25 @@ def run(job: Job, folder: Path) -> Outcome:
         found = outcome_of(job.name, written)
     if not ended:
         status, reason = "hung", f"still running after its deadline of {job.deadline_s:g} s"
+    elif process.returncode and (full := _full(folder)):
+        status, reason = "not run", full
+    elif process.returncode == -signal.SIGKILL:
+        status, reason = "not run", "killed by the system, as when its memory does not suffice"
     elif process.returncode:
         status, reason = "crashed", f"exit status {process.returncode}"
     else:
         status, reason = found.status, found.reason
     tail = "" if status == "ok" else "\n".join(text.splitlines()[-TAIL:])
     return replace(found, status=status, seconds=seconds, reason=reason, remarks=_remarks(text), tail=tail)
+
+
+def _full(folder: Path) -> str:
+    """Which of the disks that a bench writes to is full; "" where none is."""
+    for place in (folder, Path(tempfile.gettempdir())):
+        found = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        if (free := shutil.disk_usage(found).free) < ROOM:
+            return f"the disk of {place} is full: {free / 1e6:.0f} MB are free"
+    return ""
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

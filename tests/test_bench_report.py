@@ -11,6 +11,7 @@ import sys
 import time
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,47 @@ def test_a_hanging_bench_is_stopped_and_is_no_failure(tmp_path: Path) -> None:
     row, status, runs = guarded(tmp_path, fake(tmp_path, "hang", deadline_s=2.0))
     assert (row.verdict, status, runs) == ("not run", 0, 1)
     assert "deadline of 2 s" in row.why
+
+
+def test_what_the_machine_has_no_room_for_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bench that the system kills, a folder that cannot be made, and a full disk, before the bench or by it."""
+    killed = Job("fake", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"), 60.0)
+    assert run(killed, tmp_path).status == "not run"
+    (tmp_path / "file").touch()
+    outcome = run(fake(tmp_path, 2.5).job, tmp_path / "file" / "folder")
+    assert outcome.status == "not run" and "Not a directory" in outcome.reason
+    free = [1e9, 1e9, 1e6]
+    usage = SimpleNamespace
+    monkeypatch.setattr("bench.running.shutil.disk_usage", lambda _: usage(free=free.pop(0) if free else 1e6))
+    row, status, runs = guarded(tmp_path, fake(tmp_path, "crash", "crash"))
+    assert (row.verdict, status, runs) == ("not run", 0, 1) and "is full: 1 MB are free" in row.why
+    row, status, runs = guarded(tmp_path, fake(tmp_path, 2.5))
+    assert (row.verdict, status, runs) == ("not run", 0, 1) and "is full" in row.why
+
+
+def test_a_figure_that_cannot_be_measured_here_is_no_failure() -> None:
+    """A peak of memory, where the kernel does not let it be set back."""
+    outcome = Outcome("fake", "ok", figures=[{"item": "rival / ours", "value": math.nan}])
+    rows = quick.guard([Check(Job("fake", (), 1.0), (Bound("rival / ours", 2.0),))], 60.0, lambda _: outcome)
+    assert [row.verdict for row in rows] == ["not run"]
+
+
+def test_the_whole_step_begins_nothing_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a rival takes minutes, and more memory than a small machine has."""
+    memory = SimpleNamespace(available=64e9)
+    monkeypatch.setattr("bench.report.psutil.virtual_memory", lambda: memory)
+    assert report.arguments_of("bench_train_step", False, 1200.0) == ["--limit", "600"]
+    memory.available = 8e9
+    given = report.arguments_of("bench_train_step", False, 1200.0)
+    assert given == ["--model", "quick", "--limit", "600"]
+    assert report.arguments_of("bench_train_step", True, 300.0) == ["--quick"]
+    assert (
+        report.arguments_of("bench_compile", True, 300.0)
+        == report.arguments_of("bench_store", False, 1.0)
+        == []
+    )
 
 
 def test_what_the_limit_of_the_command_leaves_out_is_named(tmp_path: Path) -> None:
