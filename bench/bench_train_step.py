@@ -47,18 +47,16 @@ from bench.step_workload import (
     LOSS,
     Team,
     computed_tokens,
-    flops_of,
-    join,
     make_model,
     make_policy,
     make_team,
     model_name,
-    peak_of,
     settings_of,
 )
 from mgrpo.model import attention
 from mgrpo.model.attention import PACKED
 from mgrpo.model.policy import Policy
+from mgrpo.trainers.torch.cost import StepMeter
 from mgrpo.trainers.torch.learner import Learner, adamw
 
 OURS = "ours"
@@ -169,12 +167,14 @@ def providers_of(
     # verl before TRL: a GRPOTrainer writes the tokenizer's pad token into the model's configuration, and a model that
     # is loaded with one has no gradient for that token's embedding.
     verl = None if args.quick else verl_rival(trainee, team.copies, args.rows)
+    if verl is not None:
+        stack.enter_context(verl)
     providers |= trl_steps(trainee, team, args.rows)
     providers["naive Hugging Face"] = plain
     if not args.quick:
         providers |= ladder_steps(trainee, team, args.rows)
     if verl is not None:
-        providers[f"verl {verl.version}"] = stack.enter_context(verl)
+        providers[f"verl {verl.version}"] = verl
     model = trainee.model
     for name, step in providers.items():
         if name != OURS and not isinstance(step, VerlRival):
@@ -218,7 +218,11 @@ def check(
             continue
         trainee.optimizer.zero_grad(set_to_none=True)
         if isinstance(step, VerlRival):
-            seen, seconds, peak = step.gradient()
+            try:
+                seen, seconds, peak = step.gradient()
+            except RuntimeError as ended:
+                print(f"missing rival: {name}: {ended}")
+                continue
         else:
             with PeakMemory(args.device) as memory:
                 seconds = timed(step, clock)
@@ -297,7 +301,7 @@ def race(
 
 
 def report_times(
-    report: Report, args: argparse.Namespace, model: Any, team: Team, times: Mapping[str, Timing]
+    report: Report, args: argparse.Namespace, policy: Policy, team: Team, times: Mapping[str, Timing]
 ) -> None:
     """tokens/s and milliseconds of each way, MFU of ours, and the ratios with their targets."""
     tokens = team.tokens()
@@ -305,10 +309,14 @@ def report_times(
         note = f"{args.model}, {tokens} distinct tokens, {len(t.samples)} rounds, {t.spread:.0%} spread"
         report.figure(name, t.median, "ms", note=note)
         report.figure(f"tokens/s: {name}", tokens / t.median * 1e3)
-    rate = flops_of(model, join(list(team.distinct.micro)), whole=not args.lora) / times[OURS].median / 1e9
-    report.figure("TFLOP/s of the rows that train: ours", rate)
-    if args.device == "cuda" and (peak := peak_of(torch.cuda.get_device_name())):
-        report.figure("MFU: ours", rate / peak, note=f"of {peak:g} TFLOP/s")
+    cost = StepMeter(policy, every_row_acts=False, has_reference=False, ranks=1).cost(
+        [team.distinct], False, 0.0
+    )
+    if math.isfinite(cost.flops):  # an architecture that is not counted has none
+        rate = cost.flops / times[OURS].median * 1e3
+        report.figure("TFLOP/s of the rows that train: ours", rate / 1e12)
+        if math.isfinite(cost.peak_flops):
+            report.figure("MFU: ours", rate / cost.peak_flops, note=f"of {cost.peak_flops / 1e12:g} TFLOP/s")
     targets = TARGETS if args.is_design else QUICK_TARGETS if args.scale < 1 else {}
     for name in times:
         if name != OURS and name not in LADDER[1:]:
@@ -365,7 +373,7 @@ def measure(args: argparse.Namespace, report: Report) -> None:
         providers = providers_of(args, trainee, policy, team, stack)
         checked = check(args, trainee, providers, end)
         kept = comparable(report, args, providers, checked)
-        report_times(report, args, model, team, race(args, kept, checked, end))
+        report_times(report, args, policy, team, race(args, kept, checked, end))
         report_memory(report, args, trainee, {name: checked[name] for name in kept})
         held = 0.0
         if args.device == "cuda":

@@ -190,7 +190,7 @@ def trl_steps(trainee: Trainee, team: Team, rows: int) -> dict[str, Step]:
     import."""
     try:
         from trl import GRPOTrainer
-    except ImportError as missing:
+    except (ImportError, RuntimeError) as missing:  # what TRL itself lacks is a RuntimeError
         print(f"missing rival: TRL: {missing}")
         return {}
     copies = generation(join(list(team.copies.micro)), weighted=False)
@@ -204,7 +204,7 @@ def ladder_steps(trainee: Trainee, team: Team, rows: int) -> dict[str, Step]:
     """What becomes of TRL's trainer rung by rung; nothing where TRL does not import."""
     try:
         from mgrpo.integrations.trl import MGRPOTrainer
-    except ImportError:
+    except (ImportError, RuntimeError):
         return {}
     copies = generation(join(list(team.copies.micro)), weighted=False)
     votes = generation(join(list(team.distinct.micro)), weighted=True)
@@ -253,6 +253,6 @@ def verl_rival(trainee: Trainee, copies: MiniBatch, rows: int, python: Path = PY
     }
     try:
         return VerlRival(trainee.model, columns, settings, python)
-    except (FileNotFoundError, RuntimeError) as missing:
+    except (OSError, RuntimeError) as missing:
         print(f"missing rival: verl: {missing}")
         return None

@@ -54,8 +54,6 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 UNTIED = ("qwen3-8b",)
 """Whose head is no embedding."""
-PEAK_TFLOPS = {"NVIDIA H100": 989.0, "NVIDIA H200": 989.0, "NVIDIA A100": 312.0}
-"""Dense bfloat16 products of a device; another device has no MFU."""
 LOSS = GrpoLossConfig(type="dapo", clip_eps_high=0.28)
 NOISE = 0.02
 """Standard deviation of what a sampler's log-probs are off by, in nats: a tenth of the way to a bound of the clip."""
@@ -254,26 +252,3 @@ def computed_tokens(micro: list[MicroBatch], packed: bool) -> int:
     ones unless they are packed."""
     kept = [rows.rows(rows.with_advantage()).lengths for rows in micro]
     return max(int(x.sum()) if packed else int(x.max()) * len(x) for x in kept if len(x))
-
-
-def flops_of(model: Any, rows: MicroBatch, whole: bool) -> float:
-    """Forward and backward of the rows that have an advantage: backbone weights, causal attention, and the head for the
-    tokens that are scored. Each product counts 2 forward and 4 backward, 2 backward where its weight is frozen (whole
-    is false: adapters train); what is computed twice counts once."""
-    c = model.config
-    kept = rows.rows(rows.advantages != 0)
-    tokens, squares = float(kept.lengths.sum()), float(kept.lengths.double().square().sum())
-    backbone = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if "layers" in name and "lora" not in name and p.dim() == 2
-    )
-    width = c.num_attention_heads * getattr(c, "head_dim", c.hidden_size // c.num_attention_heads)
-    attended = 2 * c.num_hidden_layers * width * squares / 2
-    head = float(kept.loss_mask.sum()) * c.hidden_size * c.vocab_size
-    return (6 if whole else 4) * (backbone * tokens + head) + 6 * attended
-
-
-def peak_of(device: str) -> float | None:
-    """TFLOP/s of dense bfloat16 products; None for a device that is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if device.startswith(name)), None)

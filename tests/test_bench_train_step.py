@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from bench import bench_train_step as bench
 from bench import step_rivals, step_verl
 from bench.common import Report
+from bench.quick import TABLE, read_table
 from bench.step_workload import (
     D_MAX,
     LONGEST,
@@ -101,7 +104,7 @@ def test_all_ways_have_one_gradient(step: tuple[Policy, step_rivals.Trainee, Tea
     report = Report("bench_train_step")
     kept = bench.comparable(report, args, providers, checked)
     times = bench.race(args, kept, checked, math.inf)
-    bench.report_times(report, args, trainee.model, team, times)
+    bench.report_times(report, args, policy, team, times)
     bench.report_memory(report, args, trainee, checked)
     items = {f.item: f.value for f in report.figures}
     rungs = [value for item, value in items.items() if item.startswith("ladder: ")]
@@ -109,6 +112,50 @@ def test_all_ways_have_one_gradient(step: tuple[Policy, step_rivals.Trainee, Tea
     assert math.prod(rungs) == pytest.approx(items["TRL as it is / ours"], rel=0.9)
     assert 0 < items["peak memory, ours / TRL"] < 10
     assert any(not torch.equal(a, b) for a, b in zip(before, trainee.model.parameters(), strict=True))
+
+
+def test_quick_has_the_figures_that_are_guarded(capsys: pytest.CaptureFixture[str]) -> None:
+    """What bench/quick.toml names is what a whole `--quick` call writes, here of the tiny shape."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    report = Report("bench_train_step")
+    bench.measure(arguments("--quick"), report)
+    figures = {f.item: f.value for f in report.figures}
+    checks = {check.job.name: check for check in read_table(TABLE)[1]}
+    wanted = {bound.item for bound in checks["bench_train_step"].bounds}
+    assert wanted <= figures.keys(), sorted(wanted - figures.keys())
+    assert figures["TFLOP/s of the rows that train: ours"] > 0 and "MFU: ours" not in figures
+    assert "missing rival" not in capsys.readouterr().out
+
+
+def test_a_rival_that_does_not_import_is_named(
+    step: tuple[Policy, step_rivals.Trainee, Team],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """TRL itself raises RuntimeError for what it lacks."""
+
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("Failed to import trl.trainer.grpo_trainer")
+
+    monkeypatch.setitem(sys.modules, "trl", Broken("trl"))
+    assert step_rivals.trl_steps(step[1], step[2], 8) == {}
+    assert "missing rival: TRL: Failed to import" in capsys.readouterr().out
+
+
+def test_a_rival_whose_process_ends_is_left_out(
+    step: tuple[Policy, step_rivals.Trainee, Team], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """verl's process answers once and is then gone, as one that the system kills: the others keep their figures."""
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"answer": {"verl": "0"}}'\nread line\necho killed >&2\nexit 1\n""")
+    python.chmod(0o755)
+    rival = step_rivals.verl_rival(step[1], step[2].copies, 8, python)
+    assert rival is not None
+    with rival:
+        checked = bench.check(arguments(), step[1], {bench.OURS: ours(step), "verl 0": rival})
+    assert list(checked) == [bench.OURS]
+    assert "missing rival: verl 0: verl's process ended: killed" in capsys.readouterr().out
 
 
 def test_a_rival_that_is_tampered_with_has_no_time(
