@@ -148,8 +148,8 @@ lint: setup
 # as missing.
 RIVALS := build/rivals
 $(RIVALS)/.ready: constraints.txt | setup
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --retries 1 --timeout 20 --no-deps --upgrade \
-	    --target $(RIVALS) -c constraints.txt liger-kernel && touch $@ \
+	@timeout 180 $(BIN)/python -m pip install -qq --disable-pip-version-check --retries 1 --timeout 20 --no-deps \
+	    --upgrade --target $(RIVALS) -c constraints.txt liger-kernel && touch $@ \
 	    || echo "liger-kernel could not be installed: the benches leave it out"
 
 # Every bench, one after the other, and one page of them: bench/report.html. A missed target, a crash or a bench past

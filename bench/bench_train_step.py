@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from bench.common import CLOCKS, Report, Timing, parser, ratio
+from bench.common import CLOCKS, Comparison, Report, Timing, parser, ratio
 from bench.planned import planned_bytes
 from bench.rivals import PeakMemory, that_fit
 from bench.step_rivals import Step, Trainee, ladder_steps, naive_step, trl_steps, verl_rival
@@ -321,7 +321,7 @@ def report_times(
     for name in times:
         if name != OURS and name not in LADDER[1:]:
             bound = {"at_least": targets[name]} if name in targets and args.device == "cpu" else {}
-            report.figure(f"{name} / ours", ratio(times, name, OURS), "x", **bound)
+            report.compare(f"{name} / ours", Comparison.of(times, OURS, name), **bound)
     for above, below in itertools.pairwise(LADDER):
         if above in times and below in times and not args.quick:
             report.figure(f"ladder: {below}", ratio(times, above, below), "x", note=f"{above} / it")
@@ -342,8 +342,9 @@ def report_memory(
         )
     if "TRL as it is" in checked:
         bound = MEMORY_TARGET if args.is_design else QUICK_MEMORY_TARGET if args.scale < 1 else None
-        mine, theirs = checked[OURS].bytes, checked["TRL as it is"].bytes
-        report.figure("peak memory, ours / TRL", (held + mine) / (held + theirs), "x", at_most=bound)
+        mine, theirs = ((held + checked[name].bytes) / 1e9 for name in (OURS, "TRL as it is"))
+        both = Comparison(mine, {"TRL as it is": theirs}, unit="GB")
+        report.compare("peak memory, ours / TRL", both, value=mine / theirs, at_most=bound)
 
 
 def report_plan(report: Report, args: argparse.Namespace, model: Any, tokens: int, held: float) -> None:

@@ -35,7 +35,6 @@ from bench.weights_parts import REAL, available, shapes_of
 
 RATES = (1e-6, 1e-5, 1e-4)
 GB = 1e9
-FLOOR = "gloo"  # of ways that carry the whole version
 BEYOND = 0.6  # GB of memory that a version may take on each side
 Samples = dict[str, list[dict[str, Any]]]
 
@@ -204,10 +203,8 @@ def way_rows(report: Report, p: Pair, lr: float, samples: Samples, wrong: int) -
         report.figure(f"{at}: {name}", middle[name], "s", note=note)
     for name in samples:
         if name != "patch":
-            rivals = {} if name == FLOOR else {name: middle[name]}
-            against = Comparison(middle["patch"], rivals, middle.get(FLOOR), f"whole, by {FLOOR}", "s")
-            share = middle[name] / middle["patch"]
-            report.compare(f"{at}: {name} / patch, seconds", against, value=share)
+            against = Comparison(middle["patch"], {name: middle[name]}, unit="s")
+            report.compare(f"{at}: {name} / patch, seconds", against)
     report.figure(f"{at}: versions with other bits", wrong, at_most=0)
 
 

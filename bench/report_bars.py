@@ -48,35 +48,6 @@ def floor_word(more_is_better: bool) -> str:
     return "ceiling" if more_is_better else "floor"
 
 
-def completed(figures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A bench that gives "rival", "ours" and "rival / ours" as plain figures has compared them, too."""
-    plain = {f["item"]: f for f in figures}
-    ours = plain.get("ours")
-    if ours is None:
-        return list(figures)
-    value, unit = ours["value"], ours["unit"]
-    found = []
-    for f in figures:
-        name = f["item"].removesuffix(" / ours")
-        rival = plain.get(name) if name != f["item"] and not f.get("compared") else None
-        if rival is not None and rival["unit"] == unit:
-            f = f | {"compared": _as_compared(value, name, rival["value"], unit, unit.endswith("/s"))}
-        found.append(f)
-    return found
-
-
-def _as_compared(ours: float, rival: str, theirs: float, unit: str, more: bool) -> dict[str, Any]:
-    """Comparison.as_dict of one rival without a floor."""
-    nothing = {"floor": None, "floor_name": "", "of_floor": None}
-    return nothing | {
-        "ours": ours,
-        "rivals": {rival: theirs},
-        "best_rival": rival,
-        "unit": unit,
-        "more_is_better": more,
-    }
-
-
 def pictures(bench: str, figures: Sequence[dict[str, Any]]) -> list[Picture]:
     """One for all that is compared with the same value of ours, and one for each other unit of several figures."""
     grouped: dict[tuple[float, str, bool], list[dict[str, Any]]] = {}

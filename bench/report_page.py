@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.report_bars import Picture, completed, floor_word, leads_svg, number, pictures, svg
+from bench.report_bars import Picture, floor_word, leads_svg, number, pictures, svg
 from bench.running import Outcome
 
 STYLE = """
@@ -66,7 +66,6 @@ class Heading:
 
 def page(heading: Heading, outcomes: Sequence[Outcome]) -> str:
     """The whole file. Every name, unit and note is escaped."""
-    outcomes = [replace(o, figures=completed(o.figures)) for o in outcomes]
     drawn = {o.name: pictures(o.name, o.figures) for o in outcomes}
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',

@@ -140,7 +140,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     for descendant in descendants:
         with suppress(psutil.Error):
             descendant.kill()
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # a disk that hangs holds even a killed process
+        process.wait(30)
 
 
 def outcome_of(name: str, path: Path) -> Outcome:
