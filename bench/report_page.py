@@ -161,7 +161,7 @@ def _section(o: Outcome, drawn: Sequence[Picture], machine: dict[str, str]) -> s
         keys = "".join(f'<span class="key" style="background:var(--{k})"></span>{name}' for k, name in KEYS)
         parts.append(f'<p class="quiet">{keys}</p><div class="pictures">{boxes}</div>')
     if o.figures:
-        names = ("figure", "floor", "best rival", "ours", "ratio", "bound", "", "note")
+        names = ("figure", "floor", "best rival", "ours, or value", "ratio", "bound", "", "note")
         aligned = (f"<th{' class=n' if name in names[1:6] else ''}>{name}" for name in names)
         head = f"<tr>{''.join(aligned)}</tr>"
         parts.append(f'<div class="wide"><table>{head}{"".join(map(_row, o.figures))}</table></div>')
