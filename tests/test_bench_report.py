@@ -214,13 +214,14 @@ def test_bounds_are_inclusive_and_refuse_nan() -> None:
 
 
 def test_the_table_names_figures_that_the_benches_have() -> None:
-    """A figure with another name would be "not run" for ever."""
+    """A figure with another name would be "not run" for ever. tests/test_bench_train_step.py runs that bench, whose
+    baseline has no rival that would have begun after its --limit."""
     limit, checks = quick.read_table(quick.TABLE)
     assert limit > 0 and len(checks) >= 6
     for check in checks:
         assert (ROOT / "bench" / f"{check.job.name}.py").exists()
         baseline = ROOT / "bench" / "baselines" / f"{check.job.name.removeprefix('bench_')}.json"
-        if baseline.exists():
+        if baseline.exists() and check.job.name != report.STEP:
             known = {f["item"] for f in json.loads(baseline.read_text())["figures"]}
             wanted = {b.item.replace("random-120m", "smollm2") for b in check.bounds}
             assert wanted <= known, f"{check.job.name}: {sorted(wanted - known)}"
