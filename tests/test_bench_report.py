@@ -130,7 +130,8 @@ def test_the_whole_step_begins_nothing_late(monkeypatch: pytest.MonkeyPatch) -> 
     """A step of a rival takes minutes, and more memory than a small machine has."""
     memory = SimpleNamespace(available=64e9)
     monkeypatch.setattr("bench.report.psutil.virtual_memory", lambda: memory)
-    assert report.arguments_of("bench_train_step", False, 1200.0) == ["--limit", "600"]
+    given = report.arguments_of("bench_train_step", False, 1200.0)
+    assert given == ["--micro-batch", "2572", "--limit", "600"]
     memory.available = 8e9
     given = report.arguments_of("bench_train_step", False, 1200.0)
     assert given == ["--model", "quick", "--limit", "600"]
