@@ -147,6 +147,21 @@ def test_weights_are_followed_from_their_publication_to_every_load(spanned: Path
     assert all(a[1] <= a[3] for a in arrows)
 
 
+def test_a_load_before_its_publication_has_no_arrow() -> None:
+    """Of servers whose clocks differ; one that begins while the publication lasts has one of no length."""
+    publish = [
+        Span("publish", "publish", "main", at, at + 9000, {"label": f"v{at}"}) for at in (10**6, 10**7)
+    ]
+    update = [
+        Span("update", "main", "weights main", at, at + 9000, {"label": f"v{label}", "version": "x" * 500})
+        for at, label in ((10**6 + 3000, 10**6), (10**7 - 1000, 10**7))
+    ]
+    found = drawn({"trainer main": publish, "rollout-0": update}, start=0)
+    assert [(a[0], a[1], a[2], a[3]) for a in found["arrows"]] == [("trainer main", 1003, "rollout-0", 1003)]
+    assert len(found["arrows"][0][4]) < 100
+    assert found["words"] == ["1 arrows would go back in time and are not drawn: the servers' clocks differ"]
+
+
 def test_without_spans_the_metrics_are_drawn(spanned: Path, tmp_path: Path) -> None:
     """record.spans was off, or the run is older; a damaged file of spans is named and ends nothing."""
     run = tmp_path / "run"
@@ -159,8 +174,15 @@ def test_without_spans_the_metrics_are_drawn(spanned: Path, tmp_path: Path) -> N
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
-    new = RunView(run).timeline()
+    (run / "rollouts/0/spans/notes.txt").write_text("recording stopped at step 3: No space left on device\n")
+    assert any("spans: recording stopped" in note for note in RunView(run).overview()["notes"])
+    view = RunView(run)
+    new, notes = view.timeline(), view.overview()["notes"]
     assert new["timeline"]["kind"] == "spans"
+    assert any("spans: recording stopped" in n for n in notes) and any("000001.rec: " in n for n in notes)
+    file = tmp_path / "run.html"
+    export(run, file, trees=1)
+    assert "000001.rec: " in file.read_text()
     assert SpanTimeline(run).read(None, nothing_is_recorded) is not None
 
 
