@@ -69,7 +69,7 @@ KINDS = (
     "stage",
     "publish",
     "update",
-    "of a later version",
+    'of a later version "\x00\u202e<b>',
 )
 SPAN = st.builds(
     lambda kind, lane, start, length, invocation: Span(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mgrpo.errors import ConfigError
 from mgrpo.record.reader import Recording
 from mgrpo.record.span_reader import SpanReader
 from mgrpo.record.spans import Span
@@ -183,6 +185,9 @@ def test_without_spans_the_metrics_are_drawn(spanned: Path, tmp_path: Path) -> N
     file = tmp_path / "run.html"
     export(run, file, trees=1)
     assert "000001.rec: " in file.read_text()
+    os.mkfifo(tmp_path / "pipe")  # as a device: the page must not take its name
+    with pytest.raises(ConfigError, match="is there already and is no file"):
+        export(run, tmp_path / "pipe")
     assert SpanTimeline(run).read(None, nothing_is_recorded) is not None
 
 
