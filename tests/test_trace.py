@@ -276,6 +276,13 @@ def test_steps_choose_a_window(tmp_path: Path) -> None:
     )
     assert last.counts == {"publish": 1, "update": 1, "step": 1}
     assert export([run], None, Steps.parse("1:9", None), quiet).counts["step"] == 2
+    assert (
+        first.notes == []
+        and "nothing of these steps: rollout-0 ("
+        in export(
+            [run_folder(tmp_path / "skewed", team(skew=5000))], None, Steps.parse("1", None), quiet
+        ).lines()[2]
+    )
     with pytest.raises(
         ConfigError, match=r"--steps 7:9: none of them is in the record, which has steps 1 to 2"
     ):

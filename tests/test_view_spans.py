@@ -78,6 +78,9 @@ def test_the_window_is_that_of_the_last_steps(tmp_path: Path, metrics: bool, beg
     rollouts = [s for s in spans["rollout-0"] if s.kind == "rollout"]
     assert all(s.end >= start for s in rollouts) and any(s.start < start for s in rollouts)
     assert len(rollouts) < 400
+    write_spans(tmp_path, "rollout-1", [Span("turn", "main", "0/1/1", ORIGIN, ORIGIN + 5, {})])
+    shown = SpanTimeline(tmp_path).read(steps, nothing_is_recorded)
+    assert shown is not None and "nothing of these steps: rollout-1 (" in shown["words"][-1]
 
 
 def test_every_rollout_of_the_window_is_drawn_where_it_was() -> None:

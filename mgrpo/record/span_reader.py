@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,6 +27,12 @@ def gaps(folders: Sequence[Path]) -> list[str]:
             files = "file after the first is" if gone == 1 else "files after the first are"
             lines.append(f"{path}: {gone} {files} gone, deleted to stay within record.max_mb")
     return lines
+
+
+def absent(recorded: Collection[str], shown: Collection[str]) -> list[str]:
+    """At most one line: which processes of a run have nothing in what is shown of it."""
+    names = ", ".join(sorted(set(recorded) - set(shown)))
+    return [f"nothing of these steps: {names} (idle or ended, or another server's clock)"] if names else []
 
 
 def _parts(folders: Sequence[Path]) -> list[Path]:
@@ -62,6 +68,10 @@ class SpanReader:
     def notes(self) -> list[str]:
         """A line for each gap, and for each file in which something had to be passed over up to now."""
         return gaps(self._folders) + [f"{path}: {what}" for path, what in dict(self.damaged).items()]
+
+    def processes(self) -> set[str]:
+        """All that have recorded anything."""
+        return {head.process for head, _ in self._frames}
 
     def bounds(self) -> tuple[int, int] | None:
         """Unix ns of the earliest start and the latest end; None where there are no spans."""

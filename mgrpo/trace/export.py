@@ -12,7 +12,7 @@ from pathlib import Path
 from mgrpo.config import load_config
 from mgrpo.errors import ConfigError
 from mgrpo.record.reader import Recording
-from mgrpo.record.span_reader import SpanReader
+from mgrpo.record.span_reader import SpanReader, absent
 from mgrpo.record.spans import Span
 from mgrpo.trace.arrows import Arrows, find_arrows
 from mgrpo.trace.layout import forward
@@ -106,6 +106,7 @@ def export(
         raise ConfigError(f"{folders[0]}: no spans are recorded there ({why})")
     if steps is not None:
         processes = _within(processes, steps)
+        notes += absent(reader.processes(), processes)
     arrows = find_arrows(processes, Recording(folders), policies)
     total, done = sum(map(len, processes.values())), 0
 

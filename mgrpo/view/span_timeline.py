@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mgrpo.record.span_reader import SpanReader, gaps
+from mgrpo.record.span_reader import SpanReader, absent, gaps
 from mgrpo.record.spans import MAIN_LANE, Args, Span
 from mgrpo.trace.layout import ROLLOUT_KINDS, tracks
 from mgrpo.trace.slowest import slowest
@@ -102,6 +102,10 @@ class SpanTimeline:
         if self._reader.refresh() or self._known is None:
             found = window(self._reader, steps)
             self._known = found and picture(*found, is_recorded)
+            if found and self._known:
+                self._known["words"] += [
+                    clip(w, 4 * NAME) for w in absent(self._reader.processes(), found[0])
+                ]
             self._made_at = time.monotonic()
             self._took = self._made_at - began
         return self._known
