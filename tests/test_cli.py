@@ -118,6 +118,11 @@ def test_an_occupied_port_is_named(tmp_path: Path) -> None:
         *agents,
     ]
     try:
+        run = tmp_path / "run"
+        assert f"metrics port 127.0.0.1:{port}: " in refused(
+            mgrpo(*start, f"--set=store.metrics_port={port}")
+        )
+        assert not list(run.iterdir())  # this one is known before anything is started or deleted
         for _ in range(2):
             assert f"127.0.0.1:{port}" in refused_last(mgrpo(*start))
         config, summary = (tmp_path / "run" / "config.json", tmp_path / "run" / "summary.json")

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mgrpo.errors import ConfigError
 from mgrpo.store import reports
 from mgrpo.store.prometheus import MetricsEndpoint
 from mgrpo.store.records import Reported
 from mgrpo.store.reports import NewestValues
 from mgrpo.store.series import families, series_name
-from mgrpo.store.server import StoreServer
+from mgrpo.store.server import StoreServer, check_metrics_port
 from tests.store_kit import publish, run_params
 
+HOSTILE = 'x"} 7\n# TYPE y counter\ny{a="\\'  # a name of a tool
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -97,6 +99,7 @@ def test_the_endpoint_serves_what_trainers_report(tmp_path: Path) -> None:
                     with publish(store.url, "main") as main, publish(store.url, "sub") as sub:
                         for role, client, mfu in (("main", main, 0.4), ("sub", sub, 0.3)):
                             metrics = {f"{role}/perf/mfu": mfu, f"{role}/reward/mean": 0.5}
+                            metrics |= {f"rollout/tool/{HOSTILE}/calls": 2.0, f"{HOSTILE}/x": 1.0}
                             client.report("step", {"role": role, "step": 7, "metrics": metrics})
                 wanted = ("mgrpo_perf_mfu", (("role", "sub"),))
                 found: Series = {}
@@ -109,6 +112,9 @@ def test_the_endpoint_serves_what_trainers_report(tmp_path: Path) -> None:
                 assert found["mgrpo_perf_mfu", (("role", "main"),)] == 0.4
                 assert found["mgrpo_reward_mean", (("role", "main"),)] == 0.5
                 assert found["mgrpo_store_reported_step", (("role", "main"),)] == 7
+                assert found["mgrpo_rollout_tool_calls", (("tool", HOSTILE),)] == 2.0
                 assert found["mgrpo_store_workers", ()] == 0
+                with pytest.raises(ConfigError, match=f"metrics port 127.0.0.1:{endpoint.port}: "):
+                    check_metrics_port(endpoint.port)
             finally:
                 endpoint.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from mgrpo.trace.arrows import find_arrows
 from mgrpo.trace.export import Steps, export
 from mgrpo.trace.layout import Track, depths, forward, tracks
 from mgrpo.trace.perfetto import MISSING, events, protocol, write_trace
-from mgrpo.trace.slowest import slowest, tail
+from mgrpo.trace.slowest import slowest
 from tests.runs import RELAY, command, finish
 from tests.trace_check import Slice, processed, processor, read_trace
 
@@ -68,7 +69,7 @@ KINDS = (
     "stage",
     "publish",
     "update",
-    "of a later version",
+    'of a later version "\x00\u202e<b>',
 )
 SPAN = st.builds(
     lambda kind, lane, start, length, invocation: Span(
@@ -275,6 +276,13 @@ def test_steps_choose_a_window(tmp_path: Path) -> None:
     )
     assert last.counts == {"publish": 1, "update": 1, "step": 1}
     assert export([run], None, Steps.parse("1:9", None), quiet).counts["step"] == 2
+    assert (
+        first.notes == []
+        and "nothing of these steps: rollout-0 ("
+        in export(
+            [run_folder(tmp_path / "skewed", team(skew=5000))], None, Steps.parse("1", None), quiet
+        ).lines()[2]
+    )
     with pytest.raises(
         ConfigError, match=r"--steps 7:9: none of them is in the record, which has steps 1 to 2"
     ):
@@ -307,7 +315,28 @@ def test_bad_calls_are_refused_and_leave_no_file(tmp_path: Path) -> None:
         export([run], tmp_path / "none" / "x", None, quiet)
     with pytest.raises(ConfigError, match="is a folder"):
         export([run], tmp_path, None, quiet)
+    os.mkfifo(tmp_path / "pipe")  # as a device: the trace must not take its name
+    with pytest.raises(ConfigError, match="is there already and is no file"):
+        export([run], tmp_path / "pipe", None, quiet)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(ConfigError, match=r"--out .*: cannot be written \(File name too long\)"):
+        export([run], tmp_path / ("x" * 250), None, quiet)
     assert not [p for p in tmp_path.rglob("*") if "pftrace" in p.name]
+
+
+def test_what_the_spans_lack_is_said(tmp_path: Path) -> None:
+    """Where recording stopped, and files that record.max_mb has deleted; without a gap there is no such line."""
+    run = run_folder(tmp_path / "run", team())
+    assert export([run], None, None, quiet).notes == []
+    folder = run / "rollouts/0/spans"
+    last = folder / "000004.rec"
+    last.write_bytes((folder / "000001.rec").read_bytes())
+    log = RecordWriter(folder, 1 << 20, lambda line: None)
+    log.note("recording stopped at step 0: No space left on device")
+    log.close()
+    said = export([run], None, None, quiet).lines()
+    assert f"{folder}: 2 files after the first are gone, deleted to stay within record.max_mb" in said
+    assert f"{folder}: recording stopped at step 0: No space left on device" in said
 
 
 def test_folders_of_several_servers_make_one_trace(tmp_path: Path) -> None:
@@ -352,13 +381,10 @@ def test_perfettos_own_trace_processor_agrees(tmp_path: Path) -> None:
 
 
 def test_the_slowest_come_first() -> None:
-    """Of all processes, of one kind, no more than asked for; the tail is made of times that were measured."""
+    """Of all processes, of one kind, no more than asked for."""
     spans = {
         "b": [span("turn", "q/0", i, i + length, f"b{length}") for i, length in enumerate((3, 9, 1))],
         "a": [span("turn", "q/1", 0, 9, "a9"), span("tool", "q/1", 0, 50, "tool")],
     }
     assert [(p, s.name) for p, s in slowest(spans, "turn", 3)] == [("a", "a9"), ("b", "b9"), ("b", "b3")]
     assert [s.name for _, s in slowest(spans, "tool")] == ["tool"] and slowest(spans, "step") == []
-    found = tail(spans, "turn")
-    assert found is not None and tail(spans, "step") is None
-    assert (found.n, found.total, found.p50, found.p99, found.longest) == (4, 0.022, 0.009, 0.009, 0.009)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mgrpo.errors import ConfigError
 from mgrpo.record.reader import Recording
 from mgrpo.record.span_reader import SpanReader
 from mgrpo.record.spans import Span
@@ -76,6 +78,9 @@ def test_the_window_is_that_of_the_last_steps(tmp_path: Path, metrics: bool, beg
     rollouts = [s for s in spans["rollout-0"] if s.kind == "rollout"]
     assert all(s.end >= start for s in rollouts) and any(s.start < start for s in rollouts)
     assert len(rollouts) < 400
+    write_spans(tmp_path, "rollout-1", [Span("turn", "main", "0/1/1", ORIGIN, ORIGIN + 5, {})])
+    shown = SpanTimeline(tmp_path).read(steps, nothing_is_recorded)
+    assert shown is not None and "nothing of these steps: rollout-1 (" in shown["words"][-1]
 
 
 def test_every_rollout_of_the_window_is_drawn_where_it_was() -> None:
@@ -147,6 +152,21 @@ def test_weights_are_followed_from_their_publication_to_every_load(spanned: Path
     assert all(a[1] <= a[3] for a in arrows)
 
 
+def test_a_load_before_its_publication_has_no_arrow() -> None:
+    """Of servers whose clocks differ; one that begins while the publication lasts has one of no length."""
+    publish = [
+        Span("publish", "publish", "main", at, at + 9000, {"label": f"v{at}"}) for at in (10**6, 10**7)
+    ]
+    update = [
+        Span("update", "main", "weights main", at, at + 9000, {"label": f"v{label}", "version": "x" * 500})
+        for at, label in ((10**6 + 3000, 10**6), (10**7 - 1000, 10**7))
+    ]
+    found = drawn({"trainer main": publish, "rollout-0": update}, start=0)
+    assert [(a[0], a[1], a[2], a[3]) for a in found["arrows"]] == [("trainer main", 1003, "rollout-0", 1003)]
+    assert len(found["arrows"][0][4]) < 100
+    assert found["words"] == ["1 arrows would go back in time and are not drawn: the servers' clocks differ"]
+
+
 def test_without_spans_the_metrics_are_drawn(spanned: Path, tmp_path: Path) -> None:
     """record.spans was off, or the run is older; a damaged file of spans is named and ends nothing."""
     run = tmp_path / "run"
@@ -159,8 +179,18 @@ def test_without_spans_the_metrics_are_drawn(spanned: Path, tmp_path: Path) -> N
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 255
         path.write_bytes(data)
-    new = RunView(run).timeline()
+    (run / "rollouts/0/spans/notes.txt").write_text("recording stopped at step 3: No space left on device\n")
+    assert any("spans: recording stopped" in note for note in RunView(run).overview()["notes"])
+    view = RunView(run)
+    new, notes = view.timeline(), view.overview()["notes"]
     assert new["timeline"]["kind"] == "spans"
+    assert any("spans: recording stopped" in n for n in notes) and any("000001.rec: " in n for n in notes)
+    file = tmp_path / "run.html"
+    export(run, file, trees=1)
+    assert "000001.rec: " in file.read_text()
+    os.mkfifo(tmp_path / "pipe")  # as a device: the page must not take its name
+    with pytest.raises(ConfigError, match="is there already and is no file"):
+        export(run, tmp_path / "pipe")
     assert SpanTimeline(run).read(None, nothing_is_recorded) is not None
 
 

@@ -45,6 +45,7 @@ def start(config_path: Path, out: Path, overrides: Sequence[str], *, fresh: bool
     _check_free(folder, fresh)
     with _locked(folder) as lock:
         _check_free(folder, fresh)  # another launcher may have begun and ended a run meanwhile
+        _check_metrics(config)
         for entry in list(out.iterdir()):
             if entry != folder.lock:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -70,6 +71,7 @@ def resume(out: Path, overrides: Sequence[str]) -> None:
             dump_config(config, folder.config)
 
     with _locked(folder) as lock:
+        _check_metrics(config)
         _Launch(config, folder, lock, overrides, accepted).run()
 
 
@@ -100,6 +102,14 @@ def _check_gpu(device: str, name: str) -> None:
         raise ConfigError(
             f'{name} is "cuda", but this machine has no GPU (none of /dev/{", /dev/".join(GPU_DEVICES)})'
         )
+
+
+def _check_metrics(config: RunConfig) -> None:
+    """Under the folder's lock: before, a store of this very run might hold the port."""
+    if config.store.metrics_port is not None:
+        from mgrpo.store.server import check_metrics_port
+
+        check_metrics_port(config.store.metrics_port)
 
 
 def _check_free(folder: RunFolder, fresh: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -77,6 +78,18 @@ class _Collector:
         )
 
 
+def check_port(port: int, address: str = "127.0.0.1") -> None:
+    """Raise ConfigError where nothing can be served at the port, as when it is taken."""
+    try:
+        socket.create_server((address, port)).close()
+    except OSError as error:
+        raise _refused(port, address, error) from None
+
+
+def _refused(port: int, address: str, error: OSError) -> ConfigError:
+    return ConfigError(f"metrics port {address}:{port}: {error.strerror}")
+
+
 class MetricsEndpoint:
     """Serves `stats`, and the newest values of a run's metrics, at http://address:port/metrics until close(). Raises
     ConfigError when the port is taken."""
@@ -93,7 +106,7 @@ class MetricsEndpoint:
         try:
             self._server, self._thread = start_http_server(port, address, registry)
         except OSError as error:
-            raise ConfigError(f"metrics port {address}:{port}: {error.strerror}") from None
+            raise _refused(port, address, error) from None
         self.port: int = self._server.server_port
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mgrpo.errors import ConfigError, MgrpoError
@@ -251,6 +252,21 @@ class StoreServer:
         return Reply()
 
 
+def check_metrics_port(port: int) -> None:
+    """Raise ConfigError where run_store() could not serve metrics at the port: it is taken, or a package is missing."""
+    _prometheus(port).check_port(port)
+
+
+def _prometheus(port: int) -> ModuleType:
+    try:
+        from mgrpo.store import prometheus
+    except ImportError:
+        raise ConfigError(
+            f'metrics port {port}: the endpoint needs the package prometheus-client (pip install "mgrpo[store]")'
+        ) from None
+    return prometheus
+
+
 def run_store(
     url: str,
     db_path: str | Path,
@@ -267,15 +283,9 @@ def run_store(
     with StoreServer(url, db_path, params, **options) as server, ExitStack() as stack:
         announce(f"store {db_path} serves at {server.url}")
         if metrics_port is not None:
-            try:
-                from mgrpo.store.prometheus import MetricsEndpoint
-            except ImportError:
-                raise ConfigError(
-                    f"metrics port {metrics_port}: the endpoint needs the package prometheus-client (pip install "
-                    '"mgrpo[store]")'
-                ) from None
-
-            endpoint = MetricsEndpoint(server.metrics, metrics_port, newest=server.newest())
+            endpoint = _prometheus(metrics_port).MetricsEndpoint(
+                server.metrics, metrics_port, newest=server.newest()
+            )
             stack.callback(endpoint.close)
             announce(f"metrics at http://127.0.0.1:{endpoint.port}/metrics")
         while not received:

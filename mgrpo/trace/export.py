@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,9 +11,8 @@ from pathlib import Path
 
 from mgrpo.config import load_config
 from mgrpo.errors import ConfigError
-from mgrpo.record.notes import read_notes
 from mgrpo.record.reader import Recording
-from mgrpo.record.span_reader import PATTERNS, SpanReader
+from mgrpo.record.span_reader import SpanReader, absent
 from mgrpo.record.spans import Span
 from mgrpo.trace.arrows import Arrows, find_arrows
 from mgrpo.trace.layout import forward
@@ -96,14 +96,17 @@ def export(
     out = folders[0] / FILE if out is None else out
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out {out}: {'is a folder' if out.is_dir() else 'its folder does not exist'}")
+    if out.exists() and not out.is_file():  # a device, whose name the trace would take away
+        raise ConfigError(f"--out {out}: is there already and is no file")
     reader = SpanReader(folders)
     processes = {name: list(map(forward, spans)) for name, spans in reader.spans().items() if spans}
-    notes = _notes(folders) + [f"{path}: {what}" for path, what in reader.damaged.items()]
+    notes = reader.notes()
     if not processes:
         why = "; ".join(notes) or "record.enabled or record.spans is off, or nothing has ended yet"
         raise ConfigError(f"{folders[0]}: no spans are recorded there ({why})")
     if steps is not None:
         processes = _within(processes, steps)
+        notes += absent(reader.processes(), processes)
     arrows = find_arrows(processes, Recording(folders), policies)
     total, done = sum(map(len, processes.values())), 0
 
@@ -112,18 +115,20 @@ def export(
         done += spans
         progress(done, total)
 
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             write_trace(file, processes, arrows, written)
+        size = partial.stat().st_size
         partial.replace(out)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):
+            raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
         raise
     counts = Counter(span.kind for spans in processes.values() for span in spans)
     start, end = _bounds([span for spans in processes.values() for span in spans])
-    size = out.stat().st_size
     ordered = dict(counts.most_common())
     return Written(out, size, len(processes), ordered, (end - start) / 1e9, arrows, notes)
 
@@ -164,8 +169,3 @@ def _within(processes: Mapping[str, list[Span]], steps: Steps) -> dict[str, list
 
 def _bounds(spans: Sequence[Span]) -> tuple[int, int]:
     return min(span.start for span in spans), max(span.end for span in spans)
-
-
-def _notes(folders: Sequence[Path]) -> list[str]:
-    found = (path for folder in folders for pattern in PATTERNS for path in sorted(folder.glob(pattern)))
-    return [f"{path}: {note}" for path in found for note in read_notes(path)]

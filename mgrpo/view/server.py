@@ -46,9 +46,12 @@ def page(title: str, data: str = "") -> str:
 
 def export(run: Path, file: Path, trees: int = TREES) -> None:
     """Write the page as one file that needs no network: all curves and steps, and the trees of `trees` rollouts,
-    half of them the first, half the last, and of those that its lists of the slowest name."""
+    half of them the first, half the last, and of those that its lists of the slowest name. Raises ConfigError."""
+    if file.exists() and not file.is_file():  # a device, whose name the page would take away
+        raise ConfigError(f"--export {file}: is there already and is no file")
     view = RunView(run)
-    overview, timeline = view.overview(), view.timeline()
+    timeline = view.timeline()
+    overview = view.overview()  # after it: its notes name the spans that could not be read
     ids = view.ids()
     if len(ids) > trees:
         slowest = [row["rollout"] for rows in _slowest(timeline) for row in rows if row["rollout"]]

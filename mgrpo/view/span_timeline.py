@@ -3,7 +3,8 @@
 A trainer has a row for its loop, with the parts of its steps, and thin ones for what runs beside it. A rollout worker
 has one for evaluations, waiting and weights, and a line for each place that a rollout can hold, the rollouts that
 follow each other on it, their turns and tool calls inside them. A rollout that has not ended is there as far as its
-turns are known. Arrows lead from the publication of a version to each load of it.
+tool calls and its earlier attempts are known: turns are recorded when their attempt ends. Arrows lead from the
+publication of a version to each load of it.
 
 What is sent to a browser is bounded: LINES lines, BARS bars, BYTES bytes of bars. Where there is more, the lines with
 the longest rollouts are drawn, and the shortest turns go first, then tool calls and stages; `words` says what is not
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mgrpo.record.span_reader import SpanReader
+from mgrpo.record.span_reader import SpanReader, absent, gaps
 from mgrpo.record.spans import MAIN_LANE, Args, Span
 from mgrpo.trace.layout import ROLLOUT_KINDS, tracks
 from mgrpo.trace.slowest import slowest
@@ -88,9 +89,8 @@ class SpanTimeline:
         self._made_at, self._took = 0.0, 0.0
 
     def notes(self) -> list[str]:
-        """A line for each file of spans that cannot be read."""
-        damaged = dict(self._reader.damaged) if self._reader else {}
-        return [f"{path}: {what}" for path, what in damaged.items()]
+        """A line for each gap in the spans, and for each file that could not be read up to now."""
+        return self._reader.notes() if self._reader else gaps([self._run])
 
     def read(self, steps: Timeline | None, is_recorded: Callable[[str], bool]) -> Json | None:
         """None where no spans were recorded. steps: the metrics' timeline of the same steps; is_recorded: whether a
@@ -102,6 +102,10 @@ class SpanTimeline:
         if self._reader.refresh() or self._known is None:
             found = window(self._reader, steps)
             self._known = found and picture(*found, is_recorded)
+            if found and self._known:
+                self._known["words"] += [
+                    clip(w, 4 * NAME) for w in absent(self._reader.processes(), found[0])
+                ]
             self._made_at = time.monotonic()
             self._took = self._made_at - began
         return self._known
@@ -158,7 +162,11 @@ def picture(
     for process in trainers:
         rows[process] = _trainer(spans[process], start)
     words += cut([row for own in rows.values() for row in own])
-    arrows = _arrows(spans, start)
+    arrows, backwards = _arrows(spans, start)
+    if backwards:
+        words.append(
+            f"{backwards} arrows would go back in time and are not drawn: the servers' clocks differ"
+        )
     if len(arrows) > ARROWS:
         words.append(f"{len(arrows) - ARROWS} arrows of earlier versions are not drawn")
     return {
@@ -225,7 +233,7 @@ def _worker(
 
 
 def _with_open_ends(spans: list[Span]) -> list[Span]:
-    """Rollouts that are under way have turns but no span of their own yet: one is added."""
+    """Rollouts that are under way, or whose worker was killed, have calls but no span of their own: one is added."""
     ended: dict[str, list[Span]] = {}
     for span in spans:
         if span.kind == "rollout":
@@ -258,24 +266,30 @@ def _bar(span: Span, start: int, part: str, row: int = 0) -> Bar:
     return Bar(span, part, (begin - start) // 1000, max(0, span.end - begin) // 1000, row)
 
 
-def _arrows(spans: Mapping[str, Sequence[Span]], start: int) -> list[list[Any]]:
-    """[trainer, microseconds, worker, microseconds, words] of each publication and each load of what it published."""
-    published: dict[tuple[str, Any], tuple[str, int]] = {}
+def _arrows(spans: Mapping[str, Sequence[Span]], start: int) -> tuple[list[list[Any]], int]:
+    """([trainer, microseconds, worker, microseconds, words] of each publication and each load of what it published, by
+    time; how many are left out because the load began before the publication)."""
+    published: dict[tuple[str, Any], tuple[str, Span]] = {}
     for process, own in spans.items():
         role = process.removeprefix(PREFIX)
         for span in own:
             if span.kind == "publish" and role != process:
-                published[role, _version(span.args)] = process, span.end
-    arrows = []
+                published[role, _version(span.args)] = clip(process, 2 * NAME), span
+    arrows, backwards = [], 0
     for process, own in spans.items():
         for span in own:
             role = span.lane.partition(" ")[2]
             source = published.get((role, _version(span.args))) if span.kind == "update" else None
-            if source is not None:
-                ends = max(0, source[1] - start) // 1000, max(0, span.start - start) // 1000
-                words = f"{clip(role)}, version {span.args.get('version', '?')}"
-                arrows.append([source[0], ends[0], process, ends[1], words])
-    return sorted(arrows, key=lambda arrow: arrow[1])
+            if source is None:
+                continue
+            if span.start < source[1].start:
+                backwards += 1
+                continue
+            # A worker may load what is served before the publication has ended.
+            ends = [max(0, t - start) // 1000 for t in (min(source[1].end, span.start), span.start)]
+            words = f"{clip(role)}, version {clip(span.args.get('version', '?'))}"
+            arrows.append([source[0], ends[0], clip(process, 2 * NAME), ends[1], words])
+    return sorted(arrows, key=lambda arrow: arrow[1]), backwards
 
 
 def _version(args: Args) -> Any:
