@@ -97,7 +97,7 @@ class RolloutWorker:
         if self._streaming is not None:
             self._streaming.close()
         context.loop.close(self._close())
-        spans.record_to(None)
+        spans.stop_recording(self._spans)
         self._spans.close()
 
     def run(self) -> None:
