@@ -27,9 +27,10 @@ from mgrpo.profiling.stages import stage
 from mgrpo.profiling.window import ProfileWindow, profiling
 from mgrpo.record import spans
 from mgrpo.record.span_reader import SpanReader
-from mgrpo.run import processes
+from mgrpo.run import launch, processes
 from mgrpo.run.folder import RunFolder
 from mgrpo.run.nsys import INSIDE, OPTIONS, check_nsys
+from mgrpo.run.supervisor import STOP_SECONDS
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner, adamw
 from tests.models import tiny_policy
@@ -385,6 +386,20 @@ def test_work_under_nsys_stops_when_nobody_could_stop_it(
         wait_for(lambda: (tmp_path / "began").exists() or process.poll() is not None, "the work")
         process.kill()
         wait_for(lambda: (tmp_path / "stopped").exists(), "the end of the work")
+
+
+def test_a_worker_that_is_stopped_has_time_to_write_its_profile(tmp_path: Path) -> None:
+    """Those that are not looked at have nothing to save, and the usual seconds."""
+    config = load_config(RELAY, ["profile.steps=[2, 3]", "profile.workers=[1]", "rollout.workers=2"])
+    found: dict[str, tuple[float, str]] = {}
+
+    def start(name: str, *_: object, stop_seconds: float, saves: str) -> None:
+        found[name] = stop_seconds, saves
+
+    start_others: Any = launch._Launch._start_others
+    start_others(SimpleNamespace(_config=config, _folder=RunFolder(tmp_path)), SimpleNamespace(start=start))
+    assert found["rollout-0"] == (STOP_SECONDS, "")
+    assert found["rollout-1"] == (launch.PROFILE_SECONDS, "write its profile")
 
 
 def test_a_machine_without_nsys_is_told_what_to_install(
