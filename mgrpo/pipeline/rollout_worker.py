@@ -86,6 +86,7 @@ class RolloutWorker:
     ) -> None:
         context = self._context
         context.waited()
+        self._spans.flush()  # while the store still takes a line that the disk is full
         context.shipper.stop()
         for trajectory_log in self._logs.values():
             trajectory_log.close()
