@@ -14,8 +14,10 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy
+from mgrpo.profiling import flops as counting
 from mgrpo.profiling.flops import Cost, ModelFlops, flops_of
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
+from mgrpo.trainers.torch import cost
 from mgrpo.trainers.torch import learner as learners
 from mgrpo.trainers.torch.cost import StepMeter, of_rows, plain
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
@@ -121,7 +123,9 @@ def test_a_step_costs_what_torch_counts(name: str, seen_head: None) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_old_and_reference_log_probs_are_forward_passes(rank: int, seen_head: None) -> None:
+def test_old_and_reference_log_probs_are_forward_passes(
+    rank: int, seen_head: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a KL term every row is computed, by policy and reference, which with adapters is the model below them; old
     log-probs are one more forward pass of every row, whatever its advantage."""
     policy = Policy(tiny_model("llama"), tiny_tokenizer(), "p", PolicyConfig(lora=LoraConfig(rank=rank)))
@@ -132,6 +136,14 @@ def test_old_and_reference_log_probs_are_forward_passes(rank: int, seen_head: No
     ours = of_rows(model, rows, causal=False).total + of_rows(base, rows, causal=False).forward
     assert ours == pytest.approx(theirs, rel=0.001)
     assert of_rows(model, rows, causal=False).forward == counted(lambda: logprobs_of(policy, rows, 1.0))
+
+    asked: list[Any] = []
+
+    def once(*of: Any) -> Any:
+        asked.append(of)
+        return flops_of(*of) if len(asked) == 1 else (model, base)
+
+    monkeypatch.setattr(cost, "flops_of", once)
 
     def flops(every: bool, reference: bool, recompute: bool) -> float:
         return StepMeter(policy, every, reference, 1).cost([MiniBatch([rows], 1.0)], recompute, 0.0).flops
@@ -173,3 +185,14 @@ def test_spare_rows_of_the_head_do_not_count() -> None:
     whole, cut = (flops_of(model.config, vocabulary=n)[0] for n in (None, 80))
     assert cut.scored.forward == 2 * 80 * 32
     assert whole.scored.forward == 2 * VOCAB * 32
+
+
+def test_a_model_whose_code_fails_has_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises: a measurement never ends a trainer's start."""
+
+    def refused(config: Any) -> Any:
+        raise KeyError("rope")
+
+    monkeypatch.setattr(counting, "_blank_model", refused)
+    with pytest.raises(ConfigError, match=r"FLOPs of LlamaConfig are not known: .*rope"):
+        flops_of(tiny_model("llama").config)

@@ -27,9 +27,10 @@ from mgrpo.profiling.stages import stage
 from mgrpo.profiling.window import ProfileWindow, profiling
 from mgrpo.record import spans
 from mgrpo.record.span_reader import SpanReader
-from mgrpo.run import processes
+from mgrpo.run import launch, processes
 from mgrpo.run.folder import RunFolder
 from mgrpo.run.nsys import INSIDE, OPTIONS, check_nsys
+from mgrpo.run.supervisor import STOP_SECONDS
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.learner import Learner, adamw
 from tests.models import tiny_policy
@@ -124,8 +125,8 @@ def test_stages_are_spans_with_and_without_a_profiler(tmp_path: Path) -> None:
 class Recorded(tools.Profiler):
     """A profiler that notes what is done with it; `fails` at start or stop."""
 
-    def __init__(self, calls: list[str], fails: str = "") -> None:
-        self._calls, self._fails = calls, fails
+    def __init__(self, calls: list[str], fails: str = "", error: type[Exception] = OSError) -> None:
+        self._calls, self._fails, self._error = calls, fails, error
 
     def start(self) -> None:
         self._note("start")
@@ -137,7 +138,7 @@ class Recorded(tools.Profiler):
     def _note(self, call: str) -> None:
         self._calls.append(call)
         if self._fails and call.startswith(self._fails):
-            raise OSError(28, "No space left on device")
+            raise self._error("No space left on device")
 
 
 @pytest.fixture
@@ -180,13 +181,22 @@ def test_a_process_outside_of_the_range_starts_nothing(tmp_path: Path, calls: li
     assert calls == [] and list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_starts_nothing(tmp_path: Path, calls: list[str]) -> None:
+    """A profiler that could not write would run to the end of the run, and keep every event of it."""
+    (tmp_path / "profile").write_text("")
+    seen(tmp_path / "profile", range(1, 9)).close()
+    assert calls == []
+
+
+@pytest.mark.parametrize("error", [OSError, AssertionError])
 @pytest.mark.parametrize(("fails", "expected"), [("start", "not profiled"), ("stop", "not written")])
 def test_a_full_disk_is_said_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, expected: str, error: type[Exception]
 ) -> None:
-    """Nothing is raised, one line says why, and stages are shown to nobody afterwards."""
+    """Or whatever a library raises: nothing is raised here, one line says why, and stages are shown to nobody
+    afterwards."""
     lines: list[str] = []
-    monkeypatch.setattr(tools, "open_profiler", lambda config: Recorded([], fails))
+    monkeypatch.setattr(tools, "open_profiler", lambda config: Recorded([], fails, error))
     opened = ProfileWindow(ProfileConfig(steps=(1, 2)), "main-rank0", tmp_path)
     for step in (1, 2, 3):
         opened.begin(step, lines.append)
@@ -376,6 +386,20 @@ def test_work_under_nsys_stops_when_nobody_could_stop_it(
         wait_for(lambda: (tmp_path / "began").exists() or process.poll() is not None, "the work")
         process.kill()
         wait_for(lambda: (tmp_path / "stopped").exists(), "the end of the work")
+
+
+def test_a_worker_that_is_stopped_has_time_to_write_its_profile(tmp_path: Path) -> None:
+    """Those that are not looked at have nothing to save, and the usual seconds."""
+    config = load_config(RELAY, ["profile.steps=[2, 3]", "profile.workers=[1]", "rollout.workers=2"])
+    found: dict[str, tuple[float, str]] = {}
+
+    def start(name: str, *_: object, stop_seconds: float, saves: str) -> None:
+        found[name] = stop_seconds, saves
+
+    start_others: Any = launch._Launch._start_others
+    start_others(SimpleNamespace(_config=config, _folder=RunFolder(tmp_path)), SimpleNamespace(start=start))
+    assert found["rollout-0"] == (STOP_SECONDS, "")
+    assert found["rollout-1"] == (launch.PROFILE_SECONDS, "write its profile")
 
 
 def test_a_machine_without_nsys_is_told_what_to_install(

@@ -211,7 +211,10 @@ def test_a_run_goes_on_when_nothing_can_be_recorded(tmp_path: Path) -> None:
     with small_disk(out / "rollouts", "32k") as disk:
         output = finish(command("train", "--resume", str(out)), 240)
         assert summary(out)["finished"] and steps_of(out) == 3
-        assert output.count("recording stopped") == 4, output  # and each one's spans
+        said = {folder: output.count(f"{folder}: recording stopped") for folder in (blocked, disk / "0")}
+        said |= {folder / "spans": output.count(f"{folder / 'spans'}: recording stopped") for folder in said}
+        # A worker's last spans may fit into what is left of a page, and then are there.
+        assert said.pop(disk / "0" / "spans") <= 1 and set(said.values()) == {1}, output
         assert f"{blocked}: recording stopped at the start: File exists" in output
         notes = RunView(out).overview()["notes"]
         assert len(notes) == 1 and notes[0].startswith(f"{disk / '0'}: recording stopped at ")

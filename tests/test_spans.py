@@ -148,6 +148,53 @@ def test_a_closed_log_takes_nothing_more(tmp_path: Path) -> None:
     assert [s.name for s in SpanReader([tmp_path]).spans()["rollout-0"]] == ["search"]
 
 
+def test_a_thread_that_writes_while_the_log_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """close() waits for it: no file is opened anew, nothing raises, and what it writes is whole."""
+    log, append = opened(tmp_path), segments.SegmentWriter.append
+    closing = threading.Thread(target=log.close)
+
+    def slow(self: segments.SegmentWriter, head: bytes, body: bytes) -> None:
+        closing.start()
+        closing.join(0.2)  # it has come as far as it comes
+        append(self, head, body)
+        append(self, head, body)
+
+    monkeypatch.setattr(segments.SegmentWriter, "append", slow)
+    log.add(tool(1, 2))
+    log.flush()
+    closing.join()
+    assert not log.active and len(list(tmp_path.glob("**/*.rec"))) == 1
+    assert len(SpanReader([tmp_path]).spans()["rollout-0"]) == 2
+
+
+def test_what_cannot_be_written_is_left_out(tmp_path: Path) -> None:
+    """A task's tool may have any name; the spans beside it are kept, and whoever writes them next is not to blame."""
+    log = opened(tmp_path)
+    for name in ("search", "\ud800", object()):
+        log.add(tool(1, 2, name))  # type: ignore[arg-type]
+    log.add(Span("tool", "far", "3/1/0", 1, 1 << 70))
+    log.flush()
+    log.add(tool(1, 2, "\ud800"))
+    log.close()
+    (kept,) = SpanReader([tmp_path]).spans().values()
+    assert [s.name for s in kept] == ["search"]
+
+
+def test_only_the_log_that_ends_is_left(tmp_path: Path) -> None:
+    """Of two feeds in one process the one that ends first leaves the other's log alone."""
+    first, second = opened(tmp_path / "a"), opened(tmp_path / "b")
+    spans.record_to(first)
+    spans.record_to(second)
+    spans.stop_recording(first)
+    assert spans.recording()
+    spans.stop_recording(second)
+    assert not spans.recording()
+    first.close()
+    second.close()
+
+
 def test_what_is_torn_is_passed_over(tmp_path: Path) -> None:
     """A killed process leaves half a frame; its successor's spans are read all the same. A frame that is damaged in the
     middle is named."""

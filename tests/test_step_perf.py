@@ -41,7 +41,10 @@ def test_two_clocks() -> None:
     assert found["perf/tflops"] == 1.5 and found["perf/peak_mem_gb"] == 2.5
 
 
-@pytest.mark.parametrize("cost", [None, StepCost(6e12, math.nan, 1e9), StepCost(math.nan, 3e12, 1e9)])
+@pytest.mark.parametrize(
+    "cost",
+    [None, *(StepCost(6e12, peak, 1e9) for peak in (math.nan, 0.0)), StepCost(math.nan, 3e12, 1e9)],
+)
 def test_what_is_not_known_is_not_shown(cost: StepCost | None) -> None:
     """No peak, no FLOPs or neither: no utilisation, and every figure that is left is finite."""
     found = step_perf(cost, [batch_of(100.0, 0)], train=4.0, step=10.0)

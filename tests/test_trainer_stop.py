@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mgrpo.errors import DeadlineError, MgrpoError
+from mgrpo.pipeline import trainer_loop
 from mgrpo.pipeline.feed import Feed, FeedStep, Shutdown
 from mgrpo.pipeline.step_clock import StepClock
 from mgrpo.pipeline.trainer_loop import TrainerLoop
@@ -88,14 +89,18 @@ def handlers() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("begun", "stop_at", "events"),
     [
-        (0, 7, ["durable", "checkpoint 7", "durable", "end"]),
-        (5, 6, ["durable", "checkpoint 6", "durable", "end"]),
-        (5, 5, ["durable", "end"]),  # nothing since the last one
+        (0, 7, ["durable", "checkpoint 7", "durable", "profile", "end"]),
+        (5, 6, ["durable", "checkpoint 6", "durable", "profile", "end"]),
+        (5, 5, ["durable", "profile", "end"]),  # nothing since the last one
     ],
 )
-def test_a_stop_while_waiting_saves_the_last_step(begun: int, stop_at: int, events: list[str]) -> None:
-    """Wherever the loop is when the stop is noticed: the steps since the last checkpoint are saved before it leaves."""
+def test_a_stop_while_waiting_saves_the_last_step(
+    begun: int, stop_at: int, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the loop is when the stop is noticed: the steps since the last checkpoint are saved before it leaves,
+    and before a profile is written, which may take longer than the supervisor waits."""
     trainer = Bare(begun, stop_at)
+    monkeypatch.setattr(trainer_loop, "close_window", lambda: trainer.events.append("profile"))
     trainer.feed._streams = [stream(commit=lambda step: 0)]  # type: ignore[list-item]
     trainer.run()
     assert trainer.events == events

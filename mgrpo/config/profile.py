@@ -89,3 +89,7 @@ class ProfileConfig(Settings):
     def looks_at_trainer(self, role: str) -> bool:
         """Whether any rank of this trainer is looked at."""
         return self.steps is not None and bool(self.ranks) and (not self.roles or role in self.roles)
+
+    def looks_at_worker(self, worker: int) -> bool:
+        """Whether this rollout worker is looked at."""
+        return self.steps is not None and worker in self.workers

@@ -30,7 +30,7 @@ class ConversationSpans:
         """A request to the engine has ended; out: None where it raised. context: tokens."""
         if spans.recording():
             sampled = 0 if out is None else len(out.token_ids)
-            version = int(out.versions[-1]) if out is not None and sampled else engine.version
+            version = int(out.versions[-1]) if out is not None and len(out.versions) else engine.version
             args: spans.Args = {"turn": number, "context": context, "sampled": sampled, "version": version}
             self._ended.append(("turn", "", start, spans.now(), args))
 

@@ -151,7 +151,7 @@ class Feed:
         self._ahead.stop()
         self._reporter.close()
         if self._spans is not None:
-            spans.record_to(None)
+            spans.stop_recording(self._spans)
             self._spans.close()
         for stream in self._streams:
             stream.close()

@@ -86,6 +86,7 @@ class RolloutWorker:
     ) -> None:
         context = self._context
         context.waited()
+        self._spans.flush()  # while the store still takes a line that the disk is full
         context.shipper.stop()
         for trajectory_log in self._logs.values():
             trajectory_log.close()
@@ -97,7 +98,7 @@ class RolloutWorker:
         if self._streaming is not None:
             self._streaming.close()
         context.loop.close(self._close())
-        spans.record_to(None)
+        spans.stop_recording(self._spans)
         self._spans.close()
 
     def run(self) -> None:

@@ -25,7 +25,7 @@ def step_perf(
     for clock, seconds in (("", max(train, 1e-9)), ("_wall", max(step, 1e-9))):
         found[f"perf/tok_per_s{clock}"] = tokens / seconds
         found[f"perf/trained_tok_per_s{clock}"] = trained / seconds
-        if cost is not None:
+        if cost is not None and cost.peak_flops > 0:
             found[f"perf/mfu{clock}"] = cost.flops / seconds / cost.peak_flops
     if cost is not None:
         found["perf/tflops"] = cost.flops / max(train, 1e-9) / 1e12

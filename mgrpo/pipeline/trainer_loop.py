@@ -90,11 +90,11 @@ class TrainerLoop:
                     self._checkpoint()
                 else:
                     self._finish_checkpoint(wait=False)
-        close_window()
         with feed.part("checkpoint"):
             if feed.step > self._begun:
                 self._checkpoint()
             self._finish_checkpoint(wait=True)
+        close_window()  # a stop within it: a profile takes its time, and the checkpoint has a deadline
         feed.flush()
 
     def _checkpoint(self) -> None:

@@ -29,7 +29,7 @@ MEMORY_VIEW = "https://pytorch.org/memory_viz"
 
 
 class Profiler(ABC):
-    """One window's. start() and stop() come once each, from one thread, and may raise OSError or RuntimeError."""
+    """One window's. start() and stop() come once each, from one thread, and may raise what their library does."""
 
     def range(self, name: str) -> AbstractContextManager[object]:
         """How it shows a stage."""
@@ -40,7 +40,8 @@ class Profiler(ABC):
 
     @abstractmethod
     def stop(self, folder: Path, name: str) -> str:
-        """Write the files <folder>/<name>.*; where they are and how to read them, for people."""
+        """Write the files <folder>/<name>.* into a folder that is there, and look no longer, whatever it raises. Says
+        where they are and how to read them, for people."""
 
 
 class TorchProfiler(Profiler):

@@ -75,9 +75,8 @@ class ProfileWindow:
         first, last = self._seen
         name = f"{self._name}-steps-{first}-{last}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             where = profiler.stop(self._folder, name)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # of a library, a driver or a file system that is not ours
             self._say(f"the profile of {name} was not written: {error}")
         else:
             self._say(f"profile of steps {first} to {last}: {where}")
@@ -86,9 +85,10 @@ class ProfileWindow:
         from mgrpo.profiling.tools import open_profiler
 
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)  # now: a profiler that runs has to be stopped
             profiler = open_profiler(self._config)
             profiler.start()
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # as in close()
             self._over = True
             self._say(f"{self._name} is not profiled: {error}")
             return

@@ -76,7 +76,8 @@ def now() -> int:
 
 class SpanLog:
     """Writes one process's spans to <folder>/spans; does nothing where recording is switched off. Thread-safe. Raises
-    nothing for a disk that is full or gone, nor where that cannot be reported."""
+    nothing for a disk that is full or gone, nor where that cannot be reported, and leaves out a span that MessagePack
+    cannot hold."""
 
     def __init__(self, config: RecordConfig, folder: Path, process: str, report: Report) -> None:
         """folder: of the process's record. report: takes one line when recording has to stop."""
@@ -111,17 +112,37 @@ class SpanLog:
         with self._lock:
             self._flushed = now()
             waiting, self._waiting = self._waiting, []
+            if not waiting or not self.active:
+                return
+            try:
+                body = msgspec.msgpack.encode(waiting)
+            except _UNWRITABLE:
+                waiting = [span for span in waiting if _can_be_written(span)]
+                body = msgspec.msgpack.encode(waiting)
             if waiting and self._writer is not None:
                 head = SpansHead(
                     self._process, min(span.start for span in waiting), max(span.end for span in waiting)
                 )
-                self._writer.append(0, msgspec.msgpack.encode(head), msgspec.msgpack.encode(waiting))
+                self._writer.append(0, msgspec.msgpack.encode(head), body)
 
     def close(self) -> None:
         """Idempotent."""
         self.flush()
-        if self._writer is not None:
-            self._writer.close()
+        with self._lock:  # against a flush on a thread that outlives the log
+            if self._writer is not None:
+                self._writer.close()
+
+
+_UNWRITABLE = (TypeError, ValueError, OverflowError)  # such as a name with half a surrogate pair
+
+
+def _can_be_written(span: Span) -> bool:
+    """Names are a task's own, and whoever ends a span has no part in another one's."""
+    try:
+        msgspec.msgpack.encode(span)
+    except _UNWRITABLE:
+        return False
+    return True
 
 
 _log: SpanLog | None = None
@@ -131,6 +152,13 @@ def record_to(log: SpanLog | None) -> None:
     """The spans of this process go to `log` from now on; None: nowhere."""
     global _log
     _log = log
+
+
+def stop_recording(log: SpanLog) -> None:
+    """The spans of this process do not go to `log` any more; those that go to another one still do."""
+    global _log
+    if _log is log:
+        _log = None
 
 
 def recording() -> bool:

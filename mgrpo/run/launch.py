@@ -29,9 +29,10 @@ from mgrpo.run.monitor import Monitor, Outcome
 from mgrpo.run.nsys import check_nsys
 from mgrpo.run.processes import check_plugins, load_run_task
 from mgrpo.run.progress import Display
-from mgrpo.run.supervisor import HEALTHY_SECONDS, QUIET_SECONDS, Supervisor
+from mgrpo.run.supervisor import HEALTHY_SECONDS, QUIET_SECONDS, STOP_SECONDS, Supervisor
 
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' subsystem
+PROFILE_SECONDS = 300.0  # for a rollout worker that is stopped while a profiler looks, to write what it has
 ENGINE_HEALTHY = 300.0  # a server that fails while it starts, which takes minutes, fails for good
 LOOK_SECONDS = 0.1
 END_SECONDS = 30.0  # for the parts to end by themselves once the run is over; then they get SIGTERM
@@ -285,4 +286,11 @@ class _Launch:
             which = ["--agent", role, "--replica", str(replica)]
             children.start(f"engine-{role}-{replica}", ["engine", *files, *which], ENGINE_HEALTHY)
         for worker in range(config.rollout.workers):
-            children.start(f"rollout-{worker}", ["rollout", *files, "--worker", str(worker)], healthy)
+            profiled = config.profile.looks_at_worker(worker)
+            children.start(
+                f"rollout-{worker}",
+                ["rollout", *files, "--worker", str(worker)],
+                healthy,
+                stop_seconds=PROFILE_SECONDS if profiled else STOP_SECONDS,
+                saves="write its profile" if profiled else "",
+            )

@@ -170,7 +170,7 @@ def run_worker_process(
     config = _begin(config_path, overrides, parent, _unwind)
     if not 0 <= worker < config.rollout.workers:
         raise ConfigError(f"--worker {worker}: expected 0 to {config.rollout.workers - 1} (rollout.workers)")
-    folder, profiled = RunFolder(out), worker in config.profile.workers
+    folder, profiled = RunFolder(out), config.profile.looks_at_worker(worker)
     sets = [f"--set={o}" for o in overrides]
     arguments = ["rollout", str(config_path), "--worker", str(worker), "--out", str(out), *sets]
     with (
