@@ -216,7 +216,7 @@ def test_a_run_goes_on_when_nothing_can_be_recorded(tmp_path: Path) -> None:
         # A worker's last spans may fit into what is left of a page, and then are there.
         assert said.pop(disk / "0" / "spans") <= 1 and set(said.values()) == {1}, output
         assert f"{blocked}: recording stopped at the start: File exists" in output
-        notes = RunView(out).overview()["notes"]
+        notes = [note for note in RunView(out).overview()["notes"] if f"{disk / '0' / 'spans'}: " not in note]
         assert len(notes) == 1 and notes[0].startswith(f"{disk / '0'}: recording stopped at ")
         assert notes[0].endswith("No space left on device") and notes[0] in output
         recording = Recording([out])

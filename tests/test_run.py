@@ -32,6 +32,7 @@ from tests.runs import (
     wait_for,
 )
 from tests.span_kit import check_spans
+from tests.stopped import stand_still
 
 ROLES = ("main", "left", "right")
 STEPS = 20
@@ -136,7 +137,7 @@ def test_interrupt_and_resume_change_nothing(undisturbed: Path, tmp_path: Path) 
         # One role may report a step before another has.
         wait_for(lambda: min(steps_of(out, r) for r in ROLES) >= 3 or process.poll() is not None, "step 3")
         worker = processes_of(out)["rollout"]
-        os.kill(worker, signal.SIGSTOP)  # in the middle of a batch, or before one
+        stand_still(worker)  # in the middle of a batch, or before one
         process.send_signal(signal.SIGINT)
         try:
             wait_for(lambda: all(checkpoints(out, role) for role in ROLES), "the checkpoints")
@@ -265,7 +266,7 @@ def test_a_worker_that_stands_still_makes_nothing_stale(tmp_path: Path) -> None:
     ) as process:
         wait_for(lambda: steps_of(out) >= 2 or process.poll() is not None, "step 2")
         second = processes_of(out)["rollout-1"]
-        os.kill(second, signal.SIGSTOP)
+        stand_still(second)
         time.sleep(3)
         stood = steps_of(out)
         time.sleep(2)

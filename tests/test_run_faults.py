@@ -21,6 +21,7 @@ from tests.runs import (
     train,
     wait_for,
 )
+from tests.stopped import stand_still
 
 STEPS = 3
 
@@ -41,7 +42,7 @@ def test_a_stopped_store_is_named_and_the_run_goes_on(undisturbed: Path, tmp_pat
     with started(command("train", str(RELAY), "--out", str(out), *sets)) as process:
         wait_for(lambda: steps_of(out) >= 1 or process.poll() is not None, "step 1")
         store = processes_of(out)["store"]
-        os.kill(store, signal.SIGSTOP)
+        stand_still(store)
         try:
             named = re.compile(
                 r"error: store at ipc://\S+/store: .*(at step \d+|'\d+/\d+'|wait).* within 6 s"

@@ -29,6 +29,7 @@ from mgrpo.transport.server import Reply, Request, Server
 from mgrpo.weights.pull import fetch_weights
 from tests.chaos.kills import ROOT, running_store
 from tests.chaos.proxy import proxy_faults
+from tests.stopped import stand_still
 from tests.store_kit import DIGEST, fill, make_trajectory, publish, rss_mb, run_params
 
 
@@ -44,7 +45,7 @@ def test_a_stopped_store_is_a_deadline_error_and_work_goes_on_when_it_wakes(tmp_
         with mgrpo.connect(store.url, role="trainer:main", run=DIGEST, timeout=60) as trainer:
             trainer.resume(-1)
             trainer.step = 4
-            os.kill(store.process.pid, signal.SIGSTOP)
+            stand_still(store.process.pid)
             started = time.monotonic()
             with pytest.raises(DeadlineError, match=r"store at ipc.*claim\(2 groups of 'main'\) at step 4"):
                 trainer.claim(2, timeout=1.0)
@@ -268,7 +269,7 @@ def test_a_stopped_trainer_is_a_deadline_error_to_its_workers(tmp_path: Path) ->
                 Client(url, peer="trainer sub", timeout=30) as weights,
             ):
                 trajectory_log.append(make_trajectory("7/56", 0, "sub", 0)).result(30)
-                os.kill(process.pid, signal.SIGSTOP)
+                stand_still(process.pid)
                 trajectory_log._link.timeout = 1.0
                 started = time.monotonic()
                 with pytest.raises(DeadlineError, match=rf"trajectory log of sub at {url}: append\('7/56'\)"):
