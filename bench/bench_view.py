@@ -57,7 +57,7 @@ def add_spans(run: Path, rollouts: int) -> None:
     for path in run.glob("**/spans"):
         shutil.rmtree(path)
     for role in ROLES:
-        write_spans(run, f"trainer {role}", trainer_spans(STEPS, SECONDS))
+        write_spans(run, f"trainer {role}", trainer_spans(role, STEPS, SECONDS))
     each = SECONDS / STEPS
     with (run / "metrics.jsonl").open("a") as file:
         for step in range(1, STEPS + 1):

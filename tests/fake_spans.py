@@ -86,14 +86,14 @@ def weight_spans(role: str, versions: int, seconds: float) -> list[Span]:
             f"weights {role}",
             at + each // 12,
             at + each // 8,
-            {"version": v, "label": f"v{v}"},
+            {"version": v, "label": f"{role}.e1.v{v}"},
         )
         for v in range(1, versions + 1)
         for at in [ORIGIN + v * each]
     ]
 
 
-def trainer_spans(steps: int, seconds: float) -> list[Span]:
+def trainer_spans(role: str, steps: int, seconds: float) -> list[Span]:
     """Steps of equal length: half of each is waiting, the rest its other parts."""
     each = int(seconds * SECOND / steps)
     parts = (("wait", 0.5), ("train", 0.8), ("apply", 0.85), ("publish", 0.95), ("report", 1.0))
@@ -104,7 +104,7 @@ def trainer_spans(steps: int, seconds: float) -> list[Span]:
             end = begin + int(share * each)
             args: Args = {"step": step}
             if kind == "publish":
-                args = {"version": step + 1, "label": f"v{step + 1}"}
+                args = {"version": step + 1, "label": f"{role}.e1.v{step + 1}"}
             spans.append(Span(kind, kind, "main", at, end, args))
             if kind == "train":
                 half = (at + end) // 2
@@ -127,6 +127,6 @@ def add_run_of_spans(
     """Trainers of `roles` with 15 steps and one worker with 16 places, whose rollouts are `ids`; evil: name of their
     tool."""
     for role in roles:
-        write_spans(run, f"trainer {role}", trainer_spans(15, seconds))
+        write_spans(run, f"trainer {role}", trainer_spans(role, 15, seconds))
     loads = [span for role in roles for span in weight_spans(role, 15, seconds)]
     write_spans(run, "rollout-0", worker_spans(7, ids, 16, seconds, name=evil) + loads)

@@ -15,9 +15,14 @@ def stand_still(pid: int) -> None:
     another core may still answer."""
     os.kill(pid, signal.SIGSTOP)
     deadline = time.monotonic() + SECONDS
-    while not all(map(_stopped, Path(f"/proc/{pid}/task").glob("*/stat"))):
+    while not stands_still(pid):
         assert time.monotonic() < deadline, f"process {pid} does not stop"
         time.sleep(0.005)
+
+
+def stands_still(pid: int) -> bool:
+    """Whether a process, with all its threads, has been stopped by a signal."""
+    return all(map(_stopped, Path(f"/proc/{pid}/task").glob("*/stat")))
 
 
 def _stopped(stat: Path) -> bool:

@@ -20,6 +20,7 @@ from tests.direct_receivers import DirectVllm
 from tests.direct_trainer import WAIT, Trainer
 from tests.families import family
 from tests.models import tiny_model, tiny_tokenizer
+from tests.stopped import stands_still
 
 TIMEOUT = 20.0  # seconds for which a silent server is waited for
 BUCKET = 4096  # bytes: less than the larger tensors
@@ -110,11 +111,6 @@ def test_three_versions_arrive_bit_for_bit(servers: Servers, trainer: Trainer, v
     steps = servers.all[0].steps
     assert steps.count("mgrpo_direct_receive") > 3 * 3  # several buckets a version
     trainer.do("close")
-
-
-def stands_still(pid: int | None) -> bool:
-    """Whether the process has been stopped by a signal."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def broken(server: DirectVllm) -> bool:

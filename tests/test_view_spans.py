@@ -16,7 +16,7 @@ from rich.console import Console
 from mgrpo.errors import ConfigError
 from mgrpo.record.reader import Recording
 from mgrpo.record.span_reader import SpanReader
-from mgrpo.record.spans import Span
+from mgrpo.record.spans import Args, Span
 from mgrpo.view import span_timeline
 from mgrpo.view.data import RunView
 from mgrpo.view.server import export
@@ -68,7 +68,7 @@ def spanned(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_window_is_that_of_the_last_steps(tmp_path: Path, metrics: bool, begins: int) -> None:
     """Of 40 steps of 60 s the last 12, though the metrics know of 38 only; without any, those of the last ten minutes;
     rollouts that reach into it from before are among them, those that ended before it are not."""
-    write_spans(tmp_path, "trainer main", trainer_spans(40, 2400))
+    write_spans(tmp_path, "trainer main", trainer_spans("main", 40, 2400))
     write_spans(tmp_path, "rollout-0", worker_spans(1, [f"0/0/{i}" for i in range(400)], 8, 2390))
     steps = timeline(metrics_of(38, 2280), ["main"]) if metrics else None
     found = window(SpanReader([tmp_path]), steps)
@@ -121,7 +121,7 @@ def test_what_is_too_much_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) 
     """Lines with the longest rollouts stay, the shortest turns go first; trainers and tails are always there."""
     spans: dict[str, Sequence[Span]] = {
         "rollout-0": worker_spans(5, [f"0/0/{i}" for i in range(600)], 200, 60.0),
-        "trainer main": trainer_spans(12, 60),
+        "trainer main": trainer_spans("main", 12, 60),
     }
     longest = max(s.end - s.start for s in spans["rollout-0"] if s.kind == "rollout") // 1000
     monkeypatch.setattr(span_timeline, "BARS", 700)
@@ -150,6 +150,18 @@ def test_weights_are_followed_from_their_publication_to_every_load(spanned: Path
     assert len(arrows) == 3 * 12
     assert all(a[0] == f"trainer {a[4].split(',')[0]}" and a[2] == "rollout-0" for a in arrows)
     assert all(a[1] <= a[3] for a in arrows)
+
+
+def test_a_shared_policys_version_leads_to_every_role_that_acts_with_it() -> None:
+    """The sub-agent's engine holds what the main agent's trainer has published."""
+    args: Args = {"version": 1, "label": "main.e1.v1"}
+    publish = [Span("publish", "main", "main", 1000, 9000, args)]
+    update = [Span("update", role, f"weights {role}", 10**6, 2 * 10**6, args) for role in ("main", "sub")]
+    arrows = drawn({"trainer main": publish, "rollout-0": update}, start=0)["arrows"]
+    assert [(a[0], a[4]) for a in arrows] == [
+        ("trainer main", "main, version 1"),
+        ("trainer main", "sub, version 1"),
+    ]
 
 
 def test_a_load_before_its_publication_has_no_arrow() -> None:

@@ -13,7 +13,7 @@ counted: `backwards` says by how much the clocks differ at the least.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mgrpo.errors import CorruptionError
@@ -61,18 +61,30 @@ def find_arrows(
     return arrows
 
 
+def loads(processes: Mapping[str, Sequence[Span]]) -> Iterator[tuple[str, Span, str, Span]]:
+    """(trainer, publication, worker, load) of each load of a version whose publication is known, by its label. A
+    trainer that was started again may have published a label twice: the last before the load counts."""
+    published: dict[object, list[tuple[str, Span]]] = {}
+    for process, spans in processes.items():
+        for span in spans:
+            if span.kind == "publish" and "label" in span.args:
+                published.setdefault(span.args["label"], []).append((process, span))
+    for sources in published.values():
+        sources.sort(key=lambda source: source[1].start)
+    for process, spans in processes.items():
+        for span in spans:
+            if span.kind == "update" and (found := published.get(span.args.get("label"))):
+                at = bisect_right(found, span.start, key=lambda source: source[1].start)
+                yield *found[max(0, at - 1)], process, span
+
+
 def _weights(processes: Mapping[str, Sequence[Span]], policies: Mapping[str, str], arrows: Arrows) -> None:
-    published: dict[object, list[Span]] = {}
-    for span in _of(processes, "publish"):
-        if "label" in span.args:
-            published.setdefault(span.args["label"], []).append(span)
+    for _, publication, _, load in loads(processes):
+        arrows.add(publication, load)
     for spans in processes.values():
         updates: dict[tuple[object, object], Span] = {}  # (role, version), until the turn it leads to
         for span in spans:
             if span.kind == "update":
-                sources = published.get(span.args.get("label"))
-                if sources:  # a trainer that was started again may have published a label twice
-                    arrows.add(_latest(sources, span.start) or sources[0], span)
                 updates[span.lane.removeprefix(WEIGHTS_LANE), span.args.get("version")] = span
             elif span.kind == "turn":
                 role = str(span.args.get("role"))
@@ -108,13 +120,12 @@ def _training(
         for rollout in (f"{query}/{i}" for query in body.queries for i in range(body.k)):
             played = rollouts.get(rollout)
             if played:  # one whose worker was killed has been played again
-                arrows.add(_latest(played, read.start) or played[0], read)
+                arrows.add(_latest(played, read.start), read)
 
 
-def _latest(spans: Sequence[Span], before: int) -> Span | None:
-    """Of spans by start, the last that had begun."""
-    at = bisect_right(spans, before, key=lambda span: span.start)
-    return spans[at - 1] if at else None
+def _latest(spans: Sequence[Span], before: int) -> Span:
+    """Of spans by start, the last that had begun; the first where none had."""
+    return spans[max(0, bisect_right(spans, before, key=lambda span: span.start) - 1)]
 
 
 def _of(processes: Mapping[str, Sequence[Span]], kind: str) -> list[Span]:

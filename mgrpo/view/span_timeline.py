@@ -22,6 +22,7 @@ from typing import Any
 
 from mgrpo.record.span_reader import SpanReader, absent, gaps
 from mgrpo.record.spans import MAIN_LANE, Args, Span
+from mgrpo.trace.arrows import loads
 from mgrpo.trace.layout import ROLLOUT_KINDS, tracks
 from mgrpo.trace.slowest import slowest
 from mgrpo.view.timeline import STEPS, Timeline
@@ -269,31 +270,16 @@ def _bar(span: Span, start: int, part: str, row: int = 0) -> Bar:
 def _arrows(spans: Mapping[str, Sequence[Span]], start: int) -> tuple[list[list[Any]], int]:
     """([trainer, microseconds, worker, microseconds, words] of each publication and each load of what it published, by
     time; how many are left out because the load began before the publication)."""
-    published: dict[tuple[str, Any], tuple[str, Span]] = {}
-    for process, own in spans.items():
-        role = process.removeprefix(PREFIX)
-        for span in own:
-            if span.kind == "publish" and role != process:
-                published[role, _version(span.args)] = clip(process, 2 * NAME), span
     arrows, backwards = [], 0
-    for process, own in spans.items():
-        for span in own:
-            role = span.lane.partition(" ")[2]
-            source = published.get((role, _version(span.args))) if span.kind == "update" else None
-            if source is None:
-                continue
-            if span.start < source[1].start:
-                backwards += 1
-                continue
-            # A worker may load what is served before the publication has ended.
-            ends = [max(0, t - start) // 1000 for t in (min(source[1].end, span.start), span.start)]
-            words = f"{clip(role)}, version {clip(span.args.get('version', '?'))}"
-            arrows.append([source[0], ends[0], clip(process, 2 * NAME), ends[1], words])
+    for trainer, source, process, load in loads(spans):
+        if load.start < source.start:
+            backwards += 1
+            continue
+        # A worker may load what is served before the publication has ended.
+        ends = [max(0, t - start) // 1000 for t in (min(source.end, load.start), load.start)]
+        words = f"{clip(load.lane.partition(' ')[2])}, version {clip(load.args.get('version', '?'))}"
+        arrows.append([clip(trainer, 2 * NAME), ends[0], clip(process, 2 * NAME), ends[1], words])
     return sorted(arrows, key=lambda arrow: arrow[1]), backwards
-
-
-def _version(args: Args) -> Any:
-    return args.get("label", args.get("version"))
 
 
 def cut(rows: Sequence[Row]) -> list[str]:

@@ -13,6 +13,8 @@ import contextlib
 import math
 from collections.abc import Sequence
 
+import torch
+
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy
@@ -43,19 +45,24 @@ class StepMeter:
         model, base = self._known
         total = 0.0
         for micro in (micro for batch in batches for micro in batch.micro):
-            rows = micro if self._every_row_acts else micro.rows(micro.with_advantage())
-            total += of_rows(model, rows).total
+            keep = None if self._every_row_acts else micro.with_advantage()
+            total += of_rows(model, micro, keep).total
             if self._has_reference:
-                total += of_rows(base, rows).forward
+                total += of_rows(base, micro, keep).forward
             if recompute_old:
                 total += of_rows(model, micro).forward
         return total
 
 
-def of_rows(model: ModelFlops, rows: MicroBatch, causal: bool = True) -> Cost:
-    """Of one pass over rows, of which the last token does not enter the model. causal: see ModelFlops.of."""
-    lengths = (rows.lengths - 1).clamp(min=1).tolist()
-    return model.of(lengths, int(rows.loss_mask[:, 1:].sum()), causal)
+def of_rows(
+    model: ModelFlops, rows: MicroBatch, keep: torch.Tensor | None = None, causal: bool = True
+) -> Cost:
+    """Of one pass over rows, of which the last token does not enter the model. keep: bool (R,), those that are
+    computed; None: all. causal: see ModelFlops.of."""
+    lengths, mask = rows.lengths, rows.loss_mask
+    if keep is not None:
+        lengths, mask = lengths[keep], mask[keep]
+    return model.of((lengths - 1).clamp(min=1).tolist(), int(mask[:, 1:].sum()), causal)
 
 
 def plain(config: PolicyConfig) -> PolicyConfig:
