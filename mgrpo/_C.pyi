@@ -17,6 +17,10 @@ def pack(
     max_segments: int = 0,
 ) -> dict[str, Any]: ...
 
+def prefix_tree(
+    ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], min_saved: int
+) -> dict[str, npt.NDArray[np.int32]]: ...
+
 class Plan:
     step: int
     dp: int

@@ -75,6 +75,10 @@ class PolicyConfig(Settings):
     """rows: sequences of similar length share a forward. varlen: packed rows through torch's variable-length attention
     (a loop over sequences on the CPU). flash: packed rows through the package flash-attn. sdpa: padded rows. auto:
     flash where the package works, else varlen, on a GPU; rows on the CPU."""
+    share_prefixes: bool = True
+    """Compute once what several rows of a micro-batch begin with: the question of a group's rollouts, the system prompt
+    and tools of a role's calls, the history of a fork. The gradient is the same. Where a model or the mesh cannot, each
+    row is computed whole, and the trainer says why."""
     experts: Literal["auto", "grouped_mm", "batched_mm", "eager"] = "auto"
     """How a mixture of experts multiplies. grouped_mm: one grouped product a layer. batched_mm: a copy of the chosen
     expert for each token, for a handful of tokens. eager: one expert after the other. auto: grouped_mm, and eager where

@@ -94,6 +94,12 @@ class PolicyTrainer(ABC):
     @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """After load(): whether train() computes once what rows of a micro-batch begin with, so that micro-batches are
+        packed by the tokens that are left. A trainer that computes each row whole says False."""
+        return False
+
     @abstractmethod
     def policy_files(self) -> dict[str, bytes]:
         """The files of the policy's folder but its weights: what an engine is built from."""

@@ -22,6 +22,9 @@ class MicroBatch:
     token_advantages: torch.Tensor | None = (
         None  # f32 (R, S), of each sampled token; None: its row's advantage
     )
+    prefix: torch.Tensor | None = None
+    """i64 (P,), tokens that rows of this and of neighbouring micro-batches begin with: they are computed once for all
+    of these, in two passes. None: this micro-batch shares with no other."""
 
     def rows(self, keep: torch.Tensor) -> MicroBatch:
         """The trajectories where keep (bool[R]) is True, cut to their own width."""
@@ -36,6 +39,7 @@ class MicroBatch:
             self.weights[keep],
             None if self.old_logprobs is None else self.old_logprobs[keep, :width],
             None if self.token_advantages is None else self.token_advantages[keep, :width],
+            self.prefix,
         )
 
     def with_advantage(self) -> torch.Tensor:
