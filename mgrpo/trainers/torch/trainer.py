@@ -127,6 +127,15 @@ class TorchTrainer(PolicyTrainer):
         tokenizer: Tokenizer = self._own.policy.tokenizer
         return tokenizer
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return self._own.policy.shares
+
+    @property
+    def why_not_shared(self) -> str:
+        policy = self._own.policy
+        return policy.why_not if policy.config.share_prefixes and not policy.shares else ""
+
     def policy_files(self) -> dict[str, bytes]:
         return policy_files(self._own.policy)
 
