@@ -199,7 +199,7 @@ def test_roles_that_share_the_policy_come_through_its_feed() -> None:
     streams: list[Any] = [Stream(store) for store in stores]
     for stream, n in zip(streams, (2.0, 3.0), strict=True):
         stream.builder.assemble = lambda step, n=n: SimpleNamespace(
-            step=step, groups=["a"], surplus=[], minibatches=[MiniBatch([], n)], metrics={}
+            step=step, groups=["a"], surplus=[], minibatches=[MiniBatch([], n)], plans=[], metrics={}
         )
     with Feed(config, "left", Path(), streams, WeightPublisher(torch.float32)) as feed:
         (batch,) = next(feed).minibatches

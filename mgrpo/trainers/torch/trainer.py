@@ -133,8 +133,7 @@ class TorchTrainer(PolicyTrainer):
 
     @property
     def why_not_shared(self) -> str:
-        policy = self._own.policy
-        return policy.why_not if policy.config.share_prefixes and not policy.shares else ""
+        return self._own.policy.why_not or ""
 
     def policy_files(self) -> dict[str, bytes]:
         return policy_files(self._own.policy)
