@@ -44,7 +44,7 @@ class Prompted:
 
 def build(capacity: int, shares: bool = True, ranks: int = 1) -> StepBatch:
     long = f"agents.left.max_length={PROMPT + TAIL}"
-    config = load_config(RELAY, ["trainer.questions=2", f"trainer.micro_batch={capacity}", long])
+    config = load_config(RELAY, ["trainer.questions=2", "trainer.minibatches=1", f"trainer.micro_batch={capacity}", long])
     return BatchBuilder(config, "left", Prompted(), ranks, shares).build(0, groups())
 
 
