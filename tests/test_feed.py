@@ -310,3 +310,16 @@ def test_compare_starts_every_trainer_itself() -> None:
         ConfigError, match=r'agents\.left\.policy\.trainer = "external": compare starts every'
     ):
         chosen(config, [])
+
+
+def test_sharing_is_said_before_the_first_step(tmp_path: Path) -> None:
+    """A program whose rows share what they begin with says so before anything is packed; nothing is shared until then,
+    and afterwards it is too late."""
+    with opened(tmp_path) as (feed, _):
+        (stream,) = feed._streams
+        assert not stream.builder.shares_prefixes
+        feed.share_prefixes()
+        assert stream.builder.shares_prefixes
+        next(feed)
+        with pytest.raises(ValueError, match=r"share_prefixes\(\) comes before the first step, step 0 is on"):
+            feed.share_prefixes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -12,15 +13,19 @@ import numpy as np
 import pytest
 
 from mgrpo.cli.replay import replay_run
-from mgrpo.config import load_config
+from mgrpo.config import load_config, view_of
+from mgrpo.model.policy import save_policy
 from mgrpo.pipeline.batch import BatchBuilder, StepBatch
 from mgrpo.pipeline.replay import DIFFERS, EQUAL
 from mgrpo.pipeline.step_perf import entering_tokens
 from mgrpo.pipeline.step_record import step_body
+from mgrpo.pipeline.trainer_loop import TrainerLoop
 from mgrpo.record.reader import Recording
 from mgrpo.record.schema import MiniBatchRecord, StepBody, StepSettings
+from mgrpo.trainers.torch.trainer import TorchTrainer
 from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import Trajectory
+from tests.models import tiny_policy
 from tests.prompted import WORDS
 from tests.runs import RELAY, resume, train
 from tests.test_batch import groups
@@ -44,7 +49,9 @@ class Prompted:
 
 def build(capacity: int, shares: bool = True, ranks: int = 1) -> StepBatch:
     long = f"agents.left.max_length={PROMPT + TAIL}"
-    config = load_config(RELAY, ["trainer.questions=2", "trainer.minibatches=1", f"trainer.micro_batch={capacity}", long])
+    config = load_config(
+        RELAY, ["trainer.questions=2", "trainer.minibatches=1", f"trainer.micro_batch={capacity}", long]
+    )
     return BatchBuilder(config, "left", Prompted(), ranks, shares).build(0, groups())
 
 
@@ -111,6 +118,28 @@ def test_records_of_before_are_read() -> None:
     assert not old.settings.share_prefixes and old.shared == b""
     assert old.minibatches[0] == MiniBatchRecord(body.minibatches[0].denominator, body.minibatches[0].crc)
     assert step_body(build(64, shares=False), {}, StepSettings(0.1, 1, 1)).shared == b""
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("llama", True), ("llama", False), ("shift", True)])
+def test_a_trainer_says_whether_it_shares(tmp_path: Path, kind: Any, asked: bool) -> None:
+    """What the policy can decides how the feed packs; who asks for what its model cannot do is told why, once, and
+    nobody else is."""
+    save_policy(tiny_policy(kind), tmp_path / "start")
+    config = load_config(ALONE, [f"agents.main.policy.share_prefixes={str(asked).lower()}"])
+    events: list[str] = []
+    feed: Any = SimpleNamespace(
+        agent=config.agents["main"], say=events.append, share_prefixes=lambda: events.append("shares")
+    )
+    with TorchTrainer.open(view_of(config, "main"), tmp_path / "run") as trainer:
+        trainer.load(tmp_path / "start")
+        TrainerLoop(feed, None, None, trainer)._share_prefixes()  # type: ignore[arg-type]
+        trainer.close()
+    if kind == "shift":
+        assert len(events) == 1 and events[0].startswith(
+            "each row is computed whole (policy.share_prefixes): "
+        )
+    else:
+        assert events == (["shares"] if asked else [])
 
 
 @pytest.fixture(scope="module")
