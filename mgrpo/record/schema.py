@@ -111,10 +111,15 @@ ROW = np.dtype(
 
 
 class MiniBatchRecord(msgspec.Struct, gc=False):
-    """crc: crc32c of each tensor over all micro-batches."""
+    """crc: crc32c of each tensor over all micro-batches. Both counts of tokens are 0 where the policy did not share
+    prefixes, as in older records."""
 
     denominator: float
     crc: dict[str, int]
+    computed_tokens: int = 0  # that its forward passes computed
+    shared_tokens: int = (
+        0  # that entered the model and that no forward pass computed: a prefix of another row's
+    )
 
 
 class StepSettings(msgspec.Struct, gc=False):
@@ -138,6 +143,9 @@ class StepBody(msgspec.Struct, gc=False):
     scores: list[dict[str, float]]  # per row
     minibatches: list[MiniBatchRecord]
     metrics: dict[str, float]
+    shared: bytes = (
+        b""  # i32[n]: tokens of each row that another row of its micro-batch computed; b"": not recorded
+    )
 
     def table(self) -> npt.NDArray[np.void]:
         return np.frombuffer(self.rows, ROW)

@@ -32,7 +32,10 @@ from mgrpo.view.timeline import STEPS, as_text, timeline
 
 RECENT = 20  # steps that the time left is estimated from
 ASK_SECONDS = 2.0
-SPEEDS = (("mfu", "perf/mfu", ".1%"), ("tok/s", "perf/tok_per_s", ",.0f"), ("GB", "perf/peak_mem_gb", ".1f"))
+SPEEDS = (
+    ("mfu", "perf/mfu", ".1%"), ("tok/s", "perf/tok_per_s", ",.0f"), ("shared", "perf/shared", ".0%"),
+    ("GB", "perf/peak_mem_gb", ".1f"),
+)  # fmt: skip
 """Columns that are there only where a trainer has reported them: title, metric, form."""
 
 

@@ -36,6 +36,7 @@ function charts(run) {
     ["share of the rollout places that were busy", [{ label: "all agents", index: 0, points: run.series["rollout/perf/busy"] }], [0, 1]],
     ["weights sent, share of a whole version", perRole("weights/share")],
     ["share of a step that its trainer waited", perRole("perf/idle"), [0, 1]],
+    ["tokens of shared prefixes, share of all", perRole("perf/shared"), [0, 1]],
     ...own.map((name) => [`${name} (reported by the task)`, ofTask(name)]),
   ].map(([title, lines, range]) => chart(title, lines.filter((line) => line.points && line.points.length), range)).filter(Boolean);
 }
