@@ -111,15 +111,13 @@ ROW = np.dtype(
 
 
 class MiniBatchRecord(msgspec.Struct, gc=False):
-    """crc: crc32c of each tensor over all micro-batches. Both counts of tokens are 0 where the policy did not share
-    prefixes, as in older records."""
+    """crc: crc32c of each tensor over all micro-batches. The tokens are those that enter the model in one forward pass
+    over its rows: all of them but the last of each row. Both are 0 in records of before they were counted."""
 
     denominator: float
     crc: dict[str, int]
-    computed_tokens: int = 0  # that its forward passes computed
-    shared_tokens: int = (
-        0  # that entered the model and that no forward pass computed: a prefix of another row's
-    )
+    computed_tokens: int = 0
+    shared_tokens: int = 0  # not computed, because another row has them
 
 
 class StepSettings(msgspec.Struct, gc=False):
@@ -129,6 +127,7 @@ class StepSettings(msgspec.Struct, gc=False):
     threads: int  # of the trainer process
     ranks: int  # processes of the trainer
     data_ranks: int = 0  # of those, with micro-batches of their own; 0: all, as in older records
+    share_prefixes: bool = False  # what rows of a micro-batch begin with was computed once
 
 
 class StepBody(msgspec.Struct, gc=False):
@@ -144,7 +143,7 @@ class StepBody(msgspec.Struct, gc=False):
     minibatches: list[MiniBatchRecord]
     metrics: dict[str, float]
     shared: bytes = (
-        b""  # i32[n]: tokens of each row that another row of its micro-batch computed; b"": not recorded
+        b""  # i32 per row: its leading tokens that another one has computed; b"": nothing was shared
     )
 
     def table(self) -> npt.NDArray[np.void]:

@@ -49,7 +49,7 @@ function alignment(data, go) {
     ["loss/pg", "policy/grad_norm", "loss/clip_ratio_high", "policy/entropy"].filter((n) => n in data.metrics).map((n) => fact(n, data.metrics[n], num(data.metrics[n], 4))));
   const legend = el("p", { class: "quiet" }, "A box is one trajectory: its advantage, and ×n where the alignment counts it n times; the wider, the more of its rollout's weight it holds. Green is above its group's mean, red below; dashed was dropped. ✓ marks a correct rollout, – one without this agent, ✕ a failed one.");
   const shares = cells.some((c) => c.shared !== null);
-  const bars = shares ? el("p", { class: "quiet", id: "bars" }, "The bar in a box is its tokens: ", el("span", { class: "key box hatched" }), "computed once, shared with another trajectory that begins alike; ", el("span", { class: "key box" }), "computed for this one.") : null;
+  const bars = shares ? el("p", { class: "quiet", id: "bars" }, "The bar in a box is its tokens: ", el("span", { class: "key box hatched" }), "computed once, shared with another trajectory that begins alike; ", el("span", { class: "key box" }), "not shared.") : null;
   return el("div", {}, facts, legend, bars, data.groups.map((group) => el("div", { class: "group", "data-query": group.query },
     el("div", {}, el("strong", {}, group.redacted ? redactedText() : clean(group.question)), " ", el("span", { class: "quiet", title: `mean ${group.mean}, std ${group.std}` }, `group ${group.query}: mean ${num(group.mean)}, std ${num(group.std)}${shares ? `, ${whole(sharedOf(group))} tokens shared` : ""}`)),
     el("div", { class: "lanes" }, group.rollouts.map((rollout, k) => lane(rollout, k, scale, go))))));

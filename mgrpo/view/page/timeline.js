@@ -98,7 +98,7 @@ function* perfFacts(run) {
     yield* both(role, "tok_per_s", whole, "tokens/s");
     yield* both(role, "trained_tok_per_s", whole, "trained tokens/s");
     const shared = last(`${role}/perf/shared`);
-    if (shared !== null) yield fact(`${clean(role)} shared tokens`, shared, percent(shared));
+    if (shared) yield fact(`${clean(role)} shared tokens`, shared, percent(shared));
     if (peak !== null) yield fact(`${clean(role)} peak memory`, peak, `${num(peak, 1)} GB`);
   }
 }
