@@ -28,48 +28,37 @@ from tests.test_view import no_overflow
 needs_browser = pytest.mark.skipif(bool(MISSING), reason=MISSING or "-")
 K, PROMPT, LENGTH = 8, 600, 1001
 COMPUTED, SHARED = 10_000, 9_000
-OLD_BODY = (
-    "settings",
-    "k",
-    "queries",
-    "indices",
-    "failed",
-    "mean",
-    "std",
-    "rows",
-    "scores",
-    "minibatches",
-    "metrics",
-)
+SHARES = (0, 0, *[PROMPT] * 5, LENGTH - 1)  # of the rollouts of a group
 
 
-def step_body(groups: int) -> StepBody:
-    """K trajectories of 1,001 tokens a group: 0 is dropped, 1 computes the prompt, 2 to 6 share it, 7 is as 6 is."""
+def step_body(groups: int, kind: str = "shared") -> StepBody:
+    """K trajectories of 1,001 tokens a group: 0 is dropped, 1 computes the prompt, 2 to 6 share it, 7 is as 6 is. kind:
+    shared, alone (no one shares anything)."""
     rows = np.zeros(groups * K, ROW)
     rows["group"], rows["rollout"] = np.divmod(np.arange(groups * K), K)
     rows["length"], rows["active"], rows["weight"], rows["multiplicity"] = LENGTH, LENGTH - PROMPT, 1.0, 1
     rows["reward"] = rows["correct"] = rows["rollout"] % 2
     rows["advantage"] = np.where(rows["rollout"] % 2, 1.0, -1.0)
     rows["multiplicity"][rows["rollout"] == 0] = 0
-    shared = np.array([0, 0, *[PROMPT] * 5, LENGTH - 1], "<i4")
+    shared = np.array(SHARES if kind == "shared" else [0] * K, "<i4")
+    tokens = (COMPUTED // 2, SHARED // 2) if kind == "shared" else ((COMPUTED + SHARED) // 2, 0)
     return StepBody(
         settings=StepSettings(0.1, 1, 1), k=K, queries=[f"0/{g}" for g in range(groups)], indices=list(range(groups)),
         failed=[], mean=[0.5] * groups, std=[0.5] * groups, rows=rows.tobytes(), scores=[{}] * len(rows),
-        minibatches=[MiniBatchRecord(1.0, {}, COMPUTED // 2, SHARED // 2) for _ in range(2)],
+        minibatches=[MiniBatchRecord(1.0, {}, *tokens) for _ in range(2)],
         metrics={"loss/pg": 0.25}, shared=np.tile(shared, groups).tobytes(),
     )  # fmt: skip
 
 
-def made_up(folder: Path, groups: int = 2, old: bool = False) -> Path:
-    """A run of one step of main with its rollouts. old: as it was recorded before prefixes were shared."""
+def made_up(folder: Path, groups: int = 2, kind: str = "shared") -> Path:
+    """A run of one step of main with its rollouts. kind: as of step_body(), or old: recorded before prefixes were."""
     folder.mkdir()
     dump_config(load_config(RELAY), folder / "config.json")
-    body = msgspec.to_builtins(step_body(groups), builtin_types=(bytes,))
-    if old:
-        body = {name: body[name] for name in OLD_BODY}
-        body["minibatches"] = [
-            {"denominator": m["denominator"], "crc": m["crc"]} for m in body["minibatches"]
-        ]
+    body = msgspec.to_builtins(step_body(groups, kind), builtin_types=(bytes,))
+    if kind == "old":
+        del body["shared"]
+        for minibatch in body["minibatches"]:
+            del minibatch["computed_tokens"], minibatch["shared_tokens"]
     steps = RecordWriter(folder / "agents/main/record", 1 << 24, pytest.fail)
     steps.append(0, msgspec.msgpack.encode(StepHead("main", 0)), msgspec.msgpack.encode(body))
     steps.close()
@@ -84,7 +73,9 @@ def made_up(folder: Path, groups: int = 2, old: bool = False) -> Path:
         recorder.train(0, group, main.query, k, asked, played, "")
     recorder.close()
     with MetricsWriter(folder, pytest.fail) as metrics:
-        metrics.write(1, 1.0, {"main/time/step": 4.0} | {"main/perf/shared": 0.0 if old else 0.474})
+        metrics.write(
+            1, 1.0, {"main/time/step": 4.0} | {"main/perf/shared": 0.474 if kind == "shared" else 0.0}
+        )
     return folder
 
 
@@ -95,14 +86,14 @@ def test_a_step_tells_what_was_shared(tmp_path: Path) -> None:
     assert step["tokens"] == {"computed": COMPUTED, "shared": SHARED}
     for group in step["groups"]:
         cells = [cell for rollout in group["rollouts"] for cell in rollout["invocations"]]
-        assert [cell["shared"] for cell in cells] == [0, 0, *[PROMPT] * 5, LENGTH - 1]
+        assert [cell["shared"] for cell in cells] == list(SHARES)
     (main,) = view.rollout("0/1/7")["trajectories"]
     assert main["credit"]["shared"] == LENGTH - 1 and main["credit"]["length"] == LENGTH
 
 
 def test_a_record_of_before_says_nothing(tmp_path: Path) -> None:
     """Neither does one whose numbers of shared tokens are not one a trajectory: no number is shown with a wrong box."""
-    step = RunView(made_up(tmp_path / "old", old=True)).step("main", 0)
+    step = RunView(made_up(tmp_path / "old", kind="old")).step("main", 0)
     cells = [c for g in step["groups"] for r in g["rollouts"] for c in r["invocations"]]
     assert len(cells) == 2 * K and {c["shared"] for c in cells} == {None} and step["tokens"] is None
     body = step_body(2)
@@ -177,17 +168,22 @@ def test_shared_prefixes_in_a_browser(tmp_path: Path, width: int, dark: bool) ->
 
 
 @needs_browser
-def test_an_old_record_in_a_browser(tmp_path: Path) -> None:
-    """No bar, no legend and no number of what was not recorded, in the step and in a tree."""
+@pytest.mark.parametrize("kind", ["old", "alone"])
+def test_what_shares_nothing_looks_as_before(tmp_path: Path, kind: str) -> None:
+    """No bar, no legend and no number, in the step and in a tree; a step that is known to share nothing says so."""
     file = tmp_path / "run.html"
-    export(made_up(tmp_path / "run", old=True), file)
+    export(made_up(tmp_path / "run", kind=kind), file)
     with browser(tmp_path) as page:
         shown(page, file, "tab=steps&role=main&step=0", ".group")
         assert page.run("return document.querySelectorAll('button.cell').length") == 2 * K
-        assert (
-            page.run("return document.querySelectorAll('.tokens, #bars, [data-fact=prefixes]').length") == 0
+        assert page.run("return document.querySelectorAll('.tokens, #bars').length") == 0
+        said = page.run(
+            "return [...document.querySelectorAll('[data-fact=prefixes]')].map(e => e.textContent)"
         )
-        assert "shared" not in page.run("return document.querySelector('main').innerHTML")
+        nothing = "0 of 19,000 tokens shared (0 %), computed 19,000"
+        assert said == ([] if kind == "old" else [nothing])
+        groups = page.run("return [...document.querySelectorAll('.group')].map(e => e.innerHTML).join()")
+        assert "shared" not in groups
         shown(page, file, "tab=rollouts&id=0/1/7", "[data-rollout]")
         assert page.run("return document.querySelectorAll('[data-fact=reward]').length") == 1
         assert "shared" not in page.run("return document.querySelector('[data-rollout]').textContent")
