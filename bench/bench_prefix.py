@@ -115,7 +115,7 @@ def case_of(args: argparse.Namespace, policy: Policy, name: str) -> Case:
     if len(parts) > 1 and len(prefix := work.common_prefix(rows)):
         repeated = MiniBatch(parts, denominator)
         parts = work.held(parts, prefix)
-    whole = MiniBatch(cut(rows, capacity), denominator)
+    whole = MiniBatch(cut(rows, capacity // (longest - 1) * longest), denominator)  # entering tokens, too
     return Case(name, rows, MiniBatch(parts, denominator), whole, repeated)
 
 
@@ -138,7 +138,7 @@ def our_step(
 
     def step() -> None:
         trainee.model.set_attn_implementation("sdpa")
-        attention.use(trainee.model, policy.attention)
+        (attention.use_trees if share else attention.use)(trainee.model, policy.attention)
         learner.grad_clip = trainee.grad_clip
         with sharing(policy, share):
             learner.step(batch)
@@ -241,7 +241,9 @@ def measure_case(
         return
     clock = "process" if args.device == "cpu" else "wall"
     rounds = 3 * args.rounds if name == NOTHING else args.rounds  # 2 % need more of them
-    times = interleave({n: providers[n] for n in kept}, rounds, warmup=0, clock=clock)  # the check has warmed them
+    times = interleave(
+        {n: providers[n] for n in kept}, rounds, warmup=0, clock=clock
+    )  # the check has warmed them
     for way, found in times.items():
         report.figure(
             f"{name}: {way}", found.median, "ms", note=f"{rounds} rounds, {found.spread:.0%} spread"

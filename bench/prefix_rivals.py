@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.prefix_workload import common_prefix, places, tree_of
+from bench.prefix_workload import common_prefix, tree_of
 from bench.step_rivals import Step, Trainee
 from bench.step_workload import LOSS
 from mgrpo.batcher.prefix_tree import PrefixTree, prefix_tree
 from mgrpo.model.policy import Policy
+from mgrpo.model.shared_rows import share
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner
 
@@ -38,31 +39,29 @@ class MaskedPolicy(Policy):
     def hidden_before(self, input_ids: Tensor, lengths: Tensor, scored: Tensor, *_: Any) -> Tensor:
         """As Policy.hidden_before."""
         ids, lengths = input_ids[:, :-1].contiguous(), (lengths - 1).clamp(min=1)
-        tree = prefix_tree(ids.numpy(), lengths.numpy())
-        tokens, positions, mask = packed_tree(tree, ids)
-        at = places(tree)[scored.cpu()[:, : int(lengths.max())]]
+        rows = share(ids, lengths)
+        if rows is None:
+            raise ValueError("the rows share no prefix")
         states = self._states(
-            input_ids=tokens.to(self.device),
-            position_ids=positions.to(self.device),
-            attention_mask=mask.to(self.device),
+            input_ids=rows.input_ids.to(self.device),
+            position_ids=rows.positions.to(self.device),
+            attention_mask=tree_mask(prefix_tree(ids.numpy(), lengths.numpy())).to(self.device),
         )
-        return states[0].index_select(0, at.to(self.device))
+        return states[0].index_select(0, rows.place[scored.cpu()].to(self.device))
 
 
-def packed_tree(tree: PrefixTree, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens i64 (1, T) of the nodes, one after the other, their positions i64 (1, T) by depth, and bool (1, 1, T, T):
-    which keys a query sees."""
+def tree_mask(tree: PrefixTree) -> Tensor:
+    """bool (1, 1, T, T): which of the nodes' tokens, one node after the other, each of them sees."""
     n = len(tree.row)
     above = np.eye(n, dtype=bool)
     for node, parent in enumerate(tree.parent.tolist()):  # preorder: a parent's row is complete
         if parent >= 0:
             above[node] |= above[parent]
-    spans = list(zip(tree.row.tolist(), tree.begin.tolist(), tree.end.tolist(), strict=True))
-    tokens = torch.cat([ids[row, begin:end] for row, begin, end in spans])
-    positions = torch.cat([torch.arange(begin, end) for _, begin, end in spans])
+    spans = zip(tree.begin.tolist(), tree.end.tolist(), strict=True)
+    positions = torch.cat([torch.arange(begin, end) for begin, end in spans])
     node = torch.repeat_interleave(torch.arange(n), torch.from_numpy(tree.end - tree.begin).long())
-    mask = torch.from_numpy(above)[node[:, None], node[None]] & (positions[:, None] >= positions[None])
-    return tokens[None], positions[None], mask[None, None]
+    seen = torch.from_numpy(above)[node[:, None], node[None]]
+    return (seen & (positions[:, None] >= positions[None]))[None, None]
 
 
 def masked_step(trainee: Trainee, policy: Policy, batch: MiniBatch) -> Step:

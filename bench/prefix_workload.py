@@ -13,7 +13,6 @@ long, so padding is no part of a comparison.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -129,17 +128,3 @@ def flops_of_trees(flops: ModelFlops, parts: Sequence[MicroBatch]) -> Cost:
         cost += flops.token.times(tree.tokens) + flops.scored.times(int(part.loss_mask[:, 1:].sum()))
         cost += flops.pairs[None].times(float((n * depth + n * (n + 1) // 2).sum()))
     return cost
-
-
-def places(tree: PrefixTree) -> torch.Tensor:
-    """i64 (R, S): where each token of each row stands among the nodes' tokens, node after node; -1 behind a row."""
-    sizes = tree.end - tree.begin
-    offsets = list(itertools.accumulate(sizes.tolist(), initial=0))
-    found = torch.full((len(tree.lengths), int(tree.lengths.max())), -1, dtype=torch.int64)
-    for row, length in enumerate(tree.lengths.tolist()):
-        node = int(tree.leaf[row])
-        while node >= 0:
-            begin, end = int(tree.begin[node]), min(int(tree.end[node]), length)
-            found[row, begin:end] = offsets[node] + torch.arange(end - begin)
-            node = int(tree.parent[node])
-    return found
