@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # One command for a GPU host: build, gpu-marked tests, every kernel bench, the head, training steps of a 0.6B and an 8B
-# shape with their memory beside `mgrpo plan`'s, shared prefixes, two ranks over NCCL where two GPUs are, vLLM where it is installed; one
-# table, bench/baselines/<gpu>.json. Needs nothing from a network: torch, triton, transformers, peft, pydantic, msgspec,
-# rich, numpy, pybind11, cmake, pytest, pytest-timeout and pytest-xdist come from the Python named by PYTHON. No step
-# runs longer than its own limit or than what is left of SECONDS_LIMIT (530). TESTS=0 leaves the tests out.
+# shape with their memory beside `mgrpo plan`'s, shared prefixes, two ranks over NCCL where two GPUs are, vLLM where it
+# is installed; one table, bench/baselines/<gpu>.json. Needs nothing from a network: torch, triton, transformers, peft,
+# pydantic, msgspec, rich, numpy, pybind11, cmake, pytest, pytest-timeout and pytest-xdist come from the Python named by
+# PYTHON. No step runs longer than its own limit or than what is left of SECONDS_LIMIT (530). TESTS=0 leaves the tests
+# out.
 #
 # DEVICE=cpu goes through the same steps with tiny sizes and writes JSON=<path> alone: it shows that they run, and its
 # figures mean nothing. Steps that need a GPU, a compiler or a server are left out there.
