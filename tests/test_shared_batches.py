@@ -1,0 +1,138 @@
+"""Shared prefixes in the trajectories of the tasks: teams of scripts play atlas, the factbook and SmolLM2's chat, and a
+tiny model with the task's vocabulary has the gradient of rows computed whole."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgrpo.environments.episode import Agent, Episode
+from mgrpo.environments.scripted import ScriptedEngine
+from mgrpo.environments.task import Task
+from mgrpo.tasks.atlas.chat import AtlasChatTask
+from mgrpo.tasks.atlas.chat_calls import render
+from mgrpo.tasks.atlas.task import AtlasTask
+from mgrpo.tasks.factbook.small.task import SmallTask
+from mgrpo.types import Rollout, Trajectory
+from tests import test_atlas_chat, test_factbook_small
+from tests.atlas_scripts import Script, Words, gold_main, gold_sub
+from tests.loss_grid import settings
+from tests.shared_kit import distance, gradients, policies, rows_of_trajectories, sampled_near, saved_tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parent.parent
+SMOLLM2 = ROOT / "models" / "smollm2"
+END = "<|im_end|>"
+QUESTIONS, GROUP = 2, 4
+
+
+def wavering(script: Callable[[Any], str], others: Sequence[str], seed: int) -> Callable[[Any], str]:
+    """Now and then one of the other turns."""
+    g = np.random.default_rng(seed)
+    return lambda said: others[int(g.integers(len(others)))] if g.random() < 0.25 else script(said)
+
+
+def played(task: Task, agents: Callable[[int], dict[str, Agent]]) -> dict[str, list[Trajectory]]:
+    """Role -> its trajectories in groups of rollouts, as a step trains on them."""
+    found: dict[str, list[Trajectory]] = {"main": [], "sub": []}
+    for number, question in enumerate(task.questions("train", QUESTIONS, 1)):
+        for k in range(GROUP):
+            team = agents(number * GROUP + k)
+            rollout: Rollout = asyncio.run(task.play(question, Episode(f"{number}", k, team, 1)))
+            for trajectory in rollout.trajectories():
+                found[trajectory.role].append(trajectory)
+    return found
+
+
+def words_team(task: Any, main: Script, sub: Script, seed: int) -> dict[str, Agent]:
+    """Of a task whose tokens are words."""
+    language = task.library.language
+    words = Words(language)
+    others = {
+        "main": ["<ans> none .", f"<call> {language.relations[seed % 5]} {language.entities[seed]} ."],
+        "sub": ["<ans> none none .", f"<search> {language.entities[seed % 3]} ."],
+    }
+    return {
+        role: Agent(role, engine_of(wavering(script, others[role], seed), words, str.split), words, 1.0, 160)
+        for role, script in (("main", main), ("sub", sub))
+    }
+
+
+def engine_of(script: Callable[[Any], str], tokenizer: Any, read: Callable[[str], Any] = str) -> ScriptedEngine:
+    return ScriptedEngine(lambda text: script(read(text)), tokenizer)
+
+
+def atlas() -> dict[str, list[Trajectory]]:
+    task = AtlasTask({})
+    return played(task, functools.partial(words_team, task, gold_main, gold_sub))
+
+
+def factbook() -> dict[str, list[Trajectory]]:
+    task = SmallTask({})
+    return played(task, functools.partial(words_team, task, gold_main, test_factbook_small.gold_sub))
+
+
+def smollm2() -> dict[str, list[Trajectory]]:
+    """With its own tokenizer and template: system prompt and two examples begin every trajectory of a role."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    task = AtlasChatTask({"hops": [1, 0, 0], "turn_tokens": 32, "max_calls": 2, "max_turns": 4})
+    others = [render("answer", value="none"), render("search", query="Suva"), "Let me think."]
+
+    def team(seed: int) -> dict[str, Agent]:
+        scripts = {"main": test_atlas_chat.gold_main, "sub": test_atlas_chat.gold_sub}
+        return {
+            role: Agent(
+                role,
+                engine_of(lambda text, s=wavering(script, others, seed): s(text) + END, tokenizer),  # type: ignore[misc]
+                tokenizer,
+                1.0,
+                640,
+            )
+            for role, script in scripts.items()
+        }
+
+    return played(task, team)
+
+
+BATCHES: dict[str, tuple[Callable[[], dict[str, list[Trajectory]]], float]] = {
+    "atlas": (atlas, 0.1),
+    "factbook": (factbook, 0.1),
+    "smollm2": (smollm2, 0.4),
+}
+"""task -> (its trajectories by role, the least part of their tokens that is shared)."""
+
+
+@pytest.fixture(scope="module", params=BATCHES)
+def batch(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, list[Trajectory]]]]:
+    name = request.param
+    if name == "smollm2" and not (SMOLLM2 / "tokenizer.json").exists():
+        pytest.skip("needs make smollm2-model")
+    yield name, BATCHES[name][0]()
+
+
+@pytest.mark.parametrize("role", ["main", "sub"])
+def test_gradients_of_real_batches(batch: tuple[str, dict[str, list[Trajectory]]], role: str) -> None:
+    """Every weight's gradient is that of whole rows, to 1e-10 in float64 and to 1e-5 of the largest in float32."""
+    name, trajectories = batch
+    rows, tokens = rows_of_trajectories(trajectories[role])
+    model = {"vocab_size": tokens, "max_position_embeddings": 1024}
+    plain, shared = policies("llama, grouped heads", True, tokens, model)
+    rows = sampled_near(plain, rows, np.random.default_rng(1))
+    assert saved_tokens(rows) > BATCHES[name][1] * float(rows.lengths.sum())
+    loss = settings("dapo")
+    expected, metrics = gradients(plain, [rows], loss)
+    found, of_found = gradients(shared, [rows], loss)
+    assert distance(found, expected) < 1e-10
+    assert of_found == pytest.approx(metrics, rel=1e-9, abs=1e-9)
+    plain, shared = policies("llama, grouped heads", False, tokens, model)
+    expected, found = (gradients(policy, [rows], loss)[0] for policy in (plain, shared))
+    largest = max(float(x.abs().max()) for x in expected.values())
+    assert max(float((found[n] - x).abs().max()) for n, x in expected.items()) < 1e-5 * largest
