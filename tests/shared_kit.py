@@ -65,7 +65,11 @@ def shared_model(name: str, exact: bool = False, seed: int = 0, **changes: Any) 
 
 
 def policies(
-    name: str, exact: bool = False, tokens: int = VOCAB, changes: Mapping[str, Any] | None = None, **config: Any
+    name: str,
+    exact: bool = False,
+    tokens: int = VOCAB,
+    changes: Mapping[str, Any] | None = None,
+    **config: Any,
 ) -> tuple[Policy, Policy]:
     """(computes each row whole, computes shared prefixes once), with the same weights. changes: of the model."""
     made = []
@@ -103,6 +107,18 @@ def tree_of_tokens(
     return [rows[i] for i in g.permutation(len(rows))]
 
 
+def forest(seed: int, longest: int = 24) -> tuple[list[list[int]], int]:
+    """Eleven rows that begin with one prefix of at least 8 tokens, and its length; some go on together for a while."""
+    g = np.random.default_rng(seed)
+
+    def draw(least: int, most: int) -> list[int]:
+        return [int(token) for token in g.integers(0, VOCAB, g.integers(least, most))]
+
+    prefix, branches = draw(8, longest), [draw(2, longest) for _ in range(3)]
+    rows = [prefix + branches[int(g.integers(3))] + draw(1, 9) for _ in range(9)]
+    return [*rows, rows[0], prefix + branches[0]], len(prefix)
+
+
 def micro_batch(rows: Sequence[Sequence[int]], g: np.random.Generator, per_token: bool = False) -> MicroBatch:
     """The rows with random masks, advantages (some of them 0) and weights; log-probs are 0."""
     lengths = np.array([len(row) for row in rows])
@@ -137,7 +153,12 @@ def sampled_near(policy: Policy, rows: MicroBatch, g: np.random.Generator, off: 
 
 
 def random_rows(
-    seed: int, policy: Policy, depth: int = 5, branching: int = 8, longest: int = 40, per_token: bool | None = None
+    seed: int,
+    policy: Policy,
+    depth: int = 5,
+    branching: int = 8,
+    longest: int = 40,
+    per_token: bool | None = None,
 ) -> MicroBatch:
     """A try: rows of a random tree, sampled near the policy."""
     g = np.random.default_rng(seed)
@@ -163,7 +184,9 @@ def rows_of_trajectories(trajectories: Sequence[Trajectory], seed: int = 0) -> t
 
 def pieces(rows: MicroBatch, parts: Sequence[Sequence[int]]) -> list[MicroBatch]:
     """The rows of each part in a micro-batch of their own."""
-    return [rows.rows(torch.isin(torch.arange(len(rows.lengths)), torch.tensor(list(part)))) for part in parts]
+    return [
+        rows.rows(torch.isin(torch.arange(len(rows.lengths)), torch.tensor(list(part)))) for part in parts
+    ]
 
 
 def minibatch(micro: Sequence[MicroBatch], loss: GrpoLossConfig) -> MiniBatch:
@@ -186,7 +209,9 @@ def gradients(
 
     def keep(*_: object) -> None:
         trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-        seen.update({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained.items()})
+        seen.update(
+            {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained.items()}
+        )
 
     optimizer.register_step_pre_hook(keep)
     learner = Learner(policy, optimizer, loss, 1e12, reference, ranks)
@@ -210,3 +235,14 @@ def saved_tokens(rows: MicroBatch) -> int:
     """Entering tokens of the rows that another row has too: what is saved where everything is shared."""
     entering = [row[: max(n - 1, 1)].tolist() for row, n in zip(rows.ids, rows.lengths.tolist(), strict=True)]
     return sum(map(len, entering)) - len({tuple(row[:i]) for row in entering for i in range(1, len(row) + 1)})
+
+
+def computed(policy: Policy, rows: MicroBatch) -> int:
+    """Tokens that enter the model, padding included."""
+    seen: list[int] = []
+    hook = policy.model.get_input_embeddings().register_forward_hook(
+        lambda _, args, out: seen.append(out.shape[:-1].numel())
+    )
+    logprobs_of(policy, rows, 1.0)
+    hook.remove()
+    return sum(seen)

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from mgrpo.batcher import Batcher, Plan
 from mgrpo.environments.episode import Agent, Episode
 from mgrpo.environments.scripted import ScriptedEngine
 from mgrpo.environments.task import Task
@@ -19,11 +23,22 @@ from mgrpo.tasks.atlas.chat import AtlasChatTask
 from mgrpo.tasks.atlas.chat_calls import render
 from mgrpo.tasks.atlas.task import AtlasTask
 from mgrpo.tasks.factbook.small.task import SmallTask
+from mgrpo.tasks.factbook.task import FactbookTask
+from mgrpo.trainers.batch import MicroBatch
 from mgrpo.types import Rollout, Trajectory
-from tests import test_atlas_chat, test_factbook_small
+from tests import research_kit, test_atlas_chat, test_factbook_play, test_factbook_small
 from tests.atlas_scripts import Script, Words, gold_main, gold_sub
 from tests.loss_grid import settings
-from tests.shared_kit import distance, gradients, policies, rows_of_trajectories, sampled_near, saved_tokens
+from tests.research_kit import said
+from tests.shared_kit import (
+    computed,
+    distance,
+    gradients,
+    policies,
+    rows_of_trajectories,
+    sampled_near,
+    saved_tokens,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -64,8 +79,10 @@ def words_team(task: Any, main: Script, sub: Script, seed: int) -> dict[str, Age
     }
 
 
-def engine_of(script: Callable[[Any], str], tokenizer: Any, read: Callable[[str], Any] = str) -> ScriptedEngine:
-    return ScriptedEngine(lambda text: script(read(text)), tokenizer)
+def engine_of(
+    script: Callable[[Any], str], tokenizer: Any, read: Callable[[str], Any] = str, end: str = ""
+) -> ScriptedEngine:
+    return ScriptedEngine(lambda text: script(read(text)) + end, tokenizer)
 
 
 def atlas() -> dict[str, list[Trajectory]]:
@@ -88,23 +105,41 @@ def smollm2() -> dict[str, list[Trajectory]]:
 
     def team(seed: int) -> dict[str, Agent]:
         scripts = {"main": test_atlas_chat.gold_main, "sub": test_atlas_chat.gold_sub}
-        return {
-            role: Agent(
-                role,
-                engine_of(lambda text, s=wavering(script, others, seed): s(text) + END, tokenizer),  # type: ignore[misc]
-                tokenizer,
-                1.0,
-                640,
-            )
+        engines = {
+            role: engine_of(wavering(script, others, seed), tokenizer, end=END)
             for role, script in scripts.items()
         }
+        return {role: Agent(role, engine, tokenizer, 1.0, 640) for role, engine in engines.items()}
 
     return played(task, team)
 
 
+def whole_factbook() -> dict[str, list[Trajectory]]:
+    """Its own prompts and pages, in SmolLM2's tokens and template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    limits = {"turns": 6, "turn_tokens": 120, "answer_tokens": 60, "observation_tokens": 300}
+    found: dict[str, list[Trajectory]] = {"main": [], "sub": []}
+    with tempfile.TemporaryDirectory() as cache:
+        task = FactbookTask(
+            {"limits": {**limits, "observation_chars": 1200}, "cache": cache}, ("main", "sub")
+        )
+        for number, question in enumerate(task.questions("train", 2)):
+            scripts = test_factbook_play.oracle_main(question), test_factbook_play.oracle_sub(task, question)
+            for k in range(2):
+                main, sub = (wavering(s, [said(report="none")], 2 * number + k) for s in scripts)
+                rollout = research_kit.roll(task, question, 4000, tokenizer, main=main, sub=sub)
+                for trajectory in rollout.trajectories():
+                    found[trajectory.role].append(trajectory)
+        asyncio.run(task.close())
+    return found
+
+
 BATCHES: dict[str, tuple[Callable[[], dict[str, list[Trajectory]]], float]] = {
     "atlas": (atlas, 0.1),
-    "factbook": (factbook, 0.1),
+    "factbook, its closed view": (factbook, 0.1),
+    "factbook": (whole_factbook, 0.4),
     "smollm2": (smollm2, 0.4),
 }
 """task -> (its trajectories by role, the least part of their tokens that is shared)."""
@@ -113,7 +148,7 @@ BATCHES: dict[str, tuple[Callable[[], dict[str, list[Trajectory]]], float]] = {
 @pytest.fixture(scope="module", params=BATCHES)
 def batch(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, list[Trajectory]]]]:
     name = request.param
-    if name == "smollm2" and not (SMOLLM2 / "tokenizer.json").exists():
+    if name in ("factbook", "smollm2") and not (SMOLLM2 / "tokenizer.json").exists():
         pytest.skip("needs make smollm2-model")
     yield name, BATCHES[name][0]()
 
@@ -136,3 +171,64 @@ def test_gradients_of_real_batches(batch: tuple[str, dict[str, list[Trajectory]]
     expected, found = (gradients(policy, [rows], loss)[0] for policy in (plain, shared))
     largest = max(float(x.abs().max()) for x in expected.values())
     assert max(float((found[n] - x).abs().max()) for n, x in expected.items()) < 1e-5 * largest
+
+
+def planned(
+    rows: MicroBatch, trajectories: Sequence[Trajectory], capacity: int, **options: bool
+) -> tuple[list[MicroBatch], Plan]:
+    """The rows as the batcher lays a step of them out. options: of Batcher.plan."""
+    role, groups = trajectories[0].role, {t.query for t in trajectories}
+    most = 1 + max(t.invocation for t in trajectories)
+    batcher = Batcher(GROUP, most, capacity, role=role, arena_bytes=1 << 24)
+    counts: Counter[tuple[str, int]] = Counter((t.query, t.rollout) for t in trajectories)
+    for i, t in enumerate(trajectories):
+        arrays = rows.ids[i].int(), rows.loss_mask[i].byte(), rows.rollout_logprobs[i]
+        place = t.query, t.rollout, t.invocation, i
+        batcher.add(*place, *(x[: len(t)].numpy() for x in arrays), float(rows.advantages[i]), 0)
+    for query in groups:
+        for k in range(GROUP):
+            batcher.seal(query, k, counts[query, k])
+    plan = batcher.plan(0, **options)
+    micro: list[MicroBatch] = []
+    for index in range(plan.n_padded):
+        out = plan.padded_buffers(0, index)
+        batcher.write_padded(plan, 0, index, out)
+        tensors = {name: torch.from_numpy(out[name]) for name in ("ids", "loss_mask", "logprobs", "lengths")}
+        held = int(plan.prefixes[0, index])
+        micro.append(
+            MicroBatch(
+                tensors["ids"].long(),
+                tensors["loss_mask"] != 0,
+                tensors["logprobs"],
+                tensors["lengths"].long(),
+                torch.from_numpy(out["seg_advantage"]),
+                torch.from_numpy(out["seg_weight"]),
+                prefix=tensors["ids"][0, :held].long() if held else None,
+            )
+        )
+    return micro, plan
+
+
+@pytest.mark.parametrize("role", ["main", "sub"])
+def test_gradients_of_planned_batches(batch: tuple[str, dict[str, list[Trajectory]]], role: str) -> None:
+    """As the batcher packs them: by the tokens that are left, and cut at branches with their prefix held; the gradient
+    is that of the layout without sharing, and no micro-batch computes more than its capacity."""
+    _, found = batch
+    trajectories = found[role]
+    rows, tokens = rows_of_trajectories(trajectories)
+    model = {"vocab_size": tokens, "max_position_embeddings": 1024}
+    plain, shared = policies("llama, grouped heads", True, tokens, model)
+    rows = sampled_near(plain, rows, np.random.default_rng(1))
+    loss = settings("dapo")
+    longest = int(rows.lengths.max())
+    for capacity in (longest + longest // 2, 4 * longest):
+        whole, _ = planned(rows, trajectories, capacity)
+        expected, metrics = gradients(plain, whole, loss)
+        for hold in (False, True):
+            micro, plan = planned(rows, trajectories, capacity, share_prefixes=True, hold_prefixes=hold)
+            assert len(micro) <= len(whole)
+            found_here, of_found = gradients(shared, micro, loss)
+            assert distance(found_here, expected) < 1e-10
+            assert of_found == pytest.approx(metrics, rel=1e-9, abs=1e-9)
+            left = [int((m.lengths - 1).clamp(min=1).sum()) for m in micro]
+            assert plan.shared_tokens == sum(left) - sum(computed(shared, m) for m in micro)

@@ -3,29 +3,26 @@ common, and what cannot be shared is not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.model.policy import Policy
-from mgrpo.trainers.batch import MicroBatch
-from mgrpo.trainers.torch.learner import logprobs_of
 from tests.families import family
 from tests.loss_grid import LOSS_TYPES, settings
 from tests.models import VOCAB, move_adapters, tiny_policy, tiny_tokenizer
 from tests.shared_kit import (
     SHAPES,
+    computed,
     distance,
+    forest,
     gradients,
     micro_batch,
-    minibatch,
     pieces,
     policies,
     random_rows,
@@ -45,17 +42,6 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     from mgrpo.model import shared_rows
 
     monkeypatch.setattr(shared_rows, "MIN_SAVED", 1)
-
-
-def computed(policy: Policy, rows: MicroBatch) -> int:
-    """Tokens that enter the model, padding included."""
-    seen: list[int] = []
-    hook = policy.model.get_input_embeddings().register_forward_hook(
-        lambda _, args, out: seen.append(out.shape[:-1].numel())
-    )
-    logprobs_of(policy, rows, 1.0)
-    hook.remove()
-    return sum(seen)
 
 
 @pytest.mark.usefixtures("everything")
@@ -169,15 +155,6 @@ def test_backbones_in_bfloat16() -> None:
             got = torch.cat([x.flatten() for x in found.values()])
             off[i, seed] = float((got - whole).norm() / whole.norm())
     assert np.median(off[1]) < 1.25 * np.median(off[0]) + 0.005 and np.median(off[0]) < 0.2
-
-
-def forest(seed: int, longest: int = 24) -> tuple[list[list[int]], int]:
-    """Rows that all begin with one prefix, and its length; some go on together for a while."""
-    g = np.random.default_rng(seed)
-    draw = lambda: g.integers(0, VOCAB, g.integers(2, longest)).tolist()  # noqa: E731
-    prefix, branches = draw(), [draw() for _ in range(3)]
-    rows = [prefix + branches[int(g.integers(3))] + draw()[: int(g.integers(1, 9))] for _ in range(9)]
-    return [*rows, rows[0], prefix + branches[0]], len(prefix)
 
 
 @pytest.mark.usefixtures("everything")
