@@ -16,7 +16,6 @@ def pack(
     cost_b: float = 0.0,
     max_segments: int = 0,
 ) -> dict[str, Any]: ...
-
 def prefix_tree(
     ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], min_saved: int
 ) -> dict[str, npt.NDArray[np.int32]]: ...

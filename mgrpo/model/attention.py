@@ -28,6 +28,9 @@ from torch import Tensor
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import architecture
+from mgrpo.model.shared_rows import TreeForward
+from mgrpo.ops.tree_attention import Kernel
+from mgrpo.ops.tree_kernels import CpuKernel, FlashKernel, VarlenKernel
 
 Kind = Literal["rows", "sdpa", "varlen", "flash"]
 PACKED: tuple[Kind, ...] = ("varlen", "flash")
@@ -125,9 +128,24 @@ def use(model: Any, kind: Kind) -> None:
     model.set_attn_implementation(name)
 
 
+_TREES = "mgrpo_trees"
+
 _groups_heads = False
 """Whether torch's varlen_attn takes fewer heads of keys than of queries (torch 2.11 does not). A global that is set
 when a model is told to use it: torch.compile cannot trace the question."""
+
+
+def use_trees(model: Any, kind: Kind) -> None:
+    """Have `model` take a prefix tree (shared_rows.py) beside the rows that it computes as `kind`. Packed attention
+    does so anyway."""
+    if kind in PACKED:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register(_TREES, _rows)
+    AttentionMaskInterface.register(_TREES, flash_attention_mask)
+    model.set_attn_implementation(_TREES)
 
 
 def _varlen_groups() -> None:
@@ -188,15 +206,15 @@ def packs(states: Callable[..., Tensor], device: torch.device, half: bool) -> bo
     others[0] = 1 - rows[0]
     first = int(lengths[0])
     # Products of the same shape: what another first sequence moves in the second is what leaks.
-    leak = _off(states(**pack(others, lengths).arguments())[0][first:], together[first:])
+    leak = distance(states(**pack(others, lengths).arguments())[0][first:], together[first:])
     if not float(leak.median()) <= (1e-3 if half else 1e-5):
         return False
-    off = _off(together, _alone(states, rows, lengths))
+    off = distance(together, _alone(states, rows, lengths))
     # Half precision rounds products of other shapes otherwise, more so the deeper a model is.
     return float(off.median() if half else off.max()) <= (0.1 if half else 1e-3)
 
 
-def _off(a: Tensor, b: Tensor) -> Tensor:
+def distance(a: Tensor, b: Tensor) -> Tensor:
     """Distance of each token's hidden state (T, H) from the other, relative to its size."""
     off: Tensor = (a - b).float().norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-6)
     return off
@@ -215,7 +233,7 @@ def check_padded(model: Any, states: Callable[..., Tensor], device: torch.device
         raise ConfigError(
             f"{name}: {type(model).__name__} computes no hidden states from rows of token ids alone: {error}"
         ) from error
-    off = _off(together, alone)
+    off = distance(together, alone)
     # Half precision may send a token to another expert, so there the middle one decides.
     worst = float(off.max() if alone.dtype == torch.float32 else off.median())
     if not worst <= (1e-2 if alone.dtype == torch.float32 else 0.1):
@@ -240,6 +258,9 @@ def _varlen(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """AttentionInterface function: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D)."""
+    if (tree := kwargs.get("prefix_tree")) is not None:
+        kernel = CpuKernel() if query.device.type == "cpu" else VarlenKernel()
+        return _tree(module, query, key, value, tree, kernel, kwargs), None
     borders = kwargs.get("cu_seq_lens_q")
     if borders is None:
         return unpacked(module, query, key, value, attention_mask, **kwargs)
@@ -273,6 +294,8 @@ def _flash(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As _varlen, through flash-attn."""
+    if (tree := kwargs.get("prefix_tree")) is not None:
+        return _tree(module, query, key, value, tree, FlashKernel(), kwargs), None
     borders = kwargs.get("cu_seq_lens_q")
     if borders is None:
         return unpacked(module, query, key, value, attention_mask, **kwargs)
@@ -291,6 +314,33 @@ def _flash(
         window_size=(-1 if window is None else window - 1, 0 if window else -1),
     )
     return out[None], None
+
+
+def _rows(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Whole rows on a CPU, or a prefix tree."""
+    if (tree := kwargs.get("prefix_tree")) is not None:
+        return _tree(module, query, key, value, tree, CpuKernel(), kwargs), None
+    return unpacked(module, query, key, value, attention_mask, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _tree(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeForward,
+    kernel: Kernel,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attention over a prefix tree: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D)."""
+    refuse_what_is_not_computed(module, kwargs)
+    scale = kwargs.get("scaling")
+    # A rotation may leave them in float32.
+    q, k, v = _flat(query.to(value.dtype), key.to(value.dtype), value)
+    return tree.attend(module, q, k, v, query.shape[-1] ** -0.5 if scale is None else scale, kernel)[None]
 
 
 def _flat(*states: Tensor) -> list[Tensor]:

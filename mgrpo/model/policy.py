@@ -32,9 +32,10 @@ from torch import Tensor
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.files import sync_folder, sync_tree
-from mgrpo.model import architecture, attention, head_guard, lora, moe, names
+from mgrpo.model import architecture, attention, head_guard, lora, moe, names, sharing
 from mgrpo.model.groups import width_groups
 from mgrpo.model.precision import Precision, head_dtype
+from mgrpo.model.shared_rows import HeldPrefix, SharedRows, TreeForward, share, whole_row
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
 from mgrpo.model.trained import (
@@ -59,7 +60,7 @@ class Policy:
     ) -> None:
         """model: a transformers causal LM with float32 weights, on its device, taken over; tokenizer: its tokenizer;
         name: how errors call this policy; config: how it is computed and what of it trains (default: everything,
-        float32)."""
+        float32, each row whole)."""
         head = head_guard.head_of(model, name)
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         remember_stops(tokenizer, getattr(model, "generation_config", None))
@@ -67,10 +68,14 @@ class Policy:
         self.vocabulary = Vocabulary(tokenizer, self.vocab_size, name)
         self.context_length: int | None = architecture.positions(model.config.to_dict())
         """Positions the model was built for; None where it has no bound, as state-space models and ALiBi."""
-        self.config = config or PolicyConfig()
+        self.config = config or PolicyConfig(share_prefixes=False)
         self._trunk = head_guard.backbone_of(model, name)
         self._keeps = "keep" in inspect.signature(self._trunk.forward).parameters
         self._dtype, self._offload = head.weight.dtype, False
+        self.shares = False
+        """Whether what rows of a batch begin with is computed once (shared_rows.py)."""
+        self.why_not: str | None = None
+        """Why it is not, where the configuration asks for it."""
         self.precision = Precision(model, PolicyConfig(), name)
         self.routing = moe.Routing(model)
         moe.check(model, self.config, self.routing, name)
@@ -87,8 +92,13 @@ class Policy:
         self._round()
         with uncompiled():
             self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
+            self._choose_sharing()
         recompute_layers(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
+
+    def _choose_sharing(self) -> None:
+        self.why_not = sharing.choose(self.model, self._states, self.config, self.device, self.attention)
+        self.shares = self.config.share_prefixes and self.why_not is None
 
     def _round(self) -> None:
         """From now on, compute in what the configuration says. Comes when what trains is chosen."""
@@ -153,15 +163,22 @@ class Policy:
             )
         return self._states(input_ids=input_ids)
 
-    def hidden_before(self, input_ids: Tensor, lengths: Tensor, scored: Tensor) -> Tensor:
+    def hidden_before(
+        self, input_ids: Tensor, lengths: Tensor, scored: Tensor, held: HeldPrefix | None = None
+    ) -> Tensor:
         """Final hidden states (T, H) that score the tokens where scored (R, S - 1) is set, row-major.
 
         scored[r, t] is about token t + 1 of row r, whose hidden state stands at t. Equal to
-        hidden(input_ids, lengths)[:, :-1][scored] without the work that is not needed for it: no row's last
-        token enters the model, padding little (rows) or not at all (packed), and our own decoder skips the last
-        layer's feed-forward block where nothing is scored. Arguments may lie in main memory.
+        hidden(input_ids, lengths)[:, :-1][scored] without the work that is not needed for it: what rows begin with is
+        computed once (where the policy `shares`), no row's last token enters the model, padding little (rows) or not at
+        all (packed), and our own decoder skips the last layer's feed-forward block where nothing is scored. held: a
+        prefix that every row begins with, which is not computed here. Arguments may lie in main memory.
         """
         ids, lengths = input_ids[:, :-1], (lengths - 1).clamp(min=1)
+        if self.shares:
+            rows = share(ids.cpu(), lengths.cpu(), 0 if held is None else len(held.ids))
+            if rows is not None:
+                return self._of_tree(rows, scored.cpu(), held)
         if self.attention == "rows":
             return self._grouped(ids, lengths, scored)
         self.routing.expect(lengths, ids.shape[1] if self.attention == "sdpa" else None, self.device)
@@ -170,6 +187,29 @@ class Policy:
         packed = attention.pack(ids, lengths)
         at = scored[packed.inside].nonzero().squeeze(1).to(self.device)
         return self._states(**packed.to(self.device).arguments())[0].index_select(0, at)
+
+    def hold(self, ids: Tensor) -> HeldPrefix:
+        """Compute a prefix i64 (P,) now for several calls of hidden_before(), whose backward passes come before the
+        prefix's own. Raises ValueError where the policy does not share."""
+        if not self.shares:
+            raise ValueError(f"{self.name} computes each row whole: {self.why_not or 'share_prefixes=false'}")
+        tokens = len(ids)
+        self.routing.expect(torch.tensor([tokens]), None, self.device)
+        forward = TreeForward(tuple(at.to(self.device) for at in whole_row(tokens)), keep={})
+        positions = torch.arange(tokens, device=self.device)[None]
+        states = self._states(
+            input_ids=ids.to(self.device)[None], position_ids=positions, prefix_tree=forward
+        )
+        assert forward.keep is not None
+        return HeldPrefix.of(ids, states[0], forward.keep)
+
+    def _of_tree(self, rows: SharedRows, scored: Tensor, held: HeldPrefix | None) -> Tensor:
+        parts = [] if held is None else [held.hidden.to(self._head_dtype)]
+        if rows.sizes:
+            self.routing.expect(torch.tensor(rows.sizes), None, self.device)
+            parts.append(self._states(**rows.arguments(self.device, held))[0])
+        states = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return states.index_select(0, rows.place[scored].to(self.device))
 
     def _grouped(self, ids: Tensor, lengths: Tensor, scored: Tensor) -> Tensor:
         """Rows of similar length share a forward."""
@@ -198,7 +238,11 @@ class Policy:
         )
         with store:
             states: Tensor = self._trunk(**arguments, use_cache=False).last_hidden_state
-        return states.to(torch.float32 if self.precision.exact else self._dtype)
+        return states.to(self._head_dtype)
+
+    @property
+    def _head_dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision.exact else self._dtype
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:

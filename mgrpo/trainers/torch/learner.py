@@ -19,6 +19,7 @@ from mgrpo.errors import NumericsError
 from mgrpo.losses.registry import find_loss
 from mgrpo.model import moe
 from mgrpo.model.policy import Policy
+from mgrpo.model.shared_rows import HeldPrefix
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.loss_metrics import join_metrics, read_metrics, step_metrics
 from mgrpo.ops.selective_logprob import selective_logprob
@@ -29,12 +30,14 @@ from mgrpo.trainers.torch.mesh import by_mesh, clip_gradient
 from mgrpo.trainers.torch.ranks import Ranks
 
 
-def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.Tensor:
+def logprobs_of(
+    policy: Policy, batch: MicroBatch, temperature: float, held: HeldPrefix | None = None
+) -> torch.Tensor:
     """Log-probs f32[T] of the sampled tokens under `policy`, on its device, without a graph. NumericsError where one is
     not finite: the policy's numbers are not, or it gives a sampled token probability 0."""
     active = batch.active().to(policy.device)
     with torch.no_grad():
-        hidden = policy.hidden_before(batch.ids, batch.lengths, active.mask)
+        hidden = policy.hidden_before(batch.ids, batch.lengths, active.mask, held)
         targets = policy.vocabulary.classes(active.targets)
         found = selective_logprob(hidden, policy.token_head, targets, temperature=temperature)[0]
     bad = int((~found.isfinite()).sum())
@@ -44,6 +47,32 @@ def logprobs_of(policy: Policy, batch: MicroBatch, temperature: float) -> torch.
             "with (its old or reference policy); the step was not taken"
         )
     return found
+
+
+class Prefixes:
+    """What neighbouring micro-batches begin with, held by each policy from the first of them to the last."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        # A forward pass more would be one that the other ranks know nothing of.
+        self._holds = ranks.size == 1
+        self._held: dict[Policy, HeldPrefix] = {}
+
+    def of(self, policy: Policy, rows: MicroBatch) -> HeldPrefix | None:
+        """What the policy's forward pass over `rows` takes, after leave(rows)."""
+        if rows.prefix is None or not self._holds or not policy.shares:
+            return None
+        if policy not in self._held:
+            self._held[policy] = policy.hold(rows.prefix)
+        return self._held[policy]
+
+    def leave(self, rows: MicroBatch | None) -> None:
+        """Take the backward pass of what is held and `rows` do not begin with; None: of whatever is held. Those of all
+        micro-batches that began with it are done."""
+        for policy, held in list(self._held.items()):
+            if rows is None or rows.prefix is None or not torch.equal(held.ids, rows.prefix):
+                del self._held[policy]
+                with stage("backward"):
+                    held.backward()
 
 
 class Learner:
@@ -88,19 +117,21 @@ class Learner:
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         if recompute_old:
-            with stage("recompute"):
+            with stage("recompute"), torch.no_grad():
+                prefixes = Prefixes(self.ranks)
                 for micro in (m for batch in batches for m in batch.micro):
-                    self._recompute(micro)
+                    self._recompute(micro, prefixes)
         results = [result for batch in batches if (result := self.step(batch))]
         if not results:
             return {}
         return step_metrics(results, float(self.optimizer.param_groups[0]["lr"])) | moe.means(results)
 
-    def _recompute(self, micro: MicroBatch) -> None:
+    def _recompute(self, micro: MicroBatch, prefixes: Prefixes) -> None:
         """Set its old_logprobs to those of the policy as it is."""
         micro.old_logprobs = torch.zeros_like(micro.rollout_logprobs)
         rows = micro if len(micro.lengths) else _blank()
-        found = logprobs_of(self.policy, rows, self.loss.temperature)
+        prefixes.leave(rows)
+        found = logprobs_of(self.policy, rows, self.loss.temperature, prefixes.of(self.policy, rows))
         if rows is micro:
             micro.old_logprobs[:, 1:][micro.active().mask] = found.to(micro.old_logprobs.device)
 
@@ -114,11 +145,14 @@ class Learner:
         if self.aux_loss_coef:
             with stage("count"):
                 balance = self._count(batch, load)
+        prefixes = Prefixes(self.ranks)
         for rows in self._parts(batch):
+            prefixes.leave(rows)
             if len(rows.lengths):
-                parts.append(self._backward(rows, batch.denominator, load, balance))
+                parts.append(self._backward(rows, batch.denominator, prefixes, load, balance))
             else:  # the others gather weights in this micro-step, which takes every rank
-                self._backward(_blank(), batch.denominator)
+                self._backward(_blank(), batch.denominator, prefixes)
+        prefixes.leave(None)
         if self.ranks.size > 1:  # in the order of ranks, of those that have the same rows one
             with stage("reduce"):  # of the metrics; FSDP sums gradients within the backward passes
                 every = self.ranks.gather((read_metrics(parts), self.memory.most() if self.memory else 0.0))
@@ -164,6 +198,7 @@ class Learner:
         self,
         rows: MicroBatch,
         denominator: float,
+        prefixes: Prefixes,
         load: moe.RouterLoad | None = None,
         balance: moe.Balance | None = None,
     ) -> tuple[int, dict[str, torch.Tensor]]:
@@ -172,11 +207,13 @@ class Learner:
         active = rows.active().to(device)
         routing = self.policy.routing.record(load if balance is None else None, keep=balance is not None)
         with stage("forward"), routing:
-            hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask)  # (T, H)
+            held = prefixes.of(self.policy, rows)
+            hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask, held)  # (T, H)
         reference = None
         if self.reference is not None:
-            with stage("reference"):
-                reference = logprobs_of(self.reference, rows, self.loss.temperature)
+            with stage("reference"), torch.no_grad():
+                held = prefixes.of(self.reference, rows)
+                reference = logprobs_of(self.reference, rows, self.loss.temperature, held)
         with stage("head"):
             loss, metrics = linear_grpo_loss(
                 hidden,

@@ -39,6 +39,7 @@ from mgrpo.model.mesh import check_mesh
 from mgrpo.model.parts import part_of
 from mgrpo.model.policy import Policy, WithoutAdapters
 from mgrpo.model.precision import float32_modules, fsdp_policy
+from mgrpo.model.shared_rows import HeldPrefix
 from mgrpo.model.trained import choose_trained, recompute_layers
 from mgrpo.trainers.torch.heap import return_freed_memory
 from mgrpo.trainers.torch.mesh import RankMesh, whole_head
@@ -123,12 +124,15 @@ class ShardedPolicy(Policy):
         self.let_go()
         kind = "sdpa" if context else attention.choose(model, self._states, self.config, self.device, name)
         self.attention = "sdpa" if kind == "rows" else kind
+        self._choose_sharing()
         self._offload = self.config.activation_offload
         self.let_go()
 
-    def hidden_before(self, input_ids: Tensor, lengths: Tensor, scored: Tensor) -> Tensor:
+    def hidden_before(
+        self, input_ids: Tensor, lengths: Tensor, scored: Tensor, held: HeldPrefix | None = None
+    ) -> Tensor:
         if self._context is None:
-            return super().hidden_before(input_ids, lengths, scored)
+            return super().hidden_before(input_ids, lengths, scored, held)
         return self._context.hidden(self._states, input_ids[:, :-1], scored, self.device)
 
     @property
