@@ -19,6 +19,7 @@ using namespace py::literals;
 void register_plan(py::module_& m);   // bind_plan.cpp
 void register_loss(py::module_& m);   // bind_loss.cpp
 void register_patch(py::module_& m);  // bind_patch.cpp
+void register_tree(py::module_& m);   // bind_tree.cpp
 
 namespace {
 
@@ -392,4 +393,5 @@ PYBIND11_MODULE(_C, m) {
   register_batcher(m);
   register_loss(m);
   register_patch(m);
+  register_tree(m);
 }

@@ -42,7 +42,7 @@ def twin_tree(rows: Sequence[Sequence[int]], min_saved: int) -> PrefixTree:
             leaf[row] = number
     column = lambda values: np.array(list(values), np.int32)  # noqa: E731
     return PrefixTree(
-        row=column(n.rows[0] for n, _ in nodes),
+        row=column(next(r for r in n.rows if len(rows[r]) >= n.end) for n, _ in nodes),
         begin=column(n.begin for n, _ in nodes),
         end=column(n.end for n, _ in nodes),
         parent=column(p for _, p in nodes),
