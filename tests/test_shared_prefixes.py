@@ -167,7 +167,7 @@ def test_micro_batches_cut_at_branches(options: dict[str, Any], loss_type: str) 
         if options.get("lora"):
             policy.model.double()
             move_adapters(policy)
-    for seed in range(6):
+    for seed in range(3):
         tokens, width = forest(seed)
         g = np.random.default_rng(seed)
         rows = sampled_near(plain, micro_batch(tokens, g), g)
