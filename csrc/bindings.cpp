@@ -344,7 +344,13 @@ void register_batcher(py::module_& m) {
       .def(
           "drop", [](Batcher& b, const std::string& query) { return b.drop(query); }, Released())
       .def("expire", &Batcher::expire, Released())
-      .def("plan", &mgrpo::make_plan, Released())
+      .def(
+          "plan",
+          [](const Batcher& b, uint64_t step, std::vector<std::string> names, bool skip_zero, int64_t min_saved,
+             bool hold_prefixes) {
+            return mgrpo::make_plan(b, step, std::move(names), {skip_zero, min_saved, hold_prefixes});
+          },
+          "step"_a, "queries"_a, "skip_zero"_a, "min_saved"_a = 0, "hold_prefixes"_a = false, Released())
       .def("write", &write_packed)
       .def("write_padded", &write_padded)
       .def("save_state", &save_state)

@@ -144,13 +144,16 @@ std::vector<int32_t> assign_ranks(const Steps& steps, int dp) {
 
 }  // namespace
 
-Packing pack(std::span<const int32_t> lengths, const PackOptions& o) {
+Packing pack(std::span<const int32_t> lengths, const PackOptions& o) { return pack({lengths, {}, {}}, o); }
+
+Packing pack(const PackUnits& units, const PackOptions& o) {
+  const std::span<const int32_t> lengths = units.lengths;
   MGRPO_CHECK(o.capacity >= 1, "capacity=", o.capacity, " is below 1");
   MGRPO_CHECK(o.dp >= 1, "dp=", o.dp, " is below 1");
   for (size_t i = 0; i < lengths.size(); ++i)
     MGRPO_CHECK(lengths[i] >= 1 && lengths[i] <= o.capacity, "lengths[", i, "]=", lengths[i], " is outside [1, ",
                 o.capacity, "]");
-  const Sequences s(lengths, o);
+  const Sequences s(units, o);
   Bins full{{}, std::vector<int32_t>(lengths.size(), -1)};
   best_fit_decreasing(s, full);
   const size_t n = rounded_up(full.bins.size(), o.dp);

@@ -28,4 +28,12 @@ struct Packing {
 // lengths[i] in [1, capacity]. A pure function of its arguments.
 Packing pack(std::span<const int32_t> lengths, const PackOptions& options);
 
+// What is packed whole may be several sequences: with a cost of its own each, and max_segments bounding `segments`.
+struct PackUnits {
+  std::span<const int32_t> lengths;   // in [1, capacity]
+  std::span<const double> costs;      // empty: of the length
+  std::span<const int32_t> segments;  // at most max_segments; empty: 1 each
+};
+Packing pack(const PackUnits& units, const PackOptions& options);
+
 }  // namespace mgrpo

@@ -28,12 +28,14 @@ void sort_decreasing(std::span<const int32_t> keys, std::vector<int32_t>& order,
 
 }  // namespace
 
-Sequences::Sequences(std::span<const int32_t> lengths, const PackOptions& o)
+Sequences::Sequences(const PackUnits& units, const PackOptions& o)
     : capacity(o.capacity),
       max_segments(o.max_segments ? o.max_segments : std::numeric_limits<int32_t>::max()),
-      index(lengths.size()),
-      length(lengths.size()),
-      cost(lengths.size()) {
+      index(units.lengths.size()),
+      length(units.lengths.size()),
+      segments(units.lengths.size(), 1),
+      cost(units.lengths.size()) {
+  const std::span<const int32_t> lengths = units.lengths;
   int64_t largest = 0;
   for (size_t i = 0; i < lengths.size(); ++i) {
     index[i] = int32_t(i);
@@ -42,7 +44,8 @@ Sequences::Sequences(std::span<const int32_t> lengths, const PackOptions& o)
   sort_decreasing(lengths, index, largest);
   for (size_t p = 0; p < index.size(); ++p) {
     const double l = length[p] = lengths[index[p]];
-    cost[p] = o.cost_a * l + o.cost_b * l * l;
+    cost[p] = units.costs.empty() ? o.cost_a * l + o.cost_b * l * l : units.costs[index[p]];
+    if (!units.segments.empty()) segments[p] = units.segments[index[p]];
     total_cost += cost[p];
     tokens += length[p];
   }
@@ -95,7 +98,8 @@ void best_fit_decreasing(const Sequences& s, Bins& bins) {
   rooms.prepare(s.capacity);
   for (int64_t p = 0; p < s.size(); ++p) {
     if (bins.of[p] >= 0) continue;
-    const int64_t room = rooms.taken.next(s.length[p]);
+    int64_t room = rooms.taken.next(s.length[p]);
+    while (room >= 0 && room <= s.capacity && !s.fits(bins.bins[rooms.top[room]], p)) room = rooms.taken.next(room + 1);
     int32_t bin;
     if (room >= 0 && room <= s.capacity) {
       bin = rooms.pop(room);
@@ -105,7 +109,7 @@ void best_fit_decreasing(const Sequences& s, Bins& bins) {
     }
     s.put(bins, p, bin);
     const Bin& filled = bins.bins[bin];
-    if (filled.tokens < s.capacity && filled.count < s.max_segments) rooms.push(s.capacity - filled.tokens, bin);
+    if (filled.tokens < s.capacity && filled.segments < s.max_segments) rooms.push(s.capacity - filled.tokens, bin);
   }
   rooms.clear();
 }
@@ -144,12 +148,12 @@ void heavy_step(const Sequences& s, Bins& bins, int dp) {
   const double limit = bins.bins[first].cost;
   for (int32_t b = first; b < first + dp; ++b) {
     const Bin& bin = bins.bins[b];
-    while (bin.count && bin.count < s.max_segments) {
+    while (bin.count && bin.segments < s.max_segments) {
       const int64_t room = s.capacity - bin.tokens;
       // Lengths fall with the position: the first that fits is the longest that fits.
       int64_t q = std::partition_point(s.length.begin(), s.length.end(), [&](int32_t l) { return l > room; }) -
                   s.length.begin();
-      while (q < s.size() && (bins.of[q] >= 0 || bin.cost + s.cost[q] > limit)) ++q;
+      while (q < s.size() && (bins.of[q] >= 0 || bin.cost + s.cost[q] > limit || !s.fits(bin, q))) ++q;
       if (q == s.size()) break;
       s.put(bins, q, b);
     }
@@ -167,9 +171,7 @@ void rebalance(const Sequences& s, Bins& bins, std::span<const int32_t> members,
     for (int m = 0; m < int(fresh.size()); ++m)
       if (s.fits(fresh[m], p) && (best < 0 || fresh[m].cost < fresh[best].cost)) best = m;
     if (best < 0) return;
-    fresh[best].tokens += s.length[p];
-    fresh[best].cost += s.cost[p];
-    ++fresh[best].count;
+    s.add(fresh[best], p);
     if (fresh[best].cost >= max_cost) return;
     choice[i] = best;
   }

@@ -14,6 +14,7 @@ struct Bin {
   int64_t tokens = 0;
   double cost = 0;
   int32_t count = 0;
+  int32_t segments = 0;  // more than count where sequences are units of several
 };
 
 struct Bins {
@@ -23,30 +24,36 @@ struct Bins {
 
 class Sequences {
  public:
-  Sequences(std::span<const int32_t> lengths, const PackOptions& options);
+  Sequences(const PackUnits& units, const PackOptions& options);
 
   int64_t size() const { return int64_t(length.size()); }
   bool fits(const Bin& bin, int64_t position) const {
-    return bin.tokens + length[position] <= capacity && bin.count < max_segments;
+    return bin.tokens + length[position] <= capacity && bin.segments + segments[position] <= max_segments;
   }
   void put(Bins& into, int64_t position, int32_t bin) const {
     into.of[position] = bin;
-    into.bins[bin].tokens += length[position];
-    into.bins[bin].cost += cost[position];
-    ++into.bins[bin].count;
+    add(into.bins[bin], position);
+  }
+
+  void add(Bin& bin, int64_t position) const {
+    bin.tokens += length[position];
+    bin.cost += cost[position];
+    bin.segments += segments[position];
+    ++bin.count;
   }
 
   int64_t capacity;
   int32_t max_segments;
   int64_t tokens = 0;
   double total_cost = 0;
-  std::vector<int32_t> index;   // position -> caller's index
-  std::vector<int32_t> length;  // by position
-  std::vector<double> cost;     // by position
+  std::vector<int32_t> index;     // position -> caller's index
+  std::vector<int32_t> length;    // by position
+  std::vector<int32_t> segments;  // by position
+  std::vector<double> cost;       // by position
 };
 
 // Best-fit decreasing: a sequence goes to the fullest bin that takes it; among bins of equal room, to the one that
-// came to this room last. Positions with `of` >= 0 are placed already; new bins are appended.
+// came to this room last. Of units, a bin whose segments are too many is passed over. Positions with `of` >= 0 are placed already; new bins are appended.
 void best_fit_decreasing(const Sequences& s, Bins& bins);
 
 // Longest first to the cheapest of the bins [first, end) that takes it (then to the lowest number). False when a

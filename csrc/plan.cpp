@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "check.hpp"
+#include "shared_layout.hpp"
 
 namespace mgrpo {
 
@@ -80,9 +81,25 @@ int slot_depth(const Batcher& batcher, const std::vector<const Query*>& queries)
   return int(depth);
 }
 
+// The layout of rows that share prefixes, if there are any.
+std::optional<SharedLayout> shared_layout(const Batcher& batcher, const Plan& plan, const PlanOptions& options) {
+  const BatcherOptions& o = batcher.options();
+  std::vector<const int32_t*> tokens;
+  std::vector<int32_t> entering, lengths;
+  for (const int32_t r : plan.item_row) {
+    const PlanRow& row = plan.rows[r];
+    tokens.push_back(batcher.arena().ids(row.handle) + row.start);
+    entering.push_back(std::max(row.length - 1, 1));
+    lengths.push_back(row.length);
+  }
+  return share_prefixes(
+      {tokens, entering}, lengths,
+      {{o.capacity, o.dp, o.cost_a, o.cost_b, o.max_segments}, options.min_saved, options.hold_prefixes});
+}
+
 }  // namespace
 
-Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> names, bool skip_zero) {
+Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> names, const PlanOptions& options) {
   const auto lock = batcher.read_lock();
   const BatcherOptions& o = batcher.options();
   Plan plan;
@@ -132,7 +149,7 @@ Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> n
   plan.item_weight.reserve(plan.rows.size());
   for (size_t i = 0; i < plan.rows.size(); ++i) {
     const PlanRow& row = plan.rows[i];
-    if (skip_zero && !row.has_gradient) continue;
+    if (options.skip_zero && !row.has_gradient) continue;
     const int copies = o.mode == Mode::duplicate ? row.multiplicity : 1;
     for (int c = 0; c < copies; ++c) {
       plan.item_row.push_back(int32_t(i));
@@ -146,6 +163,18 @@ Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> n
   plan.max_segments = std::max(1, o.max_segments);
   for (size_t b = 1; b < plan.packing.offsets.size() && o.max_segments == 0; ++b)
     plan.max_segments = std::max(plan.max_segments, plan.packing.offsets[b] - plan.packing.offsets[b - 1]);
+  plan.row_shared.resize(plan.rows.size());
+  if (options.min_saved == 0) return plan;
+  if (std::optional<SharedLayout> shared = shared_layout(batcher, plan, options)) {
+    plan.padded_ = std::move(shared->padded);
+    plan.shared_tokens = shared->shared_tokens;
+    std::vector<bool> seen(plan.rows.size(), false);
+    for (size_t i = 0; i < plan.item_row.size(); ++i) {
+      int32_t& least = plan.row_shared[plan.item_row[i]];
+      least = seen[plan.item_row[i]] ? std::min(least, shared->item_shared[i]) : shared->item_shared[i];
+      seen[plan.item_row[i]] = true;
+    }
+  }
   return plan;
 }
 
@@ -185,6 +214,8 @@ PaddedLayout pad_rows(const std::vector<int32_t>& lengths, int64_t capacity, int
       out.items.insert(out.items.end(), order.begin() + cuts[c], order.begin() + cuts[c + 1]);
       out.offsets.push_back(int32_t(out.items.size()));
       out.width.push_back(cuts[c + 1] > cuts[c] ? lengths[order[cuts[c]]] : 0);
+      out.prefix.push_back(0);
+      out.prefix_id.push_back(-1);
     }
   }
   return out;

@@ -9,6 +9,7 @@
 
 #include "batcher.hpp"
 #include "pack.hpp"
+#include "padded_layout.hpp"
 
 namespace mgrpo {
 
@@ -27,10 +28,10 @@ struct PlanRow {
   int64_t id = 0;
 };
 
-// Rows of similar length: rows[offsets[b] .. offsets[b+1]), b = rank * n_mb + step, each `width[b]` tokens wide.
-struct PaddedLayout {
-  int n_mb = 0;
-  std::vector<int32_t> offsets, items, width;
+struct PlanOptions {
+  bool skip_zero = false;  // rows without a gradient are left out of the micro-batches (they stay in rows and slots)
+  int64_t min_saved = 0;   // > 0: padded rows share prefixes, in nodes that save so much (prefix_tree())
+  bool hold_prefixes = false;
 };
 
 struct Plan {
@@ -53,16 +54,20 @@ struct Plan {
   int max_rows = 0;    // bound on rows of a padded micro-batch; 0 = none
   int64_t tokens = 0;  // of all packed sequences
 
-  // Rows by decreasing length, cut so that rows x longest <= capacity, a multiple of dp micro-batches. Computed on
-  // first use: most trainers want either this or the packing. Not for two threads at once.
+  int64_t shared_tokens = 0;        // entering tokens that no forward pass computes
+  std::vector<int32_t> row_shared;  // [R] leading entering tokens computed elsewhere; of copies, the least
+
+  // Of rows that share prefixes: share_prefixes(). Otherwise rows by decreasing length, cut so that rows x longest <=
+  // capacity, a multiple of dp micro-batches. Computed on first use: most trainers want either this or the packing. Not
+  // for two threads at once.
   const PaddedLayout& padded() const;
 
  private:
+  friend Plan make_plan(const Batcher&, uint64_t, std::vector<std::string>, const PlanOptions&);
   mutable std::optional<PaddedLayout> padded_;
 };
 
-// `names` are queries of the batcher that are ready. skip_zero leaves rows without a gradient out of the
-// micro-batches (they stay in rows and slots).
-Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> names, bool skip_zero);
+// `names` are queries of the batcher that are ready.
+Plan make_plan(const Batcher& batcher, uint64_t step, std::vector<std::string> names, const PlanOptions& options);
 
 }  // namespace mgrpo

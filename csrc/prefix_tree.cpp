@@ -9,14 +9,14 @@ namespace mgrpo {
 
 namespace {
 
-constexpr size_t kBlock = 256;  // bytes compared at once
-
 // How many of n tokens are the same in both.
 template <typename Token>
 int32_t common(const Token* a, const Token* b, int32_t n) {
-  constexpr int32_t step = kBlock / sizeof(Token);
   int32_t i = 0;
-  while (i + step <= n && std::memcmp(a + i, b + i, kBlock) == 0) i += step;
+  for (const size_t bytes : {size_t{4096}, size_t{256}}) {  // one call for many tokens, then closer to the difference
+    const int32_t step = int32_t(bytes / sizeof(Token));
+    while (i + step <= n && std::memcmp(a + i, b + i, bytes) == 0) i += step;
+  }
   while (i < n && a[i] == b[i]) ++i;
   return i;
 }

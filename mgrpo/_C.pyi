@@ -37,6 +37,10 @@ class Plan:
     padded_offsets: npt.NDArray[np.int32]
     padded_items: npt.NDArray[np.int32]
     padded_width: npt.NDArray[np.int32]
+    shared_tokens: int
+    row_shared: npt.NDArray[np.int32]
+    padded_prefix: npt.NDArray[np.int32]
+    padded_prefix_id: npt.NDArray[np.int32]
     item_row: npt.NDArray[np.int32]
     item_weight: npt.NDArray[np.float32]
     group_query: npt.NDArray[np.int32]
@@ -72,7 +76,14 @@ class Batcher:
     def wait_ready(self, n: int, queries: Sequence[str], seconds: float) -> bool: ...
     def drop(self, query: str) -> bool: ...
     def expire(self, max_age: float, now: float) -> list[str]: ...
-    def plan(self, step: int, queries: Sequence[str], skip_zero: bool) -> Plan: ...
+    def plan(
+        self,
+        step: int,
+        queries: Sequence[str],
+        skip_zero: bool,
+        min_saved: int = 0,
+        hold_prefixes: bool = False,
+    ) -> Plan: ...
     def write(self, plan: Plan, rank: int, out: Mapping[str, npt.NDArray[Any]]) -> None: ...
     def write_padded(
         self, plan: Plan, rank: int, micro_batch: int, out: Mapping[str, npt.NDArray[Any]]

@@ -13,6 +13,7 @@ class Bin:
     tokens: int = 0
     cost: float = 0.0
     members: list[int] = field(default_factory=list)  # positions
+    segments: int = 0
     number: int = 0  # ties go to the bin that was opened first
 
 
@@ -23,16 +24,20 @@ class Sequences:
     index: list[int]
     length: list[int]
     cost: list[float]
+    segments: list[int]
     capacity: int
     max_segments: int
 
     def fits(self, b: Bin, p: int) -> bool:
-        return b.tokens + self.length[p] <= self.capacity and len(b.members) < self.max_segments
+        return (
+            b.tokens + self.length[p] <= self.capacity and b.segments + self.segments[p] <= self.max_segments
+        )
 
     def put(self, b: Bin, p: int) -> None:
         b.members.append(p)
         b.tokens += self.length[p]
         b.cost += self.cost[p]
+        b.segments += self.segments[p]
 
 
 @dataclass
@@ -45,12 +50,22 @@ class TwinPacking:
 
 
 def pack(
-    lengths: list[int], capacity: int, dp: int, cost: tuple[float, float], max_segments: int
+    lengths: list[int],
+    capacity: int,
+    dp: int,
+    cost: tuple[float, float],
+    max_segments: int,
+    own_costs: list[float] | None = None,
+    segments: list[int] | None = None,
 ) -> TwinPacking:
+    """Of sequences, or of units of so many segments and of costs of their own."""
     index = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     length = [lengths[i] for i in index]
     costs = [cost[0] * x + cost[1] * x * x for x in map(float, length)]
-    s = Sequences(index, length, costs, capacity, max_segments or 2**31 - 1)
+    if own_costs is not None:
+        costs = [own_costs[i] for i in index]
+    counts = [segments[i] if segments is not None else 1 for i in index]
+    s = Sequences(index, length, costs, counts, capacity, max_segments or 2**31 - 1)
     total = 0.0
     for c in costs:
         total += c
@@ -79,7 +94,7 @@ def best_fit_decreasing(s: Sequences, bins: list[Bin], placed: set[int]) -> list
     for p in range(len(s.length)):
         if p in placed:
             continue
-        fitting = [room for room in rooms if room >= s.length[p]]
+        fitting = [room for room in rooms if s.fits(rooms[room][-1], p)]
         if fitting:
             room = min(fitting)
             b = rooms[room].pop()
@@ -89,7 +104,7 @@ def best_fit_decreasing(s: Sequences, bins: list[Bin], placed: set[int]) -> list
             b = Bin()
             bins.append(b)
         s.put(b, p)
-        if b.tokens < s.capacity and len(b.members) < s.max_segments:
+        if b.tokens < s.capacity and b.segments < s.max_segments:
             rooms.setdefault(s.capacity - b.tokens, []).append(b)
     return bins
 
@@ -128,10 +143,8 @@ def heavy_step(s: Sequences, left: list[int], dp: int) -> list[Bin]:
     left = left[dp:]
     limit = bins[0].cost
     for b in bins:
-        while b.members and len(b.members) < s.max_segments:
-            fitting = [
-                p for p in left if s.length[p] <= s.capacity - b.tokens and b.cost + s.cost[p] <= limit
-            ]
+        while b.members and b.segments < s.max_segments:
+            fitting = [p for p in left if s.fits(b, p) and b.cost + s.cost[p] <= limit]
             if not fitting:
                 break
             s.put(b, fitting[0])

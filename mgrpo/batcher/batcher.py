@@ -35,6 +35,7 @@ import numpy.typing as npt
 from mgrpo import _C
 from mgrpo.alignment import Mode, SequenceWeight, query_name
 from mgrpo.batcher.plan import Buffers, Plan
+from mgrpo.batcher.prefix_tree import MIN_SAVED
 from mgrpo.types import MAIN, Float32, Int32, UInt8
 
 Empty = Literal["mask", "count", "error"]
@@ -206,13 +207,32 @@ class Batcher:
         *,
         queries: Sequence[str | int] | None = None,
         skip_zero: bool = False,
+        share_prefixes: bool = False,
+        hold_prefixes: bool = False,
     ) -> Plan:
         """Plan a batch of the named queries, or of the first n_groups ready ones (None: all), in canonical order.
 
         Pure: the same content and step give the same plan. skip_zero keeps rows without a gradient (every
-        trained token has advantage exactly 0) out of the micro-batches, for losses without a KL or entropy term. Raises
-        ValueError when a query is not ready.
+        trained token has advantage exactly 0) out of the micro-batches, for losses without a KL or entropy term.
+
+        share_prefixes lays right-padded micro-batches out for a policy that computes what their rows have in common
+        once (mgrpo.batcher.prefix_tree). Of a row of L tokens the first max(L - 1, 1) enter the model; the distinct
+        entering tokens of a micro-batch are at most capacity, whatever its rows x width. Rows with a common prefix stay
+        together where they fit; otherwise their tree is cut at branches and each piece repeats what leads to it. In a
+        micro-batch, a row whose tokens others go on from comes behind these. Where no two rows share anything, the
+        layout is the same as without.
+
+        hold_prefixes (with dp 1) lets the micro-batches of one cut tree follow one another, without other rows, so that
+        its root, which all of them begin with (plan.prefixes, plan.prefix_id), is computed once for all of them. It
+        counts towards the capacity of each. The first row of each has all of it; a row may end within it.
+
+        Raises ValueError when a query is not ready, and for hold_prefixes with another dp or without share_prefixes.
         """
+        if hold_prefixes and not (share_prefixes and self.options["dp"] == 1):
+            raise ValueError(
+                f"hold_prefixes wants share_prefixes=True and dp=1, not share_prefixes={share_prefixes} and "
+                f"dp={self.options['dp']}"
+            )
         if queries is None:
             names = self.ready()
             if n_groups is not None and len(names) < n_groups:
@@ -220,7 +240,8 @@ class Batcher:
             names = names[:n_groups]
         else:
             names = [q if type(q) is str else query_name(q) for q in queries]
-        return Plan(self._core.plan(step % _WORD, names, skip_zero), self.options)
+        min_saved = MIN_SAVED if share_prefixes else 0
+        return Plan(self._core.plan(step % _WORD, names, skip_zero, min_saved, hold_prefixes), self.options)
 
     def write(self, plan: Plan, rank: int, out: Mapping[str, Any]) -> None:
         """Write the micro-batches of one rank, packed, into the caller's buffers (plan.buffers() makes them).
@@ -236,7 +257,8 @@ class Batcher:
         self._core.write(plan.core, rank, _as_numpy(out))
 
     def write_padded(self, plan: Plan, rank: int, micro_batch: int, out: Mapping[str, Any]) -> None:
-        """Write one micro-batch as right-padded rows of similar length; plan.padded_shapes holds (rows, width).
+        """Write one micro-batch as right-padded rows, of similar length unless they share prefixes; plan.padded_shapes
+        holds (rows, width).
 
         ids i32[R,W] is required; loss_mask u8[R,W], logprobs f32[R,W], advantages f32[R,W], lengths i32[R],
         seg_advantage f32[R], seg_weight f32[R], seg_traj i64[R], seg_row i32[R]. R and W may be larger than

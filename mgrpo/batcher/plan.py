@@ -68,6 +68,31 @@ class Plan:
         return self.core.n_padded
 
     @property
+    def shared_tokens(self) -> int:
+        """Entering tokens (of a row of L tokens its first max(L - 1, 1)) over all ranks that no forward pass over the
+        padded micro-batches computes; 0 without share_prefixes."""
+        return self.core.shared_tokens
+
+    @property
+    def row_shared(self) -> Int32:
+        """Of each row, its leading entering tokens that another row of its micro-batch, or the held prefix, has
+        computed, i32[R]; of a row with copies, of the copy that shares least; 0 for a row in no micro-batch. Without
+        copies their sum is shared_tokens plus what the held prefixes count, each once."""
+        return self.core.row_shared
+
+    @property
+    def prefixes(self) -> Int32:
+        """Of each right-padded micro-batch, the tokens that it begins with and that are computed once for it and its
+        neighbours of the same prefix_id: the first of its first row, and as many as each other row has.
+        i32[dp, n_padded], 0 where there are none."""
+        return self.core.padded_prefix.reshape(self.core.dp, self.core.n_padded)
+
+    @property
+    def prefix_id(self) -> Int32:
+        """Of each right-padded micro-batch, the number of its held prefix, -1 where it has none, i32[dp, n_padded]."""
+        return self.core.padded_prefix_id.reshape(self.core.dp, self.core.n_padded)
+
+    @property
     def capacity(self) -> int:
         return self.core.capacity
 
@@ -151,7 +176,8 @@ class Plan:
 
     @cached_property
     def padded_shapes(self) -> Int32:
-        """(rows, width) of every right-padded micro-batch, i32[dp, n_padded, 2]; rows x width <= capacity."""
+        """(rows, width) of every right-padded micro-batch, i32[dp, n_padded, 2]; rows x width <= capacity, where
+        prefixes are shared only the distinct entering tokens are."""
         shape = (self.core.dp, self.core.n_padded)
         rows = np.diff(self.core.padded_offsets).reshape(shape)
         return np.stack([rows, self.core.padded_width.reshape(shape)], axis=-1)

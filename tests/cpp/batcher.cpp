@@ -96,7 +96,7 @@ CASE(producers_and_planner_run_together) {
   int64_t planned = 0;
   while (running > 0 || !batcher.ready().empty()) {
     if (!batcher.wait_ready(1, {}, 0.05)) continue;
-    const Plan plan = make_plan(batcher, 1, batcher.ready(), false);
+    const Plan plan = make_plan(batcher, 1, batcher.ready(), {});
     REQUIRE(assemble_and_count(batcher, plan) == plan.tokens);
     REQUIRE(save_state(batcher, 0).ids.size() >= plan.rows.size());
     for (const std::string& query : plan.queries) REQUIRE(batcher.drop(query));
@@ -169,6 +169,6 @@ CASE(state_survives_a_round_trip) {
   REQUIRE(a.queries == b.queries && a.tokens == b.tokens && a.places == b.places && a.sealed == b.sealed);
   REQUIRE(a.ages == b.ages && a.counters == b.counters);
   REQUIRE(a.segments == b.segments && a.segment_starts == b.segment_starts && a.segment_starts.size() > a.ids.size());
-  const Plan plan = make_plan(other, 3, other.ready(), false);
+  const Plan plan = make_plan(other, 3, other.ready(), {});
   REQUIRE(assemble_and_count(other, plan) == plan.tokens);
 }
