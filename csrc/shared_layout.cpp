@@ -28,35 +28,52 @@ struct Units {
   std::vector<Held> held;
 };
 
-// What some rows compute together, without the first `skip` tokens of each.
+// What some rows compute together behind a held prefix. Rows that end within it compute nothing and come last.
 class Computed {
  public:
-  Computed(const TokenRows<int32_t>& all, std::span<const int32_t> items, int32_t skip, int64_t min_saved) {
+  Computed(const TokenRows<int32_t>& all, std::span<const int32_t> items, int32_t held, int64_t min_saved) {
     std::vector<const int32_t*> tokens;
     for (const int32_t i : items) {
-      tokens.push_back(all.tokens[i] + skip);
-      lengths_.push_back(all.lengths[i] - skip);
+      if (all.lengths[i] <= held) {
+        ended_.push_back({i, all.lengths[i]});
+        continue;
+      }
+      items_.push_back(i);
+      tokens.push_back(all.tokens[i] + held);
+      lengths_.push_back(all.lengths[i] - held);
     }
     tree_ = prefix_tree<int32_t>({tokens, lengths_}, min_saved);
+    std::stable_sort(ended_.begin(), ended_.end(), [](const Row& a, const Row& b) { return a.shared > b.shared; });
+    held_ = held;
   }
 
   const PrefixTree& tree() const { return tree_; }
-  std::vector<int32_t> order() const { return covering_order(tree_, lengths_); }
 
-  // Of each row, by its place: the leading tokens that an earlier one in covering_order() has.
-  std::vector<int32_t> shared() const {
-    std::vector<int32_t> out(lengths_);
+  struct Row {
+    int32_t item;
+    int32_t shared;  // its leading tokens that the held prefix or an earlier row has
+  };
+
+  // In covering_order().
+  std::vector<Row> rows() const {
+    std::vector<Row> out;
     std::vector<bool> computed(tree_.size(), false);
-    for (const int32_t r : order())
+    for (const int32_t r : covering_order(tree_, lengths_)) {
+      int32_t shared = lengths_[r];
       for (int32_t n = tree_.leaf[r]; n >= 0 && !computed[n]; n = tree_.parent[n]) {
         computed[n] = true;
-        out[r] = tree_.begin[n];
+        shared = tree_.begin[n];
       }
+      out.push_back({items_[r], held_ + shared});
+    }
+    out.insert(out.end(), ended_.begin(), ended_.end());
     return out;
   }
 
  private:
-  std::vector<int32_t> lengths_;
+  std::vector<int32_t> items_, lengths_;
+  std::vector<Row> ended_;
+  int32_t held_;
   PrefixTree tree_;
 };
 
@@ -112,7 +129,6 @@ class Cutter {
   std::vector<int32_t> subtree(int32_t n) const {
     return {rows_.begin() + ended_[n], rows_.begin() + ended_[tree_.stop[n]]};
   }
-  std::span<const int32_t> ended(int32_t n) const { return {&rows_[ended_[n]], size_t(ended_[n + 1] - ended_[n])}; }
 
  private:
   struct Piece {
@@ -168,7 +184,7 @@ class Planner {
       const std::vector<std::vector<int32_t>> pieces = cutter.cut(root);
       if (pieces.size() == 1) {
         add(out.free, pieces[0], 0, false);
-      } else if (!o_.hold || !hold(out, pieces, root, cutter)) {
+      } else if (!o_.hold || !hold(out, pieces, root)) {
         for (const std::vector<int32_t>& rows : pieces) add(out.free, rows, 0, true);
       }
     }
@@ -177,7 +193,7 @@ class Planner {
 
  private:
   // A piece of fewer children than its tree may push nodes down that the tree had: what is above the capacity by that
-  // is halved.
+  // is halved; both halves have rows that go on behind a held prefix.
   void add(std::vector<Unit>& to, const std::vector<int32_t>& rows, int32_t skip, bool piece) const {
     const Computed computed(entering_, rows, skip, o_.min_saved);
     const int64_t tokens = skip + computed.tree().tokens();
@@ -186,31 +202,24 @@ class Planner {
       return;
     }
     std::vector<int32_t> ordered;
-    for (const int32_t r : computed.order()) ordered.push_back(rows[r]);
-    const auto middle = ordered.begin() + ptrdiff_t(ordered.size() / 2);
+    for (const Computed::Row& row : computed.rows()) ordered.push_back(row.item);
+    const auto middle = ordered.begin() + ptrdiff_t(computed.tree().leaf.size() / 2);
     std::sort(ordered.begin(), middle);
     std::sort(middle, ordered.end());
     add(to, {ordered.begin(), middle}, skip, true);
     add(to, {middle, ordered.end()}, skip, true);
   }
 
-  // Rows that end within the root have nothing of their own behind it: they are a unit by themselves, or several.
-  bool hold(Units& out, const std::vector<std::vector<int32_t>>& pieces, int32_t root, const Cutter& cutter) const {
+  // The first row of a held piece has all of the prefix: a piece of shorter ones alone is not held.
+  bool hold(Units& out, const std::vector<std::vector<int32_t>>& pieces, int32_t root) const {
     Held held{tree_.end[root], {}};
-    for (const std::vector<int32_t>& rows : pieces) {
-      std::vector<int32_t> further;
-      std::copy_if(rows.begin(), rows.end(), std::back_inserter(further),
-                   [&](int32_t r) { return entering_.lengths[r] > held.tokens; });
-      if (!further.empty()) add(held.pieces, further, held.tokens, true);
-    }
-    if (held.pieces.size() < 2) return false;
+    const auto further = [&](const std::vector<int32_t>& rows) {
+      return std::any_of(rows.begin(), rows.end(), [&](int32_t r) { return entering_.lengths[r] > held.tokens; });
+    };
+    if (std::count_if(pieces.begin(), pieces.end(), further) < 2) return false;
+    for (const std::vector<int32_t>& rows : pieces)
+      further(rows) ? add(held.pieces, rows, held.tokens, true) : add(out.free, rows, 0, false);
     out.held.push_back(std::move(held));
-    const std::span<const int32_t> ended = cutter.ended(root);
-    const size_t most = o_.pack.max_segments ? size_t(o_.pack.max_segments) : ended.size();
-    for (size_t i = 0; i < ended.size(); i += most) {
-      const std::span<const int32_t> some = ended.subspan(i, std::min(most, ended.size() - i));
-      add(out.free, {some.begin(), some.end()}, 0, false);
-    }
     return true;
   }
 
@@ -236,13 +245,12 @@ void write_rows(SharedLayout& out, std::vector<int32_t> items, int32_t prefix, i
                 const TokenRows<int32_t>& entering, std::span<const int32_t> lengths, int64_t min_saved) {
   std::sort(items.begin(), items.end());
   const Computed computed(entering, items, prefix, min_saved);
-  const std::vector<int32_t> shared = computed.shared();
   int32_t width = 0;
-  for (const int32_t r : computed.order()) {
-    out.padded.items.push_back(items[r]);
-    out.item_shared[items[r]] = prefix + shared[r];
-    out.shared_tokens += prefix + shared[r];
-    width = std::max(width, lengths[items[r]]);
+  for (const Computed::Row& row : computed.rows()) {
+    out.padded.items.push_back(row.item);
+    out.item_shared[row.item] = row.shared;
+    out.shared_tokens += row.shared;
+    width = std::max(width, lengths[row.item]);
   }
   out.padded.offsets.push_back(int32_t(out.padded.items.size()));
   out.padded.width.push_back(width);

@@ -25,7 +25,7 @@ struct SharedLayout {
 // its tokens. The distinct entering tokens of a micro-batch are at most `capacity`, and its rows at most max_segments.
 // A tree of rows stays in one micro-batch where it fits; otherwise it is cut at branches, and each piece repeats what
 // leads to it. With `hold` the pieces of one tree are micro-batches that follow one another and its root is computed
-// once for them; rows that end within it are not among them. Rows are in covering_order(). No value when no two items
+// once for them. Rows are in covering_order(), those that end within a held root last. No value when no two items
 // share anything. A pure function of its arguments.
 std::optional<SharedLayout> share_prefixes(const TokenRows<int32_t>& entering, std::span<const int32_t> lengths,
                                            const SharedOptions& options);

@@ -42,11 +42,17 @@ class Twin:
         self.most = options["max_segments"] or len(rows)
         self.tree = twin_tree(self.rows, MIN_SAVED)
 
+    def computed(self, items: Items, held: int) -> tuple[PrefixTree, Items]:
+        """What is computed behind a held prefix, and the order of the rows."""
+        inside = [i for i in items if len(self.rows[i]) > held]
+        tree = twin_tree([self.rows[i][held:] for i in inside], MIN_SAVED)
+        ended = sorted((i for i in items if i not in inside), key=lambda i: (-len(self.rows[i]), i))
+        return tree, [inside[i] for i in covering_order(tree)] + ended
+
     def unit(self, items: Items, skip: int, piece: bool) -> list[Unit]:
-        tree = twin_tree([self.rows[i][skip:] for i in items], MIN_SAVED)
+        tree, order = self.computed(items, skip)
         if skip + tree.tokens > self.o["capacity"]:
-            order = [items[i] for i in covering_order(tree)]
-            half = len(order) // 2
+            half = len(tree.leaf) // 2
             return [u for part in (order[:half], order[half:]) for u in self.unit(sorted(part), skip, True)]
         cost = 0.0
         for node in range(len(tree.row)):
@@ -92,20 +98,20 @@ class Twin:
                 free += self.unit(pieces[0], 0, False)
                 continue
             prefix = int(self.tree.end[root])
-            further = [[i for i in items if len(self.rows[i]) > prefix] for items in pieces]
-            kept = [u for items in further if items for u in self.unit(items, prefix, True)]
-            if not self.hold or len(kept) < 2:
+            further = [any(len(self.rows[i]) > prefix for i in items) for items in pieces]
+            if not self.hold or sum(further) < 2:
                 free += [u for items in pieces for u in self.unit(items, 0, True)]
                 continue
-            held.append((prefix, kept))
-            ended = [i for i in range(len(self.rows)) if self.tree.leaf[i] == root]
-            for i in range(0, len(ended), self.most):
-                free += self.unit(ended[i : i + self.most], 0, False)
+            held.append((prefix, []))
+            for items, goes_on in zip(pieces, further, strict=True):
+                if goes_on:
+                    held[-1][1].extend(self.unit(items, prefix, True))
+                else:
+                    free += self.unit(items, 0, False)
         return free, held
 
-    def ordered(self, items: Items, skip: int) -> Items:
-        items = sorted(items)
-        return [items[i] for i in covering_order(twin_tree([self.rows[i][skip:] for i in items], MIN_SAVED))]
+    def ordered(self, items: Items, held: int) -> Items:
+        return self.computed(sorted(items), held)[1]
 
     def layout(self) -> TwinLayout | None:
         capacity, dp = self.o["capacity"], self.o["dp"]

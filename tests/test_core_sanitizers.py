@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 BATCHER = ("batcher", "batcher_refusals", "batcher_buffers", "batcher_border")
-BORDER = [f"tests/test_{name}.py" for name in (*BATCHER, "alignment", "trajectory_log")]
+SHARED = ("prefix_tree", "shared_layout")
+BORDER = [f"tests/test_{name}.py" for name in (*BATCHER, *SHARED, "alignment", "trajectory_log")]
 
 
 def run(*command: str, **env: str) -> str:

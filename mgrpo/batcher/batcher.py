@@ -224,7 +224,7 @@ class Batcher:
 
         hold_prefixes (with dp 1) lets the micro-batches of one cut tree follow one another, without other rows, so that
         its root, which all of them begin with (plan.prefixes, plan.prefix_id), is computed once for all of them. It
-        counts towards the capacity of each. Rows that end within the root are elsewhere.
+        counts towards the capacity of each. The first row of each has all of it; a row may end within it.
 
         Raises ValueError when a query is not ready, and for hold_prefixes with another dp or without share_prefixes.
         """

@@ -83,7 +83,8 @@ class Plan:
     @property
     def prefixes(self) -> Int32:
         """Of each right-padded micro-batch, the tokens that it begins with and that are computed once for it and its
-        neighbours of the same prefix_id: the first of each of its rows. i32[dp, n_padded], 0 where there are none."""
+        neighbours of the same prefix_id: the first of its first row, and as many as each other row has.
+        i32[dp, n_padded], 0 where there are none."""
         return self.core.padded_prefix.reshape(self.core.dp, self.core.n_padded)
 
     @property

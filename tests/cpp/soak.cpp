@@ -28,7 +28,7 @@ struct Totals {
 
 // Trains on what is ready; returns the tokens assembled.
 void train(Batcher& batcher, uint64_t step, std::vector<int32_t>& ids, std::vector<float>& weight, Totals& totals) {
-  const Plan plan = make_plan(batcher, step, batcher.ready(), {});
+  const Plan plan = make_plan(batcher, step, batcher.ready(), {.min_saved = int64_t(step % 2)});
   for (int rank = 0; rank < plan.dp && plan.packing.n_mb > 0; ++rank) {
     PackedBuffers b;
     b.n_mb = plan.packing.n_mb;
