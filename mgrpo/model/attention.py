@@ -136,9 +136,10 @@ when a model is told to use it: torch.compile cannot trace the question."""
 
 
 def use_trees(model: Any, kind: Kind) -> None:
-    """Have `model` take a prefix tree (shared_rows.py) beside the rows that it computes as `kind`. Packed attention
+    """Have `model` compute its attention as `kind`, and take a prefix tree (shared_rows.py) beside. Packed attention
     does so anyway."""
     if kind in PACKED:
+        use(model, kind)
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask

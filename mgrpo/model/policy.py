@@ -35,7 +35,7 @@ from mgrpo.files import sync_folder, sync_tree
 from mgrpo.model import architecture, attention, head_guard, lora, moe, names, sharing
 from mgrpo.model.groups import width_groups
 from mgrpo.model.precision import Precision, head_dtype
-from mgrpo.model.shared_rows import HeldPrefix, SharedRows, TreeForward, share, whole_row
+from mgrpo.model.shared_rows import HeldPrefix, SharedRows, share
 from mgrpo.model.stops import remember_stops
 from mgrpo.model.stream import WeightStream, own_state
 from mgrpo.model.trained import (
@@ -193,21 +193,14 @@ class Policy:
         prefix's own. Raises ValueError where the policy does not share."""
         if not self.shares:
             raise ValueError(f"{self.name} computes each row whole: {self.why_not or 'share_prefixes=false'}")
-        tokens = len(ids)
-        self.routing.expect(torch.tensor([tokens]), None, self.device)
-        forward = TreeForward(tuple(at.to(self.device) for at in whole_row(tokens)), keep={})
-        positions = torch.arange(tokens, device=self.device)[None]
-        states = self._states(
-            input_ids=ids.to(self.device)[None], position_ids=positions, prefix_tree=forward
-        )
-        assert forward.keep is not None
-        return HeldPrefix.of(ids, states[0], forward.keep)
+        self.routing.expect(torch.tensor([len(ids)]), None, self.device)
+        return HeldPrefix.of(ids, self._states, self.device)
 
     def _of_tree(self, rows: SharedRows, scored: Tensor, held: HeldPrefix | None) -> Tensor:
         parts = [] if held is None else [held.hidden.to(self._head_dtype)]
         if rows.sizes:
             self.routing.expect(torch.tensor(rows.sizes), None, self.device)
-            parts.append(self._states(**rows.arguments(self.device, held))[0])
+            parts.append(rows.forward(self._states, self.device, held))
         states = parts[0] if len(parts) == 1 else torch.cat(parts)
         return states.index_select(0, rows.place[scored].to(self.device))
 

@@ -15,8 +15,8 @@ last (HeldPrefix.backward). It is the chain rule, cut at the keys and values: no
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,17 +38,32 @@ class TreeForward:
     held: KeysAndValues | None = None
     keep: KeysAndValues | None = None
     """Takes the keys and values of each attention module."""
+    used: bool = False
+    """Some attention has gone by it. A model whose attention was replaced takes it for any other argument: its hidden
+    states would be wrong without a word."""
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: Kernel
     ) -> Tensor:
         """q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        self.used = True
         if self.keep is not None:  # gradient checkpointing comes here again
             self.keep.setdefault(module, (k, v))
         held = self.held[module] if self.held is not None else None
         if held is not None:
             held = (held[0].to(k.dtype), held[1].to(v.dtype))
         return tree_attention(q, k, v, self.levels, scale, kernel, held)
+
+    def run(self, states: Callable[..., Tensor], input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states (T, H) of input_ids (1, T) at positions (1, T). Raises RuntimeError where the model's attention
+        goes by something else."""
+        found = states(input_ids=input_ids, position_ids=positions, prefix_tree=self)[0]
+        if not self.used:
+            raise RuntimeError(
+                "the model's attention has been replaced since the policy was made: it takes no prefix tree; set "
+                "policy.share_prefixes=false, or leave the attention as it is"
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +79,14 @@ class SharedRows:
     sizes: tuple[int, ...]
     """Tokens of each node."""
 
-    def arguments(self, device: torch.device, held: HeldPrefix | None = None) -> dict[str, Any]:
-        """What a transformers backbone is called with."""
-        levels = tuple(at.to(device) for at in self.levels)
-        return {
-            "input_ids": self.input_ids.to(device),
-            "position_ids": self.positions.to(device),
-            "prefix_tree": TreeForward(levels, None if held is None else held.keys_and_values),
-        }
+    def forward(
+        self, states: Callable[..., Tensor], device: torch.device, held: HeldPrefix | None = None
+    ) -> Tensor:
+        """Hidden states (T, H) of the nodes' tokens. states: backbone arguments -> (1, T, H)."""
+        tree = TreeForward(
+            tuple(at.to(device) for at in self.levels), None if held is None else held.keys_and_values
+        )
+        return tree.run(states, self.input_ids.to(device), self.positions.to(device))
 
 
 def share(ids: Tensor, lengths: Tensor, held: int = 0, min_saved: int = MIN_SAVED) -> SharedRows | None:
@@ -128,11 +143,6 @@ def _levels(tree: PrefixTree, starts: npt.NDArray[np.int64], held: int) -> tuple
     return tuple(found)
 
 
-def whole_row(tokens: int) -> tuple[Level, ...]:
-    """Of one row that is no tree."""
-    return (level([(0, tokens, 0, tokens)], causal=True),)
-
-
 @dataclass(slots=True)
 class HeldPrefix:
     """A prefix of P tokens whose keys and values serve several micro-batches. Its hidden states, keys and values are
@@ -145,8 +155,11 @@ class HeldPrefix:
     _leaves: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, ids: Tensor, hidden: Tensor, kept: KeysAndValues) -> HeldPrefix:
-        """Of a forward pass over ids that ended in `hidden` and gave `kept`."""
+    def of(cls, ids: Tensor, states: Callable[..., Tensor], device: torch.device) -> HeldPrefix:
+        """Computed now. states: backbone arguments -> hidden states (1, P, H)."""
+        kept: KeysAndValues = {}
+        tree = TreeForward((level([(0, len(ids), 0, len(ids))], causal=True).to(device),), keep=kept)
+        hidden = tree.run(states, ids.to(device)[None], torch.arange(len(ids), device=device)[None])
         prefix = cls(ids, hidden, {})
         prefix.hidden = prefix._leaf(hidden)
         prefix.keys_and_values = {m: (prefix._leaf(k), prefix._leaf(v)) for m, (k, v) in kept.items()}

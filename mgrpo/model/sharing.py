@@ -67,7 +67,7 @@ def _shares(states: Callable[..., Tensor], device: torch.device, half: bool) -> 
     lengths = torch.tensor([8, 6, 5])
     shared = share(rows, lengths, min_saved=1)
     assert shared is not None
-    found = states(**shared.arguments(device))[0]
+    found = shared.forward(states, device)
     off = []
     for row, n, place in zip(rows, lengths.tolist(), shared.place, strict=True):
         alone = states(input_ids=row[None, :n].to(device))[0]
