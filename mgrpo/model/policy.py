@@ -176,7 +176,10 @@ class Policy:
         """
         ids, lengths = input_ids[:, :-1], (lengths - 1).clamp(min=1)
         if self.shares:
-            rows = share(ids.cpu(), lengths.cpu(), 0 if held is None else len(held.ids))
+            # Micro-batches that are packed by their distinct tokens have no room for the padding of whole rows.
+            pads = self.attention == "sdpa" and bool((lengths < ids.shape[1]).any())
+            known = 0 if held is None else len(held.ids)
+            rows = share(ids.cpu(), lengths.cpu(), known, anyway=pads)
             if rows is not None:
                 return self._of_tree(rows, scored.cpu(), held)
         if self.attention == "rows":

@@ -89,10 +89,15 @@ class SharedRows:
         return tree.run(states, self.input_ids.to(device), self.positions.to(device))
 
 
-def share(ids: Tensor, lengths: Tensor, held: int = 0, min_saved: int = MIN_SAVED) -> SharedRows | None:
+def share(
+    ids: Tensor, lengths: Tensor, held: int = 0, min_saved: int = MIN_SAVED, anyway: bool = False
+) -> SharedRows | None:
     """Of right-padded rows ids i64 (R, S) with lengths (R,), each 1..S, in main memory. held: the first tokens of every
-    row, which are computed elsewhere. None where nothing is shared: the rows are computed as they are."""
+    row, which are computed elsewhere. None where nothing is shared, unless `anyway`: the rows are computed as they are.
+    """
     width = ids.shape[1]
+    if not width:  # rows of one token, of which none enters
+        return None
     lengths_ = lengths.numpy()
     inside = np.flatnonzero(lengths_ > held)  # a row may be a part of the held prefix
     place = np.tile(
@@ -103,7 +108,7 @@ def share(ids: Tensor, lengths: Tensor, held: int = 0, min_saved: int = MIN_SAVE
         return SharedRows(empty, empty, (), torch.from_numpy(place), ())
     mine = np.ascontiguousarray(ids.numpy()[inside, held:])
     tree = prefix_tree(mine, lengths_[inside] - held, min_saved)
-    if not tree.saved and not held:
+    if not tree.saved and not held and not anyway:
         return None
     sizes = tree.end - tree.begin
     starts = np.concatenate(([0], sizes.cumsum()))
