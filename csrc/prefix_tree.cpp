@@ -9,17 +9,13 @@ namespace mgrpo {
 
 namespace {
 
-constexpr int32_t kLine = 64, kAhead = 4096;  // bytes
-
-// How many of n tokens are the same in both; `b` is of a row that was read before. Of a row there is too little for the
-// processor to see a stream in it early: what is needed soon is asked for.
+// How many of n tokens are the same in both.
 template <typename Token>
 int32_t common(const Token* a, const Token* b, int32_t n) {
-  constexpr int32_t step = kAhead / sizeof(Token), line = kLine / sizeof(Token), small = 256 / sizeof(Token);
   int32_t i = 0;
-  while (i + small <= n && std::memcmp(a + i, b + i, small * sizeof(Token)) == 0) {
-    for (int32_t ahead = i + step; ahead < std::min(i + step + small, n); ahead += line) __builtin_prefetch(a + ahead);
-    i += small;
+  for (const size_t bytes : {size_t{4096}, size_t{256}}) {  // many tokens a call, then closer to the difference
+    const int32_t step = int32_t(bytes / sizeof(Token));
+    while (i + step <= n && std::memcmp(a + i, b + i, bytes) == 0) i += step;
   }
   while (i < n && a[i] == b[i]) ++i;
   return i;
