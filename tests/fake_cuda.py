@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
+
+from mgrpo.ops.tree_attention import Saved
+from mgrpo.ops.tree_kernels import CpuKernel
 
 CUDA = torch.device("cuda", 0)
 ROOT = Path(__file__).parent.parent
@@ -107,6 +111,10 @@ class FakeCudaTensor(torch.Tensor):
         plain, plain_kwargs = tree_map(unwrap, args), tree_map(unwrap, kwargs)
         if func in (aten.mm.dtype_out, aten.mm.dtype, aten.addmm.dtype_out, aten.addmm.dtype):
             out = _half_product(func, plain, plain_kwargs)
+        elif func is aten._flash_attention_forward.default:
+            out = _flash_forward(*plain, **plain_kwargs)
+        elif func is aten._flash_attention_backward.default:
+            out = _flash_backward(*plain, **plain_kwargs)
         elif func is aten.histc.default and not plain[0].is_floating_point():
             out = func(plain[0].float(), *plain[1:], **plain_kwargs).to(plain[0].dtype)
         else:
@@ -336,6 +344,24 @@ def varlen_attn(
         for a, b in itertools.pairwise(edges)
     ]
     return torch.cat(parts)
+
+
+def _flash_forward(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *given: Any, scale: float) -> Any:
+    """As a GPU has it for segments of varying length: output, log-sum-exp (H, n), random state and two more."""
+    longest_q, longest_k, dropout, causal, _ = given
+    assert {x.dtype for x in (q, k, v)} == {torch.bfloat16} and (dropout, cu_q.dtype) == (0.0, torch.int32)
+    assert [longest_q, longest_k] == [int(x.diff().max()) for x in (cu_q, cu_k)] and len(cu_q) == len(cu_k)
+    at: Any = SimpleNamespace(cu_q=cu_q, cu_k=cu_k, causal=causal)
+    out, lse, _ = CpuKernel().forward(q, k, v, at, scale)
+    return out, lse, torch.zeros(2), torch.zeros(()), torch.zeros(0)
+
+
+def _flash_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *given: Any, scale: float) -> Any:
+    cu_q, cu_k, _, _, _, causal, *state = given
+    assert {x.dtype for x in (grad, q, k, v, out)} == {torch.bfloat16} and lse.dtype == torch.float32
+    assert lse.is_contiguous() and [x.shape for x in state] == [(2,), ()]
+    at: Any = SimpleNamespace(cu_q=cu_q, cu_k=cu_k, causal=causal)
+    return CpuKernel().backward(grad, Saved(q, k, v, out, lse, None), at, scale)
 
 
 def _tied(apply: Any) -> Any:

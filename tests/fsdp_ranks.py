@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mgrpo.config import RunConfig, load_config, view_of
@@ -23,6 +24,7 @@ from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.models import tiny_model, tiny_policy, tiny_tokenizer
 from tests.rows import ROWS, rows_of
 from tests.runs import RELAY
+from tests.shared_kit import forest, micro_batch, pieces, policies, sampled_near
 
 STEPS, MIDDLE = 5, 2
 TOKENS = 80  # of the tokenizer of a padded head
@@ -75,6 +77,22 @@ def padded(kind: str) -> tuple[Policy, MiniBatch]:
     rows = rows_of(1, near=True)
     rows.ids.remainder_(TOKENS)
     return policy, cut(rows, CUTS[1], 2)
+
+
+def prefixed() -> tuple[Policy, MicroBatch]:
+    """A policy that computes shared prefixes once, and rows of three trees."""
+    plain, shared = policies("llama, grouped heads")
+    g = np.random.default_rng(0)
+    tokens = [row for seed in range(3) for row in forest(seed)[0]]
+    return shared, sampled_near(plain, micro_batch(tokens, g), g)
+
+
+def prefixed_batch(rows: MicroBatch, number: int) -> MiniBatch:
+    """One tree a micro-batch, the third on the first rank again and an empty one on the second; or trees cut apart."""
+    count = len(rows.lengths)
+    parts = ([range(11), range(11, 22), range(22, count)], [range(7), range(7, count)])[number]
+    empty: list[Sequence[int]] = [[]] * (-len(parts) % 2)
+    return MiniBatch(pieces(rows, [*parts, *empty]), float(rows.weights.sum()))
 
 
 def weights(trainer: TorchTrainer) -> dict[str, torch.Tensor]:
@@ -138,6 +156,12 @@ def main(folder: Path) -> None:
             policy, batch = padded(kind)
             policy = sharded(policy, folder / "sharded" / kind, ranks)
             found[f"gradient/{kind}/padded"] = gradient(policy, batch, ranks, whole_tensor)
+        for number in range(2):
+            policy, rows = prefixed()
+            policy = sharded(policy, folder / "sharded" / f"prefixes-{number}", ranks)
+            assert policy.shares, policy.why_not
+            batch = prefixed_batch(rows, number)
+            found[f"gradient/prefixes/{number}"] = gradient(policy, batch, ranks, whole_tensor)
         if ranks.is_main:
             torch.save(found, folder / "found.pt")
 

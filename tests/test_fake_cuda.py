@@ -45,6 +45,7 @@ from tests.loss_grid import settings
 from tests.models import tiny_model, tiny_tokenizer
 from tests.rows import rows_of
 from tests.runs import RELAY
+from tests.shared_kit import share_everything
 from tests.test_attention import MODELS
 from tests.version_kit import moved, versions
 
@@ -93,21 +94,24 @@ def policy_of(name: str, device: str, **more: Any) -> Policy:
     return Policy(put(model) if device == "cuda" else model, tiny_tokenizer(), name, config)
 
 
-def minibatch() -> MiniBatch:
+def minibatch(alike: bool = False) -> MiniBatch:
+    """alike: all rows begin alike, with a prefix that is held and some tokens more."""
     rows = rows_of(1, near=True)
+    if alike:
+        rows.ids[:, :6], rows.prefix = rows.ids[0, :6], rows.ids[0, :3]
     parts = [rows.rows(torch.arange(len(rows.lengths)) % 2 == i) for i in range(2)]
     return MiniBatch(parts, float(rows.weights.sum()))
 
 
 def trained(
-    policy: Policy, loss: Any, reference: Policy | None
+    policy: Policy, loss: Any, reference: Policy | None, alike: bool = False
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
     """Metrics of one step with recomputed log-probs, and the parameters after it."""
     from tests.fake_cuda import unwrap
 
     optimizer = adamw(policy, 1e-3)
     learner = Learner(policy, optimizer, loss, 1.0, reference)
-    metrics = learner.train([minibatch()], recompute_old=True)
+    metrics = learner.train([minibatch(alike)], recompute_old=True)
     return metrics, [unwrap(p.detach()).clone() for p in policy.model.parameters()]
 
 
@@ -128,13 +132,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "adapters": ("qwen3", {"attention": "sdpa", "lora": {"rank": 2}}, {"kl_coef": 0.1}),
+    "shared prefixes": ("qwen3", {"attention": "varlen", "dtype": "bfloat16"}, {}),
 }
 
 
 @inside
 @numpy_warns
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_step(case: str, cuda: Any) -> None:
+def test_a_training_step(case: str, cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recomputed log-probs, forward, loss, backward, clip and optimizer step: metrics and weights are the CPU's."""
     name, options, terms = CASES[case]
     loss = settings(terms.get("type", "dapo"), **{k: v for k, v in terms.items() if k != "type"})
@@ -147,12 +152,14 @@ def test_a_training_step(case: str, cuda: Any) -> None:
     policy = policy_of(name, "cuda", **options)
     there = reference("cuda", policy)
     cuda.waits.clear()  # those of loading
-    metrics, weights = trained(policy, loss, there)
+    if alike := case == "shared prefixes":
+        share_everything(monkeypatch)
+    metrics, weights = trained(policy, loss, there, alike)
     assert (cuda.pinned > 0) == options.get("activation_offload", False)
     if case == "checkpoints and offload, packed":  # neither makes the host wait
         assert dict(cuda.waits) == waits_of_a_step()
     here = policy_of(name, "cpu", **options)
-    expected, exact = trained(here, loss, reference("cpu", here))
+    expected, exact = trained(here, loss, reference("cpu", here), alike)
     tolerance = 2e-2 if options.get("dtype") == "bfloat16" else 1e-4
     assert metrics.keys() == expected.keys()
     for key, value in expected.items():

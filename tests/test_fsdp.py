@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 
 from mgrpo.config import view_of
+from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import save_policy
+from mgrpo.model.policy import Policy, save_policy
 from mgrpo.pipeline.batch import merge_streams
 from mgrpo.pipeline.replay import Replayer
 from mgrpo.record.reader import Recording
@@ -22,7 +23,20 @@ from mgrpo.run.folder import RunFolder, recorded_run
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
-from tests.fsdp_ranks import CUTS, MIDDLE, TOKENS, VARIANTS, config_of, cut, gradient, padded, start_of, train
+from tests.fsdp_ranks import (
+    CUTS,
+    MIDDLE,
+    TOKENS,
+    VARIANTS,
+    config_of,
+    cut,
+    gradient,
+    padded,
+    prefixed,
+    prefixed_batch,
+    start_of,
+    train,
+)
 from tests.models import tiny_policy
 from tests.ranks import run_ranks
 from tests.rows import rows_of
@@ -147,6 +161,19 @@ def test_ranks_leave_spare_rows_of_the_head_alone(together: Found, kind: str) ->
     assert max(float((a - b).abs().max()) for a, b in zip(found, whole, strict=True)) < 1e-6 * scale
     heads = [g for g in found if g.shape == policy.head_weight.shape]
     assert not heads[-1][TOKENS:].any() and heads[-1][:TOKENS].any()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_ranks_share_prefixes_as_one_process_does(together: Found, number: int) -> None:
+    """Trees on both ranks, an empty micro-batch, a tree cut in two: the gradient of one process that computes every row
+    whole."""
+    policy, rows = prefixed()
+    plain = Policy(policy.model, policy.tokenizer, "plain", PolicyConfig(share_prefixes=False))
+    whole = gradient(plain, prefixed_batch(rows, number), Ranks(), lambda g: g)
+    scale = max(float(g.abs().max()) for g in whole)
+    found = together[f"gradient/prefixes/{number}"]
+    assert scale > 0
+    assert max(float((a - b).abs().max()) for a, b in zip(found, whole, strict=True)) < 1e-5 * scale
 
 
 def test_another_number_of_ranks_is_refused() -> None:
