@@ -25,18 +25,14 @@ int32_t common(const Token* a, const Token* b, int32_t n) {
 // as fast as one with two.
 class Children {
  public:
-  explicit Children(size_t nodes) : slots_(std::bit_ceil(2 * nodes + 2)) {}
-
-  // The place of the child: -1 where there is none yet, to be filled by the caller.
+  // The place of the child: -1 where there is none yet, to be filled by the caller before the next call.
   int32_t& at(int32_t parent, int64_t token) {
-    const size_t mask = slots_.size() - 1;
-    uint64_t h = (uint64_t(token) + uint64_t(uint32_t(parent + 1)) * 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u;
-    size_t i = size_t(h ^ (h >> 31)) & mask;
-    for (; slots_[i].child >= 0; i = (i + 1) & mask)
-      if (slots_[i].parent == parent && slots_[i].token == token) return slots_[i].child;
-    slots_[i].parent = parent;
-    slots_[i].token = token;
-    return slots_[i].child;
+    if (2 * used_ >= slots_.size()) grow();
+    Slot& slot = find(parent, token);
+    if (slot.child < 0) ++used_;
+    slot.parent = parent;
+    slot.token = token;
+    return slot.child;
   }
 
  private:
@@ -44,7 +40,24 @@ class Children {
     int32_t parent = -1, child = -1;
     int64_t token = 0;
   };
-  std::vector<Slot> slots_;
+
+  Slot& find(int32_t parent, int64_t token) {
+    const size_t mask = slots_.size() - 1;
+    uint64_t h = (uint64_t(token) + uint64_t(uint32_t(parent + 1)) * 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u;
+    size_t i = size_t(h ^ (h >> 31)) & mask;
+    while (slots_[i].child >= 0 && (slots_[i].parent != parent || slots_[i].token != token)) i = (i + 1) & mask;
+    return slots_[i];
+  }
+
+  void grow() {
+    std::vector<Slot> old(2 * slots_.size());
+    old.swap(slots_);
+    for (const Slot& slot : old)
+      if (slot.child >= 0) find(slot.parent, slot.token) = slot;
+  }
+
+  std::vector<Slot> slots_ = std::vector<Slot>(256);
+  size_t used_ = 0;
 };
 
 struct Node {
@@ -62,8 +75,7 @@ struct Node {
 template <typename Token>
 class Trie {
  public:
-  explicit Trie(const TokenRows<Token>& rows) : rows_(rows), children_(2 * rows.lengths.size()) {
-    nodes.reserve(2 * rows.lengths.size());
+  explicit Trie(const TokenRows<Token>& rows) : rows_(rows) {
     leaf.reserve(rows.lengths.size());
     for (int32_t r = 0; r < int32_t(rows.lengths.size()); ++r) leaf.push_back(insert(r));
     order();
@@ -107,7 +119,7 @@ class Trie {
     const Node old = nodes[lower];
     const int32_t upper = int32_t(nodes.size());
     nodes.push_back({.parent = old.parent, .begin = old.begin, .end = at, .source = old.source, .children = 1});
-    place = upper;  // the table does not grow: the reference holds
+    place = upper;
     nodes[lower].parent = upper;
     nodes[lower].begin = at;
     children_.at(upper, int64_t(rows_.tokens[old.source][at])) = lower;
