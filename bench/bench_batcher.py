@@ -25,6 +25,7 @@ from bench import batcher_rivals as rivals
 from bench.common import Comparison, Report, Timing, interleave, parser, ratio
 from mgrpo import Batcher
 from mgrpo._C import pack
+from mgrpo.batcher.prefix_tree import prefix_tree
 
 CAPACITY, DP, K, LONGEST = 32768, 8, 8, 32768
 COST = (1.0, 1 / (12 * 5120))
@@ -343,6 +344,33 @@ def saving(queries: int = 2000) -> float:
     return 1 - tokens["weights"] / tokens["duplicate"]
 
 
+def tree_rows(report: Report, quick: bool) -> None:
+    """The prefix tree of 10k rows of 2048 tokens against a sum over them, which reads each once."""
+    r, n, width = np.random.default_rng(0), 10_000 // (4 if quick else 1), 2048
+    lengths, ids = np.full(n, width), r.integers(0, 50_000, (n, width))
+    alone = ids.copy()
+    ids[:, : width // 2] = np.repeat(ids[::K, : width // 2], K, 0)[:n]
+    shapes = {
+        "nothing shared": alone,
+        "8 rows a prompt, half of it": ids,
+        "all the same": ids[:1].repeat(n, 0),
+    }
+    for name, rows in shapes.items():
+        providers: dict[str, Callable[[], object]] = {
+            "tree": partial(prefix_tree, rows, lengths),
+            "read": rows.sum,
+        }
+        times = interleave(providers, 5 if quick else 15, clock="process")
+        against = Comparison.of(times, "tree", floor="read")
+        report.compare(
+            f"prefix tree / reading its tokens, {name}",
+            against,
+            value=ratio(times, "tree", "read"),
+            at_most=1.5,
+            note=f"{n} rows of {width}",
+        )
+
+
 def label(n: int) -> str:
     return f"{n // 1000}k" if n >= 1000 else str(n)
 
@@ -388,6 +416,7 @@ def main() -> int:
     series = {n: assembly_rows(report, n, args.quick) for n in sizes}
     if not args.quick:
         large_rows(report, 100_000)
+    tree_rows(report, args.quick)
     quality_rows(report, args.quick)
     exactness_rows(report)
     if args.picture:

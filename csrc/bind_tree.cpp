@@ -19,6 +19,8 @@ py::dict tree_of(const Ids& ids, const Ids& lengths, int64_t min_saved) {
   const int64_t rows = ids.shape(0), width = ids.shape(1);
   std::vector<const int64_t*> tokens;
   std::vector<int32_t> sizes;
+  tokens.reserve(size_t(rows));
+  sizes.reserve(size_t(rows));
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t length = lengths.data()[r];
     MGRPO_CHECK(length >= 1 && length <= width, "row ", r, " has length ", length, ", which is outside [1, ", width,

@@ -13,7 +13,7 @@ namespace {
 template <typename Token>
 int32_t common(const Token* a, const Token* b, int32_t n) {
   int32_t i = 0;
-  for (const size_t bytes : {size_t{4096}, size_t{256}}) {  // one call for many tokens, then closer to the difference
+  for (const size_t bytes : {size_t{4096}, size_t{256}}) {  // many tokens a call, then closer to the difference
     const int32_t step = int32_t(bytes / sizeof(Token));
     while (i + step <= n && std::memcmp(a + i, b + i, bytes) == 0) i += step;
   }
@@ -25,18 +25,14 @@ int32_t common(const Token* a, const Token* b, int32_t n) {
 // as fast as one with two.
 class Children {
  public:
-  explicit Children(size_t nodes) : slots_(std::bit_ceil(2 * nodes + 2)) {}
-
-  // The place of the child: -1 where there is none yet, to be filled by the caller.
+  // The place of the child: -1 where there is none yet, to be filled by the caller before the next call.
   int32_t& at(int32_t parent, int64_t token) {
-    const size_t mask = slots_.size() - 1;
-    uint64_t h = (uint64_t(token) + uint64_t(uint32_t(parent + 1)) * 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u;
-    size_t i = size_t(h ^ (h >> 31)) & mask;
-    for (; slots_[i].child >= 0; i = (i + 1) & mask)
-      if (slots_[i].parent == parent && slots_[i].token == token) return slots_[i].child;
-    slots_[i].parent = parent;
-    slots_[i].token = token;
-    return slots_[i].child;
+    if (2 * used_ >= slots_.size()) grow();
+    Slot& slot = find(parent, token);
+    if (slot.child < 0) ++used_;
+    slot.parent = parent;
+    slot.token = token;
+    return slot.child;
   }
 
  private:
@@ -44,7 +40,24 @@ class Children {
     int32_t parent = -1, child = -1;
     int64_t token = 0;
   };
-  std::vector<Slot> slots_;
+
+  Slot& find(int32_t parent, int64_t token) {
+    const size_t mask = slots_.size() - 1;
+    uint64_t h = (uint64_t(token) + uint64_t(uint32_t(parent + 1)) * 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u;
+    size_t i = size_t(h ^ (h >> 31)) & mask;
+    while (slots_[i].child >= 0 && (slots_[i].parent != parent || slots_[i].token != token)) i = (i + 1) & mask;
+    return slots_[i];
+  }
+
+  void grow() {
+    std::vector<Slot> old(2 * slots_.size());
+    old.swap(slots_);
+    for (const Slot& slot : old)
+      if (slot.child >= 0) find(slot.parent, slot.token) = slot;
+  }
+
+  std::vector<Slot> slots_ = std::vector<Slot>(256);
+  size_t used_ = 0;
 };
 
 struct Node {
@@ -62,22 +75,21 @@ struct Node {
 template <typename Token>
 class Trie {
  public:
-  explicit Trie(const TokenRows<Token>& rows) : rows_(rows), children_(2 * rows.lengths.size()) {
-    nodes_.reserve(2 * rows.lengths.size());
-    leaf_.reserve(rows.lengths.size());
-    for (int32_t r = 0; r < int32_t(rows.lengths.size()); ++r) leaf_.push_back(insert(r));
+  explicit Trie(const TokenRows<Token>& rows) : rows_(rows) {
+    leaf.reserve(rows.lengths.size());
+    for (int32_t r = 0; r < int32_t(rows.lengths.size()); ++r) leaf.push_back(insert(r));
     order();
   }
 
-  std::vector<Node> nodes_;
-  std::vector<int32_t> leaf_;  // by row
+  std::vector<Node> nodes;
+  std::vector<int32_t> leaf;  // by row
   int32_t first_root = -1;
 
  private:
   int32_t add(Node node) {
-    if (node.parent >= 0) ++nodes_[node.parent].children;
-    nodes_.push_back(node);
-    return int32_t(nodes_.size()) - 1;
+    if (node.parent >= 0) ++nodes[node.parent].children;
+    nodes.push_back(node);
+    return int32_t(nodes.size()) - 1;
   }
 
   // The node in which the row ends; a later row may split it.
@@ -88,13 +100,13 @@ class Trie {
     for (int32_t parent = -1;;) {
       int32_t& child = children_.at(parent, int64_t(tokens[at]));
       if (child < 0) return child = add({.parent = parent, .begin = at, .end = length, .source = row});
-      const int32_t n = child, end = nodes_[n].end;
-      at += common(tokens + at, rows_.tokens[nodes_[n].source] + at, std::min(length, end) - at);
+      const int32_t n = child, end = nodes[n].end;
+      at += common(tokens + at, rows_.tokens[nodes[n].source] + at, std::min(length, end) - at);
       if (at == length) return n;
       if (at < end) return split(child, at, row);
-      if (nodes_[n].children == 0) {  // nobody went on from here: the node grows
-        nodes_[n].end = length;
-        nodes_[n].source = row;
+      if (nodes[n].children == 0) {  // nobody went on from here: the node grows
+        nodes[n].end = length;
+        nodes[n].source = row;
         return n;
       }
       parent = n;
@@ -104,12 +116,12 @@ class Trie {
   // The lower part keeps the number, and so its children; the new row leaves the upper one.
   int32_t split(int32_t& place, int32_t at, int32_t row) {
     const int32_t lower = place;
-    const Node old = nodes_[lower];
-    const int32_t upper = int32_t(nodes_.size());
-    nodes_.push_back({.parent = old.parent, .begin = old.begin, .end = at, .source = old.source, .children = 1});
-    place = upper;  // the table does not grow: the reference holds
-    nodes_[lower].parent = upper;
-    nodes_[lower].begin = at;
+    const Node old = nodes[lower];
+    const int32_t upper = int32_t(nodes.size());
+    nodes.push_back({.parent = old.parent, .begin = old.begin, .end = at, .source = old.source, .children = 1});
+    place = upper;
+    nodes[lower].parent = upper;
+    nodes[lower].begin = at;
     children_.at(upper, int64_t(rows_.tokens[old.source][at])) = lower;
     const int32_t fresh = add({.parent = upper, .begin = at, .end = rows_.lengths[row], .source = row});
     children_.at(upper, int64_t(rows_.tokens[row][at])) = fresh;
@@ -119,19 +131,19 @@ class Trie {
   // Leaves of rows whose node was split, first rows and the order of children.
   void order() {
     std::vector<int32_t> last(1, -1);
-    for (int32_t r = 0; r < int32_t(leaf_.size()); ++r) {
+    for (int32_t r = 0; r < int32_t(leaf.size()); ++r) {
       const int32_t length = rows_.lengths[r];
-      while (length <= nodes_[leaf_[r]].begin) leaf_[r] = nodes_[leaf_[r]].parent;
-      int32_t n = leaf_[r];
-      for (; n >= 0 && !nodes_[n].reached; n = nodes_[n].parent) {
-        nodes_[n].reached = true;
-        int32_t& before = nodes_[n].parent < 0 ? last[0] : nodes_[nodes_[n].parent].last;
-        int32_t& first = nodes_[n].parent < 0 ? first_root : nodes_[nodes_[n].parent].first;
-        (before < 0 ? first : nodes_[before].next) = n;
+      while (length <= nodes[leaf[r]].begin) leaf[r] = nodes[leaf[r]].parent;
+      int32_t n = leaf[r];
+      for (; n >= 0 && !nodes[n].reached; n = nodes[n].parent) {
+        nodes[n].reached = true;
+        int32_t& before = nodes[n].parent < 0 ? last[0] : nodes[nodes[n].parent].last;
+        int32_t& first = nodes[n].parent < 0 ? first_root : nodes[nodes[n].parent].first;
+        (before < 0 ? first : nodes[before].next) = n;
         before = n;
       }
-      n = length == nodes_[leaf_[r]].end ? leaf_[r] : nodes_[leaf_[r]].parent;
-      for (; n >= 0 && nodes_[n].row < 0; n = nodes_[n].parent) nodes_[n].row = r;
+      n = length == nodes[leaf[r]].end ? leaf[r] : nodes[leaf[r]].parent;
+      for (; n >= 0 && nodes[n].row < 0; n = nodes[n].parent) nodes[n].row = r;
     }
   }
 
@@ -143,18 +155,9 @@ struct Visit {
   int32_t node, begin, parent;  // the parent is numbered in preorder
 };
 
-}  // namespace
-
-int64_t PrefixTree::tokens() const {
-  int64_t sum = 0;
-  for (size_t n = 0; n < size(); ++n) sum += end[n] - begin[n];
-  return sum;
-}
-
-template <typename Token>
-PrefixTree prefix_tree(const TokenRows<Token>& rows, int64_t min_saved) {
-  const Trie<Token> trie(rows);
-  const std::vector<Node>& nodes = trie.nodes_;
+// `leaves`: of the rows, as they were inserted.
+PrefixTree flatten(const std::vector<Node>& nodes, const std::vector<int32_t>& leaves, int32_t first_root,
+                   int64_t min_saved) {
   PrefixTree out;
   std::vector<int32_t> number(nodes.size(), -1), pushed, siblings;
   std::vector<Visit> open;
@@ -164,7 +167,7 @@ PrefixTree prefix_tree(const TokenRows<Token>& rows, int64_t min_saved) {
     for (size_t i = siblings.size(); i-- > 0;)
       open.push_back({siblings[i], begin < 0 ? nodes[siblings[i]].begin : begin, parent});
   };
-  descend(trie.first_root, -1, -1);
+  descend(first_root, -1, -1);
   while (!open.empty()) {
     const Visit v = open.back();
     open.pop_back();
@@ -182,13 +185,27 @@ PrefixTree prefix_tree(const TokenRows<Token>& rows, int64_t min_saved) {
     descend(node.first, -1, number[v.node]);
   }
   for (size_t i = pushed.size(); i-- > 0;) number[pushed[i]] = number[nodes[pushed[i]].first];
-  out.leaf.reserve(trie.leaf_.size());
-  for (const int32_t n : trie.leaf_) out.leaf.push_back(number[n]);
+  out.leaf.reserve(leaves.size());
+  for (const int32_t n : leaves) out.leaf.push_back(number[n]);
   out.stop.resize(out.size());
   std::iota(out.stop.begin(), out.stop.end(), 1);
   for (size_t n = out.size(); n-- > 0;)
     if (out.parent[n] >= 0) out.stop[out.parent[n]] = std::max(out.stop[out.parent[n]], out.stop[n]);
   return out;
+}
+
+}  // namespace
+
+int64_t PrefixTree::tokens() const {
+  int64_t sum = 0;
+  for (size_t n = 0; n < size(); ++n) sum += end[n] - begin[n];
+  return sum;
+}
+
+template <typename Token>
+PrefixTree prefix_tree(const TokenRows<Token>& rows, int64_t min_saved) {
+  const Trie<Token> trie(rows);
+  return flatten(trie.nodes, trie.leaf, trie.first_root, min_saved);
 }
 
 template PrefixTree prefix_tree(const TokenRows<int32_t>&, int64_t);

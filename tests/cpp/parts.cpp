@@ -8,6 +8,7 @@
 #include "draw.hpp"
 #include "harness.hpp"
 #include "pack.hpp"
+#include "shared_layout.hpp"
 
 using namespace mgrpo;
 
@@ -114,5 +115,43 @@ CASE(packing_holds_everything_once) {
       REQUIRE(o.max_segments == 0 || p.offsets[b + 1] - p.offsets[b] <= o.max_segments);
     }
     REQUIRE(p.lockstep >= 1 - 1e-9);
+  }
+}
+
+CASE(shared_layouts_hold_everything_once) {
+  harness::Random random(4);
+  for (int round = 0; round < 200; ++round) {
+    SharedOptions o{.pack = {.capacity = random(20, 300), .dp = int(random(1, 4)), .cost_b = 0.001},
+                    .min_saved = random(1, 40)};
+    if (random(0, 1)) o.pack.max_segments = int(random(1, 9));
+    o.hold = o.pack.dp == 1 && random(0, 1);
+    std::vector<std::vector<int32_t>> rows(size_t(random(0, 40)));
+    std::vector<const int32_t*> tokens;
+    std::vector<int32_t> lengths, entering;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      if (r && random(0, 4)) {
+        const std::vector<int32_t>& base = rows[size_t(random(0, int64_t(r) - 1))];
+        rows[r].assign(base.begin(), base.begin() + random(0, int64_t(base.size())));
+      }
+      for (int64_t own = random(0, o.pack.capacity / 3); own > 0; --own) rows[r].push_back(int32_t(random(0, 2)));
+      rows[r].resize(std::clamp<size_t>(rows[r].size(), 1, size_t(o.pack.capacity)));
+      rows[r].shrink_to_fit();  // a read behind the end is seen
+      tokens.push_back(rows[r].data());
+      lengths.push_back(int32_t(rows[r].size()));
+      entering.push_back(std::max(lengths.back() - 1, 1));
+    }
+    const std::optional<SharedLayout> layout = share_prefixes({tokens, entering}, lengths, o);
+    if (!layout) continue;
+    REQUIRE(layout->shared_tokens >= 0);
+    std::vector<int32_t> items = layout->padded.items;
+    REQUIRE(layout->padded.offsets.size() == size_t(layout->padded.n_mb) * o.pack.dp + 1);
+    std::sort(items.begin(), items.end());
+    for (size_t i = 0; i < rows.size(); ++i) REQUIRE(items[i] == int32_t(i));
+    for (size_t b = 0; b + 1 < layout->padded.offsets.size(); ++b) {
+      int64_t computed = layout->padded.prefix[b];
+      for (int32_t i = layout->padded.offsets[b]; i < layout->padded.offsets[b + 1]; ++i)
+        computed += entering[layout->padded.items[i]] - layout->item_shared[layout->padded.items[i]];
+      REQUIRE(computed <= o.pack.capacity);
+    }
   }
 }
