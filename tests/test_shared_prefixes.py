@@ -19,8 +19,8 @@ from tests.loss_grid import LOSS_TYPES, settings
 from tests.models import VOCAB, move_adapters, tiny_model, tiny_tokenizer
 from tests.shared_kit import (
     SHAPES,
-    computed,
     distance,
+    embedded,
     forest,
     furthest,
     gradients,
@@ -83,11 +83,11 @@ def test_each_shared_token_enters_the_model_once(attention: str) -> None:
     for seed in range(20):
         rows = random_rows(seed, plain)
         entering = int((rows.lengths - 1).clamp(min=1).sum())
-        if saved_tokens(rows):
-            assert computed(shared, rows) == entering - saved_tokens(rows)
         arguments = rows.ids, rows.lengths, rows.active().mask
-        with torch.no_grad():
+        with torch.no_grad(), embedded(shared) as computed:
             found, expected = (p.hidden_before(*arguments) for p in (shared, plain))
+        if saved_tokens(rows):
+            assert computed == [entering - saved_tokens(rows)]
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
