@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench import sass
-from mgrpo.kernels import group_advantage, grpo_loss, logprob, token_loss
+from mgrpo.kernels import group_advantage, grpo_loss, logprob, token_loss, tree_merge
 from mgrpo.ops import device
 
 ARCHS = (80, 90, 100)
@@ -113,14 +113,18 @@ def variants() -> list[Variant]:
     out.append(_variant("group_advantage", kernel, "fp32", group, warps=1))
     wide = {"WEIGHTED": True, "UNBIASED": False, "BLOCK": 1024}
     out.append(_variant("batch_deviation", group_advantage.batch_deviation_kernel, "fp32", wide, warps=4))
+    for listed in (False, True):
+        merge = {"HEADS": 16, "DIM": 128, "WIDTH": 128, "LISTED": listed, "BLOCK": tree_merge.BLOCK}
+        name = f"tree_merge{', listed' if listed else ''}"
+        out.append(_variant(name, tree_merge.tree_merge_kernel, "bf16", merge, warps=4))
     return out
 
 
-_INT64 = {"target_ids", "seq_id", "order"}
+_INT64 = {"target_ids", "seq_id", "order", "at"}
 _INT32 = {"group_id", "ids"}
 _BYTES = {"active", "has_grad_out", "mask"}
 _FLOAT64 = {"deviation"}
-_SIZES = {"stride", "grad_stride", "vocabulary", "n"}
+_SIZES = {"stride", "grad_stride", "vocabulary", "n", "first", "tokens"}
 _SCALARS = {
     "k", "inverse_temperature", "eps_low", "eps_high", "delta", "log_ratio_clip", "tau_pos", "tau_neg",
     "kl_coef", "entropy_coef", "correction_low", "correction_high", "advantage_eps", "eps", "lower", "upper",
@@ -152,6 +156,8 @@ def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], warp
             types[argument] = f"*{written or read}" if argument == "grad" else f"*{read}"
         elif argument == "out" and name == "batch_deviation":
             types[argument] = "*fp64"
+        elif argument in ("out", "more") and name.startswith("tree_merge"):
+            types[argument] = f"*{dtype}"
         else:
             pointers = {"*i64": _INT64, "*i32": _INT32, "*u8": _BYTES, "*fp64": _FLOAT64}
             types[argument] = next((t for t, names in pointers.items() if argument in names), "*fp32")

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # One command for a GPU host: build, gpu-marked tests, every kernel bench, the head, training steps of a 0.6B and an 8B
-# shape with their memory beside `mgrpo plan`'s, two ranks over NCCL where two GPUs are, vLLM where it is installed; one
-# table, bench/baselines/<gpu>.json. Needs nothing from a network: torch, triton, transformers, peft, pydantic, msgspec,
-# rich, numpy, pybind11, cmake, pytest, pytest-timeout and pytest-xdist come from the Python named by PYTHON. No step
-# runs longer than its own limit or than what is left of SECONDS_LIMIT (530). TESTS=0 leaves the tests out.
+# shape with their memory beside `mgrpo plan`'s, shared prefixes, two ranks over NCCL where two GPUs are, vLLM where it
+# is installed; one table, bench/baselines/<gpu>.json. Needs nothing from a network: torch, triton, transformers, peft,
+# pydantic, msgspec, rich, numpy, pybind11, cmake, pytest, pytest-timeout and pytest-xdist come from the Python named by
+# PYTHON. No step runs longer than its own limit or than what is left of SECONDS_LIMIT (530). TESTS=0 leaves the tests
+# out.
 #
 # DEVICE=cpu goes through the same steps with tiny sizes and writes JSON=<path> alone: it shows that they run, and its
 # figures mean nothing. Steps that need a GPU, a compiler or a server are left out there.
@@ -66,6 +67,7 @@ if [ "$DEVICE" = cuda ]; then
   echo "== training steps"
   bench 90 step_0.6b train_step --model qwen3-0.6b --rounds 3 --plan
   bench 90 step_0.6b_compiled train_step --model qwen3-0.6b --compile --rounds 3
+  bench 90 prefix prefix --shape rollouts fork cut nothing
   # All of an 8B's weights, gradients and Adam's state are 131 GB: adapters on one GPU.
   bench 110 step_8b_lora train_step --model qwen3-8b --lora 16 --checkpointing --ours-only --rounds 3 --plan
   bench 110 step_8b_lora_compiled train_step --model qwen3-8b --lora 16 --checkpointing --compile --rounds 3
@@ -88,6 +90,7 @@ else
   bench 300 step_tiny train_step --model tiny-qwen3 --tokens 2048 --micro-batch 2048 --quick --plan
   bench 300 step_tiny_lora train_step --model tiny-qwen3 --lora 2 --checkpointing --tokens 2048 --micro-batch 2048 \
     --quick
+  bench 300 prefix prefix --model tiny-qwen3 --scale 0.03 --quick
   bench 300 two_ranks ranks --model tiny-qwen3 --tokens 2048 --mebibytes 1
 fi
 

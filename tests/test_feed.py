@@ -199,7 +199,7 @@ def test_roles_that_share_the_policy_come_through_its_feed() -> None:
     streams: list[Any] = [Stream(store) for store in stores]
     for stream, n in zip(streams, (2.0, 3.0), strict=True):
         stream.builder.assemble = lambda step, n=n: SimpleNamespace(
-            step=step, groups=["a"], surplus=[], minibatches=[MiniBatch([], n)], metrics={}
+            step=step, groups=["a"], surplus=[], minibatches=[MiniBatch([], n)], plans=[], metrics={}
         )
     with Feed(config, "left", Path(), streams, WeightPublisher(torch.float32)) as feed:
         (batch,) = next(feed).minibatches
@@ -310,3 +310,16 @@ def test_compare_starts_every_trainer_itself() -> None:
         ConfigError, match=r'agents\.left\.policy\.trainer = "external": compare starts every'
     ):
         chosen(config, [])
+
+
+def test_sharing_is_said_before_the_first_step(tmp_path: Path) -> None:
+    """A program whose rows share what they begin with says so before anything is packed; nothing is shared until then,
+    and afterwards it is too late."""
+    with opened(tmp_path) as (feed, _):
+        (stream,) = feed._streams
+        assert not stream.builder.shares_prefixes
+        feed.share_prefixes()
+        assert stream.builder.shares_prefixes
+        next(feed)
+        with pytest.raises(ValueError, match=r"share_prefixes\(\) comes before the first step, step 0 is on"):
+            feed.share_prefixes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,15 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy
+from mgrpo.ops.tree_attention import Level
+from mgrpo.ops.tree_kernels import CpuKernel
 from mgrpo.profiling import flops as counting
 from mgrpo.profiling.flops import Cost, ModelFlops, flops_of
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch import cost
 from mgrpo.trainers.torch import learner as learners
 from mgrpo.trainers.torch.cost import StepMeter, of_rows, plain
-from mgrpo.trainers.torch.learner import Learner, logprobs_of
+from mgrpo.trainers.torch.learner import Learner, Prefixes, logprobs_of
 from tests.families import family
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 
@@ -87,7 +90,7 @@ def counted(run: Callable[[], object]) -> int:
 
 def backward_of(learner: Learner, rows: MicroBatch) -> None:
     for part in learner._parts(MiniBatch([rows], 1.0)):
-        learner._backward(part, 1.0)
+        learner._backward(part, 1.0, Prefixes(learner.ranks))
 
 
 @pytest.fixture
@@ -163,6 +166,96 @@ def test_a_pair_counts_where_the_mask_lets_it_through() -> None:
             seen = int(((ahead >= 0) & (ahead < (window or n))).sum())
             assert flops.of([n], 0) == Cost(seen, 2 * seen)
     assert flops.of([3, 4], 0, causal=False).forward == 25
+
+
+def tree_rows(*, cut: bool = False) -> list[MicroBatch]:
+    """Seven rows, all with an advantage: two prompts of 36 tokens and one of them with a history of 18 more that three
+    rows share, so that a tree is two nodes deep. cut: the rows below the first prompt as two micro-batches that hold
+    it, and the rest as a third."""
+    g = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(0, VOCAB, (n,), generator=g)  # noqa: E731
+    first, other, history = draw(36), draw(36), draw(18)
+    first[0], other[0] = 1, 2
+    rows = [torch.cat([first, history, torch.tensor([n]), draw(8)]) for n in range(3)]
+    rows += [torch.cat([first, torch.tensor([VOCAB - 1 - n]), draw(12)]) for n in range(2)]
+    rows += [torch.cat([other, torch.tensor([n]), draw(9)]) for n in range(2)]
+
+    def micro(parts: list[torch.Tensor], prefix: torch.Tensor | None = None) -> MicroBatch:
+        lengths = torch.tensor([len(row) for row in parts])
+        ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        mask = (torch.arange(ids.shape[1]) >= 36) & (torch.arange(ids.shape[1]) < lengths[:, None])
+        logprobs, ones = torch.full(ids.shape, -4.0), torch.ones(len(parts))
+        return MicroBatch(ids, mask, logprobs, lengths, ones, ones, prefix=prefix)
+
+    return [micro(rows[:3], first), micro(rows[3:5], first), micro(rows[5:])] if cut else [micro(rows)]
+
+
+NODES = [(0, 36), (36, 54), *[(54, 62)] * 3, *[(36, 48)] * 2, (0, 36), *[(36, 45)] * 2]
+"""(begin, end) of tree_rows, by hand: of each row the last token does not enter."""
+
+
+def test_a_prefix_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree's nodes by hand; a step of a policy that shares costs them, with the reference's and the old log-probs'
+    passes; and cut into micro-batches that hold the prefix it costs the same."""
+    policy = Policy(tiny_model("llama"), tiny_tokenizer(), "p", PolicyConfig(share_prefixes=True))
+    assert policy.shares
+    model, base = known(policy)
+    (rows,) = tree_rows()
+    scored = int(rows.loss_mask.sum())
+    tokens = sum(end - begin for begin, end in NODES)
+    pairs = sum(n * d + n * (n + 1) // 2 for d, n in ((begin, end - begin) for begin, end in NODES))
+    by_hand = model.token.times(tokens) + model.scored.times(scored) + model.pairs[None].times(pairs)
+    assert of_rows(model, rows, shares=True) == by_hand
+    assert model.of_nodes(NODES, scored) == by_hand
+    plain_cost = of_rows(model, rows)
+    assert plain_cost == model.of_nodes([(0, int(n) - 1) for n in rows.lengths], scored)
+    assert by_hand.total < 0.8 * plain_cost.total
+
+    monkeypatch.setattr(cost, "flops_of", lambda *_: (model, base))
+    meter = StepMeter(policy, every_row_acts=False, has_reference=True, ranks=1)
+    whole = meter.cost([MiniBatch([rows], 1.0)], True, 0.0).flops
+    assert whole == by_hand.total + by_hand.forward + base.of_nodes(NODES, scored).forward
+    pieces = meter.cost([MiniBatch(tree_rows(cut=True), 1.0)], True, 0.0).flops
+    assert pieces == pytest.approx(whole, rel=1e-12)
+
+
+def test_nodes_see_what_a_window_lets_through() -> None:
+    """Of nodes behind a history of any length, counted mask entry by mask entry."""
+    for window in (None, 1, 5, 64):
+        flops = ModelFlops(Cost(), Cost(), {window: Cost(1.0, 2.0)})
+        for begin, end in ((0, 1), (3, 9), (7, 40)):
+            ahead = torch.arange(end)[:, None] - torch.arange(end)
+            seen = int(((ahead >= 0) & (ahead < (window or end)))[begin:].sum())
+            assert flops.of_nodes([(begin, end)], 0) == Cost(seen, 2 * seen)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "lora"])
+def test_a_shared_step_costs_what_torch_counts(
+    name: str, seen_head: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of the nodes' tokens and the head's are torch's count, forward and backward. Attention over a tree asks
+    for operations that torch does not count: their pairs are counted where they are asked for."""
+    build, config = BUILDERS[name]
+    policy = Policy(build(), tiny_tokenizer(), name, config.model_copy(update={"share_prefixes": True}))
+    model = known(policy)[0]
+    (rows,) = tree_rows()
+    asked: list[float] = []
+    forward = CpuKernel.forward
+
+    def seen(
+        self: CpuKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Level, scale: float
+    ) -> Any:
+        for a, b, c, d in at.segments:
+            pairs = (b - a) * (b - a + 1) // 2 if at.causal else (b - a) * (d - c)
+            asked.append(4.0 * pairs * q.shape[1] * q.shape[2])
+        return forward(self, q, k, v, at, scale)
+
+    monkeypatch.setattr(CpuKernel, "forward", seen)
+    theirs = counted(lambda: backward_of(learner_of(policy), rows))
+    ours = of_rows(replace(model, pairs={}), rows, shares=True)
+    assert ours.total == pytest.approx(theirs, rel=0.001)
+    attention = of_rows(ModelFlops(Cost(), Cost(), model.pairs), rows, shares=True)
+    assert attention.forward == sum(asked)
 
 
 def test_layers_with_a_window_are_told_from_those_without() -> None:

@@ -17,12 +17,15 @@ from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.model.policy import Policy
 from mgrpo.model.probe import probe, probe_ids
+from mgrpo.ops.tree_attention import tree_attention
+from mgrpo.ops.tree_kernels import VarlenKernel
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, logprobs_of
 from tests.loss_grid import LOSS_TYPES, configs, error, grid_batch, head_batch, settings
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 from tests.rows import rows_of
 from tests.test_attention import MODELS, batch
+from tests.test_tree_attention import SCALE, dense, levels_of, random_tree, seen
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +63,58 @@ def test_packed_attention(name: str) -> None:
     for a, b, c in zip(states_and_gradients(packed), padded, exact, strict=True):
         assert error(a, c) <= max(1.5 * error(b, c), 2e-2)
     assert policy("cuda", dtype="bfloat16").attention in ("varlen", "flash")
+
+
+@pytest.mark.parametrize("held", [0, 6])
+def test_tree_attention(held: int) -> None:
+    """Output and gradients of bfloat16 attention over prefix trees against float64, with one, two and four heads of
+    queries for each of keys."""
+    for seed in range(6):
+        torch.manual_seed(seed)
+        borders, parents = random_tree(seed)
+        q, k, v = (
+            torch.randn(borders[-1], n, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for n in (4, (1, 2, 4)[seed % 3], (1, 2, 4)[seed % 3])
+        )
+        above = [torch.randn(held, k.shape[1], 32, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        key, value = (x.requires_grad_() for x in above)
+        inputs = [q, k, v, *((key, value) if held else ())]
+        levels = [at.to(q.device) for at in levels_of(borders, parents, held)]
+        out = tree_attention(q, k, v, levels, SCALE, VarlenKernel(), (key, value) if held else None)
+        wanted = dense(q, torch.cat([key, k]), torch.cat([value, v]), seen(borders, parents, held).cuda())
+        grad = torch.randn_like(out)
+        found = torch.autograd.grad(out, inputs, grad)
+        right = torch.autograd.grad(wanted, inputs, grad.double())
+        for a, b in zip((out, *found), (wanted, *right), strict=True):
+            assert error(a.detach(), b.detach()) <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-gqa", "llama-mqa", "qwen2", "qwen3"])
+def test_shared_prefixes(name: str) -> None:
+    """Rows of one prefix computed once, in bfloat16, are no farther from float32 than the rows computed whole."""
+
+    def policy(device: str, **settings: Any) -> Policy:
+        torch.manual_seed(0)
+        return on(device, MODELS[name](), **settings)
+
+    ids, lengths, scored = batch()
+    ids[:, :17] = ids[0, :17]
+    lengths = lengths.clamp(min=18)
+    scored = scored & (torch.arange(1, ids.shape[1]) < lengths[:, None])
+
+    def states_and_gradients(policy: Policy) -> list[torch.Tensor]:
+        hidden = policy.hidden_before(ids, lengths, scored)
+        target = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(policy.device)
+        gradients = torch.autograd.grad((hidden * target).mean(), list(policy.model.base_model.parameters()))
+        return [x.detach().float().cpu() for x in (hidden, *gradients)]
+
+    exact = states_and_gradients(policy("cpu", attention="rows", share_prefixes=False))
+    whole = states_and_gradients(policy("cuda", dtype="bfloat16", share_prefixes=False))
+    sharing = policy("cuda", dtype="bfloat16")
+    assert sharing.shares, sharing.why_not
+    for a, b, c in zip(states_and_gradients(sharing), whole, exact, strict=True):
+        assert error(a, c) <= max(1.5 * error(b, c), 2e-2)
+    assert "half precision" in str(policy("cuda").why_not)
 
 
 @pytest.mark.parametrize(

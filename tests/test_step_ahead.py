@@ -67,7 +67,9 @@ class Stream:
 
     def __init__(self, store: Store, claim: Callable[[int, Callable[[], bool]], None] | None = None) -> None:
         self.role, self.store, self._claim = "main", store, claim
-        self.builder = SimpleNamespace(read=lambda step, groups: step, assemble=self.assemble)
+        self.builder = SimpleNamespace(
+            read=lambda step, groups: step, assemble=self.assemble, shares_prefixes=False
+        )
         self.recorder = SimpleNamespace(
             step=lambda batch, metrics, settings: store.events.append(f"record {batch.step + 1}"),
             keep=lambda checkpoint: None,
@@ -83,7 +85,7 @@ class Stream:
 
     def assemble(self, step: int) -> SimpleNamespace:
         return SimpleNamespace(
-            step=step, groups=["a"], surplus=["b"], minibatches=[], metrics={"reward/mean": 0.5}
+            step=step, groups=["a"], surplus=["b"], minibatches=[], plans=[], metrics={"reward/mean": 0.5}
         )
 
     def check(self) -> None:

@@ -23,9 +23,11 @@ from tests.models import tiny_policy
 from tests.rows import rows_of
 
 
-def batch_of(tokens: float, seed: int) -> Any:
+def batch_of(tokens: float, seed: int, shared: int = 0) -> Any:
     return SimpleNamespace(
-        metrics={"tokens": tokens}, minibatches=[MiniBatch([rows_of(seed), rows_of(seed + 1)], 1.0)]
+        metrics={"tokens": tokens},
+        minibatches=[MiniBatch([rows_of(seed), rows_of(seed + 1)], 1.0)],
+        plans=[SimpleNamespace(shared_tokens=shared)],
     )
 
 
@@ -39,6 +41,16 @@ def test_two_clocks() -> None:
     assert found["perf/trained_tok_per_s"] == trained / 4.0
     assert found["perf/trained_tok_per_s_wall"] == trained / 10.0
     assert found["perf/tflops"] == 1.5 and found["perf/peak_mem_gb"] == 2.5
+
+
+def test_shared_tokens_are_those_of_all_roles() -> None:
+    """Of the tokens that enter the model, one less a row: their number and their share, and 0 where there is none."""
+    found = step_perf(None, [batch_of(100.0, 0, shared=7), batch_of(60.0, 2, shared=4)], train=4.0, step=10.0)
+    entering = sum(int(n) - 1 for seed in range(4) for n in rows_of(seed).lengths)
+    assert found["perf/shared_tokens"] == 11.0 and found["perf/shared"] == 11 / entering
+    assert step_perf(None, [batch_of(100.0, 0)], 4.0, 10.0)["perf/shared"] == 0.0
+    empty = SimpleNamespace(metrics={}, minibatches=[], plans=[])
+    assert step_perf(None, [empty], 4.0, 10.0)["perf/shared"] == 0.0  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,16 @@ MAY_CHANGE = (
     *("store", "link", "rollout", "eval", "record", "metrics", "profile"),
     *("trainer.steps", "trainer.checkpoint_every", "trainer.keep_checkpoints"),
     *("trainer.stop_timeout", "trainer.threads"),
-    *("agents.<role>.url", "agents.<role>.policy.ranks", "agents.<role>.policy.mesh"),
+    "agents.<role>.url",
+    *(f"agents.<role>.policy.{key}" for key in ("ranks", "mesh", "share_prefixes")),
     *(f"agents.<role>.engine.{key}" for key in ("urls", "replicas", "python", "folder", "timeout")),
     *(f"task.options.<service>.{key}" for key in WHERE),
     *(f"task.stages.<stage>.options.<service>.{key}" for key in WHERE),
 )
 """Settings and sections that a resumed run may change: how long, where and by how many processes it is computed, how
-often it is measured and what is kept of it; of the services of a task where they are, whose key they get and how long
-they are waited for. <service> stands for the options and every table in them. Everything else belongs to the run's
-digest."""
+often it is measured and what is kept of it; whether prefixes are computed once, so that a run that began before there
+was such a setting goes on; of the services of a task where they are, whose key they get and how long they are waited
+for. <service> stands for the options and every table in them. Everything else belongs to the run's digest."""
 
 WIDE_MARKS = {  # the longer first: those of UTF-32 begin like those of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",

@@ -25,11 +25,11 @@ from mgrpo.model.weight_slices import WeightFiles
 
 def load_policy(path: str | Path, config: PolicyConfig | None = None) -> Policy:
     """The policy in the folder `path` (config.json, safetensors, tokenizer), held as `config` says (default: on the
-    CPU, float32, everything trains). Never goes to the network.
+    CPU, float32, everything trains, each row computed whole). Never goes to the network.
 
     Raises ConfigError naming the folder and what is missing or unreadable in it, or the setting that cannot be met.
     """
-    config = config or PolicyConfig()
+    config = config or PolicyConfig(share_prefixes=False)
     folder = _policy_folder(path, config)
     from transformers import AutoModelForCausalLM
 

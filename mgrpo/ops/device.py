@@ -15,6 +15,7 @@ from mgrpo.kernels import group_advantage as group_kernels
 from mgrpo.kernels import grpo_loss as loss_kernels
 from mgrpo.kernels import logprob as row_kernels
 from mgrpo.kernels import token_loss as total_kernels
+from mgrpo.kernels import tree_merge as merge_kernels
 from mgrpo.losses.base import PolicyLoss
 from mgrpo.ops.encoding import code, term_code
 from mgrpo.ops.token_loss import METRICS, Tokens
@@ -307,3 +308,26 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 def _float(x: Tensor) -> Tensor:
     return x.detach().float().contiguous()
+
+
+def tree_merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, at: slice | Tensor) -> None:
+    """Into out (T, H, D) and lse f32 (H, T), which are contiguous, what the tokens `at` see more: more (n, H, D) and
+    more_lse f32 (H, n)."""
+    n, heads, dim = more.shape
+    places, first = (lse, at.start) if isinstance(at, slice) else (at, 0)
+    with _on(out):
+        merge_kernels.tree_merge_kernel[(triton.cdiv(n, merge_kernels.BLOCK), heads)](
+            out,
+            lse,
+            more.contiguous(),
+            more_lse.contiguous(),
+            places,
+            first,
+            lse.shape[1],
+            n,
+            HEADS=heads,
+            DIM=dim,
+            WIDTH=triton.next_power_of_2(dim),
+            LISTED=isinstance(at, Tensor),
+            BLOCK=merge_kernels.BLOCK,
+        )

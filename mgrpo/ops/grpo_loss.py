@@ -224,7 +224,8 @@ def prepare(
     target_ids, (old, ref, rollout) = _logprobs(target_ids, mask, loss, inputs, like)
     dtype = compute_dtype(like)
     places = torch.arange(rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    seq_id = torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
+    # All borders, less one: torch 2.11's compiler searches a slice of them from its storage's beginning.
+    seq_id = torch.searchsorted(cu_seqlens.contiguous(), places, right=True) - 1
     groups = None
     rewards, group_id = inputs.get("rewards"), inputs.get("group_id")
     if fuse_groups and rewards is not None and group_id is not None:

@@ -75,12 +75,19 @@ def _borders(ranges: Sequence[tuple[int, int]]) -> Tensor:
     return sizes.cumsum(0).to(torch.int32)
 
 
+Part = tuple[Level, Tensor, Tensor]
+"""What a level's queries see: output (n, H, D) and log-sum-exp (H, n)."""
+
+
 class Kernel(Protocol):
     """Attention of the segments of a level."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Level, scale: float) -> tuple[Tensor, Tensor, Any]:
         """Of `at`'s queries q (n, H, D) and keys k, v (m, G, D): output (n, H, D), log-sum-exp (H, n), and what the
         backward pass wants to have back."""
+
+    def merge(self, out: Tensor, lse: Tensor, parts: Sequence[Part]) -> Tensor:
+        """The output (T, H, D) with more parts in it, in its dtype; lse (H, T) becomes that of all. Writes over out."""
 
     def backward(self, grad: Tensor, saved: Saved, at: Level, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
@@ -132,17 +139,15 @@ class _TreeAttention(torch.autograd.Function):
     ) -> Tensor:
         own, *above = levels
         out, lse, state = kernel.forward(q, k, v, own, scale)
-        states = [state]
-        out = (
-            out if out.dtype == lse.dtype else out.to(lse.dtype)
-        )  # parts are added in more than half precision
+        states, parts = [state], list[Part]()
         for at in above:
             keys, values = (held_k, held_v) if at.held else (k, v)
             assert keys is not None and values is not None
             more, more_lse, state = kernel.forward(q[at.queries], keys[at.keys], values[at.keys], at, scale)
             states.append(state)
-            _merge(out, lse, more, more_lse, at.queries)
-        out = out.to(q.dtype)
+            parts.append((at, more, more_lse))
+        if parts:
+            out = kernel.merge(out, lse, parts)
         ctx.save_for_backward(q, k, v, held_k, held_v, out, lse)
         ctx.levels, ctx.scale, ctx.kernel, ctx.states = levels, scale, kernel, states
         return out
@@ -152,8 +157,7 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, held_k, held_v, out, lse = ctx.saved_tensors
         own, *above = ctx.levels
-        found = ctx.kernel.backward(grad, Saved(q, k, v, out, lse, ctx.states[0]), own, ctx.scale)
-        dq, dk, dv = (x.to(lse.dtype) for x in found) if above else found
+        dq, dk, dv = ctx.kernel.backward(grad, Saved(q, k, v, out, lse, ctx.states[0]), own, ctx.scale)
         held: list[Tensor | None] = [None, None]
         for at, state in zip(above, ctx.states[1:], strict=True):
             keys, values = (held_k, held_v) if at.held else (k, v)
@@ -167,24 +171,11 @@ class _TreeAttention(torch.autograd.Function):
             else:
                 _add(dk, at.keys, more_k)
                 _add(dv, at.keys, more_v)
-        dq, dk, dv = (x.to(q.dtype) for x in (dq, dk, dv))
         return dq, dk, dv, *held, None, None, None
-
-
-def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, at: slice | Tensor) -> None:
-    """Into out (T, H, D) and lse (H, T) what the tokens `at` see more."""
-    before = lse[:, at]
-    both = torch.logaddexp(before, more_lse)
-    old, new = (torch.exp(part - both).t().unsqueeze(-1) for part in (before, more_lse))  # (n, H, 1)
-    if isinstance(at, slice):
-        out[at].mul_(old).addcmul_(more.to(out.dtype), new)
-    else:
-        out.index_copy_(0, at, out[at] * old + more.to(out.dtype) * new)
-    lse[:, at] = both
 
 
 def _add(total: Tensor, at: slice | Tensor, part: Tensor) -> None:
     if isinstance(at, slice):
         total[at] += part
     else:
-        total.index_add_(0, at, part.to(total.dtype))
+        total.index_add_(0, at, part)

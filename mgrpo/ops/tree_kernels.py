@@ -7,12 +7,13 @@ FlashKernel    the same through the package flash-attn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgrpo.ops.tree_attention import Level, Saved
+from mgrpo.ops.tree_attention import Level, Part, Saved
 
 _aten: Any = torch.ops.aten
 
@@ -32,6 +33,20 @@ class CpuKernel:
             out[queries] = part[0].transpose(0, 1)
             lse[:, queries] = part_lse[0]
         return out, lse, None
+
+    def merge(self, out: Tensor, lse: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Parts are added in the log-sum-exp's precision."""
+        total = out.to(lse.dtype)
+        for at, more, more_lse in parts:
+            before = lse[:, at.queries]
+            both = torch.logaddexp(before, more_lse)
+            old, new = (torch.exp(part - both).t().unsqueeze(-1) for part in (before, more_lse))  # (n, H, 1)
+            if isinstance(at.queries, slice):
+                total[at.queries].mul_(old).addcmul_(more.to(total.dtype), new)
+            else:
+                total.index_copy_(0, at.queries, total[at.queries] * old + more.to(total.dtype) * new)
+            lse[:, at.queries] = both
+        return total.to(out.dtype)
 
     def backward(self, grad: Tensor, saved: Saved, at: Level, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (
@@ -54,7 +69,19 @@ def _pieces(at: Level) -> list[tuple[slice, slice]]:
     return [(slice(*q[i : i + 2]), slice(*k[i : i + 2])) for i in range(len(q) - 1)]
 
 
-class VarlenKernel:
+class GpuKernel:
+    """What both have in common."""
+
+    def merge(self, out: Tensor, lse: Tensor, parts: Sequence[Part]) -> Tensor:
+        """See kernels/tree_merge.py."""
+        from mgrpo.ops.device import tree_merge
+
+        for at, more, more_lse in parts:
+            tree_merge(out, lse, more, more_lse, at.queries)
+        return out
+
+
+class VarlenKernel(GpuKernel):
     """torch's flash attention for segments of varying length."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Level, scale: float) -> tuple[Tensor, Tensor, Any]:
@@ -83,7 +110,7 @@ class VarlenKernel:
         return found
 
 
-class FlashKernel:
+class FlashKernel(GpuKernel):
     """flash-attn's own functions. They have run on no GPU yet."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Level, scale: float) -> tuple[Tensor, Tensor, Any]:

@@ -75,8 +75,19 @@ def merge_streams(batches: Sequence[StepBatch]) -> list[MiniBatch]:
 class BatchBuilder:
     """Builds the minibatches of one role's steps."""
 
-    def __init__(self, config: RunConfig, role: str, trajectory_log: Trajectories, ranks: int) -> None:
-        """ranks: processes of the trainer that the micro-batches are divided among."""
+    def __init__(
+        self,
+        config: RunConfig,
+        role: str,
+        trajectory_log: Trajectories,
+        ranks: int,
+        shares_prefixes: bool = False,
+    ) -> None:
+        """ranks: processes of the trainer that the micro-batches are divided among. shares_prefixes: see the
+        attribute."""
+        self.shares_prefixes = shares_prefixes
+        """Whether the trainer computes once what rows of a micro-batch begin with: then the micro-batches are packed by
+        the tokens that are left. One whose rows are not divided among ranks may hold a prefix for several of them."""
         stages = range(config.task.last_stage + 1)
         self._of_stage = [open_algorithm(config, role, stage) for stage in stages]
         self._algorithm, self._rewards = self._of_stage[0], StageRewards(config)
@@ -126,7 +137,7 @@ class BatchBuilder:
             for seen, advantages in zip(part, self._advantages(part), strict=True):
                 self._feed(seen, advantages, members, numbers)
             queries = [g.query for g in groups[i : i + size]]
-            plans.append(self._batcher.plan(step, queries=queries, skip_zero=self._skip_zero))
+            plans.append(self._plan(step, queries))
         minibatches = [self._minibatch(plan) for plan in plans]
         for group in groups:
             self._batcher.drop(group.query)
@@ -141,6 +152,16 @@ class BatchBuilder:
         used = {group.query for group in groups}
         surplus = [group for group in pool.groups if group.query not in used]
         return StepBatch(step, groups, mean, std, members, plans, minibatches, metrics, surplus)
+
+    def _plan(self, step: int, queries: Sequence[str]) -> Plan:
+        shares = self.shares_prefixes
+        return self._batcher.plan(
+            step,
+            queries=queries,
+            skip_zero=self._skip_zero,
+            share_prefixes=shares,
+            hold_prefixes=shares and self._ranks == 1,
+        )
 
     def _informative(self, pool: ReadGroups) -> list[bool]:
         """Of each group whether it teaches anything: some kept trajectory has an advantage other than 0, which is what
@@ -271,9 +292,15 @@ class BatchBuilder:
 
         With several ranks micro-step after micro-step, each with one micro-batch a rank, some of them empty.
         """
-        micro = []
+        micro: list[MicroBatch] = []
         for index in range(plan.n_padded):
             step = [self._micro_batch(plan, rank, index) for rank in range(self._ranks)]
+            if plan.prefix_id[0, index] >= 0:
+                last = (
+                    micro[-1] if index and plan.prefix_id[0, index - 1] == plan.prefix_id[0, index] else None
+                )
+                held = step[0].ids[0, : plan.prefixes[0, index]] if last is None else last.prefix
+                step[0].prefix = held  # one tensor for all micro-batches that follow one another with it
             if any(len(m.lengths) for m in step):
                 micro += step
         return MiniBatch(micro, self._denominator(plan))

@@ -182,6 +182,16 @@ class Feed:
             stream.recorder.begin(self.step)
         return resumed.requeued
 
+    def share_prefixes(self) -> None:
+        """Before the first step: whoever trains computes once what the rows of a micro-batch begin with. They are
+        packed by the tokens that are left, and trainer.micro_batch bounds these. Raises ValueError after it."""
+        if self._clock.running:
+            raise ValueError(
+                f"feed of {self.role}: share_prefixes() comes before the first step, step {self.step} is on its way"
+            )
+        for stream in self._streams:
+            stream.builder.shares_prefixes = True
+
     def report(self, kind: str, payload: dict[str, object]) -> None:
         """To the run's reports."""
         self._store.report(kind, payload)
@@ -315,7 +325,8 @@ class Feed:
         times = step_times(self._clock.end(begun.number), begun.prepared.hidden)
         times |= step_perf(begun.cost, begun.prepared.batches, times["time/train"], times["time/step"])
         ranks, data_ranks = self.config.ranks(self.role), self.config.data_ranks(self.role)
-        settings = StepSettings(begun.lr, self.config.trainer.threads, ranks, data_ranks)
+        shared = self._streams[0].builder.shares_prefixes
+        settings = StepSettings(begun.lr, self.config.trainer.threads, ranks, data_ranks, shared)
         self._begun = None
         times |= self._weight_metrics()
         with self._clock.part("report", {"step": begun.number}):

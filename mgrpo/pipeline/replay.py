@@ -5,8 +5,8 @@
 The rollouts of the step come from the workers' records, what training made of them from the trainer's; in between the
 trainer's own functions run again: BatchBuilder (credit, draw, advantages, packing) and Learner (loss, update). A loss
 needs the weights of its moment, so training is run again from the last kept checkpoint up to the step. What a resumed
-run may change (the learning rate follows from the number of steps, threads, ranks) is taken from the record of each
-step, everything else from the run's config.
+run may change (the learning rate follows from the number of steps, threads, ranks, whether prefixes were shared) is
+taken from the record of each step, everything else from the run's config.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ class Replayer:
             return [*stages, *(Stage(role, name, UNKNOWN, "tokens of the step") for name in STAGES[3:])]
         minibatch = int(pairs[0][1]["minibatch"]) if pairs else 0
         batches = [*_columns(pairs, BATCH), *_minibatches(recorded, rebuilt, minibatch)]
+        batches += _shared(recorded, rebuilt, pairs)
         stages.append(self._compare(role, "batch", batches))
         stages.append(self._loss(role, step, recorded))
         return stages
@@ -151,7 +152,8 @@ class Replayer:
                 return None, False
             groups.append(_claimed(self._config, role, query, index, rollouts, tokens))
         settings = recorded.settings
-        builder = BatchBuilder(self._config, role, tokens, settings.data_ranks or settings.ranks)
+        ranks = settings.data_ranks or settings.ranks
+        builder = BatchBuilder(self._config, role, tokens, ranks, settings.share_prefixes)
         return builder.build(step, groups), tokens.whole
 
     @staticmethod
@@ -182,15 +184,22 @@ class Replayer:
         known = self._learners.get(role)
         checkpoint = self._checkpoint(role, step)
         at = checkpoint.step if checkpoint else 0
+        learner: Learner | None = None
+        metrics: dict[str, float] = {}
         if known is not None and at < known[1] <= step + 1:
             learner, at, metrics = known
-        else:
-            learner, metrics = self._learner(role, checkpoint), {}
         for number in range(at, step + 1):
             taken = self._taken(role, number)
             if isinstance(taken, str):
                 self._learners.pop(role, None)
                 return taken
+            shares = taken[0].share_prefixes
+            if learner is None:
+                learner = self._learner(role, checkpoint, shares)
+            elif learner.policy.config.share_prefixes != shares:  # a resumed run went on in the other way
+                learner = self._in_the_other_way(role, learner, shares)
+            if shares and not learner.policy.shares:
+                return f"shared prefixes, which step {number} had and this policy has not: {learner.policy.why_not}"
             metrics = self._train(learner, *taken)
             self._learners[role] = (learner, number + 1, metrics)
         return metrics
@@ -236,15 +245,23 @@ class Replayer:
         except CorruptionError:  # every one is damaged: from the start, as without any
             return None
 
-    def _learner(self, role: str, checkpoint: Checkpoint | None) -> Learner:
+    def _learner(self, role: str, checkpoint: Checkpoint | None, shares: bool) -> Learner:
+        """shares: whether the policy computes prefixes once, in these steps."""
         agent = self._config.agents[role]
         start = Path(agent.model) if agent.model else self._folders(role) / "start"
-        policy = load_policy(start, agent.policy)
+        policy = load_policy(start, agent.policy.model_copy(update={"share_prefixes": shares}))
         reference = load_reference(policy, start) if find_loss(agent.loss).needs_reference else None
         learner = new_learner(agent, policy, reference)
         if checkpoint is not None:
             restore_checkpoint(checkpoint, learner.policy, learner.optimizer)
         return learner
+
+    def _in_the_other_way(self, role: str, learner: Learner, shares: bool) -> Learner:
+        """The learner with its weights and its optimizer, and a policy that shares prefixes or does not."""
+        other = self._learner(role, None, shares)
+        other.policy.model.load_state_dict(learner.policy.model.state_dict())
+        other.optimizer.load_state_dict(learner.optimizer.state_dict())
+        return other
 
 
 STAGES = ("reward", "advantage", "alignment", "batch", "loss")
@@ -348,10 +365,20 @@ def _statistics(recorded: StepBody, rebuilt: StepBody, group: int) -> list[tuple
 def _minibatches(recorded: StepBody, rebuilt: StepBody, number: int) -> list[tuple[str, Any, Any]]:
     a, b = recorded.minibatches[number], rebuilt.minibatches[number]
     crc: Mapping[str, int] = b.crc
+    tokens = {"computed tokens": (a.computed_tokens, b.computed_tokens)} if a.computed_tokens else {}
     return [
         ("denominator", a.denominator, b.denominator),
         *((f"{name} of minibatch {number}", value, crc.get(name)) for name, value in a.crc.items()),
+        *((f"{name} of minibatch {number}", *both) for name, both in tokens.items()),
     ]
+
+
+def _shared(recorded: StepBody, rebuilt: StepBody, pairs: list[_Pair]) -> list[tuple[str, Any, Any]]:
+    """What was computed once; nothing in a step that shared nothing, as all of older records."""
+    if not recorded.settings.share_prefixes:
+        return []
+    a, b = (np.frombuffer(body.shared, "<i4") for body in (recorded, rebuilt))
+    return [(f"shared tokens of {label}", a[i], b[j]) for label, _, _, i, j in pairs]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -21,7 +21,11 @@ def step_perf(
     trained = sum(
         trained_tokens(micro) for batch in batches for part in batch.minibatches for micro in part.micro
     )
-    found: dict[str, float] = {}
+    entering = sum(
+        entering_tokens(micro) for batch in batches for part in batch.minibatches for micro in part.micro
+    )
+    shared = sum(plan.shared_tokens for batch in batches for plan in batch.plans)
+    found = {"perf/shared_tokens": float(shared), "perf/shared": shared / max(entering, 1)}
     for clock, seconds in (("", max(train, 1e-9)), ("_wall", max(step, 1e-9))):
         found[f"perf/tok_per_s{clock}"] = tokens / seconds
         found[f"perf/trained_tok_per_s{clock}"] = trained / seconds
@@ -31,6 +35,11 @@ def step_perf(
         found["perf/tflops"] = cost.flops / max(train, 1e-9) / 1e12
         found["perf/peak_mem_gb"] = cost.peak_memory / GB
     return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def entering_tokens(micro: MicroBatch) -> int:
+    """Tokens of its rows that enter the model, shared or not: no row's last one does."""
+    return int((micro.lengths - 1).clamp(min=1).sum())
 
 
 def trained_tokens(micro: MicroBatch) -> int:

@@ -13,10 +13,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mgrpo.batcher.plan import Rows
+from mgrpo.batcher.plan import Plan, Rows
 from mgrpo.config.record import RecordConfig
 from mgrpo.pipeline.batch import StepBatch
 from mgrpo.pipeline.batch_metrics import Member
+from mgrpo.pipeline.step_perf import entering_tokens
 from mgrpo.record.schema import ROW, MiniBatchRecord, StepBody, StepHead, StepSettings
 from mgrpo.record.writer import RecordWriter, Report
 from mgrpo.trainers.base import Checkpoint
@@ -124,9 +125,18 @@ def step_body(batch: StepBatch, metrics: Mapping[str, float], settings: StepSett
         std=list(batch.std),
         rows=rows.tobytes(),
         scores=[member.invocation.scores for member in batch.members],
-        minibatches=[_minibatch(m) for m in batch.minibatches],
+        minibatches=[_minibatch(*both) for both in zip(batch.minibatches, batch.plans, strict=True)],
         metrics={name: float(value) for name, value in metrics.items()},
+        shared=_shared(batch).tobytes() if settings.share_prefixes else b"",
     )
+
+
+def _shared(batch: StepBatch) -> npt.NDArray[np.int32]:
+    """Of each member's rows the leading tokens that another row has computed, those of all its segments together."""
+    shared = np.zeros(len(batch.members), "<i4")
+    for plan in batch.plans:
+        np.add.at(shared, plan.rows.traj_id, plan.row_shared)
+    return shared
 
 
 def _of_trajectories(rows: Rows) -> dict[str, npt.NDArray[np.generic]]:
@@ -149,14 +159,15 @@ def _row(member: Member) -> tuple[float, ...]:
     )  # fmt: skip
 
 
-def _minibatch(batch: MiniBatch) -> MiniBatchRecord:
+def _minibatch(batch: MiniBatch, plan: Plan) -> MiniBatchRecord:
     per_token = any(micro.token_advantages is not None for micro in batch.micro)
     names = (*_TENSORS, "token_advantages") if per_token else _TENSORS
     crc = dict.fromkeys(names, 0)
     for micro in batch.micro:
         for name in names:
             crc[name] = int(google_crc32c.extend(crc[name], getattr(micro, name).numpy().tobytes()))
-    return MiniBatchRecord(batch.denominator, crc)
+    entering = sum(map(entering_tokens, batch.micro))
+    return MiniBatchRecord(batch.denominator, crc, entering - plan.shared_tokens, plan.shared_tokens)
 
 
 def _crc(array: npt.NDArray[np.generic]) -> int:

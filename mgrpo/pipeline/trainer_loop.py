@@ -58,6 +58,7 @@ class TrainerLoop:
         feed.describe(self._trainer.policy_files())
         requeued = feed.resume(checkpoint.step if checkpoint else None, feed.folder / "checkpoints")
         self._begun = feed.step
+        self._share_prefixes()
         if checkpoint is not None:
             for damage in checkpoint.passed_over:
                 feed.say(f"a checkpoint was passed over: {damage}")
@@ -75,6 +76,13 @@ class TrainerLoop:
             feed.say(f"final policy in {feed.folder / 'final'}")
         self._trainer.close()
         feed.serve()
+
+    def _share_prefixes(self) -> None:
+        """All roles that act with the policy share what their rows begin with, or none does."""
+        if self._trainer.shares_prefixes:
+            self._feed.share_prefixes()
+        elif not self._agent.frozen and (why := self._trainer.why_not_shared):
+            self._feed.say(f"each row is computed whole (policy.share_prefixes): {why}")
 
     def _train(self) -> None:
         """All steps, or those until the stop: then the weights are those of a whole step, and are saved."""

@@ -41,10 +41,11 @@ class StandInTokenizer:
 
 
 def on_cpu(config: PolicyConfig) -> PolicyConfig:
-    """The same choices for fake tensors, which all say that they are on the CPU."""
+    """The same choices for fake tensors, which all say that they are on the CPU. No token is another's: rows that share
+    nothing are the most that a micro-batch holds."""
     kind = attention.resolve(config.attention, config.device, config.dtype)
     chosen = "varlen" if kind == "flash" else kind  # the same tensors, without the package
-    return config.model_copy(update={"device": "cpu", "attention": chosen})
+    return config.model_copy(update={"device": "cpu", "attention": chosen, "share_prefixes": False})
 
 
 def fake_model(folder: Path, name: str) -> Any:

@@ -4,6 +4,8 @@
     backward    the same once more for each operand that has a gradient: its input where something below it trains, its
                 weight where that trains. So adapters, frozen layers and frozen embeddings cost what they cost
     attention   Q K^T and P V of the pairs (query, key) that a causal mask, or a sliding window, lets through
+    prefixes    that rows share once, where the policy computes them once (ModelFlops.of_nodes): the tokens of a node
+                and their pairs with its ancestors' and its own
     experts     of a mixture, the k experts of a token and the router
     head        of scored tokens alone, in the rows that are tokens
 
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +74,16 @@ class ModelFlops:
     """Of a token whose log-prob is taken: the head's."""
     pairs: Mapping[int | None, Cost]
     """Of a pair (query, key), all layers together that attend within so many tokens; None: to all before."""
+
+    def of_nodes(self, nodes: Iterable[tuple[int, int]], scored: int) -> Cost:
+        """Of the nodes (begin, end) of prefix trees, each computed once: its tokens from `begin` to `end` of a row,
+        which attend to the `begin` tokens of its ancestors too. scored: as of(), where a token that ends the prefix of
+        several rows counts for each of them."""
+        parts = list(nodes)
+        cost = self.token.times(sum(end - begin for begin, end in parts)) + self.scored.times(scored)
+        for window, pair in self.pairs.items():
+            cost += pair.times(sum(_pairs(end, window) - _pairs(begin, window) for begin, end in parts))
+        return cost
 
     def of(self, lengths: Sequence[int], scored: int, causal: bool = True) -> Cost:
         """Of rows with `lengths` tokens that enter the model and `scored` tokens whose log-probs are taken. causal

@@ -111,10 +111,13 @@ ROW = np.dtype(
 
 
 class MiniBatchRecord(msgspec.Struct, gc=False):
-    """crc: crc32c of each tensor over all micro-batches."""
+    """crc: crc32c of each tensor over all micro-batches. The tokens are those that enter the model in one forward pass
+    over its rows: all of them but the last of each row. Both are 0 in records of before they were counted."""
 
     denominator: float
     crc: dict[str, int]
+    computed_tokens: int = 0
+    shared_tokens: int = 0  # not computed, because another row has them
 
 
 class StepSettings(msgspec.Struct, gc=False):
@@ -124,6 +127,7 @@ class StepSettings(msgspec.Struct, gc=False):
     threads: int  # of the trainer process
     ranks: int  # processes of the trainer
     data_ranks: int = 0  # of those, with micro-batches of their own; 0: all, as in older records
+    share_prefixes: bool = False  # what rows of a micro-batch begin with was computed once
 
 
 class StepBody(msgspec.Struct, gc=False):
@@ -138,6 +142,9 @@ class StepBody(msgspec.Struct, gc=False):
     scores: list[dict[str, float]]  # per row
     minibatches: list[MiniBatchRecord]
     metrics: dict[str, float]
+    shared: bytes = (
+        b""  # i32 per row: its leading tokens that another one has computed; b"": nothing was shared
+    )
 
     def table(self) -> npt.NDArray[np.void]:
         return np.frombuffer(self.rows, ROW)

@@ -100,6 +100,11 @@ class PolicyTrainer(ABC):
         packed by the tokens that are left. A trainer that computes each row whole says False."""
         return False
 
+    @property
+    def why_not_shared(self) -> str:
+        """After load(): why shares_prefixes is False although policy.share_prefixes asks for it, in words; else ""."""
+        return ""
+
     @abstractmethod
     def policy_files(self) -> dict[str, bytes]:
         """The files of the policy's folder but its weights: what an engine is built from."""

@@ -205,7 +205,8 @@ class RunView:
         body = credit.body
         groups = []
         for number, query in enumerate(body.queries):
-            rows = credit.table[credit.table["group"] == number]
+            members = np.flatnonzero(credit.table["group"] == number)
+            played = credit.table["rollout"][members]
             heads = {r.head.rollout: r.head for r in self._recording.group(query, body.k)}
             failed = {k for g, k in body.failed if g == number}
             rollouts = [
@@ -213,7 +214,7 @@ class RunView:
                     "id": f"{query}/{k}",
                     "failed": k in failed,
                     "correct": heads[k].correct if k in heads else None,
-                    "invocations": [_numbers(row) for row in rows[rows["rollout"] == k]],
+                    "invocations": [credit.numbers(member) for member in members[played == k]],
                 }
                 for k in range(body.k)
             ]
@@ -231,6 +232,7 @@ class RunView:
         return {
             "role": role, "step": step, "groups": groups, "minibatches": minibatches, "metrics": body.metrics,
             "mode": self.config.agents[role].alignment.mode, "d_max": self.config.agents[role].d_max,
+            "tokens": credit.tokens(),
         }  # fmt: skip
 
     # -- trees ---------------------------------------------------------------------------------------------------
@@ -287,6 +289,8 @@ class _Credit:
     def __init__(self, body: StepBody, frame: Frame) -> None:
         self.body, self.frame, self.table = body, frame, body.table()
         self.groups = {query: number for number, query in enumerate(body.queries)}
+        shared = np.frombuffer(body.shared, "<i4")
+        self._shared = shared if len(shared) == len(self.table) else None  # None: not recorded
         cells = self.table["group"] * max(1, body.k) + self.table["rollout"]
         size = len(body.queries) * max(1, body.k)
         kept = self.table["multiplicity"] > 0
@@ -307,21 +311,40 @@ class _Credit:
         if not len(mine):
             return None
         statistics = {"mean": self.body.mean[group], "std": self.body.std[group]}
-        return _numbers(table[mine[0]]) | statistics
+        return self.numbers(int(mine[0])) | statistics
+
+    def numbers(self, number: int) -> Json:
+        """Row `number` of the step. `shared`: tokens that another row of its micro-batch computed; None in records that
+        do not say."""
+        row = self.table[number]
+        names = (
+            "invocation",
+            "reward",
+            "multiplicity",
+            "weight",
+            "length",
+            "active",
+            "minibatch",
+            "version_min",
+        )
+        kept = bool(row["multiplicity"] > 0)
+        return {name: row[name].item() for name in names} | {
+            "advantage": float(row["advantage"]) if kept else None,
+            "shared": None if self._shared is None else int(self._shared[number]),
+        }
+
+    def tokens(self) -> Json | None:
+        """Tokens of the step that its forward passes computed, and that they had not to: they are shared. None in
+        records that do not say."""
+        computed = sum(m.computed_tokens for m in self.body.minibatches)
+        shared = sum(m.shared_tokens for m in self.body.minibatches)
+        return {"computed": computed, "shared": shared} if computed and self._shared is not None else None
 
 
 def _cell_means(cells: npt.NDArray[np.int32], values: npt.NDArray[Any], size: int) -> list[float | None]:
     count = np.bincount(cells, minlength=size)
     total = np.bincount(cells, weights=values.astype(np.float64), minlength=size)
     return [float(t / n) if n else None for t, n in zip(total, count, strict=True)]
-
-
-def _numbers(row: npt.NDArray[np.void]) -> Json:
-    names = ("invocation", "reward", "multiplicity", "weight", "length", "active", "minibatch", "version_min")
-    kept = bool(row["multiplicity"] > 0)
-    return {name: row[name].item() for name in names} | {
-        "advantage": float(row["advantage"]) if kept else None
-    }
 
 
 class Texts:

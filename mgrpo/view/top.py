@@ -32,8 +32,11 @@ from mgrpo.view.timeline import STEPS, as_text, timeline
 
 RECENT = 20  # steps that the time left is estimated from
 ASK_SECONDS = 2.0
-SPEEDS = (("mfu", "perf/mfu", ".1%"), ("tok/s", "perf/tok_per_s", ",.0f"), ("GB", "perf/peak_mem_gb", ".1f"))
-"""Columns that are there only where a trainer has reported them: title, metric, form."""
+SPEEDS = (
+    ("mfu", "perf/mfu", ".1%"), ("tok/s", "perf/tok_per_s", ",.0f"), ("shared", "perf/shared", ".0%"),
+    ("GB", "perf/peak_mem_gb", ".1f"),
+)  # fmt: skip
+"""Columns that are there only where a trainer has reported more than 0: title, metric, form."""
 
 
 class RunStatus:
@@ -146,7 +149,7 @@ def render(status: RunStatus) -> Group:
     """The whole screen."""
     config = status.config
     table = Table(box=None, pad_edge=False)
-    speeds = [column for column in SPEEDS if any(_known(status, role, column[1]) for role in config.roles)]
+    speeds = [column for column in SPEEDS if any(_seen(status, role, column[1]) for role in config.roles)]
     for title in ("agent", "step", "reward", "correct", "expert", "d_k", "copies", "dropped", "zero-adv", "entropy",
                   "clip", "lag", "idle", *(title for title, *_ in speeds), "ready", "taken"):  # fmt: skip
         table.add_column(title, justify="left" if title == "agent" else "right")
@@ -175,8 +178,8 @@ def render(status: RunStatus) -> Group:
     return Group(table, *lines, *bars, Text(_foot(status)))
 
 
-def _known(status: RunStatus, role: str, name: str) -> bool:
-    return not math.isnan(status.value(f"{role}/{name}"))
+def _seen(status: RunStatus, role: str, name: str) -> bool:
+    return status.value(f"{role}/{name}") > 0
 
 
 def _evaluations(status: RunStatus) -> str:

@@ -48,7 +48,7 @@ class HfBackend(EngineBackend):
             if engine.device != "cpu" or engine.dtype != "float32":
                 model = policy.model.to(device=engine.device, dtype=getattr(torch, engine.dtype))
                 # sdpa: the engine brings masks of its own, which packed attention does not take
-                how = PolicyConfig(device=engine.device, attention="sdpa")
+                how = PolicyConfig(device=engine.device, attention="sdpa", share_prefixes=False)
                 policy = Policy(model, policy.tokenizer, role, how)
         # Batches of rollouts move in step by themselves, and their engines' batches must stay what they are.
         made = HfEngine(

@@ -2,9 +2,10 @@
 
 FLOPs are those of all ranks: rank 0 has the rows of all of them. Beside forward and backward of the rows that move the
 policy they are the algorithm's own forward passes: old log-probs where they are computed anew (of every row), and the
-reference's. A device's peak is taken for those of the other ranks too, which have the same policy.device. Memory is
-that of the fullest rank, as far as the gather of the metrics, which there is anyway, brings it to rank 0: what comes
-behind it in a step, its update and the publishing, is seen by that of the next step.
+reference's. Where the policy computes shared prefixes once they count once, and one that several micro-batches hold
+counts once for all of these. A device's peak is taken for those of the other ranks too, which have the same
+policy.device. Memory is that of the fullest rank, as far as the gather of the metrics, which there is anyway, brings it
+to rank 0: what comes behind it in a step, its update and the publishing, is seen by that of the next step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mgrpo.batcher.prefix_tree import prefix_tree
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy
@@ -33,6 +35,7 @@ class StepMeter:
         self._known: tuple[ModelFlops, ModelFlops] | None = None
         with contextlib.suppress(ConfigError):  # an architecture that is not counted has no MFU
             self._known = flops_of(policy.model.config, plain(policy.config), policy.vocabulary.size)
+        self._shares = policy.shares
         self._peak = peak_of(policy.device, policy.config.dtype) * ranks
 
     def cost(self, batches: Sequence[MiniBatch], recompute_old: bool, memory: float) -> StepCost:
@@ -43,26 +46,46 @@ class StepMeter:
         if self._known is None:
             return math.nan
         model, base = self._known
-        total = 0.0
-        for micro in (micro for batch in batches for micro in batch.micro):
-            keep = None if self._every_row_acts else micro.with_advantage()
-            total += of_rows(model, micro, keep).total
-            if self._has_reference:
-                total += of_rows(base, micro, keep).forward
-            if recompute_old:
-                total += of_rows(model, micro).forward
-        return total
+        trained = compared = old = Cost()
+        for batch in batches:
+            held: torch.Tensor | None = None
+            for micro in batch.micro:
+                keep = None if self._every_row_acts else micro.with_advantage()
+                trained += of_rows(model, micro, keep, shares=self._shares)
+                compared += of_rows(base, micro, keep, shares=self._shares)
+                old += of_rows(model, micro, shares=self._shares)
+                if self._shares and micro.prefix is not None and micro.prefix is not held:
+                    once = [(0, len(micro.prefix))]
+                    trained += model.of_nodes(once, 0)
+                    compared += base.of_nodes(once, 0)
+                    old += model.of_nodes(once, 0)
+                held = micro.prefix
+        beside = (compared.forward if self._has_reference else 0.0) + (old.forward if recompute_old else 0.0)
+        return trained.total + beside
 
 
 def of_rows(
-    model: ModelFlops, rows: MicroBatch, keep: torch.Tensor | None = None, causal: bool = True
+    model: ModelFlops,
+    rows: MicroBatch,
+    keep: torch.Tensor | None = None,
+    causal: bool = True,
+    shares: bool = False,
 ) -> Cost:
     """Of one pass over rows, of which the last token does not enter the model. keep: bool (R,), those that are
-    computed; None: all. causal: see ModelFlops.of."""
-    lengths, mask = rows.lengths, rows.loss_mask
+    computed; None: all. causal: see ModelFlops.of. shares: what they begin with is computed once, and of a prefix that
+    is held for several micro-batches (rows.prefix) nothing here."""
+    ids, lengths, mask = rows.ids, (rows.lengths - 1).clamp(min=1), rows.loss_mask
     if keep is not None:
-        lengths, mask = lengths[keep], mask[keep]
-    return model.of((lengths - 1).clamp(min=1).tolist(), int(mask[:, 1:].sum()), causal)
+        ids, lengths, mask = ids[keep], lengths[keep], mask[keep]
+    scored = int(mask[:, 1:].sum())
+    if not shares:
+        return model.of(lengths.tolist(), scored, causal)
+    held = 0 if rows.prefix is None else len(rows.prefix)
+    beyond = lengths > held  # the others end with the prefix
+    if not bool(beyond.any()):
+        return model.of_nodes([], scored)
+    tree = prefix_tree(ids[beyond, held:].contiguous().numpy(), (lengths[beyond] - held).numpy())
+    return model.of_nodes(zip((tree.begin + held).tolist(), (tree.end + held).tolist(), strict=True), scored)
 
 
 def plain(config: PolicyConfig) -> PolicyConfig:

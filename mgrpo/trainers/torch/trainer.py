@@ -127,6 +127,14 @@ class TorchTrainer(PolicyTrainer):
         tokenizer: Tokenizer = self._own.policy.tokenizer
         return tokenizer
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return self._own.policy.shares
+
+    @property
+    def why_not_shared(self) -> str:
+        return self._own.policy.why_not or ""
+
     def policy_files(self) -> dict[str, bytes]:
         return policy_files(self._own.policy)
 

@@ -27,6 +27,7 @@ function num(value, digits = 3) {
   if (Number.isInteger(value) && digits !== 3) return String(value);
   return Number(value).toFixed(digits);
 }
+const whole = (value) => Math.round(value).toLocaleString("en");
 const signed = (value, digits = 2) => (value === null || value === undefined ? "–" : (value > 0 ? "+" : "") + value.toFixed(digits));
 
 // A number as it was recorded stands in the title; the page shows it rounded.

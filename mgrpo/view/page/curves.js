@@ -5,14 +5,15 @@ const DASH = ["", "5 3", "2 3", "8 3 2 3"];
 
 function charts(run) {
   const roles = run.settings.roles;
+  const seen = (line) => line.points && line.points.some((p) => p[1] > 0);
   const perRole = (name, among = roles) => among.map((role) => ({ label: role, index: roles.indexOf(role), points: run.series[`${role}/${name}`] }));
   const accuracy = ["validation", "heldout"].flatMap((split, i) => ["sampled", "greedy"].map((mode, j) => ({ label: `${split}, ${mode}`, index: j, dash: i, dots: i === 1, points: run.series[`eval/${split}/${mode}`] })));
   const sets = Object.keys(run.series).filter((n) => /^eval\/[^/]+\/avg$/.test(n)).map((n) => n.split("/")[1]);
   const ofSets = sets.map((name, i) => ({ label: clean(name), index: i, dash: Math.floor(i / 4), points: run.series[`eval/${name}/avg`], errors: run.series[`eval/${name}/stderr`] }));
-  const failedInSets = sets.map((name, i) => ({ label: clean(name), index: i, dash: Math.floor(i / 4), points: run.series[`eval/${name}/failed`] })).filter((line) => line.points && line.points.some((p) => p[1] > 0));
+  const failedInSets = sets.map((name, i) => ({ label: clean(name), index: i, dash: Math.floor(i / 4), points: run.series[`eval/${name}/failed`] })).filter(seen);
   const ofTags = (set) => Object.keys(run.series).filter((n) => n.startsWith(`eval/${set}/`) && n.endsWith("/avg") && n.split("/").length > 3).sort()
     .map((n, i) => ({ label: clean(n.split("/").slice(2, -1).join("/")), index: i, dash: Math.floor(i / 4), points: run.series[n] }));
-  const kinds = Object.keys(FAILURES).map((kind, i) => ({ label: kind, index: i - 1, dash: i > 4 ? 1 : 0, points: run.series[`rollout/failed_by_${kind}`] })).filter((line) => line.points && line.points.some((p) => p[1] > 0));
+  const kinds = Object.keys(FAILURES).map((kind, i) => ({ label: kind, index: i - 1, dash: i > 4 ? 1 : 0, points: run.series[`rollout/failed_by_${kind}`] })).filter(seen);
   const subs = roles.slice(1);
   const own = [...new Set(Object.keys(run.series).map((n) => n.split("/")).filter((n) => n[1] === "task").map((n) => n[2]))].sort();
   const ofTask = (name) => [...perRole(`task/${name}`), { label: "rollout", index: 0, dash: 1, points: run.series[`rollout/task/${name}`] }];
@@ -36,6 +37,7 @@ function charts(run) {
     ["share of the rollout places that were busy", [{ label: "all agents", index: 0, points: run.series["rollout/perf/busy"] }], [0, 1]],
     ["weights sent, share of a whole version", perRole("weights/share")],
     ["share of a step that its trainer waited", perRole("perf/idle"), [0, 1]],
+    ["tokens of shared prefixes, share of all", perRole("perf/shared").filter(seen), [0, 1]],
     ...own.map((name) => [`${name} (reported by the task)`, ofTask(name)]),
   ].map(([title, lines, range]) => chart(title, lines.filter((line) => line.points && line.points.length), range)).filter(Boolean);
 }

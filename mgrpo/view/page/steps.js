@@ -6,6 +6,16 @@ function tint(advantage, scale) {
   return advantage === 0 ? "var(--page)" : `color-mix(in srgb, ${advantage > 0 ? "var(--good)" : "var(--bad)"} ${share}%, var(--page))`;
 }
 
+// A row's last token does not enter the model, so this is all that can be shared of one.
+const entering = (c) => Math.max(1, c.length - 1);
+const sharedWords = (c) => `${whole(c.shared)} of ${whole(c.length)} tokens`;
+
+function tokensFact(tokens) {
+  if (!tokens) return null;
+  const all = tokens.computed + tokens.shared;
+  return fact("prefixes", tokens.shared, `${whole(tokens.shared)} of ${whole(all)} tokens shared (${num(100 * tokens.shared / all, 1)} %), computed ${whole(tokens.computed)}`);
+}
+
 function stepsView(run, state, go) {
   const roles = run.settings.roles.filter((role) => run.steps[role] && run.steps[role].length);
   if (!roles.length) return el("p", { class: "quiet" }, "No step is in the record yet.");
@@ -31,24 +41,34 @@ function alignment(data, go) {
   const copies = kept.reduce((n, c) => n + c.multiplicity - 1, 0);
   const empty = data.groups.reduce((n, g) => n + g.rollouts.filter((r) => !r.failed && !r.invocations.length).length, 0);
   const failed = data.groups.reduce((n, g) => n + g.rollouts.filter((r) => r.failed).length, 0);
-  const facts = el("dl", { class: "facts" },
+  const facts = el("dl", { class: "facts free" },
     fact("trajectories", cells.length, String(cells.length)), fact("kept", kept.length, String(kept.length)), fact("copies", copies, String(copies)),
     fact("dropped", cells.length - kept.length, String(cells.length - kept.length)), fact("rollouts without", empty, String(empty)), fact("failed", failed, String(failed)),
     fact("mode", data.mode, `${data.mode}, D_max ${data.d_max}`), data.minibatches.map((d, i) => fact(`denominator ${i + 1}`, d, num(d, 1))),
+    tokensFact(data.tokens),
     ["loss/pg", "policy/grad_norm", "loss/clip_ratio_high", "policy/entropy"].filter((n) => n in data.metrics).map((n) => fact(n, data.metrics[n], num(data.metrics[n], 4))));
   const legend = el("p", { class: "quiet" }, "A box is one trajectory: its advantage, and ×n where the alignment counts it n times; the wider, the more of its rollout's weight it holds. Green is above its group's mean, red below; dashed was dropped. ✓ marks a correct rollout, – one without this agent, ✕ a failed one.");
-  return el("div", {}, facts, legend, data.groups.map((group) => el("div", { class: "group", "data-query": group.query },
-    el("div", {}, el("strong", {}, group.redacted ? redactedText() : clean(group.question)), " ", el("span", { class: "quiet", title: `mean ${group.mean}, std ${group.std}` }, `group ${group.query}: mean ${num(group.mean)}, std ${num(group.std)}`)),
-    el("div", { class: "lanes" }, group.rollouts.map((rollout, k) => lane(rollout, k, scale, go))))));
+  const shares = cells.some((c) => c.shared > 0);
+  const bars = shares ? el("p", { class: "quiet", id: "bars" }, "The bar in a box is its tokens: ", el("span", { class: "key box hatched" }), "computed once, shared with another trajectory that begins alike; ", el("span", { class: "key box" }), "not shared.") : null;
+  return el("div", {}, facts, legend, bars, data.groups.map((group) => el("div", { class: "group", "data-query": group.query },
+    el("div", {}, el("strong", {}, group.redacted ? redactedText() : clean(group.question)), " ", el("span", { class: "quiet", title: `mean ${group.mean}, std ${group.std}` }, `group ${group.query}: mean ${num(group.mean)}, std ${num(group.std)}${shares ? `, ${whole(sharedOf(group))} tokens shared` : ""}`)),
+    el("div", { class: "lanes" }, group.rollouts.map((rollout, k) => lane(rollout, k, scale, shares, go))))));
 }
 
-function lane(rollout, k, scale, go) {
+const sharedOf = (group) => group.rollouts.reduce((n, r) => n + r.invocations.reduce((m, c) => m + c.shared, 0), 0);
+
+// The part of a trajectory that was computed for another one, hatched: it is seen without colours, too.
+function tokenBar(c) {
+  return el("span", { class: "tokens", "data-shared": c.shared }, c.shared > 0 && el("span", { class: "hatched", style: `width:${num(100 * Math.min(1, c.shared / entering(c)), 1)}%` }));
+}
+
+function lane(rollout, k, scale, shares, go) {
   const mark = rollout.failed ? "✕" : rollout.correct ? "✓" : "";
   const open = () => go({ tab: "rollouts", id: rollout.id });
   const boxes = rollout.invocations.map((c) => el("button", {
     class: c.multiplicity ? "cell" : "cell dropped", type: "button", onclick: open, "data-weight": c.weight,
     style: `background:${tint(c.advantage, scale)};min-width:${Math.round(22 + 30 * Math.min(1, c.weight))}px`,
-    title: `invocation ${c.invocation}: reward ${c.reward}, advantage ${c.advantage}, copies ${c.multiplicity}, weight ${c.weight}, ${c.length} tokens, minibatch ${c.minibatch + 1}`,
-  }, c.multiplicity ? signed(c.advantage, 1) + (c.multiplicity > 1 ? ` ×${c.multiplicity}` : "") : num(c.reward, 1)));
+    title: `invocation ${c.invocation}: reward ${c.reward}, advantage ${c.advantage}, copies ${c.multiplicity}, weight ${c.weight}, ${c.length} tokens, minibatch ${c.minibatch + 1}` + (shares ? `, ${sharedWords(c)} shared` : ""),
+  }, c.multiplicity ? signed(c.advantage, 1) + (c.multiplicity > 1 ? ` ×${c.multiplicity}` : "") : num(c.reward, 1), shares && c.multiplicity ? tokenBar(c) : null));
   return el("div", { class: "lane" }, el("span", { class: "k" }, `k=${k} `, el("span", { class: rollout.failed ? "bad" : "good" }, mark)), boxes.length ? boxes : rollout.failed ? null : "–");
 }

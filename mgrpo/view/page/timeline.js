@@ -81,7 +81,7 @@ function metricPicture(found, W) {
 
 function* perfFacts(run) {
   const last = (name) => { const points = run.series[name]; return points && points.length ? points[points.length - 1][1] : null; };
-  const percent = (value) => `${Math.round(100 * value)} %`, whole = (value) => Math.round(value).toLocaleString("en");
+  const percent = (value) => `${Math.round(100 * value)} %`;
   // On the clock of computing, and in brackets on that of the wall.
   const both = (role, name, form, words) => {
     const own = last(`${role}/perf/${name}`), wall = last(`${role}/perf/${name}_wall`);
@@ -97,6 +97,8 @@ function* perfFacts(run) {
     yield* both(role, "mfu", (v) => `${(100 * v).toFixed(1)} %`, "MFU");
     yield* both(role, "tok_per_s", whole, "tokens/s");
     yield* both(role, "trained_tok_per_s", whole, "trained tokens/s");
+    const shared = last(`${role}/perf/shared`);
+    if (shared) yield fact(`${clean(role)} shared tokens`, shared, percent(shared));
     if (peak !== null) yield fact(`${clean(role)} peak memory`, peak, `${num(peak, 1)} GB`);
   }
 }

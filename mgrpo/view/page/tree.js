@@ -55,6 +55,6 @@ function credit(t) {
   const parts = t.parts.map((p) => fact(clean(p.name), `${p.score}, weight ${p.weight}`, `${num(p.score, 2)} × ${num(p.weight, 2)}`));
   if (t.gated) parts.push(fact("gate", "an invalid format (score 0) earns 0, whatever the other parts are", "invalid: 0"));
   const numbers = c ? [fact("reward", c.reward), fact("group mean", c.mean), fact("group std", c.std), fact("advantage", c.advantage, signed(c.advantage, 3)),
-    fact("multiplicity", c.multiplicity, c.multiplicity ? `×${c.multiplicity}` : "dropped"), fact("weight", c.weight), fact("minibatch", c.minibatch + 1, String(c.minibatch + 1))] : [];
+    !c.shared ? null : fact("shared prefix", c.shared, sharedWords(c)), fact("multiplicity", c.multiplicity, c.multiplicity ? `×${c.multiplicity}` : "dropped"), fact("weight", c.weight), fact("minibatch", c.minibatch + 1, String(c.minibatch + 1))] : [];
   return el("dl", { class: "facts" }, parts, numbers, fact("tokens", t.tokens, String(t.tokens)), fact("policy version", t.versions[0], versions));
 }
