@@ -12,11 +12,9 @@ import torch
 
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
-from mgrpo.model import sharing
 from mgrpo.model.policy import Policy
-from tests.families import family
 from tests.loss_grid import LOSS_TYPES, settings
-from tests.models import VOCAB, move_adapters, tiny_model, tiny_tokenizer
+from tests.models import VOCAB, move_adapters, tiny_tokenizer
 from tests.shared_kit import (
     SHAPES,
     distance,
@@ -169,10 +167,10 @@ def test_micro_batches_cut_at_branches(options: dict[str, Any], loss_type: str) 
             move_adapters(policy)
     for seed in range(3):
         tokens, width = forest(seed)
+        tokens += [tokens[0][:width], tokens[0][: width - 1], tokens[0][:4]]  # a piece within the prefix
         g = np.random.default_rng(seed)
         rows = sampled_near(plain, micro_batch(tokens, g), g)
-        rows.advantages[rows.advantages == 0] = 0.3
-        parts = [range(4), range(4, 5), range(5, len(tokens))]
+        parts = [range(4), range(4, 5), range(5, 11), range(11, 14)]
         prefix = torch.tensor(tokens[0][:width])
         cut = [replace(piece, prefix=prefix) for piece in pieces(rows, parts)]
         other, _ = forest(100 + seed)
@@ -213,45 +211,3 @@ def test_mixtures_of_experts_share(experts: str) -> None:
     model = shared_model("Qwen3Moe", **changes)
     off = Policy(model, tiny_tokenizer(), "moe", PolicyConfig(aux_loss_coef=0.1))
     assert not off.shares and "aux_loss_coef=0.1" in (off.why_not or "")
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "words"),
-    [
-        ("Mistral", {"sliding_window": 16}, "sliding_window"),
-        ("Mamba", {}, ""),
-        ("Lfm2", {}, "conv"),
-        ("Qwen3Next", {}, "linear_attention"),
-        ("FalconH1", {}, ""),
-        ("GPTNeo", {}, "window_size"),
-        ("GptOss", {}, ""),
-        ("Bloom", {}, ""),
-    ],
-)
-def test_models_that_cannot_share_say_why(name: str, changes: dict[str, Any], words: str) -> None:
-    """Layers that mix positions otherwise, windows, soft caps: whole rows, and a reason."""
-    policy = Policy(family(name, **changes), tiny_tokenizer(), name, PolicyConfig())
-    assert not policy.shares and policy.why_not and words in policy.why_not
-
-
-@pytest.mark.parametrize("side", ["cp", "tp"])
-def test_a_mesh_that_divides_a_row_does_not_share(side: str) -> None:
-    """Neither asks the model anything."""
-
-    def states(**_: Any) -> Any:
-        raise AssertionError("no forward pass is taken")
-
-    config = PolicyConfig.model_validate({"mesh": {side: 2}})
-    reason = sharing.choose(shared_model("llama"), states, config, torch.device("cpu"), "sdpa")
-    assert reason is not None and f"mesh.{side}=2" in reason
-
-
-def test_the_token_shift_decoder_does_not_share() -> None:
-    policy = Policy(tiny_model("shift"), tiny_tokenizer(), "shift", PolicyConfig())
-    assert policy.config.share_prefixes and not policy.shares and policy.why_not
-
-
-def test_switched_off_by_its_setting() -> None:
-    plain, shared = policies("llama")
-    assert not plain.shares
-    assert shared.shares and not shared.why_not
