@@ -13,6 +13,8 @@ import torch
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.model.policy import Policy
+from mgrpo.trainers.batch import MicroBatch
+from mgrpo.trainers.torch.sft import demo_loss
 from tests.loss_grid import LOSS_TYPES, settings
 from tests.models import VOCAB, move_adapters, tiny_tokenizer
 from tests.shared_kit import (
@@ -155,12 +157,14 @@ def test_backbones_in_bfloat16() -> None:
 
 
 @pytest.mark.usefixtures("everything")
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 2}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 2}}, {"last_layers": 1}], ids=str
+)
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
 def test_micro_batches_cut_at_branches(options: dict[str, Any], loss_type: str) -> None:
     """Pieces of one tree, the prefix of all of them computed once and held, in two passes: the gradient is that of one
     micro-batch, and of whole rows."""
-    plain, shared = policies("qwen3, grouped heads", exact=True, **options)
+    plain, shared = policies("llama, grouped heads", exact=True, **options)
     for policy in (plain, shared):
         if options.get("lora"):
             policy.model.double()
@@ -175,9 +179,17 @@ def test_micro_batches_cut_at_branches(options: dict[str, Any], loss_type: str) 
         cut = [replace(piece, prefix=prefix) for piece in pieces(rows, parts)]
         other, _ = forest(100 + seed)
         apart = sampled_near(plain, micro_batch(other, g), g)  # another tree behind, which holds nothing
-        expected, metrics = gradients(plain, [rows, apart], settings(loss_type), recompute_old=bool(seed % 2))
-        one, _ = gradients(shared, [rows, apart], settings(loss_type), recompute_old=bool(seed % 2))
-        two, of_two = gradients(shared, [*cut, apart], settings(loss_type), recompute_old=bool(seed % 2))
+        loss = settings(loss_type, kl_coef=0.1)  # the reference holds the prefix too
+
+        def run(
+            policy: Policy, micro: list[MicroBatch], loss: GrpoLossConfig = loss, odd: int = seed % 2
+        ) -> Any:
+            return gradients(policy, micro, loss, reference_of(policy, policy.shares), bool(odd))
+
+        (expected, metrics), (one, _) = run(plain, [rows, apart]), run(shared, [rows, apart])
+        with embedded(shared) as computed:
+            two, of_two = run(shared, [*cut, apart])
+        assert not rows.advantages.all() or width in computed
         assert distance(one, expected) < 1e-10 and distance(two, expected) < 1e-10
         assert of_two == pytest.approx(metrics, rel=1e-9, abs=1e-9)
 
@@ -211,3 +223,19 @@ def test_mixtures_of_experts_share(experts: str) -> None:
     model = shared_model("Qwen3Moe", **changes)
     off = Policy(model, tiny_tokenizer(), "moe", PolicyConfig(aux_loss_coef=0.1))
     assert not off.shares and "aux_loss_coef=0.1" in (off.why_not or "")
+
+
+@pytest.mark.usefixtures("everything")
+def test_demonstrations_share() -> None:
+    """SFT on demonstrations that begin alike: loss and gradient of whole ones."""
+    g = np.random.default_rng(0)
+    rows = forest(0)[0]
+    demos = [(np.array(r, np.int32), (g.random(len(r)) < 0.5).astype(np.uint8)) for r in rows]
+    found = []
+    for policy in policies("qwen3, grouped heads", exact=True):
+        loss = demo_loss(policy, demos)
+        trained = dict(policy.model.named_parameters())
+        gradient = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+        found.append((loss.item(), gradient))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-12)
+    assert distance(found[1][1], found[0][1]) < 1e-10
