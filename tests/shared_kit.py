@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -252,12 +253,14 @@ def saved_tokens(rows: MicroBatch) -> int:
     return sum(map(len, entering)) - len({tuple(row[:i]) for row in entering for i in range(1, len(row) + 1)})
 
 
-def computed(policy: Policy, rows: MicroBatch) -> int:
-    """Tokens that enter the model, padding included."""
+@contextlib.contextmanager
+def embedded(policy: Policy) -> Iterator[list[int]]:
+    """Tokens that enter the model, padding included, of each forward pass within the block."""
     seen: list[int] = []
     hook = policy.model.get_input_embeddings().register_forward_hook(
         lambda _, args, out: seen.append(out.shape[:-1].numel())
     )
-    logprobs_of(policy, rows, 1.0)
-    hook.remove()
-    return sum(seen)
+    try:
+        yield seen
+    finally:
+        hook.remove()

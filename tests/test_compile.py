@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
+from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import trained
@@ -16,6 +18,7 @@ from mgrpo.model.policy import Policy
 from mgrpo.model.probe import probe, probe_ids
 from tests.models import tiny_model, tiny_tokenizer
 from tests.moe_ranks import moe_policy
+from tests.shared_kit import forest, furthest, gradients, micro_batch, sampled_near, share_everything
 from tests.test_attention import batch
 
 # torch hides it from users, and not where warnings are errors.
@@ -62,6 +65,22 @@ def test_the_same_numbers_from_few_graphs(settings: dict[str, Any]) -> None:
     ours, other = (probe(p, probe_ids(compiled, 32)) for p in (compiled, policy(**settings)))
     assert ours == other
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_shared_prefixes_take_the_graphs_of_their_first_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention over a tree is left out of the graphs, so that another tree needs no others; gradients are those of
+    whole rows."""
+    share_everything(monkeypatch)
+    compiled, whole = policy(compile=True), policy(share_prefixes=False)
+    assert compiled.shares, compiled.why_not
+    graphs = 0
+    for seed in range(3):
+        g = np.random.default_rng(seed)
+        rows = sampled_near(whole, micro_batch(forest(seed)[0], g), g)
+        found, expected = (gradients(p, [rows], GrpoLossConfig())[0] for p in (compiled, whole))
+        assert furthest(found, expected) < 1e-5
+        graphs = graphs or counters["stats"]["unique_graphs"]
+    assert 0 < graphs == counters["stats"]["unique_graphs"]
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:

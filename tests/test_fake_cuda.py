@@ -376,7 +376,7 @@ def replayed(
     metrics, weights = [], []
     for number in range(2):
         known = dict(waits)
-        learner = replayer._learner("left", latest_checkpoint(root) if number else None)
+        learner = replayer._learner("left", latest_checkpoint(root) if number else None, False)
         assert learner.policy.device.type == device
         restored = {place: n for place, n in waits.items() if ".checkpoint." in place}
         waits.clear()  # those of loading and of judging the model

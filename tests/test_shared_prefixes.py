@@ -12,15 +12,15 @@ import torch
 
 from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
-from mgrpo.model import sharing
 from mgrpo.model.policy import Policy
-from tests.families import family
+from mgrpo.trainers.batch import MicroBatch
+from mgrpo.trainers.torch.sft import demo_loss
 from tests.loss_grid import LOSS_TYPES, settings
-from tests.models import VOCAB, move_adapters, tiny_model, tiny_tokenizer
+from tests.models import VOCAB, move_adapters, tiny_tokenizer
 from tests.shared_kit import (
     SHAPES,
-    computed,
     distance,
+    embedded,
     forest,
     furthest,
     gradients,
@@ -83,11 +83,11 @@ def test_each_shared_token_enters_the_model_once(attention: str) -> None:
     for seed in range(20):
         rows = random_rows(seed, plain)
         entering = int((rows.lengths - 1).clamp(min=1).sum())
-        if saved_tokens(rows):
-            assert computed(shared, rows) == entering - saved_tokens(rows)
         arguments = rows.ids, rows.lengths, rows.active().mask
-        with torch.no_grad():
+        with torch.no_grad(), embedded(shared) as computed:
             found, expected = (p.hidden_before(*arguments) for p in (shared, plain))
+        if saved_tokens(rows):
+            assert computed == [entering - saved_tokens(rows)]
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -157,29 +157,39 @@ def test_backbones_in_bfloat16() -> None:
 
 
 @pytest.mark.usefixtures("everything")
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 2}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 2}}, {"last_layers": 1}], ids=str
+)
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
 def test_micro_batches_cut_at_branches(options: dict[str, Any], loss_type: str) -> None:
     """Pieces of one tree, the prefix of all of them computed once and held, in two passes: the gradient is that of one
     micro-batch, and of whole rows."""
-    plain, shared = policies("qwen3, grouped heads", exact=True, **options)
+    plain, shared = policies("llama, grouped heads", exact=True, **options)
     for policy in (plain, shared):
         if options.get("lora"):
             policy.model.double()
             move_adapters(policy)
     for seed in range(3):
         tokens, width = forest(seed)
+        tokens += [tokens[0][:width], tokens[0][: width - 1], tokens[0][:4]]  # a piece within the prefix
         g = np.random.default_rng(seed)
         rows = sampled_near(plain, micro_batch(tokens, g), g)
-        rows.advantages[rows.advantages == 0] = 0.3
-        parts = [range(4), range(4, 5), range(5, len(tokens))]
+        parts = [range(4), range(4, 5), range(5, 11), range(11, 14)]
         prefix = torch.tensor(tokens[0][:width])
         cut = [replace(piece, prefix=prefix) for piece in pieces(rows, parts)]
         other, _ = forest(100 + seed)
         apart = sampled_near(plain, micro_batch(other, g), g)  # another tree behind, which holds nothing
-        expected, metrics = gradients(plain, [rows, apart], settings(loss_type), recompute_old=bool(seed % 2))
-        one, _ = gradients(shared, [rows, apart], settings(loss_type), recompute_old=bool(seed % 2))
-        two, of_two = gradients(shared, [*cut, apart], settings(loss_type), recompute_old=bool(seed % 2))
+        loss = settings(loss_type, kl_coef=0.1)  # the reference holds the prefix too
+
+        def run(
+            policy: Policy, micro: list[MicroBatch], loss: GrpoLossConfig = loss, odd: int = seed % 2
+        ) -> Any:
+            return gradients(policy, micro, loss, reference_of(policy, policy.shares), bool(odd))
+
+        (expected, metrics), (one, _) = run(plain, [rows, apart]), run(shared, [rows, apart])
+        with embedded(shared) as computed:
+            two, of_two = run(shared, [*cut, apart])
+        assert not rows.advantages.all() or width in computed
         assert distance(one, expected) < 1e-10 and distance(two, expected) < 1e-10
         assert of_two == pytest.approx(metrics, rel=1e-9, abs=1e-9)
 
@@ -215,43 +225,17 @@ def test_mixtures_of_experts_share(experts: str) -> None:
     assert not off.shares and "aux_loss_coef=0.1" in (off.why_not or "")
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "words"),
-    [
-        ("Mistral", {"sliding_window": 16}, "sliding_window"),
-        ("Mamba", {}, ""),
-        ("Lfm2", {}, "conv"),
-        ("Qwen3Next", {}, "linear_attention"),
-        ("FalconH1", {}, ""),
-        ("GPTNeo", {}, "window_size"),
-        ("GptOss", {}, ""),
-        ("Bloom", {}, ""),
-    ],
-)
-def test_models_that_cannot_share_say_why(name: str, changes: dict[str, Any], words: str) -> None:
-    """Layers that mix positions otherwise, windows, soft caps: whole rows, and a reason."""
-    policy = Policy(family(name, **changes), tiny_tokenizer(), name, PolicyConfig())
-    assert not policy.shares and policy.why_not and words in policy.why_not
-
-
-@pytest.mark.parametrize("side", ["cp", "tp"])
-def test_a_mesh_that_divides_a_row_does_not_share(side: str) -> None:
-    """Neither asks the model anything."""
-
-    def states(**_: Any) -> Any:
-        raise AssertionError("no forward pass is taken")
-
-    config = PolicyConfig.model_validate({"mesh": {side: 2}})
-    reason = sharing.choose(shared_model("llama"), states, config, torch.device("cpu"), "sdpa")
-    assert reason is not None and f"mesh.{side}=2" in reason
-
-
-def test_the_token_shift_decoder_does_not_share() -> None:
-    policy = Policy(tiny_model("shift"), tiny_tokenizer(), "shift", PolicyConfig())
-    assert policy.config.share_prefixes and not policy.shares and policy.why_not
-
-
-def test_switched_off_by_its_setting() -> None:
-    plain, shared = policies("llama")
-    assert not plain.shares
-    assert shared.shares and not shared.why_not
+@pytest.mark.usefixtures("everything")
+def test_demonstrations_share() -> None:
+    """SFT on demonstrations that begin alike: loss and gradient of whole ones."""
+    g = np.random.default_rng(0)
+    rows = forest(0)[0]
+    demos = [(np.array(r, np.int32), (g.random(len(r)) < 0.5).astype(np.uint8)) for r in rows]
+    found = []
+    for policy in policies("qwen3, grouped heads", exact=True):
+        loss = demo_loss(policy, demos)
+        trained = dict(policy.model.named_parameters())
+        gradient = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+        found.append((loss.item(), gradient))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-12)
+    assert distance(found[1][1], found[0][1]) < 1e-10
