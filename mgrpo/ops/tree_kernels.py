@@ -88,7 +88,7 @@ class VarlenKernel(GpuKernel):
         out, lse, *state = _aten._flash_attention_forward(
             q, k, v, at.cu_q, at.cu_k, at.longest_q, at.longest_k, 0.0, at.causal, False, scale=scale
         )
-        return out, lse, state[:2]
+        return out.contiguous(), lse, state[:2]  # it is laid out as q is
 
     def backward(self, grad: Tensor, saved: Saved, at: Level, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         found: tuple[Tensor, Tensor, Tensor] = _aten._flash_attention_backward(
@@ -119,7 +119,7 @@ class FlashKernel(GpuKernel):
         out, lse, _, state = _flash_attn_varlen_forward(
             q, k, v, at.cu_q, at.cu_k, at.longest_q, at.longest_k, 0.0, scale, at.causal
         )
-        return out, lse, state
+        return out.contiguous(), lse, state
 
     def backward(self, grad: Tensor, saved: Saved, at: Level, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
