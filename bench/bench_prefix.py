@@ -176,8 +176,9 @@ def rivals_of(
 
     # Rows of a micro-batch: as many as ours without shared prefixes; on a GPU what whole logits leave room for.
     size = len(case.whole.micro[0].lengths) if cpu else 2
-    found: dict[str, Step] = {"masked attention over the tree": masked_step(trainee, policy, case.shared)}
-    grouped = grouper_step(trainee, case.shared, args.device, half)
+    once = case.repeated or case.shared  # no rival holds a prefix
+    found: dict[str, Step] = {"masked attention over the tree": masked_step(trainee, policy, once)}
+    grouped = grouper_step(trainee, once, args.device, half)
     if isinstance(grouped, str):
         print(f"missing rival: {grouped}")
     else:

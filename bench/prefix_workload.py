@@ -115,16 +115,10 @@ def flops_of_rows(flops: ModelFlops, parts: Sequence[MicroBatch]) -> Cost:
 
 
 def flops_of_trees(flops: ModelFlops, parts: Sequence[MicroBatch]) -> Cost:
-    """Of a step in which each node of a micro-batch's tree is computed once: n tokens below d others have n d +
-    n (n + 1) / 2 pairs of a query and a key. Raises ValueError for attention within a window."""
-    if any(window is not None for window in flops.pairs):
-        raise ValueError(
-            f"attention within {sorted(w for w in flops.pairs if w is not None)} tokens is not counted here"
-        )
+    """Of a step in which each node of a micro-batch's tree is computed once."""
     cost = Cost()
     for part in parts:
         tree = tree_of(part)
-        depth, n = tree.begin.astype("int64"), (tree.end - tree.begin).astype("int64")
-        cost += flops.token.times(tree.tokens) + flops.scored.times(int(part.loss_mask[:, 1:].sum()))
-        cost += flops.pairs[None].times(float((n * depth + n * (n + 1) // 2).sum()))
+        nodes = zip(tree.begin.tolist(), tree.end.tolist(), strict=True)
+        cost += flops.of_nodes(nodes, int(part.loss_mask[:, 1:].sum()))
     return cost
