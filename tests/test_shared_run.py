@@ -14,9 +14,10 @@ import pytest
 
 from mgrpo.cli.replay import replay_run
 from mgrpo.config import load_config, view_of
+from mgrpo.model import sharing
 from mgrpo.model.policy import save_policy
 from mgrpo.pipeline.batch import BatchBuilder, StepBatch
-from mgrpo.pipeline.replay import DIFFERS, EQUAL
+from mgrpo.pipeline.replay import DIFFERS, EQUAL, UNKNOWN
 from mgrpo.pipeline.step_perf import entering_tokens
 from mgrpo.pipeline.step_record import step_body
 from mgrpo.pipeline.trainer_loop import TrainerLoop
@@ -183,6 +184,24 @@ def test_a_run_shares_and_is_replayed(shared_run: Path, capsys: pytest.CaptureFi
     chosen = [f"{bodies[step].queries[0]}/0" for step in range(6)]
     replay_run(shared_run, chosen, sample=0, seed=0)
     assert capsys.readouterr().out.splitlines()[-1] == "6 rollouts: every stage bit-equal"
+
+
+def test_a_replay_changes_its_way_between_two_steps(
+    shared_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the start on, without any checkpoint: weights and optimizer go on where the run no longer shared. Where this
+    policy cannot do what the record says was done, the loss is not called different."""
+    run = tmp_path / "run"
+    shutil.copytree(shared_run, run)
+    shutil.rmtree(run / "agents/main/record/checkpoints")
+    queries = {step: found.body().queries[0] for (_, step), found in Recording([run]).steps.items()}
+    replays = replayer(run)
+    for step in (3, 5):
+        assert {stage.status for stage in replays.replay(f"{queries[step]}/0")} == {EQUAL}
+    monkeypatch.setattr(sharing, "choose", lambda *_: "it has conv layers")
+    *others, loss = replayer(run).replay(f"{queries[1]}/0")
+    assert loss.status == UNKNOWN and "it has conv layers" in loss.field
+    assert {stage.status for stage in others} == {EQUAL}
 
 
 def test_another_share_is_named(shared_run: Path, tmp_path: Path) -> None:
