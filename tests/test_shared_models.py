@@ -47,8 +47,8 @@ WHY_NOT = {
     "Rwkv": "carry a state",
     "FalconH1": "carry a state",
     "Bamba": "carry a state",
-    "Bloom": "not what each is alone",  # no attention function: only the try shows it
-    "Mpt": "not what each is alone",
+    "Bloom": "AttentionInterface",  # no attention function: only the try shows it
+    "Mpt": "AttentionInterface",
 }
 NO_POLICY = ("Gemma2", "Granite", "Cohere", "Phi", "GPTJ", "Bert")
 SHARING = [name for name in FAMILIES if name not in WHY_NOT and name not in NO_POLICY]

@@ -11,7 +11,11 @@ Packed attention is an attention function of transformers' AttentionInterface. W
 under the names transformers has for that (cu_seq_lens_q, max_length_q). Called without them (generation, single rows)
 it is plain causal attention.
 
-varlen has run on an H100 (tests/test_gpu.py: six architectures, bfloat16, forward and backward); flash on no GPU yet.
+What rows begin with may be computed once: the forward pass then brings a prefix tree (shared_rows.py) under the name
+prefix_tree, whatever the kind.
+
+varlen has run on an H100 (tests/test_gpu.py: six architectures, bfloat16, forward and backward; trees: four); flash on
+no GPU yet.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import architecture, attention
 from mgrpo.model.attention import Kind
-from mgrpo.model.shared_rows import share
+from mgrpo.model.shared_rows import IgnoredTreeError, share
 
 
 def choose(
@@ -34,6 +34,8 @@ def choose(
         if _shares(states, device, config.dtype == "bfloat16"):
             return None
         reason = "rows that share a prefix are not what each is alone"
+    except IgnoredTreeError:
+        reason = "its attention is none that transformers' AttentionInterface exchanges"
     except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
     model.set_attn_implementation(before)
