@@ -324,9 +324,10 @@ def _flash(
 def _rows(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Whole rows on a CPU, or a prefix tree."""
+    """Whole rows, or a prefix tree."""
     if (tree := kwargs.get("prefix_tree")) is not None:
-        return _tree(module, query, key, value, tree, CpuKernel(), kwargs), None
+        kernel = CpuKernel() if query.device.type == "cpu" else VarlenKernel()
+        return _tree(module, query, key, value, tree, kernel, kwargs), None
     return unpacked(module, query, key, value, attention_mask, **kwargs)
 
 
