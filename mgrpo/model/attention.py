@@ -343,6 +343,11 @@ def _tree(
 ) -> Tensor:
     """Attention over a prefix tree: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D)."""
     refuse_what_is_not_computed(module, kwargs)
+    if value.shape[-1] != key.shape[-1]:  # latent attention, but for its small configurations
+        raise ConfigError(
+            f"{type(module).__name__} has {key.shape[-1]} numbers a head in its keys and {value.shape[-1]} in its "
+            "values, and attention over a prefix tree takes heads of one size"
+        )
     scale = kwargs.get("scaling")
     # A rotation may leave them in float32.
     q, k, v = _flat(query.to(value.dtype), key.to(value.dtype), value)
