@@ -324,9 +324,10 @@ def _flash(
 def _rows(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Whole rows on a CPU, or a prefix tree."""
+    """Whole rows, or a prefix tree."""
     if (tree := kwargs.get("prefix_tree")) is not None:
-        return _tree(module, query, key, value, tree, CpuKernel(), kwargs), None
+        kernel = CpuKernel() if query.device.type == "cpu" else VarlenKernel()
+        return _tree(module, query, key, value, tree, kernel, kwargs), None
     return unpacked(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -342,6 +343,11 @@ def _tree(
 ) -> Tensor:
     """Attention over a prefix tree: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D)."""
     refuse_what_is_not_computed(module, kwargs)
+    if value.shape[-1] != key.shape[-1]:  # latent attention, but for its small configurations
+        raise ConfigError(
+            f"{type(module).__name__} has {key.shape[-1]} numbers a head in its keys and {value.shape[-1]} in its "
+            "values, and attention over a prefix tree takes heads of one size"
+        )
     scale = kwargs.get("scaling")
     # A rotation may leave them in float32.
     q, k, v = _flat(query.to(value.dtype), key.to(value.dtype), value)
