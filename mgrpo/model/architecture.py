@@ -76,6 +76,16 @@ def windows(config: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
+def rope_types(config: Mapping[str, Any]) -> frozenset[str]:
+    """How its layers rotate positions, where the configuration says it: "default", "yarn", "longrope", ..."""
+    text = text_of(config)
+    tables = [text[n] for n in ("rope_parameters", "rope_scaling") if isinstance(text.get(n), Mapping)]
+    tables += [
+        t for table in tables for t in table.values() if isinstance(t, Mapping)
+    ]  # one for each kind of layer
+    return frozenset(str(t[n]) for t in tables for n in ("rope_type", "type") if t.get(n))
+
+
 def layer_kinds(config: Mapping[str, Any]) -> frozenset[str]:
     """Kinds of the layers where the configuration lists them, else empty."""
     text = text_of(config)

@@ -42,6 +42,10 @@ def choose(
     return reason
 
 
+_BY_LENGTH = frozenset({"dynamic", "longrope"})
+"""Rotations that differ with the longest row of a forward pass: a prefix that is held is shorter than its rows."""
+
+
 def _by_name(model: Any, config: PolicyConfig, device: torch.device) -> str | None:
     described = model.config.to_dict()
     for side in ("cp", "tp"):
@@ -53,6 +57,8 @@ def _by_name(model: Any, config: PolicyConfig, device: torch.device) -> str | No
         return f"it has {', '.join(sorted(kept))} layers"
     if getattr(model, "_is_stateful", False):
         return "its layers carry a state from token to token"
+    if bent := architecture.rope_types(described) & _BY_LENGTH:
+        return f"its rope_type={min(bent)} rotates positions by the length of what is computed with them"
     if windows := architecture.windows(described):
         name = min(windows)
         return f"it attends within {name}={windows[name]}"
