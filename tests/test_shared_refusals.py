@@ -3,8 +3,6 @@ too."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import transformers
@@ -18,19 +16,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore"),  # transformers', of ids of tiny models
 ]
-
-
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_rotation_by_the_longest_sequence(kind: str) -> None:
-    """A held prefix would be rotated by its own length, and what follows by another."""
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
-    changes: dict[str, Any] = {"rope_parameters": rope}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-        changes["original_max_position_embeddings"] = rope["original_max_position_embeddings"] = CONTEXT // 4
-    model = family("Phi3" if kind == "longrope" else "Llama", **changes)
-    policy = Policy(model, tiny_tokenizer(), kind, PolicyConfig())
-    assert not policy.shares and f'rope_type "{kind}"' in (policy.why_not or "")
 
 
 def test_attention_that_is_called_twice_in_a_layer() -> None:
