@@ -113,6 +113,16 @@ class Twin:
     def ordered(self, items: Items, held: int) -> Items:
         return self.computed(sorted(items), held)[1]
 
+    def packed(self, units: list[Unit], slack: int) -> tuple[list[Items], int]:
+        """Each micro-batch of each rank; micro-batches a rank."""
+        capacity = self.o["capacity"]
+        lengths = [min(capacity, u.tokens + slack * u.piece) for u in units]
+        packing = pack(
+            lengths, capacity, self.o["dp"], self.o["cost"], self.o["max_segments"],
+            [u.cost for u in units], [len(u.items) for u in units],
+        )  # fmt: skip
+        return [[i for u in some for i in units[u].items] for some in packing.bins], packing.n_mb
+
     def layout(self) -> TwinLayout | None:
         capacity, dp = self.o["capacity"], self.o["dp"]
         if self.tree.saved == 0:
@@ -122,13 +132,11 @@ class Twin:
         while dp > 1 and len(free) < min(dp, len(self.rows)) and limit > 1:
             limit //= 2
             free, held = self.units(limit)
-        lengths = [min(capacity, u.tokens + MIN_SAVED * u.piece) for u in free]
-        packing = pack(
-            lengths, capacity, dp, self.o["cost"], self.o["max_segments"],
-            [u.cost for u in free], [len(u.items) for u in free],
-        )  # fmt: skip
-        n = packing.n_mb
-        bins = [[i for u in units for i in free[u].items] for units in packing.bins]
+        slack, bins = MIN_SAVED, None
+        while bins is None:
+            bins, n = self.packed(free, slack)
+            if any(self.computed(sorted(items), 0)[0].tokens > capacity for items in bins if items):
+                slack, bins = 2 * slack, None
         out = [[self.ordered(items, 0) for items in bins[rank * n : (rank + 1) * n]] for rank in range(dp)]
         prefixes, numbers = [[0] * n for _ in range(dp)], [[-1] * n for _ in range(dp)]
         for number, (prefix, pieces) in enumerate(held):

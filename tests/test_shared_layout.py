@@ -153,6 +153,17 @@ def test_a_tree_that_does_not_fit_is_cut_at_branches() -> None:
     assert check(rows, held) == 460 and held.shared_tokens == plan.shared_tokens + 100
 
 
+def test_pieces_that_meet_stay_within_the_capacity() -> None:
+    """40 prompts of 32 tokens, two answers each, of which all have the first token. Where more than 32 of them meet,
+    that token becomes a node and what is left of a prompt saves 31 tokens, so that it is none: twice the tokens."""
+    rows = [[9, *[1000 + i] * 31, answer, 0] for i in range(40) for answer in (1, 2)]
+    b = batcher_of(rows, capacity=2080, dp=1)
+    plan = b.plan(0, share_prefixes=True)
+    assert check(rows, plan) == 40 * (32 + 2)
+    twin = shared_layout(rows, b.options, False)
+    assert twin is not None and micro_batches(plan) == twin.bins
+
+
 def test_rows_within_a_held_prefix_compute_nothing() -> None:
     """A row whose entering tokens are the prompt, or a part of it, is the last of its micro-batch."""
     prompt = tokens(0, 100)
