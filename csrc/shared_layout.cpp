@@ -88,10 +88,12 @@ double tree_cost(const PrefixTree& tree, int32_t from, int32_t to, const PackOpt
 }
 
 // Cuts trees into pieces of at most `limit` tokens and max_rows rows, from the leaves to the root. A piece counts what
-// leads to it; one that cannot be cut further may be above a limit that is below the capacity.
+// leads to it. Behind the branch at which it is cut off it has at most `own` tokens, where it can be cut further: a
+// bound on all of them would tear trees with long roots into single rows.
 class Cutter {
  public:
-  Cutter(const PrefixTree& tree, int64_t limit, int32_t max_rows) : tree_(tree), limit_(limit), max_rows_(max_rows) {
+  Cutter(const PrefixTree& tree, int64_t limit, int64_t own, int32_t max_rows)
+      : tree_(tree), limit_(limit), own_(own), max_rows_(max_rows) {
     const size_t n = tree.size();
     ended_.resize(n + 1);
     for (const int32_t leaf : tree.leaf) ++ended_[leaf + 1];
@@ -139,14 +141,14 @@ class Cutter {
   };
 
   bool fits(int32_t n) const {
-    return tree_.begin[n] + tokens(n) <= limit_ &&
+    return tokens(n) <= std::min(own_, limit_ - tree_.begin[n]) &&
            ended_[tree_.stop[n]] - ended_[n] <= max_rows_;
   }
 
   // Best fit decreasing of what hangs from node n.
   std::vector<Piece> together(std::vector<Piece> parts, int32_t n) const {
     std::stable_sort(parts.begin(), parts.end(), [](const Piece& a, const Piece& b) { return a.tokens > b.tokens; });
-    const int64_t room = limit_ - tree_.end[n];
+    const int64_t room = std::min(own_, limit_ - tree_.end[n]);
     std::vector<Piece> bins;
     for (Piece& part : parts) {
       Piece* best = nullptr;
@@ -172,7 +174,7 @@ class Cutter {
   }
 
   const PrefixTree& tree_;
-  int64_t limit_;
+  int64_t limit_, own_;
   int32_t max_rows_;
   std::vector<int32_t> ended_, rows_;  // rows_[ended_[n] .. ended_[n + 1]): those that end in node n
   std::vector<int64_t> below_;
@@ -183,10 +185,10 @@ class Planner {
   Planner(const TokenRows<int32_t>& entering, const PrefixTree& tree, const SharedOptions& o)
       : entering_(entering), tree_(tree), o_(o) {}
 
-  // Pieces of at most `limit` tokens where that can be.
-  Units units(int64_t limit) const {
+  // Pieces of at most `own` tokens behind what they share, where that can be.
+  Units units(int64_t own) const {
     const int32_t max_rows = o_.pack.max_segments ? o_.pack.max_segments : int32_t(tree_.leaf.size());
-    Cutter cutter(tree_, limit, max_rows);
+    Cutter cutter(tree_, o_.pack.capacity, own, max_rows);
     Units out;
     for (int32_t root = 0; root < int32_t(tree_.size()); root = tree_.stop[root]) {
       std::vector<std::vector<int32_t>> pieces = cutter.cut(root);
@@ -300,11 +302,11 @@ std::optional<SharedLayout> share_prefixes(const TokenRows<int32_t>& entering, s
   const auto all = std::accumulate(entering.lengths.begin(), entering.lengths.end(), int64_t{0});
   if (tree.tokens() == all) return std::nullopt;
   const Planner planner(entering, tree, o);
-  int64_t limit = o.pack.capacity;
-  Units units = planner.units(limit);
+  int64_t own = o.pack.capacity;
+  Units units = planner.units(own);
   // Fewer trees than ranks would leave some idle.
   const size_t wanted = std::min(size_t(o.pack.dp), lengths.size());
-  while (o.pack.dp > 1 && units.free.size() < wanted && limit > 1) units = planner.units(limit /= 2);
+  while (o.pack.dp > 1 && units.free.size() < wanted && own > 1) units = planner.units(own /= 2);
   // With a slack of the capacity each piece is alone, and trees that are whole count exactly what they have together.
   int64_t slack = o.min_saved;
   std::optional<SharedLayout> written = write_units(units.free, slack, entering, lengths, o);

@@ -60,25 +60,26 @@ class Twin:
             cost += self.o["cost"][0] * (end - begin) + self.o["cost"][1] * (end * end - begin * begin)
         return [Unit(items, skip + tree.tokens, cost, piece)]
 
-    def cut(self, node: int, limit: int) -> list[tuple[int, Items]]:
+    def cut(self, node: int, own: int) -> list[tuple[int, Items]]:
         """(tokens from the node's begin, rows) of each piece."""
         t = self.tree
         inside = range(node, int(t.stop[node]))
         tokens = sum(int(t.end[n] - t.begin[n]) for n in inside)
         rows = sorted((r for r in range(len(self.rows)) if t.leaf[r] in inside), key=lambda r: (t.leaf[r], r))
-        if t.begin[node] + tokens <= limit and len(rows) <= self.most:
+        limit = self.o["capacity"]
+        if tokens <= min(own, limit - t.begin[node]) and len(rows) <= self.most:
             return [(tokens, rows)]
         parts: list[tuple[int, Items]] = []
         for child in inside:
             if t.parent[child] == node:
-                parts += self.cut(child, limit)
+                parts += self.cut(child, own)
         parts += [(0, [r]) for r in rows if t.leaf[r] == node]
         bins: list[tuple[int, Items]] = []
         for size, some in sorted(parts, key=lambda part: -part[0]):
             fitting = [
                 b
                 for b, (used, held) in enumerate(bins)
-                if used + size <= limit - t.end[node] and len(held) + len(some) <= self.most
+                if used + size <= min(own, limit - t.end[node]) and len(held) + len(some) <= self.most
             ]
             if fitting:
                 b = max(fitting, key=lambda b: bins[b][0])
@@ -87,13 +88,13 @@ class Twin:
                 bins.append((size, some))
         return [(size + int(t.end[node] - t.begin[node]), some) for size, some in bins]
 
-    def units(self, limit: int) -> tuple[list[Unit], list[tuple[int, list[Unit]]]]:
+    def units(self, own: int) -> tuple[list[Unit], list[tuple[int, list[Unit]]]]:
         free: list[Unit] = []
         held: list[tuple[int, list[Unit]]] = []
         for root in range(len(self.tree.row)):
             if self.tree.parent[root] >= 0:
                 continue
-            pieces = [sorted(items) for _, items in self.cut(root, limit)]
+            pieces = [sorted(items) for _, items in self.cut(root, own)]
             if len(pieces) == 1:
                 free += self.unit(pieces[0], 0, False)
                 continue
@@ -127,11 +128,11 @@ class Twin:
         capacity, dp = self.o["capacity"], self.o["dp"]
         if self.tree.saved == 0:
             return None
-        limit = capacity
-        free, held = self.units(limit)
-        while dp > 1 and len(free) < min(dp, len(self.rows)) and limit > 1:
-            limit //= 2
-            free, held = self.units(limit)
+        own = capacity
+        free, held = self.units(own)
+        while dp > 1 and len(free) < min(dp, len(self.rows)) and own > 1:
+            own //= 2
+            free, held = self.units(own)
         slack, bins = MIN_SAVED, None
         while bins is None:
             bins, n = self.packed(free, slack)

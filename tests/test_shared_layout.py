@@ -229,6 +229,15 @@ def test_ranks_get_their_part_of_few_trees() -> None:
     assert [len(items) for rank in micro_batches(plan) for items in rank] == [2, 2, 2, 2]
 
 
+def test_ranks_share_long_prompts() -> None:
+    """Two trees whose prompt is most of the capacity, for four ranks: each computes a prompt once, in one micro-batch,
+    instead of four rows that repeat it."""
+    rows = [tokens(i % 2, 700) + tokens(10 + i, 21) for i in range(16)]
+    plan = batcher_of(rows, capacity=1000, dp=4).plan(0, share_prefixes=True)
+    assert check(rows, plan) == 4 * 700 + 16 * 20
+    assert plan.n_padded == 1 and all(items for rank in micro_batches(plan) for items in rank)
+
+
 def test_many_trees_are_balanced_over_ranks() -> None:
     """40 trees on four ranks: none computes 10 % more than the mean."""
     r = np.random.default_rng(8)
