@@ -229,6 +229,16 @@ def test_ranks_get_their_part_of_few_trees() -> None:
     assert [len(items) for rank in micro_batches(plan) for items in rank] == [2, 2, 2, 2]
 
 
+def test_a_full_micro_batch_for_one_tree_is_open_to_a_smaller_one() -> None:
+    """max_segments of 5: one that has no room for the shortest tree, of four rows, still takes a longer one of one."""
+    trees = [(4, 50), (1, 55), (1, 54), (2, 41), (1, 43), (3, 42), (1, 58)]  # rows, tokens of the prompt
+    rows = [[*tokens(t, n), answer, 0] for t, (k, n) in enumerate(trees) for answer in range(k)]
+    b = batcher_of(rows, capacity=1000, dp=2, max_segments=5)
+    plan, twin = b.plan(0, share_prefixes=True), shared_layout(rows, b.options, False)
+    check(rows, plan, 5)
+    assert twin is not None and micro_batches(plan) == twin.bins
+
+
 def test_ranks_share_long_prompts() -> None:
     """Two trees whose prompt is most of the capacity, for four ranks: each computes a prompt once, in one micro-batch,
     instead of four rows that repeat it."""
