@@ -133,11 +133,11 @@ class Twin:
         while dp > 1 and len(free) < min(dp, len(self.rows)) and own > 1:
             own //= 2
             free, held = self.units(own)
-        slack, bins = MIN_SAVED, None
-        while bins is None:
+        slack = MIN_SAVED
+        bins, n = self.packed(free, slack)
+        while any(self.computed(sorted(items), 0)[0].tokens > capacity for items in bins if items):
+            slack *= 2
             bins, n = self.packed(free, slack)
-            if any(self.computed(sorted(items), 0)[0].tokens > capacity for items in bins if items):
-                slack, bins = 2 * slack, None
         out = [[self.ordered(items, 0) for items in bins[rank * n : (rank + 1) * n]] for rank in range(dp)]
         prefixes, numbers = [[0] * n for _ in range(dp)], [[-1] * n for _ in range(dp)]
         for number, (prefix, pieces) in enumerate(held):
