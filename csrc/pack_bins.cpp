@@ -119,12 +119,14 @@ bool cheapest_first(const Sequences& s, Bins& bins, int32_t first) {
   std::priority_queue<Ticket, std::vector<Ticket>, std::greater<>> open;
   for (int32_t b = first; b < int32_t(bins.bins.size()); ++b) open.emplace(bins.bins[b].cost, b);
   std::vector<Ticket> passed;
+  const int32_t fewest = s.size() ? *std::min_element(s.segments.begin(), s.segments.end()) : 0;
   for (int64_t p = 0; p < s.size(); ++p) {
     if (bins.of[p] >= 0) continue;
     passed.clear();
     while (!open.empty() && !s.fits(bins.bins[open.top().second], p)) {
-      // A bin without room for the shortest sequence has room for none.
-      if (s.fits(bins.bins[open.top().second], s.size() - 1)) passed.push_back(open.top());
+      const Bin& bin = bins.bins[open.top().second];
+      if (bin.tokens + s.length.back() <= s.capacity && bin.segments + fewest <= s.max_segments)
+        passed.push_back(open.top());  // there may be one that it takes
       open.pop();
     }
     if (open.empty()) return false;

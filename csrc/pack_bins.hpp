@@ -53,7 +53,8 @@ class Sequences {
 };
 
 // Best-fit decreasing: a sequence goes to the fullest bin that takes it; among bins of equal room, to the one that
-// came to this room last. Of units, a bin whose segments are too many is passed over. Positions with `of` >= 0 are placed already; new bins are appended.
+// came to this room last. Of units, a bin whose segments are too many is passed over. Positions with `of` >= 0 are
+// placed already; new bins are appended.
 void best_fit_decreasing(const Sequences& s, Bins& bins);
 
 // Longest first to the cheapest of the bins [first, end) that takes it (then to the lowest number). False when a

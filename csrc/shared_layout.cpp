@@ -78,9 +78,9 @@ class Computed {
 };
 
 // A token at depth p reads p + 1 keys: of a row of L tokens that is a*L + b*L^2, as everywhere.
-double tree_cost(const PrefixTree& tree, const PackOptions& o, int32_t skip) {
+double tree_cost(const PrefixTree& tree, int32_t from, int32_t to, const PackOptions& o, int32_t skip) {
   double cost = 0;
-  for (size_t n = 0; n < tree.size(); ++n) {
+  for (int32_t n = from; n < to; ++n) {
     const double begin = skip + tree.begin[n], end = skip + tree.end[n];
     cost += o.cost_a * (end - begin) + o.cost_b * (end * end - begin * begin);
   }
@@ -88,10 +88,12 @@ double tree_cost(const PrefixTree& tree, const PackOptions& o, int32_t skip) {
 }
 
 // Cuts trees into pieces of at most `limit` tokens and max_rows rows, from the leaves to the root. A piece counts what
-// leads to it; one that cannot be cut further may be above a limit that is below the capacity.
+// leads to it. Behind the branch at which it is cut off it has at most `own` tokens, where it can be cut further: a
+// bound on all of them would tear trees with long roots into single rows.
 class Cutter {
  public:
-  Cutter(const PrefixTree& tree, int64_t limit, int32_t max_rows) : tree_(tree), limit_(limit), max_rows_(max_rows) {
+  Cutter(const PrefixTree& tree, int64_t limit, int64_t own, int32_t max_rows)
+      : tree_(tree), limit_(limit), own_(own), max_rows_(max_rows) {
     const size_t n = tree.size();
     ended_.resize(n + 1);
     for (const int32_t leaf : tree.leaf) ++ended_[leaf + 1];
@@ -109,7 +111,7 @@ class Cutter {
     for (int32_t n = tree_.stop[root] - 1; n >= root; --n) {
       const int32_t parent = tree_.parent[n];
       if (fits(n)) {
-        if (n == root || !fits(parent)) pieces[n - root].push_back({below_[tree_.stop[n]] - below_[n], subtree(n)});
+        if (n == root || !fits(parent)) pieces[n - root].push_back({tokens(n), subtree(n)});
         continue;
       }
       std::vector<Piece> parts;
@@ -126,6 +128,8 @@ class Cutter {
     return out;
   }
 
+  int64_t tokens(int32_t n) const { return below_[tree_.stop[n]] - below_[n]; }  // of its subtree
+
   std::vector<int32_t> subtree(int32_t n) const {
     return {rows_.begin() + ended_[n], rows_.begin() + ended_[tree_.stop[n]]};
   }
@@ -137,17 +141,23 @@ class Cutter {
   };
 
   bool fits(int32_t n) const {
-    return tree_.begin[n] + below_[tree_.stop[n]] - below_[n] <= limit_ &&
+    return tokens(n) <= std::min(own_, limit_ - tree_.begin[n]) &&
            ended_[tree_.stop[n]] - ended_[n] <= max_rows_;
   }
 
   // Best fit decreasing of what hangs from node n.
   std::vector<Piece> together(std::vector<Piece> parts, int32_t n) const {
     std::stable_sort(parts.begin(), parts.end(), [](const Piece& a, const Piece& b) { return a.tokens > b.tokens; });
-    const int64_t room = limit_ - tree_.end[n];
+    const int64_t room = std::min(own_, limit_ - tree_.end[n]);
     std::vector<Piece> bins;
     for (Piece& part : parts) {
       Piece* best = nullptr;
+      // Each bin has at least as many tokens. Without this, thousands of pieces that are as good as full would be held
+      // against each other at every branch.
+      if (2 * part.tokens > room) {
+        bins.push_back(std::move(part));
+        continue;
+      }
       for (Piece& bin : bins)
         if (bin.tokens + part.tokens <= room && bin.rows.size() + part.rows.size() <= size_t(max_rows_) &&
             (!best || bin.tokens > best->tokens))
@@ -164,7 +174,7 @@ class Cutter {
   }
 
   const PrefixTree& tree_;
-  int64_t limit_;
+  int64_t limit_, own_;
   int32_t max_rows_;
   std::vector<int32_t> ended_, rows_;  // rows_[ended_[n] .. ended_[n + 1]): those that end in node n
   std::vector<int64_t> below_;
@@ -175,15 +185,16 @@ class Planner {
   Planner(const TokenRows<int32_t>& entering, const PrefixTree& tree, const SharedOptions& o)
       : entering_(entering), tree_(tree), o_(o) {}
 
-  // Pieces of at most `limit` tokens where that can be.
-  Units units(int64_t limit) const {
+  // Pieces of at most `own` tokens behind what they share, where that can be.
+  Units units(int64_t own) const {
     const int32_t max_rows = o_.pack.max_segments ? o_.pack.max_segments : int32_t(tree_.leaf.size());
-    Cutter cutter(tree_, limit, max_rows);
+    Cutter cutter(tree_, o_.pack.capacity, own, max_rows);
     Units out;
     for (int32_t root = 0; root < int32_t(tree_.size()); root = tree_.stop[root]) {
-      const std::vector<std::vector<int32_t>> pieces = cutter.cut(root);
+      std::vector<std::vector<int32_t>> pieces = cutter.cut(root);
       if (pieces.size() == 1) {
-        add(out.free, pieces[0], 0, false);
+        const double cost = tree_cost(tree_, root, tree_.stop[root], o_.pack, 0);
+        out.free.push_back({std::move(pieces[0]), cutter.tokens(root), cost, false});
       } else if (!o_.hold || !hold(out, pieces, root)) {
         for (const std::vector<int32_t>& rows : pieces) add(out.free, rows, 0, true);
       }
@@ -198,7 +209,8 @@ class Planner {
     const Computed computed(entering_, rows, skip, o_.min_saved);
     const int64_t tokens = skip + computed.tree().tokens();
     if (tokens <= o_.pack.capacity) {
-      to.push_back({rows, tokens, tree_cost(computed.tree(), o_.pack, skip), piece});
+      const int32_t size = int32_t(computed.tree().size());
+      to.push_back({rows, tokens, tree_cost(computed.tree(), 0, size, o_.pack, skip), piece});
       return;
     }
     std::vector<int32_t> ordered;
@@ -228,21 +240,21 @@ class Planner {
   const SharedOptions& o_;
 };
 
-// Pieces of one tree that meet in a micro-batch may push down a node that neither pushed alone.
-Packing pack_units(const std::vector<Unit>& units, const SharedOptions& o) {
+// Each piece of a cut tree counts `slack` more tokens than it has.
+Packing pack_units(const std::vector<Unit>& units, const SharedOptions& o, int64_t slack) {
   std::vector<int32_t> lengths, rows;
   std::vector<double> costs;
   for (const Unit& unit : units) {
-    lengths.push_back(int32_t(std::min(o.pack.capacity, unit.tokens + (unit.piece ? o.min_saved : 0))));
+    lengths.push_back(int32_t(std::min(o.pack.capacity, unit.tokens + (unit.piece ? slack : 0))));
     rows.push_back(int32_t(unit.items.size()));
     costs.push_back(unit.cost);
   }
   return pack({lengths, costs, rows}, o.pack);
 }
 
-// Appends one micro-batch.
-void write_rows(SharedLayout& out, std::vector<int32_t> items, int32_t prefix, int32_t id,
-                const TokenRows<int32_t>& entering, std::span<const int32_t> lengths, int64_t min_saved) {
+// Appends one micro-batch; its distinct tokens.
+int64_t write_rows(SharedLayout& out, std::vector<int32_t> items, int32_t prefix, int32_t id,
+                   const TokenRows<int32_t>& entering, std::span<const int32_t> lengths, int64_t min_saved) {
   std::sort(items.begin(), items.end());
   const Computed computed(entering, items, prefix, min_saved);
   int32_t width = 0;
@@ -256,6 +268,29 @@ void write_rows(SharedLayout& out, std::vector<int32_t> items, int32_t prefix, i
   out.padded.width.push_back(width);
   out.padded.prefix.push_back(prefix);
   out.padded.prefix_id.push_back(id);
+  return prefix + computed.tree().tokens();
+}
+
+// Micro-batches of units that hold nothing. No value when one of them is above the capacity: where pieces meet, enough
+// rows may have a node that none of them had alone; what is left of its children may then be too short to be nodes.
+std::optional<SharedLayout> write_units(const std::vector<Unit>& units, int64_t slack,
+                                        const TokenRows<int32_t>& entering, std::span<const int32_t> lengths,
+                                        const SharedOptions& o) {
+  const Packing packing = pack_units(units, o, slack);
+  SharedLayout out;
+  out.item_shared.resize(lengths.size());
+  out.padded.offsets.push_back(0);
+  out.padded.n_mb = packing.n_mb;
+  for (size_t b = 0; b + 1 < packing.offsets.size(); ++b) {
+    std::vector<int32_t> items;
+    for (int32_t u = packing.offsets[b]; u < packing.offsets[b + 1]; ++u) {
+      const std::vector<int32_t>& more = units[packing.items[u]].items;
+      items.insert(items.end(), more.begin(), more.end());
+    }
+    const int64_t tokens = write_rows(out, std::move(items), 0, -1, entering, lengths, o.min_saved);
+    if (tokens > o.pack.capacity && slack < o.pack.capacity) return std::nullopt;
+  }
+  return out;
 }
 
 }  // namespace
@@ -267,25 +302,16 @@ std::optional<SharedLayout> share_prefixes(const TokenRows<int32_t>& entering, s
   const auto all = std::accumulate(entering.lengths.begin(), entering.lengths.end(), int64_t{0});
   if (tree.tokens() == all) return std::nullopt;
   const Planner planner(entering, tree, o);
-  int64_t limit = o.pack.capacity;
-  Units units = planner.units(limit);
+  int64_t own = o.pack.capacity;
+  Units units = planner.units(own);
   // Fewer trees than ranks would leave some idle.
   const size_t wanted = std::min(size_t(o.pack.dp), lengths.size());
-  while (o.pack.dp > 1 && units.free.size() < wanted && limit > 1) units = planner.units(limit /= 2);
-  const Packing packing = pack_units(units.free, o);
-
-  SharedLayout out;
-  out.item_shared.resize(lengths.size());
-  out.padded.offsets.push_back(0);
-  out.padded.n_mb = packing.n_mb;
-  for (size_t b = 0; b + 1 < packing.offsets.size(); ++b) {
-    std::vector<int32_t> items;
-    for (int32_t u = packing.offsets[b]; u < packing.offsets[b + 1]; ++u) {
-      const std::vector<int32_t>& more = units.free[packing.items[u]].items;
-      items.insert(items.end(), more.begin(), more.end());
-    }
-    write_rows(out, std::move(items), 0, -1, entering, lengths, o.min_saved);
-  }
+  while (o.pack.dp > 1 && units.free.size() < wanted && own > 1) units = planner.units(own /= 2);
+  // With a slack of the capacity each piece is alone, and trees that are whole count exactly what they have together.
+  int64_t slack = o.min_saved;
+  std::optional<SharedLayout> written = write_units(units.free, slack, entering, lengths, o);
+  while (!written) written = write_units(units.free, slack *= 2, entering, lengths, o);
+  SharedLayout& out = *written;
   for (size_t h = 0; h < units.held.size(); ++h) {
     const Held& held = units.held[h];
     for (const Unit& piece : held.pieces)
@@ -293,7 +319,7 @@ std::optional<SharedLayout> share_prefixes(const TokenRows<int32_t>& entering, s
     out.padded.n_mb += int(held.pieces.size());
     out.shared_tokens -= held.tokens;  // computed once
   }
-  return out;
+  return written;
 }
 
 }  // namespace mgrpo

@@ -60,25 +60,26 @@ class Twin:
             cost += self.o["cost"][0] * (end - begin) + self.o["cost"][1] * (end * end - begin * begin)
         return [Unit(items, skip + tree.tokens, cost, piece)]
 
-    def cut(self, node: int, limit: int) -> list[tuple[int, Items]]:
+    def cut(self, node: int, own: int) -> list[tuple[int, Items]]:
         """(tokens from the node's begin, rows) of each piece."""
         t = self.tree
         inside = range(node, int(t.stop[node]))
         tokens = sum(int(t.end[n] - t.begin[n]) for n in inside)
         rows = sorted((r for r in range(len(self.rows)) if t.leaf[r] in inside), key=lambda r: (t.leaf[r], r))
-        if t.begin[node] + tokens <= limit and len(rows) <= self.most:
+        limit = self.o["capacity"]
+        if tokens <= min(own, limit - t.begin[node]) and len(rows) <= self.most:
             return [(tokens, rows)]
         parts: list[tuple[int, Items]] = []
         for child in inside:
             if t.parent[child] == node:
-                parts += self.cut(child, limit)
+                parts += self.cut(child, own)
         parts += [(0, [r]) for r in rows if t.leaf[r] == node]
         bins: list[tuple[int, Items]] = []
         for size, some in sorted(parts, key=lambda part: -part[0]):
             fitting = [
                 b
                 for b, (used, held) in enumerate(bins)
-                if used + size <= limit - t.end[node] and len(held) + len(some) <= self.most
+                if used + size <= min(own, limit - t.end[node]) and len(held) + len(some) <= self.most
             ]
             if fitting:
                 b = max(fitting, key=lambda b: bins[b][0])
@@ -87,13 +88,13 @@ class Twin:
                 bins.append((size, some))
         return [(size + int(t.end[node] - t.begin[node]), some) for size, some in bins]
 
-    def units(self, limit: int) -> tuple[list[Unit], list[tuple[int, list[Unit]]]]:
+    def units(self, own: int) -> tuple[list[Unit], list[tuple[int, list[Unit]]]]:
         free: list[Unit] = []
         held: list[tuple[int, list[Unit]]] = []
         for root in range(len(self.tree.row)):
             if self.tree.parent[root] >= 0:
                 continue
-            pieces = [sorted(items) for _, items in self.cut(root, limit)]
+            pieces = [sorted(items) for _, items in self.cut(root, own)]
             if len(pieces) == 1:
                 free += self.unit(pieces[0], 0, False)
                 continue
@@ -113,22 +114,30 @@ class Twin:
     def ordered(self, items: Items, held: int) -> Items:
         return self.computed(sorted(items), held)[1]
 
+    def packed(self, units: list[Unit], slack: int) -> tuple[list[Items], int]:
+        """Each micro-batch of each rank; micro-batches a rank."""
+        capacity = self.o["capacity"]
+        lengths = [min(capacity, u.tokens + slack * u.piece) for u in units]
+        packing = pack(
+            lengths, capacity, self.o["dp"], self.o["cost"], self.o["max_segments"],
+            [u.cost for u in units], [len(u.items) for u in units],
+        )  # fmt: skip
+        return [[i for u in some for i in units[u].items] for some in packing.bins], packing.n_mb
+
     def layout(self) -> TwinLayout | None:
         capacity, dp = self.o["capacity"], self.o["dp"]
         if self.tree.saved == 0:
             return None
-        limit = capacity
-        free, held = self.units(limit)
-        while dp > 1 and len(free) < min(dp, len(self.rows)) and limit > 1:
-            limit //= 2
-            free, held = self.units(limit)
-        lengths = [min(capacity, u.tokens + MIN_SAVED * u.piece) for u in free]
-        packing = pack(
-            lengths, capacity, dp, self.o["cost"], self.o["max_segments"],
-            [u.cost for u in free], [len(u.items) for u in free],
-        )  # fmt: skip
-        n = packing.n_mb
-        bins = [[i for u in units for i in free[u].items] for units in packing.bins]
+        own = capacity
+        free, held = self.units(own)
+        while dp > 1 and len(free) < min(dp, len(self.rows)) and own > 1:
+            own //= 2
+            free, held = self.units(own)
+        slack = MIN_SAVED
+        bins, n = self.packed(free, slack)
+        while any(self.computed(sorted(items), 0)[0].tokens > capacity for items in bins if items):
+            slack *= 2
+            bins, n = self.packed(free, slack)
         out = [[self.ordered(items, 0) for items in bins[rank * n : (rank + 1) * n]] for rank in range(dp)]
         prefixes, numbers = [[0] * n for _ in range(dp)], [[-1] * n for _ in range(dp)]
         for number, (prefix, pieces) in enumerate(held):

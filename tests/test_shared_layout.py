@@ -153,6 +153,17 @@ def test_a_tree_that_does_not_fit_is_cut_at_branches() -> None:
     assert check(rows, held) == 460 and held.shared_tokens == plan.shared_tokens + 100
 
 
+def test_pieces_that_meet_stay_within_the_capacity() -> None:
+    """40 prompts of 32 tokens, two answers each, of which all have the first token. Where more than 32 of them meet,
+    that token becomes a node and what is left of a prompt saves 31 tokens, so that it is none: twice the tokens."""
+    rows = [[9, *[1000 + i] * 31, answer, 0] for i in range(40) for answer in (1, 2)]
+    b = batcher_of(rows, capacity=2080, dp=1)
+    plan = b.plan(0, share_prefixes=True)
+    assert check(rows, plan) == 40 * (32 + 2)
+    twin = shared_layout(rows, b.options, False)
+    assert twin is not None and micro_batches(plan) == twin.bins
+
+
 def test_rows_within_a_held_prefix_compute_nothing() -> None:
     """A row whose entering tokens are the prompt, or a part of it, is the last of its micro-batch."""
     prompt = tokens(0, 100)
@@ -216,6 +227,25 @@ def test_ranks_get_their_part_of_few_trees() -> None:
     plan = batcher_of(rows, capacity=2000, dp=4).plan(0, share_prefixes=True)
     assert check(rows, plan) == 4 * 100 + 8 * 100
     assert [len(items) for rank in micro_batches(plan) for items in rank] == [2, 2, 2, 2]
+
+
+def test_a_full_micro_batch_for_one_tree_is_open_to_a_smaller_one() -> None:
+    """max_segments of 5: one that has no room for the shortest tree, of four rows, still takes a longer one of one."""
+    trees = [(4, 50), (1, 55), (1, 54), (2, 41), (1, 43), (3, 42), (1, 58)]  # rows, tokens of the prompt
+    rows = [[*tokens(t, n), answer, 0] for t, (k, n) in enumerate(trees) for answer in range(k)]
+    b = batcher_of(rows, capacity=1000, dp=2, max_segments=5)
+    plan, twin = b.plan(0, share_prefixes=True), shared_layout(rows, b.options, False)
+    check(rows, plan, 5)
+    assert twin is not None and micro_batches(plan) == twin.bins
+
+
+def test_ranks_share_long_prompts() -> None:
+    """Two trees whose prompt is most of the capacity, for four ranks: each computes a prompt once, in one micro-batch,
+    instead of four rows that repeat it."""
+    rows = [tokens(i % 2, 700) + tokens(10 + i, 21) for i in range(16)]
+    plan = batcher_of(rows, capacity=1000, dp=4).plan(0, share_prefixes=True)
+    assert check(rows, plan) == 4 * 700 + 16 * 20
+    assert plan.n_padded == 1 and all(items for rank in micro_batches(plan) for items in rank)
 
 
 def test_many_trees_are_balanced_over_ranks() -> None:
