@@ -141,8 +141,7 @@ class Cutter {
   };
 
   bool fits(int32_t n) const {
-    return tokens(n) <= std::min(own_, limit_ - tree_.begin[n]) &&
-           ended_[tree_.stop[n]] - ended_[n] <= max_rows_;
+    return tokens(n) <= std::min(own_, limit_ - tree_.begin[n]) && ended_[tree_.stop[n]] - ended_[n] <= max_rows_;
   }
 
   // Best fit decreasing of what hangs from node n.
