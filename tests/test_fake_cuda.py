@@ -70,10 +70,8 @@ def test_device_paths_without_a_device() -> None:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from tests.fake_cuda import fake_cuda
-    from tests.interpreted import patch_once_a_launch
 
     torch.set_num_threads(1)
-    patch_once_a_launch(monkeypatch)
     with fake_cuda(monkeypatch) as device:
         yield device
         seen.update({place: n for place, n in device.waits.items() if place.startswith("mgrpo.")})
