@@ -217,6 +217,12 @@ def test_a_prefix_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole == by_hand.total + by_hand.forward + base.of_nodes(NODES, scored).forward
     pieces = meter.cost([MiniBatch(tree_rows(cut=True), 1.0)], True, 0.0).flops
     assert pieces == pytest.approx(whole, rel=1e-12)
+    for idle in (1, 2):  # pieces that no row is trained of: with both of them nobody computes the prefix
+        cut = tree_rows(cut=True)
+        for piece in cut[:idle]:
+            piece.advantages = torch.zeros_like(piece.advantages)
+        found = meter.cost([MiniBatch(cut, 1.0)], False, 0.0).flops
+        assert found == meter.cost([MiniBatch(cut[idle:], 1.0)], False, 0.0).flops
 
 
 def test_nodes_see_what_a_window_lets_through() -> None:

@@ -150,6 +150,7 @@ def test_the_base_is_held_once(folder: Path) -> None:
     for engine in engines.values():
         policy = engine.policy
         assert isinstance(policy, AdaptedPolicy)
+        assert not policy.shares and policy.model.config._attn_implementation == "sdpa"
         for tensor in (*policy.model.parameters(), *policy.adapter._own.values()):
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     small = sum(

@@ -47,8 +47,8 @@ WHY_NOT = {
     "Rwkv": "carry a state",
     "FalconH1": "carry a state",
     "Bamba": "carry a state",
-    "Bloom": "not what each is alone",  # no attention function: only the try shows it
-    "Mpt": "not what each is alone",
+    "Bloom": "AttentionInterface",  # no attention function: only the try shows it
+    "Mpt": "AttentionInterface",
 }
 NO_POLICY = ("Gemma2", "Granite", "Cohere", "Phi", "GPTJ", "Bert")
 SHARING = [name for name in FAMILIES if name not in WHY_NOT and name not in NO_POLICY]
@@ -92,6 +92,31 @@ def test_architectures_that_do_not_share(name: str) -> None:
     with torch.no_grad():
         found, expected = (p.hidden_before(ids, lengths, scored) for p in (policy, plain))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("dynamic", {"factor": 4.0}),
+        ("longrope", {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0}),
+        ("yarn", {"factor": 4.0}),
+        ("linear", {"factor": 2.0}),
+    ],
+)
+def test_positions_that_are_rotated_by_a_length(kind: str, settings: dict[str, Any]) -> None:
+    """A held prefix is shorter than its rows, so a rotation that goes by the length of a forward pass would be another
+    for it: no shared prefix with such. With the others hidden states behind a held prefix are those of whole rows."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 32, **settings}
+    plain, policy = pair("Llama", max_position_embeddings=64, rope_parameters=rope)
+    if kind in ("dynamic", "longrope"):
+        assert not policy.shares and f'rope_type "{kind}" rotates' in (policy.why_not or "")
+        return
+    ids = torch.randint(100, (3, 58), generator=torch.Generator().manual_seed(0))
+    ids[:, :28] = ids[0, :28]
+    scored = torch.arange(1, 58).expand(3, 57) >= 28
+    with torch.no_grad():
+        found = policy.hidden_before(ids, torch.full((3,), 58), scored, policy.hold(ids[0, :28]))
+        assert (found - plain.hidden_before(ids, torch.full((3,), 58), scored)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("side", ["cp", "tp"])

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
+import types
 
 import pytest
 import torch
 from torch import Tensor
 
-from mgrpo.ops.tree_attention import Level, level, tree_attention
-from mgrpo.ops.tree_kernels import CpuKernel
+from mgrpo.ops.tree_attention import Level, Saved, level, tree_attention
+from mgrpo.ops.tree_kernels import CpuKernel, FlashKernel
 
 HEADS, DIM, SCALE = 4, 8, 0.3
 
@@ -119,6 +121,66 @@ def test_equal_to_the_definition(dtype: torch.dtype, bound: float, held: int) ->
         for found, right in pairs:
             assert found.shape == right.shape and found.dtype == dtype
             assert float((found - right).detach().norm()) <= bound * float(right.detach().norm())
+
+
+def test_flash_attn_is_called_in_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the signatures of flash-attn 2.7's functions, which computes from their arguments, gives what the
+    CPU's kernel gives. (The package itself needs a GPU.)"""
+    cpu = CpuKernel()
+
+    def at(cu_q: Tensor, cu_k: Tensor, causal: bool) -> Level:
+        pairs = zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True)
+        return level([(*queries, *keys) for queries, keys in pairs], causal)
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        assert dropout_p == 0 and max_seqlen_q >= cu_seqlens_q.diff().max()
+        assert max_seqlen_k >= cu_seqlens_k.diff().max()
+        out, lse, _ = cpu.forward(q, k, v, at(cu_seqlens_q, cu_seqlens_k, causal), softmax_scale)
+        return out, lse, torch.empty(0), torch.tensor([7, len(q)])
+
+    def backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor,
+        dv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+        dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int, window_size_right: int,
+        softcap: float, alibi_slopes: Tensor | None, deterministic: bool, rng_state: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        assert (window_size_left, window_size_right, softcap, alibi_slopes, deterministic) == (
+            -1,
+            -1,
+            0,
+            None,
+            False,
+        )
+        assert rng_state is not None and rng_state.tolist() == [7, len(q)] and softmax_lse.is_contiguous()
+        saved = Saved(q, k, v, out, softmax_lse, None)
+        found = cpu.backward(dout, saved, at(cu_seqlens_q, cu_seqlens_k, causal), softmax_scale)
+        for mine, theirs in zip((dq, dk, dv), found, strict=True):
+            mine.copy_(theirs)
+
+    interface = types.ModuleType("flash_attn.flash_attn_interface")
+    interface._flash_attn_varlen_forward, interface._flash_attn_varlen_backward = forward, backward
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    monkeypatch.setattr(FlashKernel, "merge", lambda _, *parts: cpu.merge(*parts))  # it is Triton's on a GPU
+    for seed, held in ((1, 0), (2, 6)):
+        borders, parents = random_tree(seed)
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(borders[-1], n, DIM, requires_grad=True) for n in (HEADS, 2, 2))
+        key, value = (torch.randn(held, 2, DIM, requires_grad=True) for _ in range(2))
+        inputs = [q, k, v, *((key, value) if held else ())]
+        levels = levels_of(borders, parents, held)
+        found, wanted = (
+            tree_attention(q, k, v, levels, SCALE, kernel, (key, value) if held else None)
+            for kernel in (FlashKernel(), cpu)
+        )
+        grad = torch.randn_like(found)
+        pairs = zip(
+            torch.autograd.grad(found, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
+        )
+        assert torch.equal(found, wanted) and all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_neighbouring_segments_are_slices_and_others_are_gathered() -> None:

@@ -155,7 +155,8 @@ class TrainerConfig(Settings):
     minibatches: int = Field(2, ge=1)
     """Optimizer steps a step; groups are split evenly among them."""
     micro_batch: int = Field(16384, ge=1)
-    """Tokens, padding included, of one forward and backward pass."""
+    """Tokens, padding included, of one forward and backward pass. Where the policy shares prefixes: distinct tokens,
+    what several rows begin with once."""
     max_lag: int = Field(0, ge=0)
     """Steps that a sampled token may be older than the weights it trains; 0 is synchronous and reproducible, from 1 on
     rollouts stream: they run while the trainers train, and new weights reach them on the way."""

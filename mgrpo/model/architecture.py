@@ -85,6 +85,19 @@ def layer_kinds(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(kind) for kind in listed)
 
 
+def rotation_by_length(config: Mapping[str, Any]) -> str | None:
+    """The kind of rotary positions that depends on the longest sequence of a forward pass; None where none does."""
+    text = text_of(config)
+    for name in ("rope_parameters", "rope_scaling"):
+        found = text.get(name)
+        if isinstance(found, Mapping):  # of all layers, or of each kind of layer
+            for part in (found, *(v for v in found.values() if isinstance(v, Mapping))):
+                kind = part.get("rope_type", part.get("type"))
+                if kind in ("dynamic", "longrope"):
+                    return str(kind)
+    return None
+
+
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """How configurations call the number of experts of a layer."""
 

@@ -11,7 +11,11 @@ Packed attention is an attention function of transformers' AttentionInterface. W
 under the names transformers has for that (cu_seq_lens_q, max_length_q). Called without them (generation, single rows)
 it is plain causal attention.
 
-varlen has run on an H100 (tests/test_gpu.py: six architectures, bfloat16, forward and backward); flash on no GPU yet.
+What rows begin with may be computed once: the forward pass then brings a prefix tree (shared_rows.py) under the name
+prefix_tree, whatever the kind.
+
+varlen has run on an H100 (tests/test_gpu.py: six architectures, bfloat16, forward and backward; trees: four); flash on
+no GPU yet.
 """
 
 from __future__ import annotations
@@ -320,9 +324,10 @@ def _flash(
 def _rows(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Whole rows on a CPU, or a prefix tree."""
+    """Whole rows, or a prefix tree."""
     if (tree := kwargs.get("prefix_tree")) is not None:
-        return _tree(module, query, key, value, tree, CpuKernel(), kwargs), None
+        kernel = CpuKernel() if query.device.type == "cpu" else VarlenKernel()
+        return _tree(module, query, key, value, tree, kernel, kwargs), None
     return unpacked(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -338,6 +343,11 @@ def _tree(
 ) -> Tensor:
     """Attention over a prefix tree: query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D)."""
     refuse_what_is_not_computed(module, kwargs)
+    if value.shape[-1] != key.shape[-1]:  # latent attention, but for its small configurations
+        raise ConfigError(
+            f"{type(module).__name__} has {key.shape[-1]} numbers a head in its keys and {value.shape[-1]} in its "
+            "values, and attention over a prefix tree takes heads of one size"
+        )
     scale = kwargs.get("scaling")
     # A rotation may leave them in float32.
     q, k, v = _flat(query.to(value.dtype), key.to(value.dtype), value)

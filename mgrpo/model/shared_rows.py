@@ -30,6 +30,10 @@ KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]
 """Of each attention module, (P, G, D) each."""
 
 
+class IgnoredTreeError(RuntimeError):
+    """A model's attention has not gone by the prefix tree that it was given."""
+
+
 @dataclass(slots=True)
 class TreeForward:
     """What the attention of a forward pass over a tree goes by; reaches it as the argument `prefix_tree`."""
@@ -55,11 +59,11 @@ class TreeForward:
         return tree_attention(q, k, v, self.levels, scale, kernel, held)
 
     def run(self, states: Callable[..., Tensor], input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states (T, H) of input_ids (1, T) at positions (1, T). Raises RuntimeError where the model's attention
-        goes by something else."""
+        """Hidden states (T, H) of input_ids (1, T) at positions (1, T). Raises IgnoredTreeError where the model's
+        attention goes by something else."""
         found = states(input_ids=input_ids, position_ids=positions, prefix_tree=self)[0]
         if not self.used:
-            raise RuntimeError(
+            raise IgnoredTreeError(
                 "the model's attention has been replaced since the policy was made: it takes no prefix tree; set "
                 "policy.share_prefixes=false, or leave the attention as it is"
             )

@@ -16,7 +16,7 @@ from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import architecture, attention
 from mgrpo.model.attention import Kind
-from mgrpo.model.shared_rows import share
+from mgrpo.model.shared_rows import HeldPrefix, IgnoredTreeError, share
 
 
 def choose(
@@ -34,6 +34,8 @@ def choose(
         if _shares(states, device, config.dtype == "bfloat16"):
             return None
         reason = "rows that share a prefix are not what each is alone"
+    except IgnoredTreeError:
+        reason = "its attention is none that transformers' AttentionInterface exchanges"
     except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
     model.set_attn_implementation(before)
@@ -54,6 +56,8 @@ def _by_name(model: Any, config: PolicyConfig, device: torch.device) -> str | No
     if windows := architecture.windows(described):
         name = min(windows)
         return f"it attends within {name}={windows[name]}"
+    if kind := architecture.rotation_by_length(described):
+        return f'its rope_type "{kind}" rotates a token by the length of what is computed together'
     if device.type != "cpu" and config.dtype == "float32":
         return 'attention over a prefix on a GPU computes in half precision, and policy.dtype is "float32"'
     return None
@@ -62,16 +66,19 @@ def _by_name(model: Any, config: PolicyConfig, device: torch.device) -> str | No
 @torch.no_grad()
 def _shares(states: Callable[..., Tensor], device: torch.device, half: bool) -> bool:
     """Whether a model computes a tree as it computes its rows: some architecture hands no such thing on to its
-    attention, or mixes neighbours elsewhere. half: it computes in half precision."""
+    attention, calls it twice in a layer, or mixes neighbours elsewhere. half: it computes in half precision."""
     rows = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1], [0, 1, 1, 0, 0, 1, 0, 0], [0, 1, 1, 1, 0, 0, 0, 0]])
     lengths = torch.tensor([8, 6, 5])
-    shared = share(rows, lengths, min_saved=1)
-    assert shared is not None
-    found = shared.forward(states, device)
-    off = []
-    for row, n, place in zip(rows, lengths.tolist(), shared.place, strict=True):
-        alone = states(input_ids=row[None, :n].to(device))[0]
-        off.append(attention.distance(found[place[:n].to(device)], alone))
-    far = torch.cat(off)
-    # Half precision rounds products of other shapes otherwise, and may send a token to another expert.
-    return float(far.median() if half else far.max()) <= (0.1 if half else 1e-3)
+    for prefix in (None, HeldPrefix.of(rows[0, :3], states, device)):
+        held = 0 if prefix is None else len(prefix.ids)
+        shared = share(rows, lengths, held, min_saved=1)
+        assert shared is not None
+        found, off = shared.forward(states, device, prefix), []
+        for row, n, place in zip(rows, lengths.tolist(), shared.place, strict=True):
+            alone = states(input_ids=row[None, :n].to(device))[0]
+            off.append(attention.distance(found[place[held:n].to(device) - held], alone[held:]))
+        far = torch.cat(off)
+        # Half precision rounds products of other shapes otherwise, and may send a token to another expert.
+        if not float(far.median() if half else far.max()) <= (0.1 if half else 1e-3):
+            return False
+    return True

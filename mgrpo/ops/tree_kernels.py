@@ -124,7 +124,9 @@ class FlashKernel(GpuKernel):
     def backward(self, grad: Tensor, saved: Saved, at: Level, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        dq, dk, dv = (torch.empty_like(x) for x in (saved.q, saved.k, saved.v))
+        dq, dk, dv = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (saved.q, saved.k, saved.v)
+        )
         _flash_attn_varlen_backward(
             grad.contiguous(), saved.q, saved.k, saved.v, saved.out, saved.lse.contiguous(), dq, dk, dv,
             at.cu_q, at.cu_k, at.longest_q, at.longest_k, 0.0, scale, at.causal,

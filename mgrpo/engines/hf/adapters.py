@@ -122,7 +122,7 @@ def open_adapter(view: AgentView, files: Mapping[str, bytes]) -> AdaptedPolicy:
         base = _bases[key] = _load(view, folder)
     base.roles.add(role)
     # sdpa: the engine brings masks of its own, which packed attention does not take
-    config = PolicyConfig(device=engine.device, attention="sdpa")
+    config = PolicyConfig(device=engine.device, attention="sdpa", share_prefixes=False)
     return AdaptedPolicy(base, Adapter(base.model, owner.policy.lora, role), tokenizer, role, config)
 
 

@@ -48,18 +48,21 @@ class StepMeter:
         model, base = self._known
         trained = compared = old = Cost()
         for batch in batches:
-            held: torch.Tensor | None = None
+            held: torch.Tensor | None = None  # for the rows that are trained on
+            known: torch.Tensor | None = None  # for every row
             for micro in batch.micro:
                 keep = None if self._every_row_acts else micro.with_advantage()
                 trained += of_rows(model, micro, keep, shares=self._shares)
                 compared += of_rows(base, micro, keep, shares=self._shares)
                 old += of_rows(model, micro, shares=self._shares)
-                if self._shares and micro.prefix is not None and micro.prefix is not held:
-                    once = [(0, len(micro.prefix))]
+                once = [(0, len(micro.prefix))] if self._shares and micro.prefix is not None else []
+                if micro.prefix is not known:
+                    known = micro.prefix
+                    old += model.of_nodes(once, 0)
+                if micro.prefix is not held and (keep is None or bool(keep.any())):
+                    held = micro.prefix
                     trained += model.of_nodes(once, 0)
                     compared += base.of_nodes(once, 0)
-                    old += model.of_nodes(once, 0)
-                held = micro.prefix
         beside = (compared.forward if self._has_reference else 0.0) + (old.forward if recompute_old else 0.0)
         return trained.total + beside
 
