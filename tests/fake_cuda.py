@@ -398,7 +398,9 @@ def fake_cuda(monkeypatch: Any) -> Iterator[FakeCuda]:
     from torch.nn.utils import clip_grad
 
     from mgrpo.ops import device
+    from tests.interpreted import patch_once_a_launch
 
+    patch_once_a_launch(monkeypatch)
     for module in (device.group_kernels, device.loss_kernels, device.row_kernels, device.total_kernels):
         for name in dir(module):
             if name.endswith("_kernel"):

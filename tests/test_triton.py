@@ -39,10 +39,30 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if not INTERPRETING:
         pytest.skip("needs the interpreter; run by test_the_grid_under_the_interpreter")
     from mgrpo.ops import device
+    from tests.interpreted import patch_once_a_launch
 
     monkeypatch.setattr(device, "THREADS", 4)
     monkeypatch.setattr(device, "GROUP_BLOCK", 4)
     monkeypatch.setattr(device, "GROUP_ROWS", 8)
+    patch_once_a_launch(monkeypatch)
+
+
+@numpy_warns
+def test_interpreted_launches_compute_the_same_however_often_the_language_is_patched(
+    small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What small_blocks leaves out of the interpreter's work changes no bit."""
+    from triton.runtime import interpreter
+
+    from tests.interpreted import ORIGINAL
+    from tests.loss_grid import grid_batch, run_logits, settings
+
+    data, config = grid_batch(37, torch.float32), settings("dapo", kl_coef=0.1, entropy_coef=0.02)
+    found = run_logits(data, config, torch.float32, "triton")
+    monkeypatch.setattr(interpreter, "_patch_lang", ORIGINAL)
+    expected = run_logits(data, config, torch.float32, "triton")
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+    assert found[1] == expected[1]
 
 
 @numpy_warns
