@@ -38,6 +38,7 @@ from mgrpo.ops.tree_kernels import CpuKernel, FlashKernel, VarlenKernel
 
 Kind = Literal["rows", "sdpa", "varlen", "flash"]
 PACKED: tuple[Kind, ...] = ("varlen", "flash")
+NO_INTERFACE = "its attention is none that transformers' AttentionInterface exchanges"
 
 
 def resolve(asked: str, device: str, dtype: str) -> Kind:
@@ -98,6 +99,8 @@ def _cannot_pack(
     windows = architecture.windows(config)
     if others := sorted(windows.keys() - {"sliding_window"}):
         return f"it attends within {others[0]}={windows[others[0]]} in a way of its own"
+    if not exchangeable(model):
+        return NO_INTERFACE
     try:
         use(model, kind)
         if packs(states, device, half):
@@ -114,6 +117,13 @@ def flash_attn_varlen_func() -> Callable[..., Any] | None:
     except ImportError:
         return None
     return function  # type: ignore[no-any-return]
+
+
+def exchangeable(model: Any) -> bool:
+    """Whether transformers' AttentionInterface exchanges the model's attention. Asked first, since a model that it does
+    not reach logs a warning when it is told to use another."""
+    known = getattr(model, "_can_set_attn_implementation", None)
+    return known is None or bool(known())
 
 
 def use(model: Any, kind: Kind) -> None:

@@ -28,6 +28,8 @@ def choose(
         return None
     if reason := _by_name(model, config, device):
         return reason
+    if not attention.exchangeable(model):
+        return attention.NO_INTERFACE
     before = model.config._attn_implementation
     try:
         attention.use_trees(model, kind)
@@ -35,7 +37,7 @@ def choose(
             return None
         reason = "rows that share a prefix are not what each is alone"
     except IgnoredTreeError:
-        reason = "its attention is none that transformers' AttentionInterface exchanges"
+        reason = attention.NO_INTERFACE
     except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
     model.set_attn_implementation(before)
