@@ -32,7 +32,7 @@ RUN = ("agents.main.optimizer.lr=3e-4", "trainer.keep_checkpoints=9")
 # What is cut how -> (kind of model, overrides of agents.main.policy beside the mesh, the mesh)
 VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
     "dp": ("llama", (), ""),
-    "hsdp": ("llama", (), "replicate = 2, dp = 2"),
+    "hsdp": ("llama", ("share_prefixes=false",), "replicate = 2, dp = 2"),
     "tp": ("llama", (), "dp = 2, tp = 2"),
     "tied": ("qwen3", ('attention="varlen"',), "dp = 2, tp = 2"),
     "frozen": ("qwen3", ("last_layers=1", "gradient_checkpointing=true"), "tp = 2"),
@@ -94,7 +94,8 @@ def config_of(variant: str, ranks: int) -> RunConfig:
     sets = [f"policy.{part}" for part in overrides]
     sets += [f"policy.ranks={ranks}"]
     sets += [f"policy.mesh={{ {mesh} }}"] if mesh and ranks > 1 else []
-    # The first KL term is 0 but for rounding, which AdamW makes steps of where a cut rounds otherwise: not with tp.
+    # The first KL term is 0 but for rounding, which AdamW makes steps of where a cut rounds otherwise: not with tp, nor
+    # where rows are packed on several ranks alone, as with share_prefixes.
     sets += ["loss.kl_coef=0.1"] if variant in ("hsdp", "adapters", "cp", "cp adapters") else []
     sets += ['loss.type="gspo"'] if variant in ("tied", "cp") else []
     return load_config(RELAY, [*(f"agents.main.{part}" for part in sets), *RUN])

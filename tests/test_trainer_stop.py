@@ -59,6 +59,8 @@ class Bare(TrainerLoop):
         self.feed = BareFeed(begun, stop_at)
         trainer: Any = SimpleNamespace(
             load=lambda start: SimpleNamespace(step=begun, passed_over=()) if begun else None,
+            shares_prefixes=False,
+            why_not_shared="",
             policy_files=dict,
             train=lambda batches, recompute, lr: {},
             profiled=lambda step, report: contextlib.nullcontext(),
