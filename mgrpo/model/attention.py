@@ -38,7 +38,7 @@ from mgrpo.ops.tree_kernels import CpuKernel, FlashKernel, VarlenKernel
 
 Kind = Literal["rows", "sdpa", "varlen", "flash"]
 PACKED: tuple[Kind, ...] = ("varlen", "flash")
-NO_INTERFACE = "its attention is none that transformers' AttentionInterface exchanges"
+NO_INTERFACE = "transformers cannot exchange its attention, which does not go through AttentionInterface"
 
 
 def resolve(asked: str, device: str, dtype: str) -> Kind:
