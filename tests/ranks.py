@@ -19,9 +19,8 @@ def ranks_of(
     ended well, `timeout` seconds for each."""
     (port,) = free_ports(1)
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["OMP_NUM_THREADS"] = (
-        "1"  # as torchrun: threads of several ranks wait for each other's cores, spinning
-    )
+    # As torchrun: threads of several ranks wait for each other's cores, spinning.
+    shared["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", module, *arguments]
     with ExitStack() as stack:
         processes: list[subprocess.Popen[str]] = [

@@ -251,8 +251,8 @@ def test_a_shared_step_costs_what_torch_counts(
     def seen(
         self: CpuKernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Level, scale: float
     ) -> Any:
-        for a, b, c, d in at.segments:
-            pairs = (b - a) * (b - a + 1) // 2 if at.causal else (b - a) * (d - c)
+        for n, m in zip(at.cu_q.diff().tolist(), at.cu_k.diff().tolist(), strict=True):
+            pairs = n * (n + 1) // 2 if at.causal else n * m
             asked.append(4.0 * pairs * q.shape[1] * q.shape[2])
         return forward(self, q, k, v, at, scale)
 

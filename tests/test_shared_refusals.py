@@ -9,8 +9,8 @@ import transformers
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.model.policy import Policy
-from tests.families import CONTEXT, family
-from tests.models import VOCAB, tiny_tokenizer
+from tests.families import FAMILIES, family
+from tests.models import tiny_tokenizer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -21,15 +21,7 @@ pytestmark = [
 def test_attention_that_is_called_twice_in_a_layer() -> None:
     """Differential attention has two pairs of keys and values a layer, of which a held prefix would keep one."""
     torch.manual_seed(0)
-    config = transformers.DiffLlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-    )
+    config = transformers.DiffLlamaConfig(**FAMILIES["Llama"])
     policy = Policy(transformers.DiffLlamaForCausalLM(config), tiny_tokenizer(), "twice", PolicyConfig())
     assert not policy.shares and "not what each is alone" in (policy.why_not or "")
 

@@ -142,25 +142,15 @@ def use(model: Any, kind: Kind) -> None:
     model.set_attn_implementation(name)
 
 
-_TREES = "mgrpo_trees"
-
 _groups_heads = False
 """Whether torch's varlen_attn takes fewer heads of keys than of queries (torch 2.11 does not). A global that is set
 when a model is told to use it: torch.compile cannot trace the question."""
 
 
 def use_trees(model: Any, kind: Kind) -> None:
-    """Have `model` compute its attention as `kind`, and take a prefix tree (shared_rows.py) beside. Packed attention
-    does so anyway."""
-    if kind in PACKED:
-        use(model, kind)
-        return
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
-
-    AttentionInterface.register(_TREES, _rows)
-    AttentionMaskInterface.register(_TREES, flash_attention_mask)
-    model.set_attn_implementation(_TREES)
+    """Have `model` take prefix trees (shared_rows.py) beside the rows that it computes as `kind`. Packed attention does
+    so anyway, and computes whole rows as "rows" and "sdpa" do."""
+    use(model, kind if kind in PACKED else "varlen")
 
 
 def _varlen_groups() -> None:
@@ -329,16 +319,6 @@ def _flash(
         window_size=(-1 if window is None else window - 1, 0 if window else -1),
     )
     return out[None], None
-
-
-def _rows(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Whole rows, or a prefix tree."""
-    if (tree := kwargs.get("prefix_tree")) is not None:
-        kernel = CpuKernel() if query.device.type == "cpu" else VarlenKernel()
-        return _tree(module, query, key, value, tree, kernel, kwargs), None
-    return unpacked(module, query, key, value, attention_mask, **kwargs)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

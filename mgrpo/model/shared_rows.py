@@ -77,9 +77,8 @@ class SharedRows:
     input_ids: Tensor  # i64 (1, T)
     positions: Tensor  # i64 (1, T), in their rows
     levels: tuple[Level, ...]
-    place: (
-        Tensor  # i64 (R, S), of each token of a row: its hidden state's index, those of a held prefix first
-    )
+    place: Tensor
+    """i64 (R, S), of each token of a row: its hidden state's index, those of a held prefix first."""
     sizes: tuple[int, ...]
     """Tokens of each node."""
 
@@ -104,9 +103,8 @@ def share(
         return None
     lengths_ = lengths.numpy()
     inside = np.flatnonzero(lengths_ > held)  # a row may be a part of the held prefix
-    place = np.tile(
-        np.arange(width), (len(lengths_), 1)
-    )  # right for the held tokens; padding is never asked for
+    # Right for the held tokens; padding is never asked for.
+    place = np.tile(np.arange(width), (len(lengths_), 1))
     if not len(inside):
         empty = torch.zeros(1, 0, dtype=torch.int64)
         return SharedRows(empty, empty, (), torch.from_numpy(place), ())

@@ -30,9 +30,8 @@ Segment = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Segments whose queries are disjoint: what one call of a kernel computes."""
+    """Segments whose queries are disjoint, queries and keys increasing: what one call of a kernel computes."""
 
-    segments: tuple[Segment, ...]  # queries and keys increasing
     causal: bool  # own tokens, which are all tokens; else every query of a segment sees all of its keys
     held: bool  # the keys are those of the held prefix
     queries: slice | Tensor  # which tokens the segments' queries are: i64 where they are not in one piece
@@ -52,7 +51,6 @@ def level(segments: Sequence[Segment], causal: bool, held: bool = False) -> Leve
     """Of segments (at least one, none empty), in main memory."""
     queries, keys = [(a, b) for a, b, _, _ in segments], [(c, d) for _, _, c, d in segments]
     return Level(
-        tuple(segments),
         causal,
         held,
         _tokens(queries),

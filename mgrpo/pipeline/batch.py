@@ -293,14 +293,12 @@ class BatchBuilder:
         With several ranks micro-step after micro-step, each with one micro-batch a rank, some of them empty.
         """
         micro: list[MicroBatch] = []
+        prefixes: dict[int, torch.Tensor] = {}
         for index in range(plan.n_padded):
             step = [self._micro_batch(plan, rank, index) for rank in range(self._ranks)]
-            if plan.prefix_id[0, index] >= 0:
-                last = (
-                    micro[-1] if index and plan.prefix_id[0, index - 1] == plan.prefix_id[0, index] else None
-                )
-                held = step[0].ids[0, : plan.prefixes[0, index]] if last is None else last.prefix
-                step[0].prefix = held  # one tensor for all micro-batches that follow one another with it
+            if (number := int(plan.prefix_id[0, index])) >= 0:  # one tensor for all micro-batches with it
+                prefix = step[0].ids[0, : plan.prefixes[0, index]]
+                step[0].prefix = prefixes.setdefault(number, prefix)
             if any(len(m.lengths) for m in step):
                 micro += step
         return MiniBatch(micro, self._denominator(plan))

@@ -365,11 +365,11 @@ def _statistics(recorded: StepBody, rebuilt: StepBody, group: int) -> list[tuple
 def _minibatches(recorded: StepBody, rebuilt: StepBody, number: int) -> list[tuple[str, Any, Any]]:
     a, b = recorded.minibatches[number], rebuilt.minibatches[number]
     crc: Mapping[str, int] = b.crc
-    tokens = {"computed tokens": (a.computed_tokens, b.computed_tokens)} if a.computed_tokens else {}
+    tokens = [(f"computed tokens of minibatch {number}", a.computed_tokens, b.computed_tokens)]
     return [
         ("denominator", a.denominator, b.denominator),
         *((f"{name} of minibatch {number}", value, crc.get(name)) for name, value in a.crc.items()),
-        *((f"{name} of minibatch {number}", *both) for name, both in tokens.items()),
+        *(tokens if a.computed_tokens else ()),  # older records do not say
     ]
 
 

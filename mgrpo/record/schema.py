@@ -142,9 +142,7 @@ class StepBody(msgspec.Struct, gc=False):
     scores: list[dict[str, float]]  # per row
     minibatches: list[MiniBatchRecord]
     metrics: dict[str, float]
-    shared: bytes = (
-        b""  # i32 per row: its leading tokens that another one has computed; b"": nothing was shared
-    )
+    shared: bytes = b""  # i32 per row: its leading tokens that another has computed; b"": none was shared
 
     def table(self) -> npt.NDArray[np.void]:
         return np.frombuffer(self.rows, ROW)

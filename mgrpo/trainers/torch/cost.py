@@ -46,49 +46,54 @@ class StepMeter:
         if self._known is None:
             return math.nan
         model, base = self._known
-        trained = compared = old = Cost()
+        total = 0.0
         for batch in batches:
             held: torch.Tensor | None = None  # for the rows that are trained on
             known: torch.Tensor | None = None  # for every row
             for micro in batch.micro:
                 keep = None if self._every_row_acts else micro.with_advantage()
-                trained += of_rows(model, micro, keep, shares=self._shares)
-                compared += of_rows(base, micro, keep, shares=self._shares)
-                old += of_rows(model, micro, shares=self._shares)
-                once = [(0, len(micro.prefix))] if self._shares and micro.prefix is not None else []
-                if micro.prefix is not known:
-                    known = micro.prefix
-                    old += model.of_nodes(once, 0)
+                prefix = [(0, len(micro.prefix))] if self._shares and micro.prefix is not None else []
+                nodes, scored = computed(micro, keep, self._shares)
                 if micro.prefix is not held and (keep is None or bool(keep.any())):
-                    held = micro.prefix
-                    trained += model.of_nodes(once, 0)
-                    compared += base.of_nodes(once, 0)
-        beside = (compared.forward if self._has_reference else 0.0) + (old.forward if recompute_old else 0.0)
-        return trained.total + beside
+                    held, nodes = micro.prefix, prefix + nodes
+                total += model.of_nodes(nodes, scored).total
+                if self._has_reference:
+                    total += base.of_nodes(nodes, scored).forward
+                if recompute_old:
+                    nodes, scored = computed(micro, shares=self._shares)
+                    if micro.prefix is not known:
+                        known, nodes = micro.prefix, prefix + nodes
+                    total += model.of_nodes(nodes, scored).forward
+        return total
 
 
-def of_rows(
-    model: ModelFlops,
-    rows: MicroBatch,
-    keep: torch.Tensor | None = None,
-    causal: bool = True,
-    shares: bool = False,
-) -> Cost:
-    """Of one pass over rows, of which the last token does not enter the model. keep: bool (R,), those that are
-    computed; None: all. causal: see ModelFlops.of. shares: what they begin with is computed once, and of a prefix that
-    is held for several micro-batches (rows.prefix) nothing here."""
+def of_rows(model: ModelFlops, rows: MicroBatch, causal: bool = True, shares: bool = False) -> Cost:
+    """Of one pass over rows. causal: see ModelFlops.of, where each row is computed whole. shares: see computed()."""
+    nodes, scored = computed(rows, shares=shares)
+    return (
+        model.of_nodes(nodes, scored) if causal else model.of([end for _, end in nodes], scored, causal=False)
+    )
+
+
+def computed(
+    rows: MicroBatch, keep: torch.Tensor | None = None, shares: bool = False
+) -> tuple[list[tuple[int, int]], int]:
+    """The nodes (begin, end) that one pass over rows computes, whole rows being nodes that begin at 0, and the tokens
+    whose log-probs it takes. The last token of a row does not enter the model. keep: bool (R,), the rows that are
+    computed; None: all. shares: what they begin with is computed once, and a prefix that is held for several
+    micro-batches (rows.prefix) not here."""
     ids, lengths, mask = rows.ids, (rows.lengths - 1).clamp(min=1), rows.loss_mask
     if keep is not None:
         ids, lengths, mask = ids[keep], lengths[keep], mask[keep]
     scored = int(mask[:, 1:].sum())
     if not shares:
-        return model.of(lengths.tolist(), scored, causal)
+        return [(0, length) for length in lengths.tolist()], scored
     held = 0 if rows.prefix is None else len(rows.prefix)
     beyond = lengths > held  # the others end with the prefix
     if not bool(beyond.any()):
-        return model.of_nodes([], scored)
+        return [], scored
     tree = prefix_tree(ids[beyond, held:].contiguous().numpy(), (lengths[beyond] - held).numpy())
-    return model.of_nodes(zip((tree.begin + held).tolist(), (tree.end + held).tolist(), strict=True), scored)
+    return list(zip((tree.begin + held).tolist(), (tree.end + held).tolist(), strict=True)), scored
 
 
 def plain(config: PolicyConfig) -> PolicyConfig:
