@@ -20,6 +20,9 @@ import numpy.typing as npt
 Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
+Experts = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+"""(tokens, routers, k): numbers of the experts that each router of a mixture sent a token to, in any order; the dtype's
+largest value where nobody recorded it."""
 
 MAIN = "main"
 """Role name of the planner; every other role is a sub-agent role."""
@@ -64,6 +67,7 @@ class Trajectory:
     logprobs[t] and versions[t] belong to token t given the tokens before it; where loss_mask is 0 they are 0 and -1.
     scores are this trajectory's own reward parts, each in [0, 1], e.g. {"format": 1.0, "expert": 0.0}.
     segment_starts are offsets into the arrays, the first 0; token t sees the tokens of its own segment only.
+    experts[t] are those that the engine sent token t to when it was input; None where routing is not replayed.
     """
 
     query: str
@@ -76,6 +80,7 @@ class Trajectory:
     versions: Int32  # (L,) policy version that sampled the token
     scores: dict[str, float] = field(default_factory=dict)
     segment_starts: tuple[int, ...] = (0,)
+    experts: Experts | None = None  # (L, N, k)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -86,6 +86,10 @@ class PolicyConfig(Settings):
     aux_loss_coef: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight of the load-balancing loss of a mixture of experts, e.g. 1e-3; 0: none. It costs one more forward pass of
     each minibatch, over which the load is counted first (docs/models.md)."""
+    routing_replay: bool = False
+    """Send each token of a mixture of experts to the experts that the engine sent it to when it was sampled (rollout
+    routing replay, arXiv:2510.11370). What the experts are weighted by is the trainer's, and has a gradient. The engine
+    reports them with each turn: k bytes a token and layer, in the trajectory log too."""
     train_router: bool = True
     """false: the routers of a mixture of experts stay as they are. With adapters they do anyway."""
     compile: bool = False

@@ -14,7 +14,7 @@ from typing import Literal
 
 from mgrpo.errors import ConfigError
 from mgrpo.model.tokens import check_text
-from mgrpo.types import Float32, Int32
+from mgrpo.types import Experts, Float32, Int32
 
 MAX_STOPS = 16
 """Stop texts of one request."""
@@ -63,6 +63,9 @@ class Generation:
     logprobs: Float32  # (n,) nats; of the temperature-1 distribution when greedy
     versions: Int32  # (n,)
     finish_reason: Literal["stop", "length"]
+    experts: Experts | None = None
+    """(m, N, k) of the first m tokens of prompt and sampled tokens together, from an engine that was asked for them (see
+    policy.routing_replay): usually all but the last one, which was no input yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import msgspec
 
 from mgrpo.engines.base import ParsedTurn, SamplingParams
 from mgrpo.errors import ConfigError, InfrastructureError
+from mgrpo.types import Experts
 
 CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 10.0  # for questions that a healthy server answers at once
@@ -47,6 +48,8 @@ class Completion:
     logprobs: list[float]  # nats, of the distribution after the temperature
     spans: list[Span]  # [] when the server keeps no labels
     finish_reason: Literal["stop", "length"]
+    experts: Experts | None = None
+    """See Generation."""
 
     def cut(self, n: int) -> Completion:
         """Its first n tokens, of which the last completes a stop text."""
