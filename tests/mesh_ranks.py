@@ -22,6 +22,7 @@ from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.fsdp_ranks import CUTS, cut, weights
+from tests.mesh_gradient import MESHES, on_a_mesh
 from tests.models import tiny_tokenizer
 from tests.rows import rows_of
 from tests.runs import RELAY
@@ -109,6 +110,11 @@ def batches_of(step: int) -> list[MiniBatch]:
     ]
 
 
+def first_batches() -> list[MiniBatch]:
+    """Whose gradients tests/mesh_gradient.py takes."""
+    return [batches_of(step)[0] for step in range(6)]
+
+
 def train(trainer: TorchTrainer, start: Path, save: bool = False) -> dict[str, Any]:
     """From where the trainer's checkpoint stands to the last step: metrics of each, weights before and after all."""
     checkpoint = trainer.load(start)
@@ -158,6 +164,8 @@ def main(folder: Path) -> None:
                 trainer.close()
             else:
                 trainer.run_commands()
+        for name in MESHES:
+            found[f"gradient/{name}"] = on_a_mesh(name, folder, first_batches(), ranks)
         if ranks.is_main:
             torch.save(found, folder / "found.pt")
 

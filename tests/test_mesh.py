@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ from mgrpo.model.mesh import check_mesh
 from mgrpo.model.policy import save_policy
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
-from tests.mesh_ranks import MIDDLE, RANKS, RESUMED, VARIANTS, config_of, learn_demos, policy_of, train
+from tests.mesh_gradient import in_one_process
+from tests.mesh_ranks import (
+    MIDDLE,
+    RANKS,
+    RESUMED,
+    VARIANTS,
+    config_of,
+    first_batches,
+    learn_demos,
+    policy_of,
+    train,
+)
 from tests.models import tiny_policy
 from tests.ranks import run_ranks
 from tests.runs import RELAY
@@ -82,6 +94,21 @@ def test_a_mesh_takes_the_steps_of_one_process(alone: Found, together: Found, va
             near = {"rel": 0.05, "abs": 0.02} if half else {"rel": 1e-4, "abs": 1e-5}
             assert b[name] == pytest.approx(a[name], **near), name
     torch.testing.assert_close(mesh["probe"], one["probe"], rtol=0, atol=0.05 if half else 1e-4)
+
+
+@pytest.mark.parametrize(("name", "bound"), [("tp", 1.4), ("tp, tied", 1.4), ("tp and ep", 1.4), ("cp", 1.1)])
+def test_bfloat16_of_a_mesh_is_as_near_to_float32(
+    folder: Path, together: Found, name: str, bound: float
+) -> None:
+    """The distance of a bfloat16 gradient from float32's, on a mesh and in one process: the geometric mean of their
+    ratio over six minibatches. tp rounds each rank's part of a sum before they are added."""
+    batches = first_batches()
+    whole, alone = (in_one_process(name, folder, batches, dtype) for dtype in ("float32", "bfloat16"))
+    ratios = [
+        float((mesh - exact).norm() / (one - exact).norm())
+        for exact, one, mesh in zip(whole, alone, together[f"gradient/{name}"], strict=True)
+    ]
+    assert math.prod(ratios) ** (1 / len(ratios)) < bound, ratios
 
 
 @pytest.mark.parametrize("variant", RESUMED)
