@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial
 
 from mgrpo.config.policy import MeshConfig
 from mgrpo.errors import ConfigError
@@ -46,15 +47,22 @@ class RankMesh:
         """What dense weights are sharded along."""
         self.experts: DeviceMesh
         """What experts are sharded along."""
+        self.head: DeviceMesh
+        """What a head of its own is sharded along: no plan cuts it, and each rank of a tp group has other tokens."""
         self.context: Context | None = None
         """The ranks that divide rows with this one."""
+        self.same_rows: dist.ProcessGroup | None = None
+        """The ranks that compute the same micro-batches as this one, each its share of the tokens that reach the
+        head."""
         if config.cp > 1:
             split = init_device_mesh(device, (size // config.cp, config.cp), mesh_dim_names=("rows", "cp"))
             self.context = Context.of(split["cp"])
+            self.same_rows = self.context.group
         copies, tp, ep = config.replicate, config.tp, config.ep
         inner = size // copies
         if tp == ep == copies == 1:
             self.data = self.experts = init_device_mesh(device, (size,), mesh_dim_names=("dp",))
+            self.head = self.data
             return
         dense = init_device_mesh(device, (copies, inner // tp, tp), mesh_dim_names=("replicate", "dp", "tp"))
         expert = init_device_mesh(
@@ -63,6 +71,11 @@ class RankMesh:
         self.data = dense["dp"] if copies == 1 else dense["replicate", "dp"]
         self.experts = expert["edp"] if copies == 1 else expert["replicate", "edp"]
         self._tp, self._ep = dense["tp"], expert["ep"]
+        self.head = self.data
+        if tp > 1:
+            self.same_rows = self._tp.get_group()
+            every = init_device_mesh(device, (copies, inner), mesh_dim_names=("replicate", "dp"))
+            self.head = every["dp"] if copies == 1 else every
 
     def cut(self, model: Any) -> list[Any]:
         """Apply the model's plans for tp and ep in place: its weights, the same on every rank or without memory (meta),
@@ -123,11 +136,9 @@ def _no_warnings() -> Iterator[None]:
 
 
 def whole_head(weight: DTensor) -> Tensor:
-    """The head's weight (V, H), gathered. Its gradient, which every rank has for its own tokens, is summed over ranks
-    with other tokens and not over those of a tp group, which have the same."""
-    names = weight.device_mesh.mesh_dim_names or ()
-    sums: list[Placement] = [Replicate() if name == "tp" else Partial() for name in names]
-    whole: Tensor = weight.full_tensor(grad_placements=sums)
+    """The head's weight (V, H), gathered. Its gradient, which every rank has for tokens of its own, is summed over
+    all."""
+    whole: Tensor = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
     return whole
 
 
