@@ -82,8 +82,8 @@ def even_places(total: int, size: int) -> list[Tensor]:
 
 
 def own_rows(every: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows (even_places) of a tensor (T, ...) that is the same on all ranks of the group. Its gradient is put
-    together from those of all ranks and is whole on each: a collective."""
+    """This rank's rows (even_places) of a tensor (T, ...) that is the same on all ranks of the group. Its gradient is
+    put together from those of all ranks and is whole on each: a collective."""
     out: Tensor = _OwnRows.apply(every, group)  # type: ignore[no-untyped-call]
     return out
 

@@ -47,8 +47,6 @@ class RankMesh:
         """What dense weights are sharded along."""
         self.experts: DeviceMesh
         """What experts are sharded along."""
-        self.head: DeviceMesh
-        """What a head of its own is sharded along: no plan cuts it, and each rank of a tp group has other tokens."""
         self.context: Context | None = None
         """The ranks that divide rows with this one."""
         self.same_rows: dist.ProcessGroup | None = None
@@ -62,7 +60,6 @@ class RankMesh:
         inner = size // copies
         if tp == ep == copies == 1:
             self.data = self.experts = init_device_mesh(device, (size,), mesh_dim_names=("dp",))
-            self.head = self.data
             return
         dense = init_device_mesh(device, (copies, inner // tp, tp), mesh_dim_names=("replicate", "dp", "tp"))
         expert = init_device_mesh(
@@ -71,11 +68,8 @@ class RankMesh:
         self.data = dense["dp"] if copies == 1 else dense["replicate", "dp"]
         self.experts = expert["edp"] if copies == 1 else expert["replicate", "edp"]
         self._tp, self._ep = dense["tp"], expert["ep"]
-        self.head = self.data
         if tp > 1:
             self.same_rows = self._tp.get_group()
-            every = init_device_mesh(device, (copies, inner), mesh_dim_names=("replicate", "dp"))
-            self.head = every["dp"] if copies == 1 else every
 
     def cut(self, model: Any) -> list[Any]:
         """Apply the model's plans for tp and ep in place: its weights, the same on every rank or without memory (meta),
@@ -108,12 +102,15 @@ class RankMesh:
 
 
 def _without_head(model: Any, plan: dict[str, str]) -> dict[str, str]:
-    """The head has no forward here (the loss multiplies by its weight); a tied one is cut as the embedding that it
-    is."""
+    """The head has no forward here (the loss multiplies by its weight); a tied one is cut as the embedding that it is,
+    one of its own along the vocabulary where the plan leaves it whole: what is cut is summed over tp, and each rank has
+    the gradient of other tokens."""
     head = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
-    out = {name, f"{name}.weight"} if head.weight is model.get_input_embeddings().weight else {name}
-    return {rule: style for rule, style in plan.items() if rule not in out}
+    tied = head.weight is model.get_input_embeddings().weight
+    out = {name, f"{name}.weight"} if tied else {name}
+    own = {} if tied else {f"{name}.weight": "colwise"}
+    return own | {rule: style for rule, style in plan.items() if rule not in out}
 
 
 def _copied(forward: Callable[..., Tensor], *arguments: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def divide(model: Any, backbone: Any, grid: RankMesh, config: PolicyConfig) -> N
     if tied:
         head.weight = embedding.weight
     else:
-        fully_shard(head, mesh=grid.head)
+        fully_shard(head, mesh=mesh)
     for module in _units(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
