@@ -104,7 +104,8 @@ def sizes_of(number: int, name: str) -> tuple[int, ...]:
 
 
 def operands(data: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(hidden, weight, the other arguments), the first two leaves; a weight beside bfloat16 is the trainer's float32."""
+    """(hidden, weight, the other arguments), the first two leaves; beside bfloat16 the weight is float32, as a
+    trainer's."""
     hidden, weight = data["hidden"].to(dtype), data["weight"].to(dtype)
     weight = weight.float() if dtype == torch.bfloat16 else weight.clone()
     rest = {k: v for k, v in data.items() if k not in ("hidden", "weight", "target_ids")}

@@ -30,7 +30,7 @@ from mgrpo.ops.selective_logprob import row_logprob
 from mgrpo.ops.token_loss import needs_two_phases, token_loss
 
 # torch 2.13 has a new name for it.
-ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +105,11 @@ class _OwnRows(torch.autograd.Function):
 
 def gather_parts(own: Tensor, most: int, group: dist.ProcessGroup) -> Tensor:
     """(n, ...) -> (g, most, ...) of all ranks of the group, filled up with zeros; n <= most."""
-    own = F.pad(own, (0, 0) * (own.dim() - 1) + (0, most - len(own))).contiguous()
+    if len(own) < most:
+        own = F.pad(own, (0, 0) * (own.dim() - 1) + (0, most - len(own)))
     size = dist.get_world_size(group)
     out = own.new_empty(size * most, *own.shape[1:])
-    ALL_GATHER(out, own, group=group)
+    _ALL_GATHER(out, own.contiguous(), group=group)
     return out.reshape(size, *own.shape)
 
 
