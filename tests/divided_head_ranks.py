@@ -20,7 +20,7 @@ from mgrpo.config.loss import GrpoLossConfig
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.model.policy import Policy
 from mgrpo.ops import head
-from mgrpo.ops.divided_head import TokenShare, divided_grpo_loss, even_places, own_rows
+from mgrpo.ops.divided_head import TokenShare, divided_grpo_loss, own_rows
 from mgrpo.ops.selective_logprob import selective_logprob
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.base import Demos
@@ -140,7 +140,8 @@ def divided(
     as with cp; None: hidden states are the same on all, as with tp."""
     hidden, weight, rest = operands(data, dtype)
     if places is None:
-        share = TokenShare.of(group, even_places(len(hidden), dist.get_world_size(group)), hidden.device)
+        parts = torch.arange(len(hidden)).tensor_split(dist.get_world_size(group))
+        share = TokenShare.of(group, parts, hidden.device)
         states = own_rows(hidden, group)
     else:
         share = TokenShare.of(group, places, hidden.device)
@@ -149,9 +150,8 @@ def divided(
     grads = torch.autograd.grad(value * 0.5, (hidden, weight))
     with torch.no_grad():
         logprobs = share.gather(selective_logprob(states, weight, data["target_ids"][share.own])[0])
-    parts = [grads[1]] if places is None else list(grads)  # with cp another rank has the others' rows
-    for part in parts:
-        dist.all_reduce(part, group=group)
+    for grad in grads[1:] if places is None else grads:  # with cp other ranks have the others' rows
+        dist.all_reduce(grad, group=group)
     return value.detach(), metrics, *grads, logprobs
 
 

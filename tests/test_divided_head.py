@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mgrpo.model.policy import Policy
-from mgrpo.ops.divided_head import even_places
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.selective_logprob import selective_logprob
 from mgrpo.trainers.torch.ranks import Ranks
@@ -92,15 +91,6 @@ def test_each_rank_multiplies_its_share(found: dict[str, Any], size: int) -> Non
                 assert max(rows) <= share[1]
             assert sum(rows[0] for rows in every) == sum(rows[-1] for rows in every) == total
             assert 0 < sum(rows[1] for rows in every) <= total
-
-
-def test_even_places_are_a_partition() -> None:
-    """Contiguous, in order, of sizes that differ by one at most; fewer tokens than ranks leave some without."""
-    for total, size in ((0, 3), (1, 4), (10, 4), (12, 3)):
-        places = even_places(total, size)
-        assert torch.cat(places).tolist() == list(range(total)) and len(places) == size
-        lengths = [len(part) for part in places]
-        assert max(lengths) - min(lengths) <= 1
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])

@@ -76,14 +76,9 @@ class _Gather(torch.autograd.Function):
         return grad.index_select(0, ctx.share.own), None
 
 
-def even_places(total: int, size: int) -> list[Tensor]:
-    """Of each of `size` ranks i64 (n,): the numbers of its tokens where they divide `total` evenly, side by side."""
-    return list(torch.arange(total).tensor_split(size))
-
-
 def own_rows(every: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows (even_places) of a tensor (T, ...) that is the same on all ranks of the group. Its gradient is
-    put together from those of all ranks and is whole on each: a collective."""
+    """This rank's rows of a tensor (T, ...) that is the same on all g ranks of the group: its part of tensor_split(g).
+    Its gradient is put together from those of all ranks and is whole on each: a collective."""
     out: Tensor = _OwnRows.apply(every, group)  # type: ignore[no-untyped-call]
     return out
 

@@ -49,9 +49,11 @@ class RankMesh:
         """What experts are sharded along."""
         self.context: Context | None = None
         """The ranks that divide rows with this one."""
+        self.tp: dist.ProcessGroup | None = None
+        """The ranks of this one's tp group."""
         self.same_rows: dist.ProcessGroup | None = None
-        """The ranks that compute the same micro-batches as this one, each its share of the tokens that reach the
-        head."""
+        """The ranks of a tp or cp group: they have the same micro-batches, and each its share of the tokens that reach
+        the head."""
         if config.cp > 1:
             split = init_device_mesh(device, (size // config.cp, config.cp), mesh_dim_names=("rows", "cp"))
             self.context = Context.of(split["cp"])
@@ -69,7 +71,7 @@ class RankMesh:
         self.experts = expert["edp"] if copies == 1 else expert["replicate", "edp"]
         self._tp, self._ep = dense["tp"], expert["ep"]
         if tp > 1:
-            self.same_rows = self._tp.get_group()
+            self.tp = self.same_rows = self._tp.get_group()
 
     def cut(self, model: Any) -> list[Any]:
         """Apply the model's plans for tp and ep in place: its weights, the same on every rank or without memory (meta),
