@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -47,6 +47,9 @@ from mgrpo.model.trained import (
 )
 from mgrpo.model.vocabulary import Vocabulary
 from mgrpo.model.weight_files import write_weights
+
+if TYPE_CHECKING:
+    from mgrpo.ops.divided_head import TokenShare
 
 FORWARD_COST = 128
 """What one more forward and backward costs on a CPU, in token positions (of a token-shift decoder)."""
@@ -172,7 +175,8 @@ class Policy:
         hidden(input_ids, lengths)[:, :-1][scored] without the work that is not needed for it: what rows begin with is
         computed once (where the policy `shares`), no row's last token enters the model, padding little (rows) or not at
         all (packed), and our own decoder skips the last layer's feed-forward block where nothing is scored. held: a
-        prefix that every row begins with, which is not computed here. Arguments may lie in main memory.
+        prefix that every row begins with, which is not computed here. Arguments may lie in main memory. Of ranks that
+        have the same rows each gets the hidden states of its own tokens: share_of(scored).
         """
         ids, lengths = input_ids[:, :-1], (lengths - 1).clamp(min=1)
         if self.shares:
@@ -190,6 +194,10 @@ class Policy:
         packed = attention.pack(ids, lengths)
         at = scored[packed.inside].nonzero().squeeze(1).to(self.device)
         return self._states(**packed.to(self.device).arguments())[0].index_select(0, at)
+
+    def share_of(self, scored: Tensor) -> TokenShare | None:
+        """Which of the tokens where scored (R, S - 1) is set are this rank's; None: all, no rank has the same rows."""
+        return None
 
     def hold(self, ids: Tensor) -> HeldPrefix:
         """Compute a prefix i64 (P,) now for several calls of hidden_before(), whose backward passes come before the

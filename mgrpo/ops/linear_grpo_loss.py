@@ -118,17 +118,26 @@ def _fast(
     hidden: Tensor, weight: Tensor, known: Tokens, loss: PolicyLoss, chunk: int, backend: str
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
     """(loss, metrics, logp, entropy); the last two of active rows."""
-    from mgrpo.ops import library, library_head
+    from mgrpo.ops import library_head
 
-    config = loss.config
     if needs_two_phases(loss, known.old_logprobs is not None):
         active = known.active(loss)
         logp, entropy, *_ = library_head.linear_logprob(
-            hidden, weight, known.target_ids, active, config.temperature, chunk, backend
+            hidden, weight, known.target_ids, active, loss.config.temperature, chunk, backend
         )
         return *token_loss(logp, entropy, known, loss), logp, entropy
+    return one_phase(hidden, weight, known, loss, chunk, backend)
+
+
+def one_phase(
+    hidden: Tensor, weight: Tensor, known: Tokens, loss: PolicyLoss, chunk: int, backend: str
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """(loss, metrics, logp, entropy), the last two of active rows, of a loss that does not need two phases: the
+    gradient is made in the forward pass. backend: a fast one."""
+    from mgrpo.ops import library, library_head
+
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     value, metrics, logp, entropy, _, _ = library_head.linear_grpo_loss(
-        hidden, weight, *library.flatten(known), encode(config), chunk, needs, backend
+        hidden, weight, *library.flatten(known), encode(loss.config), chunk, needs, backend
     )
     return value, name_metrics(metrics), logp, entropy

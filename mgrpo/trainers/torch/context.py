@@ -8,8 +8,7 @@ are gathered from all ranks of the group, and their gradients summed into the ra
 queries attend to what stands before them. Beside the activations of its own tokens a rank holds the keys and values of
 the layer at hand, which grouped heads keep small.
 
-The hidden states of the sampled tokens are gathered in the end: the ranks of a group compute one loss together, which
-counts once. Any loss goes, also one that looks at whole trajectories.
+Each rank multiplies the hidden states of its own sampled tokens by the vocabulary head (ops/divided_head.py).
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from torch.nn.attention.bias import causal_lower_right
 
 from mgrpo.errors import ConfigError
 from mgrpo.model import attention
+from mgrpo.ops.divided_head import gather_parts
 
 ATTENTION = "mgrpo_context"
 SPLIT = "mgrpo_split"  # the name under which a layer's attention gets its Context
-# torch 2.13 has new names for both.
-_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 has a new name for it.
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -73,9 +72,11 @@ class Context:
         rows = torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1, 1], [1, 1, 0, 1, 1, 0, 0, 0, 1]])
         reason = "other hidden states"
         try:
-            together = self.hidden(states, rows, torch.ones_like(rows, dtype=torch.bool), device)
+            every = torch.ones_like(rows, dtype=torch.bool)
+            own = self.hidden(states, rows, every, device)
             whole = states(input_ids=rows.to(device)).flatten(0, 1)
-            if torch.allclose(together, whole, rtol=1e-3, atol=1e-3):
+            whole = whole.index_select(0, self.places(every)[self.rank].to(device))
+            if torch.allclose(own, whole, rtol=1e-3, atol=1e-3):
                 return
         except (ConfigError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = str(error)
@@ -84,80 +85,49 @@ class Context:
             f"ones ({reason}); use policy.mesh.dp"
         )
 
+    def places(self, scored: Tensor) -> list[Tensor]:
+        """Of each rank i64 (n,), in main memory: which of the tokens where scored (R, S) is set, numbered row-major,
+        are its own, in the order of hidden()."""
+        piece, scored = self._padded(scored)
+        number = (scored.flatten().cumsum(0) - 1).view_as(scored)
+        columns = [self.columns(rank, piece) for rank in range(self.size)]
+        return [number[:, c][scored[:, c]] for c in columns]
+
     def hidden(
         self, states: Callable[..., Tensor], ids: Tensor, scored: Tensor, device: torch.device
     ) -> Tensor:
-        """Hidden states (T, H) of the tokens where scored (R, S) is set, row-major, on every rank. ids: (R, S), the
-        same on all. A collective."""
-        rows, length = ids.shape
-        piece = -(-length // (2 * self.size))
-        padding = (0, 2 * self.size * piece - length)
-        ids, scored = F.pad(ids.cpu(), padding), F.pad(scored.cpu(), padding)
-        columns = [self.columns(rank, piece) for rank in range(self.size)]
-        own = columns[self.rank]
+        """Hidden states (n, H) of this rank's tokens where scored (R, S) is set, which are places(scored)[rank]. ids:
+        (R, S), the same on all ranks. A collective."""
+        (piece, ids), (_, scored) = self._padded(ids), self._padded(scored)
+        own = self.columns(self.rank, piece)
         found = states(
             input_ids=ids[:, own].to(device),
-            position_ids=own.expand(rows, -1).to(device),
+            position_ids=own.expand(len(ids), -1).to(device),
             **{SPLIT: self},
         )
-        # Of each rank: where the scored tokens are among its own, and among all.
-        at = [scored[:, c].flatten().nonzero().squeeze(1) for c in columns]
-        of_all = [
-            i // (2 * piece) * ids.shape[1] + c[i % (2 * piece)] for i, c in zip(at, columns, strict=True)
-        ]
-        most = max(1, *(len(i) for i in at))
-        mine = found.flatten(0, 1).index_select(0, at[self.rank].to(device))
-        gathered = _gather(F.pad(mine, (0, 0, 0, most - len(mine))), self, False)
-        order = torch.cat([rank * most + torch.arange(len(i)) for rank, i in enumerate(at)])
-        order = order[torch.cat(of_all).argsort()]
-        return gathered.flatten(0, 1).index_select(0, order.to(device))
+        at = scored[:, own].flatten().nonzero().squeeze(1)
+        return found.flatten(0, 1).index_select(0, at.to(device))
 
-    def head(self, weight: Tensor) -> Tensor:
-        """The head's weight for a loss that all ranks of the group compute: gradients are sums over all ranks, so each
-        gives its share of the one that they have in common."""
-        out: Tensor = _Share.apply(weight, self.size)  # type: ignore[no-untyped-call]
-        return out
-
-
-def _gather(own: Tensor, context: Context, summed: bool) -> Tensor:
-    out: Tensor = _Gather.apply(own, context, summed)  # type: ignore[no-untyped-call]
-    return out
+    def _padded(self, rows: Tensor) -> tuple[int, Tensor]:
+        """(tokens of a piece, rows (R, S) in main memory, filled up to 2 * size pieces)."""
+        piece = -(-rows.shape[1] // (2 * self.size))
+        return piece, F.pad(rows.cpu(), (0, 2 * self.size * piece - rows.shape[1]))
 
 
 class _Gather(torch.autograd.Function):
-    """own (...) -> (size, ...) of all ranks. summed: each rank's gradient of it is another, and the sum is wanted; else
-    all have the same one."""
+    """own (n, ...) -> (size, n, ...) of all ranks. The gradient of it is another on each rank; their sum is taken."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, context: Context, summed: bool) -> Tensor:
-        ctx.context, ctx.summed = context, summed
-        own = own.contiguous()
-        out = own.new_empty(context.size * own.shape[0], *own.shape[1:])
-        _ALL_GATHER(out, own, group=context.group)
-        return out.reshape(context.size, *own.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        context = ctx.context
-        if not ctx.summed:
-            return grad[context.rank], None, None
-        parts = grad.float().flatten(0, 1).contiguous()
-        out = parts.new_empty(grad.shape[1:])
-        _REDUCE_SCATTER(out, parts, group=context.group)
-        return out.to(grad.dtype), None, None
-
-
-class _Share(torch.autograd.Function):
-    """The same tensor, whose gradient is divided by `size`."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        return tensor.view_as(tensor)
+    def forward(ctx: Any, own: Tensor, context: Context) -> Tensor:
+        ctx.context = context
+        return gather_parts(own, len(own), context.group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.size, None
+        parts = grad.float().flatten(0, 1).contiguous()
+        out = parts.new_empty(grad.shape[1:])
+        _REDUCE_SCATTER(out, parts, group=ctx.context.group)
+        return out.to(grad.dtype), None
 
 
 def _attend(
@@ -188,7 +158,8 @@ def _attend(
 
 def in_order(own: Tensor, context: Context) -> Tensor:
     """This rank's (R, G, n, D) -> (R, G, cp * n, D) of the whole rows."""
-    first, second = _gather(own, context, True).chunk(2, dim=3)
+    gathered: Tensor = _Gather.apply(own, context)  # type: ignore[no-untyped-call]
+    first, second = gathered.chunk(2, dim=3)
     pieces = [*first, *reversed(second.unbind(0))]
     return torch.cat(pieces, dim=2)
 

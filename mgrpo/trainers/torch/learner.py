@@ -8,6 +8,7 @@ rank steps through its own micro-batches, and the gradients are summed over the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,6 +21,7 @@ from mgrpo.losses.registry import find_loss
 from mgrpo.model import moe
 from mgrpo.model.policy import Policy
 from mgrpo.model.shared_rows import HeldPrefix
+from mgrpo.ops.divided_head import divided_grpo_loss
 from mgrpo.ops.linear_grpo_loss import linear_grpo_loss
 from mgrpo.ops.loss_metrics import join_metrics, read_metrics, step_metrics
 from mgrpo.ops.selective_logprob import selective_logprob
@@ -39,7 +41,10 @@ def logprobs_of(
     with torch.no_grad():
         hidden = policy.hidden_before(batch.ids, batch.lengths, active.mask, held)
         targets = policy.vocabulary.classes(active.targets)
-        found = selective_logprob(hidden, policy.token_head, targets, temperature=temperature)[0]
+        share = policy.share_of(active.mask)
+        own = targets if share is None else targets[share.own]
+        found = selective_logprob(hidden, policy.token_head, own, temperature=temperature)[0]
+        found = found if share is None else share.gather(found)
     bad = int((~found.isfinite()).sum())
     if bad:
         raise NumericsError(
@@ -208,14 +213,16 @@ class Learner:
         routing = self.policy.routing.record(load if balance is None else None, keep=balance is not None)
         with stage("forward"), routing:
             held = prefixes.of(self.policy, rows)
-            hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask, held)  # (T, H)
+            hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask, held)  # (T, H), or own
         reference = None
         if self.reference is not None:
             with stage("reference"), torch.no_grad():
                 held = prefixes.of(self.reference, rows)
                 reference = logprobs_of(self.reference, rows, self.loss.temperature, held)
         with stage("head"):
-            loss, metrics = linear_grpo_loss(
+            share = self.policy.share_of(active.mask)
+            loss_of = linear_grpo_loss if share is None else functools.partial(divided_grpo_loss, share=share)
+            loss, metrics = loss_of(
                 hidden,
                 self.policy.token_head,
                 self.policy.vocabulary.classes(active.targets),

@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial
 
 from mgrpo.config.policy import MeshConfig
 from mgrpo.errors import ConfigError
@@ -48,9 +49,15 @@ class RankMesh:
         """What experts are sharded along."""
         self.context: Context | None = None
         """The ranks that divide rows with this one."""
+        self.tp: dist.ProcessGroup | None = None
+        """The ranks of this one's tp group."""
+        self.same_rows: dist.ProcessGroup | None = None
+        """The ranks of a tp or cp group: they have the same micro-batches, and each its share of the tokens that reach
+        the head."""
         if config.cp > 1:
             split = init_device_mesh(device, (size // config.cp, config.cp), mesh_dim_names=("rows", "cp"))
             self.context = Context.of(split["cp"])
+            self.same_rows = self.context.group
         copies, tp, ep = config.replicate, config.tp, config.ep
         inner = size // copies
         if tp == ep == copies == 1:
@@ -63,6 +70,8 @@ class RankMesh:
         self.data = dense["dp"] if copies == 1 else dense["replicate", "dp"]
         self.experts = expert["edp"] if copies == 1 else expert["replicate", "edp"]
         self._tp, self._ep = dense["tp"], expert["ep"]
+        if tp > 1:
+            self.tp = self.same_rows = self._tp.get_group()
 
     def cut(self, model: Any) -> list[Any]:
         """Apply the model's plans for tp and ep in place: its weights, the same on every rank or without memory (meta),
@@ -95,12 +104,15 @@ class RankMesh:
 
 
 def _without_head(model: Any, plan: dict[str, str]) -> dict[str, str]:
-    """The head has no forward here (the loss multiplies by its weight); a tied one is cut as the embedding that it
-    is."""
+    """The head has no forward here (the loss multiplies by its weight); a tied one is cut as the embedding that it is,
+    one of its own along the vocabulary where the plan leaves it whole: what is cut is summed over tp, and each rank has
+    the gradient of other tokens."""
     head = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
-    out = {name, f"{name}.weight"} if head.weight is model.get_input_embeddings().weight else {name}
-    return {rule: style for rule, style in plan.items() if rule not in out}
+    tied = head.weight is model.get_input_embeddings().weight
+    out = {name, f"{name}.weight"} if tied else {name}
+    own = {} if tied else {f"{name}.weight": "colwise"}
+    return own | {rule: style for rule, style in plan.items() if rule not in out}
 
 
 def _copied(forward: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
@@ -123,11 +135,9 @@ def _no_warnings() -> Iterator[None]:
 
 
 def whole_head(weight: DTensor) -> Tensor:
-    """The head's weight (V, H), gathered. Its gradient, which every rank has for its own tokens, is summed over ranks
-    with other tokens and not over those of a tp group, which have the same."""
-    names = weight.device_mesh.mesh_dim_names or ()
-    sums: list[Placement] = [Replicate() if name == "tp" else Partial() for name in names]
-    whole: Tensor = weight.full_tensor(grad_placements=sums)
+    """The head's weight (V, H), gathered. Its gradient, which every rank has for tokens of its own, is summed over
+    all."""
+    whole: Tensor = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
     return whole
 
 

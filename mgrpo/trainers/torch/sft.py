@@ -3,8 +3,9 @@
 Loss: mean cross-entropy of the action tokens of a batch (loss_mask 1). AdamW; its rate is that of schedule.py. RL
 selects among strategies that have some probability; this is where they come from.
 
-With several ranks each takes its share of a batch. All divide by the action tokens of the whole batch, and gradients
-are summed over the ranks, so the share changes rounding and nothing else.
+With several ranks each takes its share of a batch; those of a tp or cp group take one together, and each its tokens at
+the vocabulary head. All divide by the action tokens of the whole batch, and gradients are summed over the ranks, so the
+share changes rounding and nothing else.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Sft:
         clip_gradient(list(self.policy.parameters()), 1.0)
         self._optimizer.step()
         if step % 25 == 24 or step == self._config.steps - 1:
-            return float(sum(self._ranks.gather(float(loss.detach()))[:: self.policy.config.mesh.same_rows]))
+            return float(sum(self._ranks.gather(float(loss.detach()))))
         return None
 
 
@@ -57,16 +58,19 @@ def shares(demos: Demos, size: int) -> list[Share]:
 
 
 def demo_loss(policy: Policy, demos: Demos, total: int | None = None) -> torch.Tensor:
-    """Cross-entropy of the action tokens, averaged over the batch, or summed over them and divided by `total`. Masked
-    tokens never reach the vocabulary."""
+    """Cross-entropy of the action tokens, averaged over the batch, or summed over them and divided by `total`; on ranks
+    that have the same rows, this rank's part of it. Masked tokens never reach the vocabulary."""
     tokens, mask, lengths = pad(demos)  # (R, S)
     active = mask[:, 1:]
-    hidden = policy.hidden_before(tokens, lengths, active)  # (T, H)
-    targets = policy.vocabulary.classes(tokens[:, 1:][active])
+    hidden = policy.hidden_before(tokens, lengths, active)  # (T, H), or this rank's share
+    targets = policy.vocabulary.classes(tokens[:, 1:][active]).to(hidden.device)
+    if (share := policy.share_of(active)) is not None:
+        total = share.total if total is None else total
+        targets = targets[share.own]
     logits = policy.vocabulary.logits(hidden, policy.head_weight)
     if total is None:
-        return F.cross_entropy(logits, targets.to(hidden.device))
-    return F.cross_entropy(logits, targets.to(hidden.device), reduction="sum") / total
+        return F.cross_entropy(logits, targets)
+    return F.cross_entropy(logits, targets, reduction="sum") / total
 
 
 def pad(demos: Demos) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

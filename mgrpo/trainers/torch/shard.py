@@ -41,6 +41,7 @@ from mgrpo.model.policy import Policy, WithoutAdapters
 from mgrpo.model.precision import float32_modules, fsdp_policy
 from mgrpo.model.shared_rows import HeldPrefix
 from mgrpo.model.trained import choose_trained, recompute_layers
+from mgrpo.ops.divided_head import TokenShare, own_rows
 from mgrpo.trainers.torch.heap import return_freed_memory
 from mgrpo.trainers.torch.mesh import RankMesh, whole_head
 from mgrpo.trainers.torch.ranks import Ranks
@@ -110,7 +111,7 @@ class ShardedPolicy(Policy):
         recompute_layers(model, self.config, name)
         self._tied = head.weight is model.get_input_embeddings().weight
         grid = RankMesh(self.config.mesh, self._ranks.size, self._home.type)
-        self._context = grid.context
+        self._context, self._tp, self._same_rows = grid.context, grid.tp, grid.same_rows
         divide(model, self._trunk, grid, self.config)
         allocate(model, self._home)
         together(self._ranks, lambda: self._blank.parts.read_into(model))
@@ -131,17 +132,22 @@ class ShardedPolicy(Policy):
     def hidden_before(
         self, input_ids: Tensor, lengths: Tensor, scored: Tensor, held: HeldPrefix | None = None
     ) -> Tensor:
-        if self._context is None:
-            return super().hidden_before(input_ids, lengths, scored, held)
-        return self._context.hidden(self._states, input_ids[:, :-1], scored, self.device)
+        if self._context is not None:
+            hidden = self._context.hidden(self._states, input_ids[:, :-1], scored, self.device)
+        else:
+            hidden = super().hidden_before(input_ids, lengths, scored, held)
+        return hidden if self._tp is None else own_rows(hidden, self._tp)
+
+    def share_of(self, scored: Tensor) -> TokenShare | None:
+        if self._same_rows is None:
+            return None
+        found = self._context.places(scored) if self._context else [torch.arange(int(scored.sum()))]
+        places = [part for place in found for part in place.tensor_split(self.config.mesh.tp)]
+        return TokenShare.of(self._same_rows, places, self.device)
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, H), whole. With a tied head only after a forward."""
-        weight = self._whole_head()
-        return weight if self._context is None else self._context.head(weight)
-
-    def _whole_head(self) -> Tensor:
+        """(V, H), whole. With a tied head only after a forward. Its gradient is summed over all ranks."""
         model = self.model
         module: torch.nn.Module = (
             model.get_input_embeddings() if self._tied else model.get_output_embeddings()
