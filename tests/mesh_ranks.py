@@ -45,6 +45,14 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
     "cp": ("llama", (), "dp = 2, cp = 2"),
     "cp tied": ("qwen3", ("last_layers=1", "gradient_checkpointing=true"), "cp = 4"),
     "cp adapters": ("qwen3", ("lora.rank=4",), "replicate = 2, cp = 2"),
+    "cp moe": ("qwen3_moe", ("aux_loss_coef=0.1",), "dp = 2, cp = 2"),
+    "cp ep": (
+        "qwen3_moe",
+        ("gradient_checkpointing=true", "aux_loss_coef=0.1"),
+        "dp = 2, cp = 2, ep = 4",
+    ),
+    "cp tp": ("llama", (), "cp = 2, tp = 2"),
+    "cp tp ep": ("qwen3_moe", ("aux_loss_coef=0.1",), "cp = 2, tp = 2, ep = 2"),
     "half tp": ("llama", ('dtype="bfloat16"',), "dp = 2, tp = 2"),
     "half frozen": ("qwen3", ('dtype="bfloat16"', "last_layers=1"), "tp = 2"),
     "half both": ("qwen3_moe", ('dtype="bfloat16"',), "dp = 2, tp = 2, ep = 4"),
@@ -56,6 +64,7 @@ RESUMED = (
     "frozen",
     "tp and ep",
     "cp",
+    "cp ep",
     "half both",
     "adapters",
 )  # those that resume one process's, and are resumed
@@ -96,7 +105,7 @@ def config_of(variant: str, ranks: int) -> RunConfig:
     sets += [f"policy.mesh={{ {mesh} }}"] if mesh and ranks > 1 else []
     # The first KL term is 0 but for rounding, which AdamW makes steps of where a cut rounds otherwise: not with tp, nor
     # where rows are packed on several ranks alone, as with share_prefixes.
-    sets += ["loss.kl_coef=0.1"] if variant in ("hsdp", "adapters", "cp", "cp adapters") else []
+    sets += ["loss.kl_coef=0.1"] if variant in ("hsdp", "adapters", "cp", "cp adapters", "cp tp") else []
     sets += ['loss.type="gspo"'] if variant in ("tied", "cp") else []
     return load_config(RELAY, [*(f"agents.main.{part}" for part in sets), *RUN])
 

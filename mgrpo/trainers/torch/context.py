@@ -57,6 +57,15 @@ class Context:
         """i64 (2 * piece,): the tokens of a row that `rank` computes, in its order."""
         return torch.cat([torch.arange(p * piece, (p + 1) * piece) for p in self.pieces(rank)])
 
+    def piece(self, width: int) -> int:
+        """Tokens of one piece of rows of `width` tokens."""
+        return -(-width // (2 * self.size))
+
+    def inside(self, lengths: Tensor, width: int) -> Tensor:
+        """bool (R, 2 * piece): which of the tokens that this rank computes of rows with `lengths` tokens, padded to
+        `width`, are none of their padding. In main memory."""
+        return self.columns(self.rank, self.piece(width)) < lengths.cpu()[:, None]
+
     def use(self, model: Any) -> None:
         """Have `model` (a transformers model) compute divided rows, and whole ones as before."""
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -90,7 +99,7 @@ class Context:
         """Hidden states (T, H) of the tokens where scored (R, S) is set, row-major, on every rank. ids: (R, S), the
         same on all. A collective."""
         rows, length = ids.shape
-        piece = -(-length // (2 * self.size))
+        piece = self.piece(length)
         padding = (0, 2 * self.size * piece - length)
         ids, scored = F.pad(ids.cpu(), padding), F.pad(scored.cpu(), padding)
         columns = [self.columns(rank, piece) for rank in range(self.size)]

@@ -49,7 +49,8 @@ class RankMesh:
         self.context: Context | None = None
         """The ranks that divide rows with this one."""
         if config.cp > 1:
-            split = init_device_mesh(device, (size // config.cp, config.cp), mesh_dim_names=("rows", "cp"))
+            sides = (size // config.same_rows, config.cp, config.tp)
+            split = init_device_mesh(device, sides, mesh_dim_names=("rows", "cp", "tp"))
             self.context = Context.of(split["cp"])
         copies, tp, ep = config.replicate, config.tp, config.ep
         inner = size // copies

@@ -133,7 +133,11 @@ class ShardedPolicy(Policy):
     ) -> Tensor:
         if self._context is None:
             return super().hidden_before(input_ids, lengths, scored, held)
-        return self._context.hidden(self._states, input_ids[:, :-1], scored, self.device)
+        ids = input_ids[:, :-1]
+        self.routing.expect_at(
+            self._context.inside((lengths - 1).clamp(min=1), ids.shape[1]), self.device
+        )
+        return self._context.hidden(self._states, ids, scored, self.device)
 
     @property
     def head_weight(self) -> Tensor:
