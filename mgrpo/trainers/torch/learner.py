@@ -191,7 +191,7 @@ class Learner:
     def _balance(self, load: moe.RouterLoad) -> moe.Balance:
         if not self.policy.routing.routers:
             return moe.Balance([])
-        same = self.policy.config.mesh.tp  # ranks, side by side, that have the same tokens; those of cp have others
+        same = self.policy.config.mesh.tp  # ranks, side by side, with the same tokens; along cp they differ
         return moe.Balance(self.ranks.gather(load.packed())[::same])
 
     def _backward(

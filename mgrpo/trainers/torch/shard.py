@@ -134,9 +134,7 @@ class ShardedPolicy(Policy):
         if self._context is None:
             return super().hidden_before(input_ids, lengths, scored, held)
         ids = input_ids[:, :-1]
-        self.routing.expect_at(
-            self._context.inside((lengths - 1).clamp(min=1), ids.shape[1]), self.device
-        )
+        self.routing.expect_at(self._context.inside((lengths - 1).clamp(min=1), ids.shape[1]), self.device)
         return self._context.hidden(self._states, ids, scored, self.device)
 
     @property
