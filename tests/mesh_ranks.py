@@ -46,9 +46,18 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
     "cp": ("llama", (), "dp = 2, cp = 2"),
     "cp tied": ("qwen3", ("last_layers=1", "gradient_checkpointing=true"), "cp = 4"),
     "cp adapters": ("qwen3", ("lora.rank=4",), "replicate = 2, cp = 2"),
+    "cp moe": ("qwen3_moe", ("aux_loss_coef=0.1",), "dp = 2, cp = 2"),
+    "cp ep": (
+        "qwen3_moe",
+        ("gradient_checkpointing=true", "aux_loss_coef=0.1"),
+        "dp = 2, cp = 2, ep = 4",
+    ),
+    "cp tp": ("llama", (), "cp = 2, tp = 2"),
+    "cp tp ep": ("qwen3_moe", ("aux_loss_coef=0.1",), "cp = 2, tp = 2, ep = 2"),
     "half tp": ("llama", ('dtype="bfloat16"',), "dp = 2, tp = 2"),
     "half frozen": ("qwen3", ('dtype="bfloat16"', "last_layers=1"), "tp = 2"),
     "half both": ("qwen3_moe", ('dtype="bfloat16"',), "dp = 2, tp = 2, ep = 4"),
+    "half cp": ("qwen3_moe", ('dtype="bfloat16"',), "cp = 2, tp = 2, ep = 4"),
     "adapters": ("qwen3_moe", ("lora.rank=4", 'lora.targets=["q_proj", "o_proj"]'), "ep = 2"),
 }
 
@@ -57,9 +66,13 @@ RESUMED = (
     "frozen",
     "tp and ep",
     "cp",
+    "cp ep",
     "half both",
     "adapters",
 )  # those that resume one process's, and are resumed
+LATER = (
+    "cp tp",
+)  # those that go on from one process's middle alone, where a KL term of tp is more than rounding
 
 
 def model_of(kind: str) -> Any:
@@ -95,9 +108,9 @@ def config_of(variant: str, ranks: int) -> RunConfig:
     sets = [f"policy.{part}" for part in overrides]
     sets += [f"policy.ranks={ranks}"]
     sets += [f"policy.mesh={{ {mesh} }}"] if mesh and ranks > 1 else []
-    # The first KL term is 0 but for rounding, which AdamW makes steps of where a cut rounds otherwise: not with tp, nor
-    # where rows are packed on several ranks alone, as with share_prefixes.
-    sets += ["loss.kl_coef=0.1"] if variant in ("hsdp", "adapters", "cp", "cp adapters") else []
+    # The first KL term is 0 but for rounding, which AdamW makes steps of where a cut rounds otherwise: not with tp
+    # (but LATER), nor where rows are packed on several ranks alone, as with share_prefixes.
+    sets += ["loss.kl_coef=0.1"] if variant in ("hsdp", "adapters", "cp", "cp adapters", "cp tp") else []
     sets += ['loss.type="gspo"'] if variant in ("tied", "cp") else []
     return load_config(RELAY, [*(f"agents.main.{part}" for part in sets), *RUN])
 
@@ -147,8 +160,8 @@ def learn_demos(trainer: TorchTrainer, fresh: Path, start: Path) -> None:
 def main(folder: Path) -> None:
     with Ranks(RANKS) as ranks:
         found: dict[str, Any] = {}
-        lives = [(f"run/{v}", v, f"mesh/{v}", True) for v in VARIANTS]
-        lives += [(f"from one/{v}", v, f"one/{v}", False) for v in RESUMED]
+        lives = [(f"run/{v}", v, f"mesh/{v}", True) for v in VARIANTS if v not in LATER]
+        lives += [(f"from one/{v}", v, f"one/{v}", False) for v in (*RESUMED, *LATER)]
         # a checkpoint of another mesh
         lives += [("sft", "tp and ep", "mesh/sft", False)]
         lives += [("tp from dp", "tp", "mesh/dp", False), ("ep from both", "ep", "mesh/tp and ep", False)]

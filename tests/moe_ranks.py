@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.config.policy import LoraConfig, PolicyConfig
-from mgrpo.model.policy import Policy
+from mgrpo.config.policy import LoraConfig, MeshConfig, PolicyConfig
+from mgrpo.errors import ConfigError
+from mgrpo.model.policy import Policy, save_policy
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner
@@ -33,12 +34,21 @@ OTHERS = {
     ),
     "half": PolicyConfig(dtype="bfloat16", aux_loss_coef=AUX, gradient_checkpointing=True),
 }
+# Mixtures whose rows two ranks divide between them, and those that need whole rows.
+DIVIDED = ("Qwen3Moe", "Qwen2Moe", "Mixtral", "DeepseekV2", "DeepseekV3", "Olmoe", "MiniMaxM2", "Glm4Moe")
+UNDIVIDED = ("GptOss", "Qwen3Next", "Lfm2Moe")
 
 
 def moe_policy(config: PolicyConfig) -> Policy:
     """A tiny Qwen3-MoE whose routers prefer some of eight experts."""
     model = family("Qwen3Moe", num_experts=8, num_experts_per_tok=2, initializer_range=0.2)
     return Policy(model, tiny_tokenizer(), "moe", config)
+
+
+def mixture(name: str, mesh: MeshConfig) -> Policy:
+    """A tiny policy of the architecture, with the auxiliary loss."""
+    model = family(name, vocab_size=104, initializer_range=0.2)
+    return Policy(model, tiny_tokenizer(), name, PolicyConfig(aux_loss_coef=AUX, mesh=mesh))
 
 
 def cut(rows: MicroBatch, parts: Sequence[Sequence[int]], size: int = 1) -> MiniBatch:
@@ -67,7 +77,7 @@ def step(
 
 
 def main(folder: Path) -> None:
-    from mgrpo.trainers.torch.shard import whole_tensor
+    from mgrpo.trainers.torch.shard import load_sharded, whole_tensor
     from tests.sharded import sharded
 
     with Ranks(2) as ranks:
@@ -82,7 +92,24 @@ def main(folder: Path) -> None:
             policy = sharded(moe_policy(config), folder / name, ranks)
             batch = cut(rows_of(3, near=True), CUTS[1], 2).shard(ranks.rank, 2)
             found[name] = step(policy, batch, ranks, whole_tensor)
+        for number, parts in enumerate(CUTS):
+            start = moe_policy(PolicyConfig(aux_loss_coef=AUX, mesh=MeshConfig(cp=2)))
+            policy = sharded(start, folder / f"cp-{number}", ranks)
+            found[f"cp/{number}"] = step(policy, cut(rows_of(3, near=True), parts), ranks, whole_tensor)
+        refused: dict[str, str] = {}
+        for name in (*DIVIDED, *UNDIVIDED):
+            start = mixture(name, MeshConfig(cp=2))
+            if ranks.is_main:
+                save_policy(start, folder / name)
+            ranks.gather(None)
+            try:
+                policy = load_sharded(folder / name, start.config, ranks)
+            except ConfigError as error:
+                refused[name] = str(error)
+                continue
+            found[name] = step(policy, cut(rows_of(3, near=True), CUTS[1]), ranks, whole_tensor)
         if ranks.is_main:
+            torch.save(refused, folder / "refused.pt")
             torch.save(found, folder / "found.pt")
 
 

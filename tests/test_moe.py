@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mgrpo.config.loss import GrpoLossConfig
-from mgrpo.config.policy import LoraConfig, PolicyConfig
+from mgrpo.config.policy import LoraConfig, MeshConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.moe import experts_of, routers_of
 from mgrpo.model.policy import Policy, state_of, trained_state
@@ -19,7 +18,7 @@ from mgrpo.trainers.batch import MicroBatch
 from mgrpo.trainers.torch.learner import Learner
 from tests.families import FAMILIES, family
 from tests.models import tiny_model, tiny_tokenizer
-from tests.moe_ranks import AUX, CUTS, OTHERS, cut, moe_policy, step
+from tests.moe_ranks import AUX, CUTS, DIVIDED, OTHERS, UNDIVIDED, cut, mixture, moe_policy, step
 from tests.ranks import run_ranks
 from tests.rows import ROWS, rows_of
 
@@ -254,11 +253,39 @@ def test_how_experts_multiply_is_chosen_once(name: str) -> None:
         torch.testing.assert_close(other.hidden(ids), found, rtol=1e-5, atol=1e-5)
 
 
-def test_two_ranks_report_and_learn_what_one_does(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, str]]:
+    """What two ranks found, and what they refused: see tests/moe_ranks.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks("tests.moe_ranks", str(folder))
+    found, refused = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("found", "refused"))
+    return found, refused
+
+
+@pytest.mark.parametrize("cut_of", [*(f"cp/{number}" for number in range(len(CUTS))), *DIVIDED])
+def test_ranks_that_divide_rows_route_their_own_tokens(two_ranks: Any, cut_of: str) -> None:
+    """Two ranks of mesh.cp: every token counts once and padding nowhere, so the routers' metrics, the auxiliary loss
+    and the gradient are those of one process, for each cut and each architecture."""
+    alone = moe_policy(PolicyConfig(aux_loss_coef=AUX)) if "/" in cut_of else mixture(cut_of, MeshConfig())
+    metrics, gradient = step(alone, cut(rows_of(3, near=True), CUTS[1]))
+    theirs, grads = two_ranks[0][cut_of]
+    assert theirs.keys() == metrics.keys() and "moe/aux_loss" in theirs
+    for name in theirs:
+        assert theirs[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
+    assert len(grads) == len(gradient) and largest(gradient) > 1e-4
+    assert largest([a - b for a, b in zip(grads, gradient, strict=True)]) < 1e-5 * largest(gradient)
+
+
+@pytest.mark.parametrize("name", UNDIVIDED)
+def test_a_mixture_that_needs_whole_rows_is_refused(two_ranks: Any, name: str) -> None:
+    """Sinks and layers that carry a state, by the setting."""
+    assert "policy.mesh.cp=2" in two_ranks[1][name] and name not in two_ranks[0]
+
+
+def test_two_ranks_report_and_learn_what_one_does(two_ranks: Any) -> None:
     """The routers of both ranks' tokens together: metrics and gradient of one process, for every cut; one rank has
     micro-batches without rows. Adapters of experts likewise."""
-    run_ranks("tests.moe_ranks", str(tmp_path))
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    found, _ = two_ranks
     for aux in (0.0, AUX):
         metrics, gradient = step(
             moe_policy(PolicyConfig(aux_loss_coef=aux)), cut(rows_of(3, near=True), CUTS[0])

@@ -94,19 +94,23 @@ def test_peak_is_that_of_a_real_step(models: Path, kind: str, policy: tuple[str,
 
 
 @pytest.mark.parametrize(
-    "policy",
-    [("ranks=2", 'dtype="bfloat16"', "gradient_checkpointing=true"), ("mesh={cp=2}",)],
-    ids=["bfloat16", "divided rows"],
+    ("kind", "policy"),
+    [
+        ("dense", ("ranks=2", 'dtype="bfloat16"', "gradient_checkpointing=true")),
+        ("dense", ("mesh={cp=2}",)),
+        ("moe", ("mesh={cp=2}", "aux_loss_coef=0.01")),
+    ],
+    ids=["bfloat16", "divided rows", "divided rows of a mixture"],
 )
 def test_peak_on_two_ranks_is_that_of_a_real_step(
-    models: Path, tmp_path: Path, policy: tuple[str, ...]
+    models: Path, tmp_path: Path, kind: str, policy: tuple[str, ...]
 ) -> None:
     """The same for one of two ranks over gloo, whose twin is fake in the prediction."""
-    sets = overrides(models, "dense", *policy)
+    sets = overrides(models, kind, *policy)
     run_ranks("tests.plan_ranks", str(RELAY), str(tmp_path / "out"), *sets)
     measured = json.loads((tmp_path / "out").read_text())
     view = view_of(load_config(RELAY, sets), "main")
-    predicted, found = plan_step(models / "dense", view, "agents.main.model")
+    predicted, found = plan_step(models / kind, view, "agents.main.model")
     kept = predicted.masters + predicted.gradients + predicted.optimizer
     assert kept == pytest.approx(found.total * 16 / 2, rel=0.01)
     assert measured["state"] == pytest.approx(kept, rel=0.01)

@@ -33,8 +33,8 @@ class LoraConfig(Settings):
 
 
 class MeshConfig(Settings):
-    """What the ranks of one trainer divide among them: replicate x dp x cp x tp ranks, those of one tp group side by
-    side. What a model cannot be cut into is refused when it is loaded."""
+    """What the ranks of one trainer divide among them: replicate x dp x cp x tp ranks, those of one tp group side
+    by side, and the tp groups of one cp group likewise. What a model cannot be cut into is refused when it is loaded."""
 
     dp: int = Field(0, ge=0)
     """Ranks with micro-batches of their own, over which every weight is sharded (FSDP2). 0: as many as policy.ranks
@@ -43,11 +43,11 @@ class MeshConfig(Settings):
     """Ranks that compute each micro-batch together, each with its part of the attention heads, the feed-forward blocks
     and the vocabulary, after the tensor-parallel plan that transformers has for the model."""
     ep: int = Field(1, ge=1)
-    """Ranks that a mixture's experts are spread over, tokens being sent to them (all-to-all). They are those of dp and
-    tp: a multiple of tp that divides dp * tp."""
+    """Ranks that a mixture's experts are spread over, tokens being sent to them (all-to-all). They are those of dp, cp
+    and tp: a multiple of tp that divides dp * cp * tp."""
     cp: int = Field(1, ge=1)
     """Ranks that divide each row of a micro-batch among them, for trajectories whose activations one does not hold.
-    Every weight is sharded over them too. For dense models of plain attention; not with tp and ep."""
+    Every weight is sharded over them too. For models of plain attention."""
     replicate: int = Field(1, ge=1)
     """Copies of the sharded weights (HSDP): a weight is gathered within one copy, its gradient summed over all."""
 
@@ -123,11 +123,6 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f"ranks={ranks} should be {'' if mesh.dp else 'a multiple of '}mesh {shape} = {product}"
             )
-        for name, size in (("tp", mesh.tp), ("ep", mesh.ep)):
-            if mesh.cp > 1 and size > 1:
-                raise ValueError(
-                    f"mesh.cp={mesh.cp} and mesh.{name}={size} exclude each other; use mesh.dp with either"
-                )
         if mesh.cp > 1 and self.attention not in ("auto", "sdpa"):
             raise ValueError(
                 f'mesh.cp={mesh.cp} divides padded rows, attention "{self.attention}" computes others; use "auto"'
@@ -140,7 +135,7 @@ class PolicyConfig(Settings):
         inner = ranks // mesh.replicate
         if mesh.ep > 1 and (mesh.ep % mesh.tp or inner % mesh.ep):
             raise ValueError(
-                f"mesh.ep={mesh.ep} should be a multiple of tp={mesh.tp} that divides dp * tp = {inner}"
+                f"mesh.ep={mesh.ep} should be a multiple of tp={mesh.tp} that divides dp * cp * tp = {inner}"
             )
         if mesh.ep > 1 and self.lora.rank and (fused := [t for t in self.lora.targets if "." in t]):
             raise ValueError(

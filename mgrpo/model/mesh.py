@@ -95,8 +95,6 @@ def _context(config: Any, policy: PolicyConfig) -> Iterator[str]:
     asked, found = f"policy.mesh.cp={policy.mesh.cp}", config.to_dict()
     if policy.mesh.cp == 1:
         return
-    if architecture.has_experts(found):
-        yield f"{asked}: the load of a mixture's experts is not counted over parts of rows; use policy.mesh.dp"
     if others := sorted(architecture.layer_kinds(found) - architecture.ATTENTION):
         yield f"{asked}: {others[0]} layers of {config.model_type!r} need whole rows; use policy.mesh.dp"
     if others := sorted(architecture.windows(found).keys() - {"sliding_window"}):

@@ -199,11 +199,20 @@ class Routing:
         """The next forward has rows with `lengths` tokens (R,), padded to `width`; None: packed without padding."""
         if not self._recording:
             return
-        self._real = None
-        if width is not None and bool((lengths < width).any()):
-            self._real = (torch.arange(width) < lengths.cpu()[:, None]).flatten().to(device)
+        lengths = lengths.cpu()
+        if width is None:
+            self.expect_at(torch.ones(int(lengths.sum()), dtype=torch.bool), device)
+        else:
+            self.expect_at(torch.arange(width) < lengths[:, None], device)
+
+    def expect_at(self, inside: Tensor, device: torch.device) -> None:
+        """The next forward has tokens where `inside`, a mask in main memory, is set, and padding elsewhere."""
+        if not self._recording:
+            return
+        count = int(inside.sum())
+        self._real = None if count == inside.numel() else inside.flatten().to(device)
         if self._load is not None:
-            self._load.tokens += int(lengths.sum())
+            self._load.tokens += count
 
     def balance_loss(self, balance: Balance) -> Tensor | None:
         """This process' part of L over what was recorded with keep, and forgets it: the parts of all micro-batches and

@@ -56,6 +56,15 @@ class Context:
         """i64 (2 * piece,): the tokens of a row that `rank` computes, in its order."""
         return torch.cat([torch.arange(p * piece, (p + 1) * piece) for p in self.pieces(rank)])
 
+    def piece(self, width: int) -> int:
+        """Tokens of one piece of rows of `width` tokens."""
+        return -(-width // (2 * self.size))
+
+    def inside(self, lengths: Tensor, width: int) -> Tensor:
+        """bool (R, 2 * piece): which of the tokens that this rank computes of rows with `lengths` tokens, padded to
+        `width`, are none of their padding. In main memory."""
+        return self.columns(self.rank, self.piece(width)) < lengths.cpu()[:, None]
+
     def use(self, model: Any) -> None:
         """Have `model` (a transformers model) compute divided rows, and whole ones as before."""
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -110,7 +119,7 @@ class Context:
 
     def _padded(self, rows: Tensor) -> tuple[int, Tensor]:
         """(tokens of a piece, rows (R, S) in main memory, filled up to 2 * size pieces)."""
-        piece = -(-rows.shape[1] // (2 * self.size))
+        piece = self.piece(rows.shape[1])
         return piece, F.pad(rows.cpu(), (0, 2 * self.size * piece - rows.shape[1]))
 
 

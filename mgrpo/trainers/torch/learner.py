@@ -196,7 +196,7 @@ class Learner:
     def _balance(self, load: moe.RouterLoad) -> moe.Balance:
         if not self.policy.routing.routers:
             return moe.Balance([])
-        same = self.policy.config.mesh.same_rows  # ranks, side by side, that have the same tokens
+        same = self.policy.config.mesh.tp  # ranks, side by side, with the same tokens; along cp they differ
         return moe.Balance(self.ranks.gather(load.packed())[::same])
 
     def _backward(

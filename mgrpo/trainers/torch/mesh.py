@@ -1,16 +1,16 @@
 """The ranks of one trainer as a grid, and what lies along each side of it (policy.mesh).
 
-    dense weights   (replicate, dp, tp)     rank = (replicate * DP + dp) * TP + tp
-    with cp         (replicate, dp, cp)     rank = (replicate * DP + dp) * CP + cp; weights lie along dp and cp as one
-    experts         (replicate, edp, ep)    edp = dp * tp / ep: ranks that share the same experts
+    ranks           (replicate, dp, cp, tp)    rank = ((replicate * DP + dp) * CP + cp) * TP + tp
+    dense weights   (replicate, dp * cp, tp)   dp and cp are one side here
+    experts         (replicate, edp, ep)       edp = dp * cp * tp / ep: ranks that share the same experts
 
 tp   Ranks that compute one micro-batch together: transformers' plan gives each its heads, its columns of the
      feed-forward blocks and its rows of the embedding. What is not cut (norms) is computed by all alike.
 ep   Each rank holds whole experts; tokens go to them and come back (all-to-all). A rank of a tp group sends its share
      of the group's tokens, so none is computed twice.
-cp   Ranks that divide the rows of one micro-batch (context.py). Weights are sharded over them as over dp. Not with tp
-     and ep.
-dp   Every weight, or what tp and ep left of it, is sharded by FSDP2 (shard.py) along dp; an expert along edp.
+cp   Ranks that divide the rows of one micro-batch (context.py), each with its own tokens for the experts. The ranks of
+     a tp group have the same part of the rows; keys and values are gathered over cp, of this rank's heads alone.
+dp   Every weight, or what tp and ep left of it, is sharded by FSDP2 (shard.py) along dp and cp; an expert along edp.
 
 Gradients are sums: over dp and replicate by FSDP2, over tp by the plan. The loss of each rank is divided by the
 denominator of the whole minibatch, and the ranks of a tp or cp group have the same loss, whose gradient counts once.
@@ -39,7 +39,7 @@ class RankMesh:
     """The grid of one trainer's ranks; made by all of them together."""
 
     def __init__(self, config: MeshConfig, size: int, device: str) -> None:
-        """size: ranks, a multiple of replicate * tp; device: "cpu" or "cuda"."""
+        """size: ranks, a multiple of replicate * cp * tp; device: "cpu" or "cuda"."""
         # A weight that is cut along two sides is gathered along one after the other: torch warns of the second one.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self.config = config
@@ -52,17 +52,20 @@ class RankMesh:
         self.tp: dist.ProcessGroup | None = None
         """The ranks of this one's tp group."""
         self.same_rows: dist.ProcessGroup | None = None
-        """The ranks of a tp or cp group: they have the same micro-batches, and each its share of the tokens that reach
+        """The ranks of this one's tp and cp groups, in their order: they have the same micro-batches, and each its share of the tokens that reach
         the head."""
         if config.cp > 1:
-            split = init_device_mesh(device, (size // config.cp, config.cp), mesh_dim_names=("rows", "cp"))
+            sides = (size // config.same_rows, config.cp, config.tp)
+            split = init_device_mesh(device, sides, mesh_dim_names=("rows", "cp", "tp"))
             self.context = Context.of(split["cp"])
-            self.same_rows = self.context.group
+            both = init_device_mesh(device, (sides[0], config.same_rows), mesh_dim_names=("rows", "same"))
+            self.same_rows = both["same"].get_group()
         copies, tp, ep = config.replicate, config.tp, config.ep
         inner = size // copies
         if tp == ep == copies == 1:
             self.data = self.experts = init_device_mesh(device, (size,), mesh_dim_names=("dp",))
             return
+        # "dp" is dp and cp as one: ranks with other tokens.
         dense = init_device_mesh(device, (copies, inner // tp, tp), mesh_dim_names=("replicate", "dp", "tp"))
         expert = init_device_mesh(
             device, (copies, inner // ep, ep), mesh_dim_names=("replicate", "edp", "ep")
@@ -71,7 +74,8 @@ class RankMesh:
         self.experts = expert["edp"] if copies == 1 else expert["replicate", "edp"]
         self._tp, self._ep = dense["tp"], expert["ep"]
         if tp > 1:
-            self.tp = self.same_rows = self._tp.get_group()
+            self.tp = self._tp.get_group()
+            self.same_rows = self.same_rows or self.tp
 
     def cut(self, model: Any) -> list[Any]:
         """Apply the model's plans for tp and ep in place: its weights, the same on every rank or without memory (meta),

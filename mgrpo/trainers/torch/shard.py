@@ -132,10 +132,12 @@ class ShardedPolicy(Policy):
     def hidden_before(
         self, input_ids: Tensor, lengths: Tensor, scored: Tensor, held: HeldPrefix | None = None
     ) -> Tensor:
-        if self._context is not None:
-            hidden = self._context.hidden(self._states, input_ids[:, :-1], scored, self.device)
-        else:
+        if (context := self._context) is None:
             hidden = super().hidden_before(input_ids, lengths, scored, held)
+        else:
+            ids = input_ids[:, :-1]
+            self.routing.expect_at(context.inside((lengths - 1).clamp(min=1), ids.shape[1]), self.device)
+            hidden = context.hidden(self._states, ids, scored, self.device)
         return hidden if self._tp is None else own_rows(hidden, self._tp)
 
     def share_of(self, scored: Tensor) -> TokenShare | None:
