@@ -38,9 +38,7 @@ ATTENTIONS = ["rows", "sdpa", "varlen"]
 
 def policy_of(name: str, **settings: Any) -> Policy:
     config = PolicyConfig(**{"routing_replay": True, **settings})
-    return Policy(
-        family(name, **_SIZES[name], initializer_range=0.2), tiny_tokenizer(), name.lower(), config
-    )
+    return Policy(family(name, **_SIZES[name], initializer_range=0.2), tiny_tokenizer(), name.lower(), config)
 
 
 @contextmanager
@@ -152,9 +150,9 @@ def test_the_own_choice_changes_no_bit(name: str) -> None:
         assert len(seen) and all((part >= 0).any() for part in experts)
 
 
-def masked_reference(rows: MicroBatch, experts: Tensor) -> Policy:
+def masked_reference(experts: Tensor) -> Policy:
     """The same policy in float64 whose routers rank nothing: the logits of what is not in `experts` are -inf."""
-    policy = moe_policy(PolicyConfig(experts="eager"))
+    policy = moe_policy(PolicyConfig(experts="eager", share_prefixes=False))
     policy.model.double()
     policy._dtype = torch.float64
     inputs = experts[:, :-1].flatten(0, 1)
@@ -195,7 +193,9 @@ def test_another_choice_has_the_reference_gradient(attention: str, again: bool) 
         policy = moe_policy(config)
         found = step(policy, cut(replace(rows, experts=experts), CUTS[1]))
         free = step(policy, cut(rows, CUTS[1]))
-        reference = masked_reference(rows.rows(rows.with_advantage()), experts[rows.with_advantage()])
+        active = replace(rows, experts=experts).rows(rows.with_advantage())
+        assert active.experts is not None
+        reference = masked_reference(active.experts)
         reference.config = PolicyConfig(aux_loss_coef=aux)
         reference.attention = "sdpa"
         expected = step(reference, cut(rows, CUTS[0]))
@@ -212,8 +212,8 @@ def test_another_choice_has_the_reference_gradient(attention: str, again: bool) 
 
 
 def test_metrics_count_what_was_forced_and_what_moved() -> None:
-    """Of the tokens that enter the model, on a policy whose own choice is known: half of them keep it, a quarter is sent
-    elsewhere, the rest is not known."""
+    """Of the tokens that enter the model, on a policy whose own choice is known: half of them keep it, a quarter is
+    sent elsewhere, the rest is not known."""
     policy = moe_policy(PolicyConfig(routing_replay=True))
     rows = replace(rows_of(7, near=True), advantages=torch.ones(ROWS))
     # The last router alone moves tokens, so that what follows it is as it was.
@@ -242,13 +242,17 @@ def test_old_logprobs_are_recomputed_with_the_same_choice() -> None:
     learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.0), GrpoLossConfig(), 1.0)
     batch = cut(rows, CUTS[1])
     found = learner.train([batch], recompute_old=True)
-    assert found["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert found["policy/is_ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert found["policy/is_ratio_min"] == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (torch.zeros(ROWS, 12, 3, K), r"moe: the engine reports 2 experts of each of 3 routers, .* 2 routers"),
+        (
+            torch.zeros(ROWS, 12, 3, K),
+            r"moe: the engine reports 2 experts of each of 3 routers, .* 2 routers",
+        ),
         (torch.zeros(ROWS, 12, 2, 3), r"moe: the engine reports 3 experts of each of 2 routers"),
         (torch.full((ROWS, 12, 2, K), E), r"moe: the engine reports expert 8, the policy's are 0\.\.7"),
     ],
@@ -277,7 +281,9 @@ def test_what_cannot_be_replayed_is_refused() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "forward", by_sorting)
-        with pytest.raises(ConfigError, match=r"cannot force the choice of .*gate .*none of its calls of topk"):
+        with pytest.raises(
+            ConfigError, match=r"cannot force the choice of .*gate .*none of its calls of topk"
+        ):
             Policy(model, tiny_tokenizer(), "sorts", on)
 
 
@@ -295,5 +301,3 @@ def test_parts_of_rows_keep_their_experts() -> None:
     part = rows.rows(keep)
     assert part.experts is not None and rows.experts is not None
     assert torch.equal(part.experts, rows.experts[keep, : part.ids.shape[1]])
-
-

@@ -117,7 +117,10 @@ class RouterLoad:
         entropy = -torch.special.xlogy(probabilities, probabilities).sum(-1, keepdim=True)
         values = torch.cat((probabilities, entropy), -1)
         totals = (values if real is None else values * real[:, None]).sum(0)
-        replayed = torch.stack([part.sum() for part in forced]) if forced else counts.new_zeros(2)
+        if forced is None:
+            replayed = counts.new_zeros(2)
+        else:
+            replayed = torch.stack([(part if real is None else part & real).sum() for part in forced])
         sums = torch.cat((counts.double(), totals.double(), replayed.double()))
         self._sums[router] = self._sums[router] + sums if router in self._sums else sums
         self._chosen[router] = choice.shape[-1]

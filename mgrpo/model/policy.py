@@ -100,7 +100,9 @@ class Policy:
     def _prove_replay(self) -> None:
         if self.routing.replay is not None:
             self.routing.replay.prove(self._states, self.device)
-            if self.attention == "rows":  # one forward pass a micro-batch, whose tokens the choices are laid out for
+            if (
+                self.attention == "rows"
+            ):  # one forward pass a micro-batch, whose tokens the choices are laid out for
                 self.attention = "sdpa"
 
     def _choose_sharing(self) -> None:

@@ -78,10 +78,10 @@ class RoutingReplay:
 
     def __init__(self, routers: Sequence[Router], name: str) -> None:
         """name: how errors call the policy."""
-        self.name, self.now, self.counts = name, None, False
-        self.now: _Forced | None
+        self.name = name
+        self.now: _Forced | None = None
         """What is chosen at present; None: each router routes freely."""
-        self.counts: bool
+        self.counts = False
         """Whether `seen` is filled."""
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         """Router -> bool (T,) which tokens were forced, and which of them it would have sent elsewhere itself."""

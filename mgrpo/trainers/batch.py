@@ -26,8 +26,8 @@ class MicroBatch:
     """i64 (P,), tokens that rows of this and of neighbouring micro-batches begin with: they are computed once for all
     of these, in two passes. None: this micro-batch shares with no other."""
     experts: torch.Tensor | None = None
-    """i16 (R, S, N, k), where the engine sent each token, at each of N routers; -1: nobody recorded it. None: routing is
-    not replayed."""
+    """i16 (R, S, N, k), where the engine sent each token, at each of N routers; -1: nobody recorded it. None: routing
+    is not replayed."""
 
     def rows(self, keep: torch.Tensor) -> MicroBatch:
         """The trajectories where keep (bool[R]) is True, cut to their own width."""
