@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgrpo.config.policy import PolicyConfig
+from mgrpo.config.loss import GrpoLossConfig
+from mgrpo.config.policy import LoraConfig, PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy
 from mgrpo.model.routing_replay import listen
 from mgrpo.trainers.batch import MicroBatch
+from mgrpo.trainers.torch.learner import Learner
 from tests.families import family
 from tests.models import tiny_model, tiny_tokenizer
 from tests.moe_ranks import AUX, CUTS, cut, moe_policy, step
@@ -231,14 +233,49 @@ def test_metrics_count_what_was_forced_and_what_moved() -> None:
     assert found["moe/rerouted"] == pytest.approx(int(moved.sum()) / (2 * known))
 
 
+def test_the_reference_between_forward_and_backward_routes_freely() -> None:
+    """It may be the policy's own modules without their adapters; what is computed again behind it is forced again."""
+    config = PolicyConfig(
+        routing_replay=True, gradient_checkpointing=True, lora=LoraConfig(rank=2, targets=("o_proj",))
+    )
+    policy = moe_policy(config)
+    rows = replace(rows_of(4, near=True), advantages=torch.ones(ROWS))
+    rows = replace(rows, experts=random_experts(rows, 2, unknown=0.0))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    learner = Learner(policy, optimizer, GrpoLossConfig(kl_coef=0.1), 1.0, policy.base())
+    with choices(policy) as seen:
+        learner.train([cut(rows, CUTS[0])], recompute_old=False)
+    assert [number for number, _ in seen] == [0, 1, 0, 1, 1, 0]
+    assert rows.experts is not None
+    wanted = entering(rows, rows.experts, "sdpa").sort(-1).values.long()
+    forced, free, again = seen[:2], seen[2:4], seen[:3:-1]
+    for (number, first), (_, reference), (_, second) in zip(forced, free, again, strict=True):
+        known = wanted[:, number, 0] >= 0
+        assert torch.equal(first[known], wanted[known, number]) and torch.equal(first, second)
+        assert not torch.equal(reference[known], wanted[known, number])
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+def test_half_precision_is_forced_too(name: str) -> None:
+    """Whatever a router's own precision is there."""
+    policy = policy_of(name, dtype="bfloat16", attention="sdpa", gradient_checkpointing=True)
+    rows = replace(rows_of(4, near=True), advantages=torch.ones(ROWS))
+    rows = replace(rows, experts=random_experts(rows, 2))
+    with choices(policy) as seen:
+        step(policy, cut(rows, CUTS[0]))
+    assert rows.experts is not None
+    wanted = entering(rows, rows.experts, "sdpa").sort(-1).values.long()
+    assert len(seen) == 4
+    for number, chosen in seen:
+        known = wanted[:, number, 0] >= 0
+        assert torch.equal(chosen[known], wanted[known, number])
+
+
 def test_old_logprobs_are_recomputed_with_the_same_choice() -> None:
     """A first optimizer step has ratio 1 then, in a policy that samples with other choices than it would make."""
     policy = moe_policy(PolicyConfig(routing_replay=True))
     rows = replace(rows_of(8, near=True))
     rows = replace(rows, experts=random_experts(rows, 2))
-    from mgrpo.config.loss import GrpoLossConfig
-    from mgrpo.trainers.torch.learner import Learner
-
     learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.0), GrpoLossConfig(), 1.0)
     batch = cut(rows, CUTS[1])
     found = learner.train([batch], recompute_old=True)

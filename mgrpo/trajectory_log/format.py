@@ -4,8 +4,8 @@
     record  = magic u32 | meta length u32 | payload length u64 | crc32c u32 | 0 u32 | meta | payload
     payload = tokens i32[n] | logprobs f32[n] | versions i32[n] | experts [n, N, k] | loss_mask u8[n], little-endian
 
-Experts are u8 or u16, and there only with routing replay: meta then says N, k and the bytes of one number, and has no
-such field otherwise.
+Experts are u8 or u16, and there only with routing replay: meta then ends in N, k and the bytes of one number.
+
 A segment of the log is a file. Where the segments of a trajectory begin is in its meta; where an older log has nothing
 there, it is one. Record, meta and payload each begin at a multiple of 8 bytes, so the arrays are aligned in the file
 and in what is read.
@@ -146,7 +146,7 @@ def checked_payload(body: Append, frames: Sequence[Buffer]) -> bytes:
     meta = body.meta
     codec.check_names([meta.query, *meta.scores])
     codec.check_finite("score", meta.scores.values())
-    pieces = [name for name in body.arrays if name.startswith("experts.")] if meta.experts else []
+    pieces = [f"experts.{i}" for i in range(len(body.arrays) - len(ARRAYS))] if meta.experts else []
     if set(body.arrays) != {*ARRAYS, *pieces}:
         raise BadMessage(f"arrays {sorted(body.arrays)}, expected {sorted(ARRAYS)}")
     arrays = codec.unpack_arrays(body.arrays, frames)
@@ -161,7 +161,7 @@ def checked_payload(body: Append, frames: Sequence[Buffer]) -> bytes:
         raise BadMessage("loss_mask holds more than 0 and 1")
     _check_segments(meta, arrays["loss_mask"])
     parts = {name: arrays[name].tobytes() for name in ARRAYS}
-    experts = _checked_experts(meta, [arrays[f"experts.{i}"] for i in range(len(pieces))])
+    experts = _checked_experts(meta, [arrays[name] for name in pieces])
     return b"".join((parts["tokens"], parts["logprobs"], parts["versions"], *experts, parts["loss_mask"]))
 
 
