@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mgrpo.config.run import SftConfig
 from mgrpo.model.policy import Policy
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.base import Demos
-from mgrpo.trainers.batch import MiniBatch
+from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.fsdp_ranks import CUTS, cut, weights
@@ -42,6 +43,11 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
         "qwen3_moe",
         ("gradient_checkpointing=true", "aux_loss_coef=0.1"),
         "dp = 2, tp = 2, ep = 2",
+    ),
+    "replay": (
+        "qwen3_moe",
+        ("routing_replay=true", "gradient_checkpointing=true"),
+        "dp = 2, tp = 2, ep = 4",
     ),
     "cp": ("llama", (), "dp = 2, cp = 2"),
     "cp tied": ("qwen3", ("last_layers=1", "gradient_checkpointing=true"), "cp = 4"),
@@ -116,16 +122,25 @@ def config_of(variant: str, ranks: int) -> RunConfig:
 
 
 def batches_of(step: int) -> list[MiniBatch]:
-    """The minibatches of a step: an uneven cut, some ranks without rows, and one that all but one rank sit out."""
+    """The minibatches of a step: an uneven cut, some ranks without rows, and one that all but one rank sit out. Rows
+    say which experts of the mixture their tokens were sent to."""
     return [
-        cut(rows_of(10 * step, near=True), CUTS[2], RANKS),
-        cut(rows_of(10 * step + 1, near=True), CUTS[0], RANKS),
+        cut(routed(rows_of(10 * step, near=True)), CUTS[2], RANKS),
+        cut(routed(rows_of(10 * step + 1, near=True)), CUTS[0], RANKS),
     ]
 
 
 def first_batches() -> list[MiniBatch]:
     """Whose gradients tests/mesh_gradient.py takes."""
     return [batches_of(step)[0] for step in range(6)]
+
+
+def routed(rows: MicroBatch) -> MicroBatch:
+    """With a random choice of 2 of 4 experts at each of 2 routers, for most of the tokens."""
+    g = torch.Generator().manual_seed(int(rows.ids.sum()))
+    experts = torch.rand(*rows.ids.shape, 2, 4, generator=g).argsort(-1)[..., :2].to(torch.int16)
+    experts[torch.rand(rows.ids.shape, generator=g) < 0.2] = -1
+    return replace(rows, experts=experts)
 
 
 def train(trainer: TorchTrainer, start: Path, save: bool = False) -> dict[str, Any]:

@@ -95,8 +95,11 @@ def policy_of(name: str, device: str, **more: Any) -> Policy:
 
 
 def minibatch(alike: bool = False) -> MiniBatch:
-    """alike: all rows begin alike, with a prefix that is held and some tokens more."""
+    """alike: all rows begin alike, with a prefix that is held and some tokens more. A mixture of two layers with two
+    experts may replay their routing."""
     rows = rows_of(1, near=True)
+    experts = torch.randint(-1, 2, (*rows.ids.shape, 2, 1), generator=torch.Generator().manual_seed(1))
+    rows.experts = experts.to(torch.int16)
     if alike:
         rows.ids[:, :6], rows.prefix = rows.ids[0, :6], rows.ids[0, :3]
     parts = [rows.rows(torch.arange(len(rows.lengths)) % 2 == i) for i in range(2)]
@@ -120,6 +123,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3, packed": ("qwen3", {"attention": "varlen", "dtype": "bfloat16"}, {}),
     "qwen3, KL and two phases": ("qwen3", {"attention": "sdpa"}, {"type": "gspo", "kl_coef": 0.1}),
     "mixture of experts": ("Qwen3Moe", {"attention": "sdpa", "aux_loss_coef": 0.1}, {}),
+    "mixture that replays": (
+        "Qwen3Moe",
+        {"attention": "varlen", "dtype": "bfloat16", "routing_replay": True, "gradient_checkpointing": True},
+        {},
+    ),
     "offload": ("llama-gqa", {"attention": "sdpa", "activation_offload": True}, {}),
     "checkpoints and offload, packed": (
         "qwen3",

@@ -33,8 +33,8 @@ class LoraConfig(Settings):
 
 
 class MeshConfig(Settings):
-    """What the ranks of one trainer divide among them: replicate x dp x cp x tp ranks, those of one tp group side
-    by side, and the tp groups of one cp group likewise. What a model cannot be cut into is refused when it is loaded."""
+    """What the ranks of one trainer divide among them: replicate x dp x cp x tp ranks, those of one tp group side by
+    side, and the tp groups of one cp group likewise. What a model cannot be cut into is refused when it is loaded."""
 
     dp: int = Field(0, ge=0)
     """Ranks with micro-batches of their own, over which every weight is sharded (FSDP2). 0: as many as policy.ranks
@@ -126,6 +126,10 @@ class PolicyConfig(Settings):
         if mesh.cp > 1 and self.attention not in ("auto", "sdpa"):
             raise ValueError(
                 f'mesh.cp={mesh.cp} divides padded rows, attention "{self.attention}" computes others; use "auto"'
+            )
+        if mesh.cp > 1 and self.routing_replay:
+            raise ValueError(
+                f"mesh.cp={mesh.cp} and routing_replay=true exclude each other: rows are divided for dense models only"
             )
         if self.compile and self.ranks > 1:
             raise ValueError(

@@ -23,11 +23,12 @@ from mgrpo._C import philox4x32_10
 from mgrpo.engines.base import Engine, Generation, SamplingParams
 from mgrpo.environments.attempt import AttemptOverError
 from mgrpo.environments.conversation_spans import ConversationSpans
+from mgrpo.environments.reported_experts import joined, merged
 from mgrpo.environments.tools import outside_tools
 from mgrpo.errors import ContextOverflowError, RolloutError
 from mgrpo.model.tokens import Tokenizer, decode_piece, encode_piece, encode_start
 from mgrpo.record import spans
-from mgrpo.types import Trajectory
+from mgrpo.types import Experts, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class _Segment:
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    experts: Experts | None = None
+    """Of its first tokens, where the engine reports them."""
 
     def extend(
         self, ids: Sequence[int], sampled: int, logprobs: Sequence[float], versions: Sequence[int]
@@ -197,6 +200,8 @@ class Conversation:
         self._turn, self.last = self._turn + 1, out
         ids = [int(i) for i in out.token_ids]
         now.extend(ids, 1, [float(x) for x in out.logprobs], [int(v) for v in out.versions])
+        if out.experts is not None:
+            now.experts = merged(now.experts, out.experts, len(now.ids), self._session)
         self._seen = list(now.ids)
         return ids
 
@@ -257,6 +262,7 @@ class Conversation:
             versions=np.concatenate([np.asarray(s.versions, np.int32) for s in segments]),
             scores=dict(self.scores),
             segment_starts=(0, *accumulate(len(s.ids) for s in segments[:-1])),
+            experts=joined([s.experts for s in segments], [len(s.ids) for s in segments], self._name),
         )
 
     def final_trajectory(self) -> Trajectory:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
+from mgrpo.model.routing_replay import RoutingReplay
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -94,21 +96,32 @@ class RouterLoad:
     def __init__(self) -> None:
         self.tokens = 0
         """Tokens that entered the model."""
-        # Router -> f64 (2 E + 1,): tokens and probabilities of its experts, entropy.
+        # Router -> f64 (2 E + 3,): see Packed.
         self._sums: dict[int, Tensor] = {}
         self._chosen: dict[int, int] = {}  # router -> k
 
     @torch.no_grad()
     def add(
-        self, router: int, logits: Tensor, choice: Tensor, probabilities: Tensor, real: Tensor | None
+        self,
+        router: int,
+        logits: Tensor,
+        choice: Tensor,
+        probabilities: Tensor,
+        real: Tensor | None,
+        forced: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Tokens of one forward pass through one router. real: bool (T,), False at padding; None: all are real."""
+        """Tokens of one forward pass through one router. real: bool (T,), False at padding; None: all are real. forced:
+        see RoutingReplay.seen; None: no choice was."""
         ones = torch.ones_like(choice) if real is None else real[:, None].expand_as(choice).to(choice.dtype)
         counts = choice.new_zeros(logits.shape[-1]).scatter_add_(0, choice.flatten(), ones.flatten())
         entropy = -torch.special.xlogy(probabilities, probabilities).sum(-1, keepdim=True)
         values = torch.cat((probabilities, entropy), -1)
         totals = (values if real is None else values * real[:, None]).sum(0)
-        sums = torch.cat((counts.double(), totals.double()))
+        if forced is None:
+            replayed = counts.new_zeros(2)
+        else:
+            replayed = torch.stack([(part if real is None else part & real).sum() for part in forced])
+        sums = torch.cat((counts.double(), totals.double(), replayed.double()))
         self._sums[router] = self._sums[router] + sums if router in self._sums else sums
         self._chosen[router] = choice.shape[-1]
 
@@ -123,16 +136,18 @@ class RouterLoad:
 
 
 Packed = tuple[int, list[tuple[int, Tensor]]]
-"""Tokens; of each router k, and f64 (2 E + 1,): how many tokens each expert got, the sums of its probabilities, and the
-sum of the tokens' entropies."""
+"""Tokens; of each router k, and f64 (2 E + 3,): how many tokens each expert got, the sums of its probabilities, the sum
+of the tokens' entropies, the tokens whose choice was forced, and those of them that it would have sent elsewhere."""
 
 
 class Balance:
     """What a minibatch's RouterLoads say, of all ranks together."""
 
-    def __init__(self, parts: Sequence[Packed]) -> None:
-        """parts: of each rank, in the order of ranks; one without tokens has no routers."""
+    def __init__(self, parts: Sequence[Packed], replays: bool = False) -> None:
+        """parts: of each rank, in the order of ranks; one without tokens has no routers. replays: the metrics say how
+        much was forced."""
         self.tokens = sum(tokens for tokens, _ in parts)
+        self._replays = replays
         self._routers: list[tuple[int, Tensor]] = []
         self._factors: list[Tensor] | None = None
         for same in zip(*(routers for _, routers in parts if routers), strict=True):
@@ -144,13 +159,18 @@ class Balance:
             return {}
         total = dict.fromkeys(("load_imbalance", "dead_experts", "router_entropy", "aux_loss"), 0.0)
         for chosen, sums in self._routers:
-            experts = len(sums) // 2
-            counts, probabilities = sums[:experts], sums[experts:-1]
+            experts = _experts_in(sums)
+            counts, probabilities = sums[:experts], sums[experts : 2 * experts]
             total["load_imbalance"] += float(counts.max() / counts.mean())
             total["dead_experts"] += float((counts == 0).double().mean())
-            total["router_entropy"] += float(sums[-1]) / self.tokens
+            total["router_entropy"] += float(sums[-3]) / self.tokens
             total["aux_loss"] += float(counts @ probabilities) * experts / (chosen * self.tokens**2)
-        return {f"moe/{name}": value / len(self._routers) for name, value in total.items() if self._routers}
+        out = {f"moe/{name}": value / len(self._routers) for name, value in total.items() if self._routers}
+        if self._replays and self._routers:
+            forced, moved = (sum(float(sums[at]) for _, sums in self._routers) for at in (-2, -1))
+            out["moe/replayed"] = forced / (self.tokens * len(self._routers))
+            out["moe/rerouted"] = moved / forced if forced else 0.0
+        return out
 
     def factors(self, device: torch.device) -> list[Tensor]:
         """Of each router f32 (E,): what a token's probabilities are multiplied with in L. They are brought to the
@@ -158,17 +178,23 @@ class Balance:
         if self._factors is None:
             self._factors = []
             for chosen, sums in self._routers:
-                experts = len(sums) // 2
+                experts = _experts_in(sums)
                 scale = experts / (chosen * self.tokens**2 * len(self._routers))
                 self._factors.append((sums[:experts] * scale).float().to(device))
         return self._factors
 
 
+def _experts_in(sums: Tensor) -> int:
+    return (len(sums) - 3) // 2
+
+
 class Routing:
     """The routers of a policy, and what they decide while somebody records it. A dense policy has none."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, replays: bool = False, name: str = "policy") -> None:
+        """replays: choices can be forced (policy.routing_replay), once the replay is proved. name: for errors."""
         self.routers = routers_of(model)
+        self.replay = RoutingReplay(self.routers, name) if replays else None
         self._load: RouterLoad | None = None
         self._kept: list[tuple[int, Tensor, Tensor | None]] | None = None
         self._recording = False
@@ -187,16 +213,28 @@ class Routing:
             router.module.register_forward_hook(self._hook(number, router), prepend=True)
             for number, router in enumerate(self.routers)
         ]
+        if self.replay is not None:
+            self.replay.counts = load is not None
         try:
             yield
         finally:  # a recomputation in the backward pass is no second forward
+            if self.replay is not None:
+                self.replay.counts = False
+                self.replay.seen.clear()
             for hook in hooks:
                 hook.remove()
             self._load = self._real = None
             self._recording = False
 
+    def forcing(self, experts: Tensor | None) -> AbstractContextManager[None]:
+        """Around a forward pass, and again around its backward pass: see RoutingReplay.forcing. Routed freely where the
+        policy does not replay."""
+        return contextlib.nullcontext() if self.replay is None else self.replay.forcing(experts)
+
     def expect(self, lengths: Tensor, width: int | None, device: torch.device) -> None:
         """The next forward has rows with `lengths` tokens (R,), padded to `width`; None: packed without padding."""
+        if self.replay is not None:
+            self.replay.lay_out(lengths, width, device)
         if not self._recording:
             return
         lengths = lengths.cpu()
@@ -232,7 +270,8 @@ class Routing:
             if self._load is not None:
                 with torch.no_grad():
                     probabilities = router.probabilities(logits)
-                self._load.add(number, logits, choice, probabilities, self._real)
+                forced = None if self.replay is None else self.replay.seen.pop(number, None)
+                self._load.add(number, logits, choice, probabilities, self._real, forced)
             if self._kept is not None:
                 self._kept.append((number, logits, self._real))
 
@@ -246,6 +285,11 @@ def check(model: nn.Module, config: PolicyConfig, routing: Routing, name: str) -
         raise ConfigError(
             f"{name}: policy.aux_loss_coef={config.aux_loss_coef:g} needs a mixture of experts whose routers "
             f"transformers records; {kind} has none"
+        )
+    if config.routing_replay and not routing.routers:
+        raise ConfigError(
+            f"{name}: policy.routing_replay=true needs a mixture of experts whose routers transformers records; {kind} "
+            "has none"
         )
     if not config.train_router and not routing.routers:
         raise ConfigError(

@@ -80,7 +80,7 @@ class Policy:
         self.why_not: str | None = None
         """Why it is not, where the configuration asks for it."""
         self.precision = Precision(model, PolicyConfig(), name)
-        self.routing = moe.Routing(model)
+        self.routing = moe.Routing(model, self.config.routing_replay, name)
         moe.check(model, self.config, self.routing, name)
         self.experts = moe.choose(model, self.config, name)
         """How its experts multiply; None for a dense model."""
@@ -95,9 +95,18 @@ class Policy:
         self._round()
         with uncompiled():
             self.attention = attention.choose(self.model, self._states, self.config, self.device, self.name)
+            self._prove_replay()
             self._choose_sharing()
         recompute_layers(self.model, self.config, self.name)
         self._offload = self.config.activation_offload
+
+    def _prove_replay(self) -> None:
+        if self.routing.replay is not None:
+            self.routing.replay.prove(self._states, self.device)
+            if (
+                self.attention == "rows"
+            ):  # one forward pass a micro-batch, whose tokens the choices are laid out for
+                self.attention = "sdpa"
 
     def _choose_sharing(self) -> None:
         self.why_not = sharing.choose(self.model, self._states, self.config, self.device, self.attention)

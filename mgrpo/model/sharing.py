@@ -51,6 +51,8 @@ def _by_name(model: Any, config: PolicyConfig, device: torch.device) -> str | No
             return f"mesh.{side}={getattr(config.mesh, side)} divides what a layer attends to"
     if config.aux_loss_coef:
         return f"aux_loss_coef={config.aux_loss_coef:g} balances the experts over every token of every row"
+    if config.routing_replay:
+        return "routing_replay sends a token where its own rollout was sent, and rollouts may differ in it"
     if kept := architecture.layer_kinds(described) - architecture.ATTENTION:
         return f"it has {', '.join(sorted(kept))} layers"
     if getattr(model, "_is_stateful", False):

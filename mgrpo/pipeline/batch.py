@@ -21,6 +21,7 @@ from mgrpo.batcher import Batcher, Plan
 from mgrpo.config import RunConfig
 from mgrpo.credit import StageRewards
 from mgrpo.losses.registry import find_loss
+from mgrpo.pipeline.batch_experts import experts_of_rows
 from mgrpo.pipeline.batch_metrics import Member, batch_metrics, pool_metrics, sample_metrics
 from mgrpo.store.records import ClaimedGroup, ClaimedInvocation
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
@@ -96,6 +97,7 @@ class BatchBuilder:
         self._ranks = ranks
         self._loss = find_loss(self._agent.loss, f"agents.{role}.loss")
         self._skip_zero = not self._loss.every_token_acts
+        self._replays = config.agents[config.policy_of(role)].policy.routing_replay
         self._batcher = Batcher(
             config.trainer.group_size,
             self._agent.d_max,
@@ -138,7 +140,7 @@ class BatchBuilder:
                 self._feed(seen, advantages, members, numbers)
             queries = [g.query for g in groups[i : i + size]]
             plans.append(self._plan(step, queries))
-        minibatches = [self._minibatch(plan) for plan in plans]
+        minibatches = [self._minibatch(plan, members) for plan in plans]
         for group in groups:
             self._batcher.drop(group.query)
         metrics = {
@@ -287,7 +289,7 @@ class BatchBuilder:
         for k, d in counts.items():
             self._batcher.seal(group.query, k, d)
 
-    def _minibatch(self, plan: Plan) -> MiniBatch:
+    def _minibatch(self, plan: Plan, members: Sequence[Member]) -> MiniBatch:
         """Write the plan's rows; the denominator counts every kept trajectory, rows without a gradient included.
 
         With several ranks micro-step after micro-step, each with one micro-batch a rank, some of them empty.
@@ -295,7 +297,7 @@ class BatchBuilder:
         micro: list[MicroBatch] = []
         prefixes: dict[int, torch.Tensor] = {}
         for index in range(plan.n_padded):
-            step = [self._micro_batch(plan, rank, index) for rank in range(self._ranks)]
+            step = [self._micro_batch(plan, rank, index, members) for rank in range(self._ranks)]
             if (number := int(plan.prefix_id[0, index])) >= 0:  # one tensor for all micro-batches with it
                 prefix = step[0].ids[0, : plan.prefixes[0, index]]
                 step[0].prefix = prefixes.setdefault(number, prefix)
@@ -303,7 +305,7 @@ class BatchBuilder:
                 micro += step
         return MiniBatch(micro, self._denominator(plan))
 
-    def _micro_batch(self, plan: Plan, rank: int, index: int) -> MicroBatch:
+    def _micro_batch(self, plan: Plan, rank: int, index: int, members: Sequence[Member]) -> MicroBatch:
         buffers = plan.padded_buffers(rank, index)
         self._batcher.write_padded(plan, rank, index, buffers)
         rows = buffers["lengths"] > 0
@@ -317,6 +319,7 @@ class BatchBuilder:
             token_advantages=torch.from_numpy(buffers["advantages"][rows])
             if "advantages" in buffers
             else None,
+            experts=experts_of_rows(plan, buffers, members) if self._replays else None,
         )
 
     def _denominator(self, plan: Plan) -> float:

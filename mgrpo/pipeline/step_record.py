@@ -160,12 +160,13 @@ def _row(member: Member) -> tuple[float, ...]:
 
 
 def _minibatch(batch: MiniBatch, plan: Plan) -> MiniBatchRecord:
-    per_token = any(micro.token_advantages is not None for micro in batch.micro)
-    names = (*_TENSORS, "token_advantages") if per_token else _TENSORS
+    optional = ("token_advantages", "experts")
+    names = [*_TENSORS, *(n for n in optional if any(getattr(m, n) is not None for m in batch.micro))]
     crc = dict.fromkeys(names, 0)
     for micro in batch.micro:
         for name in names:
-            crc[name] = int(google_crc32c.extend(crc[name], getattr(micro, name).numpy().tobytes()))
+            if (tensor := getattr(micro, name)) is not None:  # experts of one without any
+                crc[name] = int(google_crc32c.extend(crc[name], tensor.numpy().tobytes()))
     entering = sum(map(entering_tokens, batch.micro))
     return MiniBatchRecord(batch.denominator, crc, entering - plan.shared_tokens, plan.shared_tokens)
 

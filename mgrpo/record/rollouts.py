@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from mgrpo.config.record import RecordConfig
 from mgrpo.record.redaction import WITHHELD, redacted_info
@@ -167,4 +168,7 @@ def _record(trajectory: Trajectory, keep: bool) -> TrajectoryRecord:
         record.loss_mask = trajectory.loss_mask.tobytes()
         record.logprobs = trajectory.logprobs.tobytes()
         record.versions = trajectory.versions.tobytes() if low != high else b""
+        if trajectory.experts is not None:
+            record.experts = np.ascontiguousarray(trajectory.experts).tobytes()
+            record.experts_shape = (*trajectory.experts.shape[1:], trajectory.experts.itemsize)
     return record

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mgrpo.types import Trajectory
+from mgrpo.types import Experts, Trajectory
 
 EVALUATION = "eval"
 
@@ -50,6 +50,8 @@ class TrajectoryRecord(msgspec.Struct, gc=False):
     logprobs: bytes = b""  # f32
     versions: bytes = b""  # i32
     segment_starts: tuple[int, ...] = (0,)  # records of before have one segment each
+    experts: bytes = b""  # u8 or u16 (n, N, k), with routing replay
+    experts_shape: tuple[int, ...] = ()  # N, k, bytes of one number
 
     def trajectory(self, query: str, rollout: int) -> Trajectory:
         """The trajectory as the worker had it. Raises ValueError where its tokens were not kept."""
@@ -71,7 +73,14 @@ class TrajectoryRecord(msgspec.Struct, gc=False):
             versions=versions,
             scores=self.scores,
             segment_starts=self.segment_starts,
+            experts=self._experts(),
         )
+
+    def _experts(self) -> Experts | None:
+        if not self.experts_shape:
+            return None
+        routers, chosen, size = self.experts_shape
+        return np.frombuffer(self.experts, f"<u{size}").reshape(self.n, routers, chosen)
 
 
 class RolloutBody(msgspec.Struct, gc=False):

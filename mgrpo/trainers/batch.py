@@ -25,6 +25,9 @@ class MicroBatch:
     prefix: torch.Tensor | None = None
     """i64 (P,), tokens that rows of this and of neighbouring micro-batches begin with: they are computed once for all
     of these, in two passes. None: this micro-batch shares with no other."""
+    experts: torch.Tensor | None = None
+    """i16 (R, S, N, k), where the engine sent each token, at each of N routers; -1: nobody recorded it. None: routing
+    is not replayed."""
 
     def rows(self, keep: torch.Tensor) -> MicroBatch:
         """The trajectories where keep (bool[R]) is True, cut to their own width."""
@@ -40,6 +43,7 @@ class MicroBatch:
             None if self.old_logprobs is None else self.old_logprobs[keep, :width],
             None if self.token_advantages is None else self.token_advantages[keep, :width],
             self.prefix,
+            None if self.experts is None else self.experts[keep, :width],
         )
 
     def with_advantage(self) -> torch.Tensor:

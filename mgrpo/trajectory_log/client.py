@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mgrpo.trajectory_log.format import Append, LogRef, Meta
+from mgrpo.trajectory_log.format import MAX_EXPERTS, Append, LogRef, Meta, split_experts
 from mgrpo.transport import codec
 from mgrpo.transport.client import Answer, Client
 from mgrpo.transport.codec import Sender
@@ -24,15 +24,24 @@ class TrajectoryLogClient:
         self._link = Client(url, peer=f"trajectory log of {role}", sender=sender, **{"window": 64, **options})
 
     def append(self, trajectory: Trajectory, *, attempt: int = 0, index: int = 0) -> Future[LogRef]:
-        """Send a trajectory; the future has its reference once it is durable. `index` is its group's."""
+        """Send a trajectory; the future has its reference once it is durable. `index` is its group's. Raises ValueError
+        where its experts are more than a message takes."""
         arrays: dict[str, npt.NDArray[Any]] = {
             "tokens": np.asarray(trajectory.tokens, np.int32),
             "logprobs": np.asarray(trajectory.logprobs, np.float32),
             "versions": np.asarray(trajectory.versions, np.int32),
             "loss_mask": np.asarray(trajectory.loss_mask, np.uint8),
         }
+        t, experts = trajectory, trajectory.experts
+        if experts is not None:
+            if experts.nbytes > MAX_EXPERTS:
+                raise ValueError(
+                    f"{t.query}/{t.rollout} {t.role}/{t.invocation}: experts {experts.shape} of its tokens are "
+                    f"{experts.nbytes} bytes, the limit is {MAX_EXPERTS}; set agents.{t.role}.max_length lower, or "
+                    "policy.routing_replay=false"
+                )
+            arrays |= split_experts(experts)
         specs, frames = codec.pack_arrays(arrays)
-        t = trajectory
         meta = Meta(
             t.query,
             t.rollout,
@@ -43,6 +52,7 @@ class TrajectoryLogClient:
             t.scores,
             len(t),
             tuple(t.segment_starts),
+            () if experts is None else (*experts.shape[1:], experts.itemsize),
         )
         answer = self._link.submit(
             "append", Append(meta, specs), frames, queue=f"append({t.query!r})", bulk=True

@@ -44,7 +44,6 @@ from mgrpo.trajectory_log.format import (
     read_bytes,
     trajectory,
 )
-from mgrpo.transport import codec
 from mgrpo.transport.codec import Buffer, Refusal
 from mgrpo.transport.server import Handler, Reply, Request
 from mgrpo.types import Trajectory
@@ -121,7 +120,7 @@ class TrajectoryLog:
     def append(self, meta: Meta, payload: Buffer) -> LogRef:
         """Add a record; it is durable after the next sync()."""
         identity = (meta.query, meta.rollout, meta.invocation, meta.attempt)
-        encoded = codec.encode(meta)
+        encoded = meta.encoded()
         head = encoded + b"\0" * padding(len(encoded))
         crc = google_crc32c.extend(google_crc32c.value(head), bytes(payload))
         known = self._index.get(identity)

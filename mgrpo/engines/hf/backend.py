@@ -59,5 +59,6 @@ class HfBackend(EngineBackend):
             places=places,
             admit_every=STREAMING_ADMISSION if view.trainer.max_lag else 1,
             wait_for_calls=view.rollout.wait_for_calls,
+            report_experts=view.owner.policy.routing_replay,
         )
         return made, policy.tokenizer

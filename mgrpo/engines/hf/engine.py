@@ -40,6 +40,7 @@ from torch import Tensor
 
 from mgrpo.config.engine import OnUpdate
 from mgrpo.engines.base import Engine, Generation, SamplingParams
+from mgrpo.engines.hf.experts import SlotExperts
 from mgrpo.engines.hf.forward import check_served, feed
 from mgrpo.engines.hf.kv_cache import SlotCache
 from mgrpo.engines.hf.load import WeightLoader
@@ -97,13 +98,14 @@ class HfEngine(Engine):
         places: Callable[[Shapes], Mapping[str, Tensor]] | None = None,
         admit_every: int = 1,
         wait_for_calls: bool = False,
+        report_experts: bool = False,
     ) -> None:
         """version: of the weights `policy` holds now. slots: histories cached at once, and largest batch. max_length:
         tokens of a history, at most (default) the model's context. prefill_chunk: prompt tokens a row and forward.
         on_update: what load() does with requests in flight. places: what of the model load() replaces (see
         WeightLoader); None: all of it. admit_every: steps from one admission to the next (see the module's docstring
-        for both). wait_for_calls: no step while a tool or judge is asked (scheduler.py). Raises ConfigError for a
-        model that this engine cannot serve (forward.py)."""
+        for both). wait_for_calls: no step while a tool or judge is asked (scheduler.py). report_experts: see
+        Generation.experts. Raises ConfigError for a model that this engine cannot serve (forward.py)."""
         context = policy.context_length
         max_length = context if max_length is None else max_length
         if max_length is None:
@@ -129,6 +131,7 @@ class HfEngine(Engine):
         self._busy_sessions: set[str] = set()  # with a request in hand
         self._arrays = SlotArrays(slots)
         self._cache = SlotCache(layers, slots, min(64, max_length))
+        self._experts = SlotExperts(policy, slots) if report_experts else None
         self._clock = self._epoch = 0
         self._closed = False
 
@@ -302,6 +305,8 @@ class HfEngine(Engine):
             elif new > 1:
                 ids[i, 0] = arrays.last[row]
         states = feed(self.policy, self._cache, rows, arrays.length[rows], ids, counts)
+        if self._experts is not None:
+            self._experts.keep(rows, arrays.length[rows], counts)
         arrays.length[rows] += counts
         arrays.feeding[rows] -= counts
         return states[torch.arange(len(rows)), torch.from_numpy(counts - 1)] if new > 1 else states[:, 0]
@@ -354,6 +359,7 @@ class HfEngine(Engine):
                     arrays.logprobs[index, :n].copy(),
                     arrays.versions[index, :n].copy(),
                     reason,
+                    None if self._experts is None else self._experts.of(index, int(arrays.length[index])),
                 )
             )
 

@@ -136,7 +136,8 @@ class Learner:
         micro.old_logprobs = torch.zeros_like(micro.rollout_logprobs)
         rows = micro if len(micro.lengths) else _blank()
         prefixes.leave(rows)
-        found = logprobs_of(self.policy, rows, self.loss.temperature, prefixes.of(self.policy, rows))
+        with self.policy.routing.forcing(rows.experts):
+            found = logprobs_of(self.policy, rows, self.loss.temperature, prefixes.of(self.policy, rows))
         if rows is micro:
             micro.old_logprobs[:, 1:][micro.active().mask] = found.to(micro.old_logprobs.device)
 
@@ -189,7 +190,12 @@ class Learner:
         """How the routers spread the minibatch, before it is trained on."""
         for rows in self._parts(batch):
             real = rows if len(rows.lengths) else _blank()
-            with torch.no_grad(), self.policy.routing.record(load if real is rows else None):
+            routing = self.policy.routing
+            with (
+                torch.no_grad(),
+                routing.record(load if real is rows else None),
+                routing.forcing(real.experts),
+            ):
                 self.policy.hidden_before(real.ids, real.lengths, real.active().mask)
         return self._balance(load)
 
@@ -197,7 +203,8 @@ class Learner:
         if not self.policy.routing.routers:
             return moe.Balance([])
         same = self.policy.config.mesh.tp  # ranks, side by side, with the same tokens; along cp they differ
-        return moe.Balance(self.ranks.gather(load.packed())[::same])
+        parts = self.ranks.gather(load.packed())[::same]
+        return moe.Balance(parts, self.policy.config.routing_replay)
 
     def _backward(
         self,
@@ -211,7 +218,9 @@ class Learner:
         device = self.policy.device
         active = rows.active().to(device)
         routing = self.policy.routing.record(load if balance is None else None, keep=balance is not None)
-        with stage("forward"), routing:
+        # The reference, which may be the same modules without adapters, routes freely in between.
+        forcing = self.policy.routing.forcing(rows.experts)
+        with stage("forward"), routing, forcing:
             held = prefixes.of(self.policy, rows)
             hidden = self.policy.hidden_before(rows.ids, rows.lengths, active.mask, held)  # (T, H), or own
         reference = None
@@ -238,7 +247,7 @@ class Learner:
             )
             if balance is not None and (uneven := self.policy.routing.balance_loss(balance)) is not None:
                 loss = loss + self.aux_loss_coef * uneven
-        with stage("backward"):
+        with stage("backward"), forcing:  # what is recomputed chooses the same
             loss.backward()  # type: ignore[no-untyped-call]
         return len(active.targets), metrics
 

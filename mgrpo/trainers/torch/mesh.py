@@ -52,8 +52,8 @@ class RankMesh:
         self.tp: dist.ProcessGroup | None = None
         """The ranks of this one's tp group."""
         self.same_rows: dist.ProcessGroup | None = None
-        """The ranks of this one's tp and cp groups, in their order: they have the same micro-batches, and each its share of the tokens that reach
-        the head."""
+        """The ranks of this one's tp and cp groups together, in their order: they have the same micro-batches, and each
+        its share of the tokens that reach the head."""
         if config.cp > 1:
             sides = (size // config.same_rows, config.cp, config.tp)
             split = init_device_mesh(device, sides, mesh_dim_names=("rows", "cp", "tp"))

@@ -125,6 +125,7 @@ class ShardedPolicy(Policy):
         self.let_go()
         kind = "sdpa" if context else attention.choose(model, self._states, self.config, self.device, name)
         self.attention = "sdpa" if kind == "rows" else kind
+        together(self._ranks, self._prove_replay)
         self._choose_sharing()
         self._offload = self.config.activation_offload
         self.let_go()
