@@ -64,8 +64,8 @@ class Generation:
     versions: Int32  # (n,)
     finish_reason: Literal["stop", "length"]
     experts: Experts | None = None
-    """(m, N, k) of the first m tokens of prompt and sampled tokens together, from an engine that was asked for them (see
-    policy.routing_replay): usually all but the last one, which was no input yet."""
+    """(m, N, k) of the first m tokens of prompt and sampled tokens together, from an engine that was asked for them
+    (see policy.routing_replay): usually all but the last one, which was no input yet."""
 
 
 @dataclass(frozen=True, slots=True)
