@@ -65,7 +65,7 @@ class Generation:
     finish_reason: Literal["stop", "length"]
     experts: Experts | None = None
     """(m, N, k) of the first m tokens of prompt and sampled tokens together, from an engine that was asked for them
-    (see policy.routing_replay): usually all but the last one, which was no input yet."""
+    (policy.routing_replay): usually all but the last one, which was no input yet."""
 
 
 @dataclass(frozen=True, slots=True)
