@@ -9,9 +9,13 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from mgrpo.model.routers import Routing
 
 VOCAB = 50
 
@@ -29,6 +33,38 @@ def words(ids: Sequence[int]) -> str:
 def logprob(weights: bytes, prompt: list[int] | tuple[int, ...]) -> float:
     """Of what follows the prompt."""
     return -0.1 - hashlib.sha256(weights + f"{list(prompt)}".encode()).digest()[0] / 50
+
+
+ROUTING = Routing(layers=4, places=(1, 3), experts=6, chosen=2)
+"""Of the mixture of experts that a server with `routes` serves: two of its layers are dense."""
+
+
+def experts_by(weights: bytes, ids: Sequence[int]) -> list[list[int]]:
+    """(layers, k) that the last of the ids is sent to, given those before it; zeros in dense layers."""
+    drawn = hashlib.sha256(weights + f"routes {list(ids)}".encode()).digest()
+    first = [
+        drawn[layer] % ROUTING.experts if layer in ROUTING.places else 0 for layer in range(ROUTING.layers)
+    ]
+    return [
+        [i, (i + 1 + drawn[9] % 5) % ROUTING.experts] if layer in ROUTING.places else [0, 0]
+        for layer, i in enumerate(first)
+    ]
+
+
+class Routes:
+    """Experts of a request's tokens, each by the weights that it was input to."""
+
+    def __init__(self) -> None:
+        self._rows: list[list[list[int]]] = []
+
+    def feed(self, weights: bytes, ids: Sequence[int]) -> None:
+        """All of ids are input by now."""
+        for n in range(len(self._rows), len(ids)):
+            self._rows.append(experts_by(weights, ids[: n + 1]))
+
+    def since(self, start: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(tokens, layers, k)."""
+        return np.asarray(self._rows[start:]).reshape(-1, ROUTING.layers, ROUTING.chosen)
 
 
 class FakeServer:
@@ -50,6 +86,8 @@ class FakeServer:
         self.heeds_stops = True  # it ends at stop texts
         self.refuse: dict[str, tuple[int, str]] = {}  # path -> status and message
         self.aborted = 0  # generations whose client went away
+        self.routes = False  # it was started to report the experts of each token
+        self.spoil: Callable[[str], Any] = lambda text: text  # what becomes of that report
         self.weights, self.label = b"its own", "default"
         self._forget()
 

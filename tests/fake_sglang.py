@@ -9,10 +9,11 @@ for the end of a pause; nobody can ask whether it is paused, and its health chec
 from __future__ import annotations
 
 import asyncio
+import base64
 from pathlib import Path
 from typing import Any
 
-from tests.fake_server import VOCAB, FakeServer, logprob, token, words
+from tests.fake_server import VOCAB, FakeServer, Routes, logprob, token, words
 
 END_OF_TEXT = VOCAB - 1  # the model's own; sampled at end_at only
 
@@ -24,6 +25,7 @@ class FakeSglang(FakeServer):
     unrecorded = ("/health", "/get_model_info", "/get_server_info")
     end_at: tuple[int, ...] = ()
     finish: dict[str, Any] | None = None
+    knows_start = True  # routed_experts_start_len
     deaf = False  # it takes new weights and goes on with the old ones
 
     def _forget(self) -> None:
@@ -42,7 +44,7 @@ class FakeSglang(FakeServer):
         self.bodies.append(body)
         self.in_flight += 1
         try:
-            ids, reason = await self._sample(params, prompt, reader)
+            ids, reason = await self._sample(params, prompt, reader, routes := Routes())
         finally:
             self.in_flight -= 1
         temperature = 1.0 if self.raw_logprobs else params["temperature"] or 1.0
@@ -62,6 +64,12 @@ class FakeSglang(FakeServer):
             "cached_tokens": 0,
             "e2e_latency": 0.01,
         }
+        if self.routes and body.get("return_routed_experts"):
+            start = body.get("routed_experts_start_len", 0) if self.knows_start else 0
+            assert 0 <= start <= len(prompt), "as SGLang: the start lies in the prompt"
+            meta["routed_experts"] = self.spoil(
+                base64.b64encode(routes.since(start).astype("<i4").tobytes()).decode()
+            )
         return 200, {"text": "", "output_ids": ids, "meta_info": meta}
 
     def _of_prompt(self, prompt: list[int]) -> list[list[Any]]:
@@ -69,7 +77,7 @@ class FakeSglang(FakeServer):
         return [[value, token, None] for value, token in zip(said, prompt, strict=True)]
 
     async def _sample(
-        self, params: dict[str, Any], prompt: list[int], reader: asyncio.StreamReader
+        self, params: dict[str, Any], prompt: list[int], reader: asyncio.StreamReader, routes: Routes
     ) -> tuple[list[int], dict[str, Any]]:
         ids: list[int] = []
         ends = [] if params["ignore_eos"] else [*params["stop_token_ids"], END_OF_TEXT]
@@ -88,6 +96,7 @@ class FakeSglang(FakeServer):
                 return ids, {"type": "abort", "message": "Abort in waiting queue"}
             assert self.running.is_set(), "a token that was sampled during an update"
             assert self.clean, "an answer from a prefix cache of older weights"
+            routes.feed(self.weights, [*prompt, *ids])
             ids.append(self.token(self.weights, params["sampling_seed"], len(prompt) + len(ids)))
             at_text = next((stop for stop in params.get("stop", []) if stop in words(ids)), None)
             if self.heeds_stops and at_text is not None:  # in the tokens of this request alone

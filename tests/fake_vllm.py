@@ -10,13 +10,26 @@ running requests included, unless it is asked not to.
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mgrpo.types import Probe
-from tests.fake_server import VOCAB, FakeServer, logprob, token, words
+from tests.fake_server import VOCAB, FakeServer, Routes, logprob, token, words
 from tests.plugin_kit import Worker
+
+START = "routed_experts_prompt_start"
+
+
+def npy(array: np.ndarray[Any, Any]) -> str:
+    """As vLLM sends arrays."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 class FakeVllm(FakeServer):
@@ -59,6 +72,7 @@ class FakeVllm(FakeServer):
         ids: list[int] = []
         spans: list[dict[str, Any]] = []
         reason = "length"
+        routes = Routes()
         while len(ids) < params["max_tokens"]:
             if self.hold_at in (None, len(ids)):
                 self.standing = not self.hold.is_set()
@@ -72,6 +86,7 @@ class FakeVllm(FakeServer):
                 assert self.clean or salt is not None, "an answer from a prefix cache of older weights"
                 assert ids or salt not in self.stale, "a new request that finds keys of older weights"
                 self.salts.add(salt)
+            routes.feed(adapter or self.weights, [*prompt, *ids])
             ids.append(token(adapter or self.weights, prompt, params["seed"], len(ids)))
             if not spans or spans[-1]["version"] != self.label:
                 spans.append({"version": self.label, "start": len(ids) - 1})
@@ -89,6 +104,8 @@ class FakeVllm(FakeServer):
             top = [{"token_id": VOCAB - 1, "logprob": -20.0 * params["temperature"]}, *top[:-1]]
         content = [{"token_id": i, "logprob": logprobs[0], "rank": 1, "top_logprobs": top} for i in ids]
         choice = {"index": 0, "finish_reason": self.finish or reason, "token_ids": ids}
+        if self.routes:
+            choice["routed_experts"] = self.spoil(npy(routes.since(params.get(START, 0)).astype(np.uint8)))
         return 200, {"choices": [choice | {"logprobs": {"content": content}, "weight_versions": spans}]}
 
     def _at_text(self, params: dict[str, Any], ids: list[int]) -> bool:

@@ -16,6 +16,7 @@ import msgspec
 
 from mgrpo.engines.base import ParsedTurn, SamplingParams
 from mgrpo.errors import ConfigError, InfrastructureError
+from mgrpo.model.routers import Routing
 from mgrpo.types import Experts
 
 CONNECT_SECONDS = 5.0
@@ -49,12 +50,16 @@ class Completion:
     spans: list[Span]  # [] when the server keeps no labels
     finish_reason: Literal["stop", "length"]
     experts: Experts | None = None
-    """See Generation."""
+    """(m, N, k) of tokens `known`..known + m - 1 of prompt and completion together, all but the last one, which was no
+    input; None where the server reported none. known: see ServerClient.generate."""
 
     def cut(self, n: int) -> Completion:
         """Its first n tokens, of which the last completes a stop text."""
         spans = [Span(span.label, span.start, min(span.end, n)) for span in self.spans if span.start < n]
-        return Completion(self.token_ids[:n], self.logprobs[:n], spans, "stop")
+        experts = self.experts
+        if experts is not None and n < len(self.token_ids):
+            experts = experts[: max(0, len(experts) - (len(self.token_ids) - n))]
+        return Completion(self.token_ids[:n], self.logprobs[:n], spans, "stop", experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,11 @@ class ServerClient(ABC):
     """The server's argument that bounds a history."""
     parses_turns: ClassVar[bool] = False
     """Whether it has parse_turn()."""
+    routing_hint: ClassVar[str] = "start it with --enable-return-routed-experts"
+    """What a server needs to report the experts of each token."""
+
+    routing: Routing | None = None
+    """The routers whose choices its answers must hold; None where nobody replays them."""
 
     def __init__(self, url: str, timeout: float) -> None:
         """timeout: seconds of one generation. Raises ConfigError for a url that is none of ours."""
@@ -108,9 +118,11 @@ class ServerClient(ABC):
         params: SamplingParams,
         seed: int,
         never: Sequence[int] = (),
+        known: int = 0,
     ) -> Completion:
-        """One completion by `model` (the served name or an adapter). never: ids that must not be sampled. Raises
-        ServerDown, InfrastructureError when the generation failed or was aborted, ValueError when the server refuses
+        """One completion by `model` (the served name or an adapter). never: ids that must not be sampled. known: with
+        `routing`, the first tokens of the prompt whose experts need not be sent. Raises ServerDown, InfrastructureError
+        when the generation failed or was aborted, or reports experts that are none, ValueError when the server refuses
         the request."""
 
     @abstractmethod
@@ -148,6 +160,15 @@ class ServerClient(ABC):
             top = sorted(await self.top_logprobs(model, temperature), reverse=True)[:4]
             spread.append(top[0] - top[-1] if top else 0.0)
         return spread[0] > 1.5 * spread[1] or spread[0] == 0.0  # all alike: any temperature is the same
+
+    async def reports_routing(self, model: str) -> bool:
+        """Whether its answers hold what `routing` asks for. Raises as generate()."""
+        answer = await self.generate(model, [1], SamplingParams(1, 1.0), seed=0)
+        return answer.experts is not None
+
+    def no_routing(self) -> str:
+        """What is wrong with a server that does not."""
+        return f"{self.url}: reports no experts of its tokens, and policy.routing_replay is true; {self.routing_hint}"
 
     async def close(self) -> None:
         await self._http.aclose()

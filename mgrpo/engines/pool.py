@@ -252,6 +252,8 @@ class EnginePool(Generic[C]):
             raise ConfigError(
                 f"{client.url}: reports log-probs of another distribution than it samples from; {client.logprobs_hint}"
             )
+        if new and client.routing is not None and not await client.reports_routing(info.model):
+            raise ConfigError(client.no_routing())
         server.info = info
 
     # -- health --------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +15,9 @@ from mgrpo.config import AgentView
 from mgrpo.config.engine import ServerEngineConfig
 from mgrpo.engines.backend import EngineBackend
 from mgrpo.engines.base import Engine
-from mgrpo.engines.client import ServerClient, check_healthy
-from mgrpo.errors import ConfigError
+from mgrpo.engines.client import LOOK_SECONDS, ServerClient, check_healthy
+from mgrpo.errors import ConfigError, InfrastructureError
+from mgrpo.model.routers import routing_of
 from mgrpo.model.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -53,8 +57,13 @@ class ServerBackend(EngineBackend):
         root = Path(engine.folder) if engine.folder is not None else addresses.weights
         sync = cls.open_sync(view, root / owner)
         sync.on_event = lambda line: on_event(f"{role}: {line}")
+        clients = [cls.client(url, engine.timeout) for url in engine.urls or addresses.engines[owner]]
+        if view.owner.policy.routing_replay:
+            routing = routing_of(json.loads(files["config.json"]), f"policy of {role}")
+            for client in clients:
+                client.routing = routing
         pool = EnginePool(
-            [cls.client(url, engine.timeout) for url in engine.urls or addresses.engines[owner]],
+            clients,
             sync,
             timeout=engine.timeout,
             max_length=length,
@@ -83,6 +92,21 @@ class ServerBackend(EngineBackend):
             )
         if engine.running_servers:
             assert isinstance(engine, ServerEngineConfig)
-            check_healthy(
-                f"agents.{view.role}.engine.urls", [cls.client(url, engine.timeout) for url in engine.urls]
-            )
+            clients, look = [cls.client(url, engine.timeout) for url in engine.urls], None
+            if view.agent.policy.routing_replay and view.agent.model is not None:
+                config = (Path(view.agent.model) / "config.json").read_text(encoding="utf-8")
+                routing = routing_of(json.loads(config), f"agents.{view.role}.model")
+                for client in clients:
+                    client.routing = routing
+                look = _look_at_routing
+            check_healthy(f"agents.{view.role}.engine.urls", clients, look)
+
+
+async def _look_at_routing(client: ServerClient) -> None:
+    """Health, and whether it reports experts. A server that does not answer in time, as one that is paused, is asked
+    again by the first worker."""
+    await client.healthy()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LOOK_SECONDS):
+            if not await client.reports_routing((await client.info()).model):
+                raise InfrastructureError(client.no_routing())

@@ -12,12 +12,15 @@
   the end is thrown away.
 - Versions are the server's own record of which weights sampled which token, so they are true also for a request that an
   update has interrupted, whoever made the update.
+- Where routing is replayed, an answer without the experts of its tokens is a failure. They are kept for each session
+  until it is released, so that a next turn asks for those of its new tokens alone.
 - A cancelled call closes its own connection, which ends its own request; other clients' requests are never touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
@@ -27,12 +30,22 @@ from mgrpo.engines.base import PATIENCE_SECONDS, Engine, Generation, ParsedTurn,
 from mgrpo.engines.client import Completion
 from mgrpo.engines.labels import Label, parse_label
 from mgrpo.engines.pool import EnginePool
+from mgrpo.engines.routed import joined
 from mgrpo.engines.weight_sync import C, WeightSync
 from mgrpo.errors import InfrastructureError
 from mgrpo.model.stop_texts import end_at
 from mgrpo.model.tokens import Tokenizer
 from mgrpo.model.vocabulary import Vocabulary
+from mgrpo.types import Experts, Int32
 from mgrpo.weights.version import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedHistory:
+    """What a session's servers have reported: experts[t], of (m, N, k), are those that tokens[t] was sent to."""
+
+    tokens: Int32  # (n,), n > m
+    experts: Experts
 
 
 class ServerEngine(Engine, Generic[C]):
@@ -56,6 +69,7 @@ class ServerEngine(Engine, Generic[C]):
         self._name, self._vocab_size, self._max_length = name, vocabulary.rows, max_length
         self._unnamed = vocabulary.unnamed()
         self._tokenizer, self._patience = tokenizer, patience
+        self._routed: dict[str, RoutedHistory] = {}  # of sessions, where routing is replayed
         self._version = -1
         self._closed = False
 
@@ -73,9 +87,14 @@ class ServerEngine(Engine, Generic[C]):
         """See Engine."""
         self._check(prompt_ids, params, seed)
         prompt = [int(token) for token in prompt_ids]
+        before = self._known(session, prompt)
+        known = 0 if before is None else len(before)
 
         async def request(server: C, model: str) -> Completion:
-            return await server.generate(model, prompt, params, seed, self._unnamed)
+            answer = await server.generate(model, prompt, params, seed, self._unnamed, known)
+            if server.routing is not None and answer.experts is None:
+                raise InfrastructureError(server.no_routing())
+            return answer
 
         answer, label = await self._pool.generate(request, session)
         if params.stop:
@@ -86,12 +105,28 @@ class ServerEngine(Engine, Generic[C]):
             raise InfrastructureError(
                 f"{self._name}: a server sampled token id {min(strange)}, which its tokenizer does not have"
             )
+        experts = answer.experts
+        if experts is not None and before is not None:
+            experts = joined((before, experts))
+        if experts is not None and session is not None:
+            self._routed[session] = RoutedHistory(np.asarray([*prompt, *answer.token_ids], np.int32), experts)
         return Generation(
             ids,
             np.minimum(np.asarray(answer.logprobs, np.float32), 0.0),  # the server's rounding may end above 0
             self._versions(answer, label, len(ids)),
             answer.finish_reason,
+            experts,
         )
+
+    def _known(self, session: str | None, prompt: Sequence[int]) -> Experts | None:
+        """(m, N, k) experts of the first tokens of the prompt, as earlier calls of the session have brought them."""
+        history = self._routed.get(session) if session is not None else None
+        if history is None:
+            return None
+        n = min(len(prompt), len(history.experts))
+        differs = np.flatnonzero(history.tokens[:n] != np.asarray(prompt[:n], np.int32))
+        same = int(differs[0]) if len(differs) else n  # a token's experts depend on the tokens before it
+        return history.experts[:same]
 
     @property
     def parses_turns(self) -> bool:  # type: ignore[override]  # asked, never set
@@ -137,6 +172,7 @@ class ServerEngine(Engine, Generic[C]):
         return self._pool.waiting
 
     def release(self, session: str) -> None:
+        self._routed.pop(session, None)
         self._pool.forget(session)
 
     async def close(self) -> None:

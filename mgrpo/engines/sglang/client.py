@@ -11,6 +11,8 @@ promises, one completion takes several requests, each of which continues the tok
    the end of the update and is of those after it. So the version of each token is true.
 2. A request ends at the model's own end-of-text ids, whatever it asks for: `ignore_eos` turns stop_token_ids off as
    well. One that ended at an id that is none of our stop_token_ids is continued.
+3. An answer holds the experts of the tokens from `routed_experts_start_len` on, all but the last one. Those of an
+   aborted request are of the weights that sampled its tokens, so the one that continues it asks for the rest alone.
 
 `sampling_seed` acts in servers that were started with --enable-deterministic-inference; there the noise is a function
 of seed and position, which a continued request keeps.
@@ -24,9 +26,11 @@ from collections.abc import Sequence
 
 import msgspec
 
+from mgrpo.engines import routed
 from mgrpo.engines.base import SamplingParams
 from mgrpo.engines.client import LOOK_SECONDS, NEVER, Completion, ServerClient, ServerInfo, Span
 from mgrpo.errors import InfrastructureError
+from mgrpo.types import Experts
 
 RETRY_SECONDS = 0.05  # before a request that was aborted without a token is sent again
 UPDATING = "updating:"  # before the label of a server whose update is under way; see weight_sync.py
@@ -47,6 +51,7 @@ class _MetaInfo(msgspec.Struct):
     output_token_logprobs: list[Triple] = []
     input_token_logprobs: list[tuple[float | None, int, str | None]] = []
     output_top_logprobs: list[list[Triple] | None] = []
+    routed_experts: str | None = None
 
 
 class _Generated(msgspec.Struct):
@@ -69,6 +74,7 @@ class SglangClient(ServerClient):
         params: SamplingParams,
         seed: int,
         never: Sequence[int] = (),
+        known: int = 0,
     ) -> Completion:
         """See ServerClient. The bound of `timeout` seconds is for all requests together."""
         deadline = time.monotonic() + self.timeout
@@ -76,6 +82,8 @@ class SglangClient(ServerClient):
         token_ids: list[int] = []
         logprobs: list[float] = []
         spans: list[Span] = []
+        experts: list[Experts] = []
+        routed_to = known  # tokens whose experts are known by now
         while True:
             sampling["max_new_tokens"] = params.max_tokens - len(token_ids)
             left = deadline - time.monotonic()
@@ -84,7 +92,7 @@ class SglangClient(ServerClient):
                     f"{self.url}: a generation was not finished within {self.timeout:g} s, after "
                     f"{len(token_ids)} tokens"
                 )
-            meta = await self._generate([*prompt_ids, *token_ids], sampling, left)
+            meta = await self._generate([*prompt_ids, *token_ids], sampling, left, routed_to)
             start = len(token_ids)
             logprobs += [logprob for logprob, _, _ in meta.output_token_logprobs]
             token_ids += [token for _, token, _ in meta.output_token_logprobs]
@@ -95,15 +103,38 @@ class SglangClient(ServerClient):
             stopped |= _at_text(meta.finish_reason, params.stop)
             over = stopped or len(token_ids) >= params.max_tokens
             self._check_reason(meta.finish_reason, len(token_ids), over, params.stop)
+            inputs = len(prompt_ids) + len(token_ids) - 1
+            found = self._experts(meta, routed_to, inputs) if len(token_ids) > start else None
+            if found is not None:
+                experts.append(found)
+                routed_to = inputs
             if over:
                 break
             if len(token_ids) == start:  # aborted while it was waiting
                 await asyncio.sleep(RETRY_SECONDS)
         self._checked(token_ids, logprobs, params.max_tokens)
-        return Completion(token_ids, logprobs, spans, "stop" if stopped else "length")
+        complete = experts and routed_to == len(prompt_ids) + len(token_ids) - 1
+        routes = routed.joined(experts) if complete else None
+        return Completion(token_ids, logprobs, spans, "stop" if stopped else "length", routes)
 
-    async def _generate(self, input_ids: list[int], sampling: dict[str, object], seconds: float) -> _MetaInfo:
+    def _experts(self, meta: _MetaInfo, start: int, end: int) -> Experts | None:
+        """Those of tokens start..end-1; None where the answer has none, or an aborted one not all of them: the request
+        that continues it reports them too."""
+        if self.routing is None or meta.routed_experts is None:
+            return None
+        raw = routed.from_int32(meta.routed_experts, self.routing, self.url)
+        if len(raw) == end:  # of a version that does not know where to start, or start is 0
+            raw = raw[start:]
+        if len(raw) != end - start and meta.finish_reason.type == "abort":
+            return None
+        return routed.experts_of(raw, self.routing, end - start, self.url)
+
+    async def _generate(
+        self, input_ids: list[int], sampling: dict[str, object], seconds: float, routed_to: int
+    ) -> _MetaInfo:
         body = {"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True, "stream": False}
+        if self.routing is not None:
+            body |= {"return_routed_experts": True, "routed_experts_start_len": routed_to}
         answer = await self._call("POST", "/generate", json=body, timeout=seconds)
         try:
             return msgspec.json.decode(answer, type=_Generated).meta_info

@@ -27,6 +27,15 @@ IN_A_BATCH, HELD = (
     4,
 )  # adapters of one policy: newest and the one before; those kept (KEEP) and the next one
 MODEL = "policy"  # the name that requests ask for
+ROUTING = "--enable-return-routed-experts"
+SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # of vLLM's two, the one that can report experts
+NO_ROUTING = ("--no-enable-prefix-caching", f"--no-{ROUTING[2:]}")
+"""Arguments with which a server reports no experts, or does not start."""
+ONE_WITH_ROUTING = (
+    *("--pipeline-parallel-size", "-pp", "--decode-context-parallel-size", "-dcp"),
+    *("--prefill-context-parallel-size", "-pcp"),
+)
+"""Sizes that must be 1 in a server that reports experts."""
 PARALLEL = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
 
 
@@ -74,6 +83,11 @@ class VllmBackend(ServerBackend):
         if not engine.started_servers:
             return
         cls.command(view, "unix:///socket")
+        if engine.device == "cpu" and _replays(view) and os.environ.get(SECOND_RUNNER) != "1":
+            raise ConfigError(
+                f'agents.{view.role}.policy.routing_replay=true needs {where}.device="cuda": vLLM 0.32 reports experts '
+                f"by Triton kernels, which its build for CPUs does without (where yours has them: {SECOND_RUNNER}=1)"
+            )
         if not Path(engine.python).exists():
             raise ConfigError(f"{where}.python: no interpreter {engine.python}; make vllm sets one up")
         if engine.device == "cuda" and engine.replicas > 1:
@@ -117,6 +131,9 @@ class VllmBackend(ServerBackend):
         else:
             arguments += ["--worker-extension-cls", "mgrpo_plugin.WorkerExtension"]
             variables |= plugin_variables(keep_plain=engine.sync == "patch")
+        if _replays(view):
+            _check_routing(role, engine.arguments)
+            arguments.append(ROUTING)
         gpus = gpus_of(engine.arguments) if engine.device == "cuda" else 0
         return ServerCommand([*arguments, *engine.arguments], variables, gpus)
 
@@ -136,11 +153,31 @@ def plugin_variables(*, keep_plain: bool) -> dict[str, str]:
     }
 
 
+def _words(arguments: Sequence[str]) -> list[str]:
+    """Names and values one by one, however they are written; "" at the end."""
+    return [*(word for argument in arguments for word in argument.split("=", 1)), ""]
+
+
+def _replays(view: AgentView) -> bool:
+    """Whether a policy that its servers sample for wants the experts of each token."""
+    return any(agent.policy.routing_replay for agent in view.served.values())
+
+
+def _check_routing(role: str, arguments: Sequence[str]) -> None:
+    """Raise ConfigError for arguments with which vLLM 0.32 cannot report experts."""
+    for name, value in itertools.pairwise(_words(arguments)):
+        if name in NO_ROUTING or (name in ONE_WITH_ROUTING and value != "1"):
+            shown = name if name in NO_ROUTING else f"{name} {value}"
+            raise ConfigError(
+                f"agents.{role}.engine.arguments: {shown}: a server does not report the experts of its tokens with it, "
+                "and policy.routing_replay is true"
+            )
+
+
 def gpus_of(arguments: Sequence[str]) -> int:
     """GPUs that one server takes: the product of its parallel sizes. Raises ConfigError."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
     product = 1
-    for name, value in itertools.pairwise([*words, ""]):
+    for name, value in itertools.pairwise(_words(arguments)):
         if name in PARALLEL:
             if not value.isdigit() or int(value) < 1:
                 raise ConfigError(f"engine.arguments: {name} {value}: expected a number of GPUs")

@@ -4,16 +4,20 @@ for updates.
 Tokens go through `/inference/v1/generate`: ids in; ids, log-probs and spans of weight versions out. The server decodes
 them only where it is to look for stop texts.
 Every sampling parameter that could change the distribution is sent, so that no default of the server or of the model's
-generation_config.json acts. Weight updates go through the development routes (VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or
-newer), which no API key guards: a server that listens must do so on a private address.
+generation_config.json acts. A server that was started with --enable-return-routed-experts puts the experts of each
+token into every answer, as a numpy file; they are read where routing is replayed. Weight updates go through the
+development routes (VLLM_SERVER_DEV_MODE=1, vLLM 0.32 or newer), which no API key guards: a server that listens must do
+so on a private address.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import msgspec
 
+from mgrpo.engines import routed
 from mgrpo.engines.base import ParsedTurn, SamplingParams
 from mgrpo.engines.client import LOOK_SECONDS, NEVER, Completion, ServerClient, ServerInfo, Span
 from mgrpo.errors import ConfigError, InfrastructureError
@@ -50,6 +54,7 @@ class _Choice(msgspec.Struct):
     token_ids: list[int] | None = None
     logprobs: _Logprobs | None = None
     weight_versions: list[_Span] | None = None
+    routed_experts: str | None = None
 
 
 class _Ranked(msgspec.Struct):
@@ -108,12 +113,16 @@ class VllmClient(ServerClient):
         params: SamplingParams,
         seed: int,
         never: Sequence[int] = (),
+        known: int = 0,
     ) -> Completion:
         """See ServerClient."""
+        sampling = sampling_body(params, seed, never)
+        if known:
+            sampling["routed_experts_prompt_start"] = known
         body = {
             "model": model,
             "token_ids": list(prompt_ids),
-            "sampling_params": sampling_body(params, seed, never),
+            "sampling_params": sampling,
             "stream": False,
         }
         if self.cache_salt is not None:
@@ -123,7 +132,12 @@ class VllmClient(ServerClient):
             (choice,) = msgspec.json.decode(answer, type=_Generated).choices
         except (msgspec.DecodeError, ValueError) as error:
             raise InfrastructureError(f"{self.url}: an answer that is no generation: {error}") from None
-        return self._completion(choice, params.max_tokens)
+        made = self._completion(choice, params.max_tokens)
+        if self.routing is not None and choice.routed_experts is not None:
+            raw = routed.from_npy(choice.routed_experts, self.url)
+            tokens = len(prompt_ids) + len(made.token_ids) - 1 - known
+            return replace(made, experts=routed.experts_of(raw, self.routing, tokens, self.url))
+        return made
 
     def _completion(self, choice: _Choice, max_tokens: int) -> Completion:
         ids = choice.token_ids or []
