@@ -58,6 +58,7 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
         ("gradient_checkpointing=true", "aux_loss_coef=0.1"),
         "dp = 2, cp = 2, ep = 4",
     ),
+    "cp replay": ("qwen3_moe", ("routing_replay=true",), "dp = 2, cp = 2"),
     "cp tp": ("llama", (), "cp = 2, tp = 2"),
     "cp tp ep": ("qwen3_moe", ("aux_loss_coef=0.1",), "cp = 2, tp = 2, ep = 2"),
     "half tp": ("llama", ('dtype="bfloat16"',), "dp = 2, tp = 2"),

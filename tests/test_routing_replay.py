@@ -302,12 +302,10 @@ def test_a_report_of_another_model_is_refused(experts: Tensor, message: str) -> 
 
 
 def test_what_cannot_be_replayed_is_refused() -> None:
-    """A dense model, rows that are divided, and a router that ranks without topk()."""
+    """A dense model, and a router that ranks without topk()."""
     on = PolicyConfig(routing_replay=True)
     with pytest.raises(ConfigError, match=r"tiny: policy\.routing_replay=true needs a mixture .*Llama"):
         Policy(tiny_model("llama"), tiny_tokenizer(), "tiny", on)
-    with pytest.raises(ValueError, match=r"mesh\.cp=2 and routing_replay=true exclude"):
-        PolicyConfig(routing_replay=True, ranks=2, mesh={"cp": 2})
     model = family("Qwen3Moe", num_experts=E, num_experts_per_tok=K)
     kind = type(model.model.layers[0].mlp.gate)
 

@@ -127,10 +127,6 @@ class PolicyConfig(Settings):
             raise ValueError(
                 f'mesh.cp={mesh.cp} divides padded rows, attention "{self.attention}" computes others; use "auto"'
             )
-        if mesh.cp > 1 and self.routing_replay:
-            raise ValueError(
-                f"mesh.cp={mesh.cp} and routing_replay=true exclude each other: rows are divided for dense models only"
-            )
         if self.compile and self.ranks > 1:
             raise ValueError(
                 f"compile=true and ranks={self.ranks} exclude each other: layers whose weights FSDP2 gathers, or that "

@@ -239,14 +239,19 @@ class Routing:
             return
         lengths = lengths.cpu()
         if width is None:
-            self.expect_at(torch.ones(int(lengths.sum()), dtype=torch.bool), device)
+            self._expect(torch.ones(int(lengths.sum()), dtype=torch.bool), device)
         else:
-            self.expect_at(torch.arange(width) < lengths[:, None], device)
+            self._expect(torch.arange(width) < lengths[:, None], device)
 
-    def expect_at(self, inside: Tensor, device: torch.device) -> None:
-        """The next forward has tokens where `inside`, a mask in main memory, is set, and padding elsewhere."""
-        if not self._recording:
-            return
+    def expect_columns(self, lengths: Tensor, columns: Tensor, device: torch.device) -> None:
+        """The next forward has these columns i64 (n,) of rows with `lengths` tokens (R,)."""
+        if self.replay is not None:
+            self.replay.lay_out_columns(columns, device)
+        if self._recording:
+            self._expect(columns < lengths.cpu()[:, None], device)
+
+    def _expect(self, inside: Tensor, device: torch.device) -> None:
+        """inside: bool, in main memory: where the tokens of the next forward are none of padding."""
         count = int(inside.sum())
         self._real = None if count == inside.numel() else inside.flatten().to(device)
         if self._load is not None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -60,9 +61,17 @@ class _Forced:
         experts = self._experts
         if width is None:
             inside = torch.arange(experts.shape[1]) < lengths.cpu()[:, None]
-            tokens = experts[inside]
+            self._keep(experts[inside], device)
         else:
-            tokens = experts[:, :width].flatten(0, 1)
+            self._keep(experts[:, :width].flatten(0, 1), device)
+
+    def lay_out_columns(self, columns: Tensor, device: torch.device) -> None:
+        """For a forward pass over these columns i64 (n,) of the rows, some of them behind the rows' end."""
+        missing = max(0, int(columns.max()) + 1 - self._experts.shape[1])
+        experts = F.pad(self._experts, (0, 0, 0, 0, 0, missing), value=UNKNOWN)
+        self._keep(experts[:, columns].flatten(0, 1), device)
+
+    def _keep(self, tokens: Tensor, device: torch.device) -> None:
         self._of_router = tokens.transpose(0, 1).contiguous().to(device)  # (N, T, k)
 
     def of(self, router: int) -> Tensor:
@@ -116,6 +125,11 @@ class RoutingReplay:
         """See Routing.expect."""
         if self.now is not None:
             self.now.lay_out(lengths, width, device)
+
+    def lay_out_columns(self, columns: Tensor, device: torch.device) -> None:
+        """See Routing.expect_columns."""
+        if self.now is not None:
+            self.now.lay_out_columns(columns, device)
 
     def _forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._watched is not None:

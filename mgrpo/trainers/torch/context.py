@@ -60,10 +60,10 @@ class Context:
         """Tokens of one piece of rows of `width` tokens."""
         return -(-width // (2 * self.size))
 
-    def inside(self, lengths: Tensor, width: int) -> Tensor:
-        """bool (R, 2 * piece): which of the tokens that this rank computes of rows with `lengths` tokens, padded to
-        `width`, are none of their padding. In main memory."""
-        return self.columns(self.rank, self.piece(width)) < lengths.cpu()[:, None]
+    def own_columns(self, width: int) -> Tensor:
+        """i64 (2 * piece,): the columns that this rank computes of rows of `width` tokens, in its order; the last ones
+        may be padding behind them."""
+        return self.columns(self.rank, self.piece(width))
 
     def use(self, model: Any) -> None:
         """Have `model` (a transformers model) compute divided rows, and whole ones as before."""

@@ -137,7 +137,8 @@ class ShardedPolicy(Policy):
             hidden = super().hidden_before(input_ids, lengths, scored, held)
         else:
             ids = input_ids[:, :-1]
-            self.routing.expect_at(context.inside((lengths - 1).clamp(min=1), ids.shape[1]), self.device)
+            own = context.own_columns(ids.shape[1])
+            self.routing.expect_columns((lengths - 1).clamp(min=1), own, self.device)
             hidden = context.hidden(self._states, ids, scored, self.device)
         return hidden if self._tp is None else own_rows(hidden, self._tp)
 
