@@ -39,6 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("divided")
     run_ranks("tests.divided_head_ranks", str(folder), size=RANKS)
     together: dict[str, Any] = torch.load(folder / "found.pt", weights_only=True)
+    together["calls"] = [torch.load(folder / f"calls-{rank}.pt", weights_only=True) for rank in range(RANKS)]
     return together
 
 
