@@ -33,8 +33,8 @@ class LoraConfig(Settings):
 
 
 class MeshConfig(Settings):
-    """What the ranks of one trainer divide among them: replicate x dp x cp x tp ranks, those of one tp group side
-    by side, and the tp groups of one cp group likewise. What a model cannot be cut into is refused when it is loaded."""
+    """What the ranks of one trainer divide among them: replicate x dp x cp x tp ranks, those of one tp group side by
+    side, and the tp groups of one cp group likewise. What a model cannot be cut into is refused when it is loaded."""
 
     dp: int = Field(0, ge=0)
     """Ranks with micro-batches of their own, over which every weight is sharded (FSDP2). 0: as many as policy.ranks
