@@ -123,11 +123,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3, packed": ("qwen3", {"attention": "varlen", "dtype": "bfloat16"}, {}),
     "qwen3, KL and two phases": ("qwen3", {"attention": "sdpa"}, {"type": "gspo", "kl_coef": 0.1}),
     "mixture of experts": ("Qwen3Moe", {"attention": "sdpa", "aux_loss_coef": 0.1}, {}),
-    "mixture that replays": (
-        "Qwen3Moe",
-        {"attention": "varlen", "dtype": "bfloat16", "routing_replay": True, "gradient_checkpointing": True},
-        {},
-    ),
+    "mixture that replays": ("Qwen3Moe", {"attention": "sdpa", "routing_replay": True}, {}),
     "offload": ("llama-gqa", {"attention": "sdpa", "activation_offload": True}, {}),
     "checkpoints and offload, packed": (
         "qwen3",
