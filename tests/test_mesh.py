@@ -63,7 +63,7 @@ def alone(folder: Path) -> Found:
 @pytest.fixture(scope="module")
 def together(folder: Path, alone: Found) -> Found:
     """What four ranks found, see tests/mesh_ranks.py."""
-    run_ranks("tests.mesh_ranks", str(folder), size=RANKS)
+    run_ranks("tests.mesh_ranks", str(folder), size=RANKS, timeout=1600)
     found: Found = torch.load(folder / "found.pt", weights_only=True)
     return found
 
