@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from mgrpo.config.run import SftConfig
 from mgrpo.model.policy import Policy
 from mgrpo.run.torchrun import as_rank
 from mgrpo.trainers.base import Demos
-from mgrpo.trainers.batch import MicroBatch, MiniBatch
+from mgrpo.trainers.batch import MiniBatch
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.trainer import TorchTrainer
 from tests.fsdp_ranks import CUTS, cut, weights
 from tests.mesh_gradient import MESHES, on_a_mesh
 from tests.models import tiny_tokenizer
-from tests.rows import rows_of
+from tests.rows import routed, rows_of
 from tests.runs import RELAY
 
 RANKS, STEPS, MIDDLE = 4, 3, 1
@@ -126,22 +125,14 @@ def batches_of(step: int) -> list[MiniBatch]:
     """The minibatches of a step: an uneven cut, some ranks without rows, and one that all but one rank sit out. Rows
     say which experts of the mixture their tokens were sent to."""
     return [
-        cut(routed(rows_of(10 * step, near=True)), CUTS[2], RANKS),
-        cut(routed(rows_of(10 * step + 1, near=True)), CUTS[0], RANKS),
+        cut(routed(rows_of(10 * step, near=True), 2, 4, 2), CUTS[2], RANKS),
+        cut(routed(rows_of(10 * step + 1, near=True), 2, 4, 2), CUTS[0], RANKS),
     ]
 
 
 def first_batches() -> list[MiniBatch]:
     """Whose gradients tests/mesh_gradient.py takes."""
     return [batches_of(step)[0] for step in range(6)]
-
-
-def routed(rows: MicroBatch) -> MicroBatch:
-    """With a random choice of 2 of 4 experts at each of 2 routers, for most of the tokens."""
-    g = torch.Generator().manual_seed(int(rows.ids.sum()))
-    experts = torch.rand(*rows.ids.shape, 2, 4, generator=g).argsort(-1)[..., :2].to(torch.int16)
-    experts[torch.rand(rows.ids.shape, generator=g) < 0.2] = -1
-    return replace(rows, experts=experts)
 
 
 def train(trainer: TorchTrainer, start: Path, save: bool = False) -> dict[str, Any]:

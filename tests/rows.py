@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from mgrpo.trainers.batch import MicroBatch
@@ -31,3 +33,14 @@ def rows_of(seed: int, *, near: bool = False) -> MicroBatch:
         advantages=advantages,
         weights=torch.rand(ROWS, generator=g) + 0.1,
     )
+
+
+def routed(rows: MicroBatch, routers: int, experts: int, chosen: int, unknown: float = 0.3) -> MicroBatch:
+    """The rows with a random choice of `chosen` experts at each router; of a share of the tokens, and at padding, none
+    is known."""
+    g = torch.Generator().manual_seed(int(rows.ids.sum()))
+    draw = torch.rand(*rows.ids.shape, routers, experts, generator=g).argsort(-1)[..., :chosen]
+    out = draw.to(torch.int16)
+    out[torch.rand(rows.ids.shape, generator=g) < unknown] = -1
+    out[torch.arange(rows.ids.shape[1]) >= rows.lengths[:, None]] = -1
+    return replace(rows, experts=out)

@@ -43,7 +43,7 @@ from mgrpo.weights.publisher import WeightPublisher
 from tests.families import family
 from tests.loss_grid import settings
 from tests.models import tiny_model, tiny_tokenizer
-from tests.rows import rows_of
+from tests.rows import routed, rows_of
 from tests.runs import RELAY
 from tests.shared_kit import share_everything
 from tests.test_attention import MODELS
@@ -95,11 +95,8 @@ def policy_of(name: str, device: str, **more: Any) -> Policy:
 
 
 def minibatch(alike: bool = False) -> MiniBatch:
-    """alike: all rows begin alike, with a prefix that is held and some tokens more. A mixture of two layers with two
-    experts may replay their routing."""
-    rows = rows_of(1, near=True)
-    experts = torch.randint(-1, 2, (*rows.ids.shape, 2, 1), generator=torch.Generator().manual_seed(1))
-    rows.experts = experts.to(torch.int16)
+    """alike: all rows begin alike, with a prefix that is held and some tokens more."""
+    rows = routed(rows_of(1, near=True), 2, 2, 1)
     if alike:
         rows.ids[:, :6], rows.prefix = rows.ids[0, :6], rows.ids[0, :3]
     parts = [rows.rows(torch.arange(len(rows.lengths)) % 2 == i) for i in range(2)]
@@ -122,8 +119,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama, padded": ("llama-gqa", {"attention": "sdpa"}, {}),
     "qwen3, packed": ("qwen3", {"attention": "varlen", "dtype": "bfloat16"}, {}),
     "qwen3, KL and two phases": ("qwen3", {"attention": "sdpa"}, {"type": "gspo", "kl_coef": 0.1}),
-    "mixture of experts": ("Qwen3Moe", {"attention": "sdpa", "aux_loss_coef": 0.1}, {}),
-    "mixture that replays": ("Qwen3Moe", {"attention": "sdpa", "routing_replay": True}, {}),
+    "mixture": ("Qwen3Moe", {"attention": "sdpa", "aux_loss_coef": 0.1, "routing_replay": True}, {}),
     "offload": ("llama-gqa", {"attention": "sdpa", "activation_offload": True}, {}),
     "checkpoints and offload, packed": (
         "qwen3",

@@ -247,21 +247,21 @@ def test_rows_have_the_experts_of_their_tokens() -> None:
 # -- the engine in this process ----------------------------------------------------------------------------------------
 
 
-def turns(policy: Policy, **settings: Any) -> list[list[tuple[list[int], Generation]]]:
-    """Three sessions with three turns each, of other lengths; (all tokens, generation) of every turn."""
+def turns(policy: Policy, sessions: int = 3, **settings: Any) -> list[list[tuple[list[int], Generation]]]:
+    """Sessions with three turns each, of three lengths; (all tokens, generation) of every turn."""
 
     async def use(engine: HfEngine) -> list[list[tuple[list[int], Generation]]]:
         async def one(number: int) -> list[tuple[list[int], Generation]]:
-            ids, out = [7 + number] * (3 + 2 * number), []
+            ids, out = [7 + number] * (3 + 2 * (number % 3)), []
             for turn in range(3):
-                params = SamplingParams(3 + number, 1.0, ())
+                params = SamplingParams(3 + number % 3, 1.0, ())
                 answer = await engine.generate(ids, params, seed=9 * number + turn, session=f"s{number}")
                 ids = [*ids, *answer.token_ids.tolist()]
                 out.append((ids, answer))
                 ids = [*ids, 11 + turn, 12]
             return out
 
-        return await asyncio.gather(*[one(number) for number in range(3)])
+        return await asyncio.gather(*[one(number) for number in range(sessions)])
 
     return served(policy, use, **{"report_experts": True, "prefill_chunk": 2, **settings})
 
@@ -333,7 +333,7 @@ def test_replay_brings_the_trainer_nearer_to_a_sampler_of_half_precision() -> No
     sampler = Policy(half.model.to(torch.bfloat16), half.tokenizer, "half", half.config)
     gaps: dict[bool, list[np.ndarray]] = {False: [], True: []}
     moved = total = 0
-    for session in turns(sampler, slots=8):
+    for session in turns(sampler, 32, slots=8):
         ids, answer = session[-1]
         assert answer.experts is not None
         n = len(answer.token_ids)

@@ -22,7 +22,7 @@ from mgrpo.trainers.torch.learner import Learner
 from tests.families import family
 from tests.models import tiny_model, tiny_tokenizer
 from tests.moe_ranks import AUX, CUTS, cut, moe_policy, step
-from tests.rows import ROWS, rows_of
+from tests.rows import ROWS, routed, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,13 +55,11 @@ def choices(policy: Policy) -> Iterator[list[tuple[int, Tensor]]]:
         hook.remove()
 
 
-def random_experts(rows: MicroBatch, routers: int, seed: int = 0, unknown: float = 0.3) -> Tensor:
+def random_experts(rows: MicroBatch, routers: int, unknown: float = 0.3) -> Tensor:
     """i16 (R, S, N, k), distinct experts a token, some tokens not known."""
-    g = torch.Generator().manual_seed(seed)
-    draw = torch.rand(*rows.ids.shape, routers, E, generator=g).argsort(-1)[..., :K].to(torch.int16)
-    draw[torch.rand(rows.ids.shape, generator=g) < unknown] = -1
-    draw[torch.arange(rows.ids.shape[1]) >= rows.lengths[:, None]] = -1
-    return draw
+    experts = routed(rows, routers, E, K, unknown).experts
+    assert experts is not None
+    return experts
 
 
 def own_experts(policy: Policy, rows: MicroBatch) -> Tensor:
