@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgrpo.cli.plan import _what_if
 from mgrpo.config import RunConfig, load_config, view_of
 from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy, save_policy
 from mgrpo.planning import state
 from mgrpo.planning.assumptions import GPUS, Assumptions
-from mgrpo.planning.plan import limits_of, plan_agent, suggest
+from mgrpo.planning.plan import _harmless, limits_of, plan_agent, suggest
 from mgrpo.planning.speed import split_of
 from mgrpo.planning.step import plan_step
 from mgrpo.planning.traffic import traffic_of
@@ -128,6 +129,17 @@ def test_spreading_experts_is_suggested(models: Path) -> None:
             plan = plan_agent(load_config(RELAY, [*sets, change]), "main", tight)
             assert found[change].needed == plan.needed
             assert "ep 2" in plan.settings
+
+
+def test_more_gpus_with_a_mesh(models: Path) -> None:
+    """As many GPUs as asked go to mesh.dp, also where the config gives that a number; so do those that a suggestion
+    adds."""
+    sets = overrides(models, "dense", "mesh={dp=2,tp=2}", 'device="cuda"', "gradient_checkpointing=true")
+    mesh = load_config(RELAY, [*sets, *_what_if("gpus=8", ("main",))]).agents["main"].policy
+    assert (mesh.ranks, mesh.data_ranks, mesh.mesh.tp) == (8, 4, 2)
+    changes = [change for change, _ in _harmless(load_config(RELAY, sets), "main", 8)]
+    policy = load_config(RELAY, [*sets, *changes[-1]]).agents["main"].policy
+    assert (policy.ranks, policy.data_ranks, policy.mesh.tp) == (8, 4, 2)
 
 
 def test_time_with_experts_spread(models: Path) -> None:

@@ -145,13 +145,13 @@ def suggest(path: Path, overrides: Sequence[str], role: str, limits: Limits) -> 
     found: list[Suggestion] = []
     together: list[str] = []
     for change, note in _harmless(config, role, limits.assumed.gpus_per_host):
-        found.append(_tried(path, overrides, role, limits, (change,), note))
-        together.append(change)
-    if len(together) > 1 and not any(s.fits for s in found):
+        found.append(_tried(path, overrides, role, limits, change, note))
+        together += change
+    if len(found) > 1 and not any(s.fits for s in found):
         found.append(_tried(path, overrides, role, limits, tuple(together), "all of these together"))
     if any(s.fits for s in found):
         return found
-    rest = [c for c in together if "ranks" not in c]
+    rest = [c for c in together if ".ranks=" not in c and ".mesh.dp=" not in c]
     for fewer, note in _fewer_trained(config, role):
         found.append(_tried(path, overrides, role, limits, (*rest, *fewer), note))
         if found[-1].fits:
@@ -159,22 +159,24 @@ def suggest(path: Path, overrides: Sequence[str], role: str, limits: Limits) -> 
     return found
 
 
-def _harmless(config: RunConfig, role: str, per_host: int) -> list[tuple[str, str]]:
+def _harmless(config: RunConfig, role: str, per_host: int) -> list[tuple[tuple[str, ...], str]]:
     """Changes after which a run computes the same. per_host: GPUs of a host."""
     policy, trainer, where = config.agents[role].policy, config.trainer, f"agents.{role}.policy"
-    out = []
+    out: list[tuple[tuple[str, ...], str]] = []
     if not policy.gradient_checkpointing:
-        out.append(
-            (f"{where}.gradient_checkpointing=true", "the same numbers, a third more time in training")
-        )
+        note = "the same numbers, a third more time in training"
+        out.append(((f"{where}.gradient_checkpointing=true",), note))
     longest = max(agent.max_length for agent in config.agents.values())
     if trainer.micro_batch > longest:
         smaller = max(longest, trainer.micro_batch // 2)
-        out.append((f"trainer.micro_batch={smaller}", "the same gradient, more passes"))
-    if policy.device == "cuda" and (ep := _spread(config.agents[role], per_host)) > 1:
-        out.append((f"{where}.mesh.ep={ep}", "the same gradient; tokens go to experts, not experts to ranks"))
+        out.append(((f"trainer.micro_batch={smaller}",), "the same gradient, more passes"))
     if policy.device == "cuda":
-        out.append((f"{where}.ranks={policy.ranks * 2}", "the same gradient on twice the GPUs"))
+        if (ep := _spread(config.agents[role], per_host)) > 1:
+            note = "the same gradient; tokens go to experts, not experts to ranks"
+            out.append(((f"{where}.mesh.ep={ep}",), note))
+        more = [f"{where}.ranks={policy.ranks * 2}"]
+        more += [f"{where}.mesh.dp={policy.mesh.dp * 2}"] if policy.mesh.dp else []
+        out.append((tuple(more), "the same gradient on twice the GPUs"))
     return out
 
 
