@@ -16,7 +16,7 @@ from mgrpo.errors import ConfigError
 from mgrpo.model.policy import Policy, save_policy
 from mgrpo.planning import state
 from mgrpo.planning.assumptions import GPUS, Assumptions
-from mgrpo.planning.plan import _harmless, limits_of, plan_agent, suggest
+from mgrpo.planning.plan import _harmless, limits_of, plan_agent
 from mgrpo.planning.speed import split_of
 from mgrpo.planning.step import plan_step
 from mgrpo.planning.traffic import traffic_of
@@ -117,18 +117,18 @@ def test_a_mesh_that_does_not_fit_the_model_is_refused(models: Path) -> None:
 
 
 def test_spreading_experts_is_suggested(models: Path) -> None:
-    """For a mixture that does not fit, over the GPUs of a host, with what it needs then; for a dense model never."""
-    bare = Assumptions(context=0.0, fragmentation=0.0, gpus_per_host=2)
-    tight = limits_of(GPUS["h100"], 1e6, 1e12, bare)
-    for kind, there in (("moe", True), ("dense", False)):
-        sets = overrides(models, kind, 'device="cuda"', 'dtype="bfloat16"', "ranks=4")
-        found = {s.change[0]: s for s in suggest(RELAY, sets, "main", tight) if len(s.change) == 1}
-        change = "agents.main.policy.mesh.ep=2"
-        assert (change in found) == there
-        if there:
-            plan = plan_agent(load_config(RELAY, [*sets, change]), "main", tight)
-            assert found[change].needed == plan.needed
-            assert "ep 2" in plan.settings
+    """For a mixture, over the GPUs of a host, where it can be planned and holds less; never for a dense model, nor where
+    the experts do not divide."""
+    sets = overrides(models, "moe", 'device="cuda"', "ranks=4", "gradient_checkpointing=true")
+    change = "agents.main.policy.mesh.ep=2"
+    assert (change,) in [c for c, _ in _harmless(load_config(RELAY, sets), "main", 2)]
+    bare = limits_of(GPUS["h100"], 1e6, 1e12, Assumptions(context=0.0, fragmentation=0.0))
+    before, after = (plan_agent(load_config(RELAY, s), "main", bare) for s in (sets, [*sets, change]))
+    assert "ep 2" in after.settings
+    assert after.needed < before.needed
+    for kind, ranks, per_host in (("dense", 4, 2), ("moe", 8, 8)):
+        config = config_of(models, kind, 'device="cuda"', f"ranks={ranks}")
+        assert not [c for changes, _ in _harmless(config, "main", per_host) for c in changes if ".ep=" in c]
 
 
 def test_more_gpus_with_a_mesh(models: Path) -> None:
