@@ -117,8 +117,8 @@ def test_a_mesh_that_does_not_fit_the_model_is_refused(models: Path) -> None:
 
 
 def test_spreading_experts_is_suggested(models: Path) -> None:
-    """For a mixture, over the GPUs of a host, where it can be planned and holds less; never for a dense model, nor where
-    the experts do not divide."""
+    """For a mixture, over the GPUs of a host, where it can be planned and holds less; never for a dense model, nor
+    where the experts do not divide."""
     sets = overrides(models, "moe", 'device="cuda"', "ranks=4", "gradient_checkpointing=true")
     change = "agents.main.policy.mesh.ep=2"
     assert (change,) in [c for c, _ in _harmless(load_config(RELAY, sets), "main", 2)]
