@@ -18,6 +18,7 @@ import torch
 from mgrpo.config import AgentView, load_config, view_of
 from mgrpo.model.attention import PACKED
 from mgrpo.model.loading import load_policy
+from mgrpo.model.moe import routers_of
 from mgrpo.planning.live import bytes_of
 from mgrpo.planning.step import begin_in_the_middle, micro_batch
 from mgrpo.run.torchrun import as_rank
@@ -39,11 +40,26 @@ def learner_of(view: AgentView, ranks: Ranks) -> tuple[Learner, MiniBatch]:
         from mgrpo.trainers.torch.shard import load_sharded
 
         policy = load_sharded(folder, view.agent.policy, ranks)
+        if view.agent.policy.mesh.ep > 1:
+            route_evenly(policy.model)
     learner = new_learner(view.agent, policy, None, ranks)
     begin_in_the_middle(learner)
     micro = micro_batch(view, policy.attention in PACKED, policy.vocabulary.size)
     micro.ids = policy.vocabulary.tokens(micro.ids)
     return learner, MiniBatch([micro], float(len(micro.lengths)))
+
+
+def route_evenly(model: Any) -> None:
+    """Have each router send as many tokens to one expert as to another, as a plan takes it: pair j of token and expert
+    to expert j mod E. What it weighs them by stays its own."""
+    for router in routers_of(model):
+
+        def even(module: Any, args: Any, output: Any) -> Any:
+            choice = output[2]
+            order = torch.arange(choice.numel()).reshape(choice.shape) % output[0].shape[-1]
+            return *output[:2], order
+
+        router.module.register_forward_hook(even)
 
 
 def state_bytes(learner: Learner) -> int:

@@ -3,7 +3,7 @@ GPU's (fake_cuda.py): nothing lies on the wrong device or in the wrong dtype, re
 for the device where docs/kernels.md says so and nowhere else.
 
 A policy that is sharded over ranks is left out: its parameters are DTensors, which ask torch's C++ where the tensors
-that they hold lie, and say that they are in main memory.
+that they hold lie, and say that they are in main memory (docs/kernels.md, Waiting for the device).
 
 Triton's interpreter is chosen when the kernels are imported, so the tests run in a process of their own.
 """

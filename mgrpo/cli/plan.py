@@ -19,7 +19,7 @@ def plan(
     ] = None,
     what_if: Annotated[
         list[str] | None,
-        typer.Option(metavar="gpus=N", help="Each trained policy on N GPUs, one a rank."),
+        typer.Option(metavar="gpus=N", help="Each trained policy on N GPUs, one a rank; mesh.dp grows."),
     ] = None,
     gpu: Annotated[
         str, typer.Option(help="a100, h100, h200 or b200: speed, and memory unless given.")
@@ -76,5 +76,9 @@ def _what_if(change: str, roles: tuple[str, ...]) -> list[str]:
     return [
         text
         for role in roles
-        for text in (f'agents.{role}.policy.device="cuda"', f"agents.{role}.policy.ranks={value}")
+        for text in (
+            f'agents.{role}.policy.device="cuda"',
+            f"agents.{role}.policy.ranks={value}",
+            f"agents.{role}.policy.mesh.dp=0",  # what the other sides of the mesh leave
+        )
     ]

@@ -18,6 +18,7 @@ from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import attention
 from mgrpo.model.loading import BlankPolicy
+from mgrpo.model.mesh import check_mesh
 from mgrpo.model.policy import Policy
 from mgrpo.model.register import register_architecture
 from mgrpo.trainers.torch import context
@@ -65,6 +66,7 @@ def fake_model(folder: Path, name: str) -> Any:
 def fake_policy(folder: Path, config: PolicyConfig, ranks: Ranks, name: str, frozen: bool = False) -> Policy:
     """The policy, whole or this rank's part. config: with the device that it is planned for. frozen: nothing of it
     trains. Raises ConfigError as loading does for a model that cannot be trained; what needs numbers is not checked."""
+    check_mesh(folder, config)
     model = fake_model(folder, name)
     tokenizer, config = _tokenizer(folder, model), on_cpu(config)
     if ranks.size == 1:

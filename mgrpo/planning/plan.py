@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgrpo.config import RunConfig, load_config, view_of
+from mgrpo.config.run import AgentConfig
 from mgrpo.environments.stages import load_staged
 from mgrpo.errors import ConfigError
+from mgrpo.model.mesh import check_mesh
 from mgrpo.planning.assumptions import Assumptions, Gpu
 from mgrpo.planning.machine import host_memory
 from mgrpo.planning.process import process_bytes
@@ -87,11 +89,6 @@ def plan_agent(config: RunConfig, role: str, limits: Limits) -> AgentPlan:
     """The policy of `role`. Raises ConfigError for one that cannot be trained."""
     view = view_of(config, role)
     policy = view.agent.policy
-    for name in ("tp", "ep"):
-        if (size := getattr(policy.mesh, name)) > 1:
-            raise ConfigError(
-                f"agents.{role}.policy.mesh.{name}={size}: plans know dp, cp and replicate alone"
-            )
     with tempfile.TemporaryDirectory() as made:
         folder = view.agent.model
         if folder is None:
@@ -127,7 +124,9 @@ def _settings(config: RunConfig, role: str) -> str:
     policy, trainer = config.agents[role].policy, config.trainer
     words = [policy.device, policy.dtype, f"ranks {policy.ranks}", f"micro_batch {trainer.micro_batch}"]
     words.append(f"max_length {view_of(config, role).longest}")
-    words += [f"{name} {n}" for name in ("cp", "replicate") if (n := getattr(policy.mesh, name)) > 1]
+    words += [
+        f"{name} {n}" for name in ("tp", "ep", "cp", "replicate") if (n := getattr(policy.mesh, name)) > 1
+    ]
     words += ["gradient_checkpointing"] if policy.gradient_checkpointing else []
     words += [f"last_layers {policy.last_layers}"] if policy.last_layers else []
     words += [f"lora rank {policy.lora.rank}"] if policy.lora.rank else []
@@ -145,14 +144,14 @@ def suggest(path: Path, overrides: Sequence[str], role: str, limits: Limits) -> 
     config = load_config(path, overrides)
     found: list[Suggestion] = []
     together: list[str] = []
-    for change, note in _harmless(config, role):
-        found.append(_tried(path, overrides, role, limits, (change,), note))
-        together.append(change)
-    if len(together) > 1 and not any(s.fits for s in found):
+    for change, note in _harmless(config, role, limits.assumed.gpus_per_host):
+        found.append(_tried(path, overrides, role, limits, change, note))
+        together += change
+    if len(found) > 1 and not any(s.fits for s in found):
         found.append(_tried(path, overrides, role, limits, tuple(together), "all of these together"))
     if any(s.fits for s in found):
         return found
-    rest = [c for c in together if "ranks" not in c]
+    rest = [c for c in together if ".ranks=" not in c and ".mesh.dp=" not in c]
     for fewer, note in _fewer_trained(config, role):
         found.append(_tried(path, overrides, role, limits, (*rest, *fewer), note))
         if found[-1].fits:
@@ -160,21 +159,39 @@ def suggest(path: Path, overrides: Sequence[str], role: str, limits: Limits) -> 
     return found
 
 
-def _harmless(config: RunConfig, role: str) -> list[tuple[str, str]]:
-    """Changes after which a run computes the same."""
+def _harmless(config: RunConfig, role: str, per_host: int) -> list[tuple[tuple[str, ...], str]]:
+    """Changes after which a run computes the same. per_host: GPUs of a host."""
     policy, trainer, where = config.agents[role].policy, config.trainer, f"agents.{role}.policy"
-    out = []
+    out: list[tuple[tuple[str, ...], str]] = []
     if not policy.gradient_checkpointing:
-        out.append(
-            (f"{where}.gradient_checkpointing=true", "the same numbers, a third more time in training")
-        )
+        note = "the same numbers, a third more time in training"
+        out.append(((f"{where}.gradient_checkpointing=true",), note))
     longest = max(agent.max_length for agent in config.agents.values())
     if trainer.micro_batch > longest:
         smaller = max(longest, trainer.micro_batch // 2)
-        out.append((f"trainer.micro_batch={smaller}", "the same gradient, more passes"))
+        out.append(((f"trainer.micro_batch={smaller}",), "the same gradient, more passes"))
     if policy.device == "cuda":
-        out.append((f"{where}.ranks={policy.ranks * 2}", "the same gradient on twice the GPUs"))
+        if (ep := _spread(config.agents[role], per_host)) > 1:
+            note = "the same gradient; tokens go to experts, not experts to ranks"
+            out.append(((f"{where}.mesh.ep={ep}",), note))
+        more = [f"{where}.ranks={policy.ranks * 2}"]
+        more += [f"{where}.mesh.dp={policy.mesh.dp * 2}"] if policy.mesh.dp else []
+        out.append((tuple(more), "the same gradient on twice the GPUs"))
     return out
+
+
+def _spread(agent: AgentConfig, per_host: int) -> int:
+    """Ranks of one host that a mixture's experts can be spread over; 1 where they cannot, or are already."""
+    policy = agent.policy
+    mesh, inner = policy.mesh, policy.ranks // policy.mesh.replicate
+    ep = min(per_host, inner)
+    if agent.model is None or mesh.ep > 1 or mesh.cp > 1 or inner % ep or ep % mesh.tp:
+        return 1
+    try:
+        check_mesh(Path(agent.model), policy.model_copy(update={"mesh": mesh.model_copy(update={"ep": ep})}))
+    except ConfigError:  # no mixture, no plan, or experts that do not divide
+        return 1
+    return ep
 
 
 def _fewer_trained(config: RunConfig, role: str) -> list[tuple[tuple[str, ...], str]]:

@@ -30,6 +30,7 @@ from mgrpo.ops import head
 from mgrpo.planning.fake import FakeTensors, fake_ranks
 from mgrpo.planning.live import bytes_of
 from mgrpo.planning.models import fake_policy, packed_in_one_call
+from mgrpo.planning.routing import even_routing
 from mgrpo.trainers.batch import MicroBatch, MiniBatch
 from mgrpo.trainers.torch.learner import Learner, adamw_way, new_learner
 from mgrpo.trainers.torch.ranks import Ranks
@@ -68,6 +69,10 @@ class Parameters:
     trained: int
     active: int
     """Of which a token meets with its experts; embeddings count, which are looked up."""
+    experts: int
+    """Of all experts of a mixture."""
+    chosen: int
+    """Experts that a layer of a mixture sends a token to; else 0."""
     head: int
     """Of the vocabulary head, which is the embedding where they are tied."""
     layers: int
@@ -142,7 +147,7 @@ def plan_step(folder: Path, view: AgentView, name: str) -> tuple[StepMemory, Par
         }
     )
     ranks = PlannedRanks(view.ranks)
-    with _ranks(view.ranks):
+    with _ranks(view.ranks), even_routing() if view.agent.policy.mesh.ep > 1 else contextlib.nullcontext():
         with tensors:
             policy = fake_policy(folder, view.agent.policy, ranks, name)
             parameters = _parameters(policy)
@@ -223,13 +228,15 @@ def _parameters(policy: Policy) -> Parameters:
     total = sum(p.numel() for p in named.values())
     config = policy.model.config.get_text_config()
     experts = sum(p.numel() for name, p in named.items() if ".experts." in name)
-    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    chosen = (getattr(config, "num_experts_per_tok", None) or 0) if experts else 0
     there = next((n for key in EXPERTS if (n := getattr(config, key, None))), 0)
     active = total - experts + (experts * chosen // there if there else 0)
     return Parameters(
         total,
         sum(p.numel() for p in policy.parameters()),
         active,
+        experts,
+        chosen,
         policy.head_weight.numel(),
         len(policy.layers),
         policy.head_weight.shape[1],
