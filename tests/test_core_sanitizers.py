@@ -26,11 +26,12 @@ def run(*command: str, **env: str) -> str:
     return done.stdout
 
 
-def build(preset: str, *options: str) -> None:
+def build(preset: str, configured: str, *options: str) -> None:
+    """The targets of a build preset, in the folder of the preset that configures it."""
     missing = [tool for tool in ("cmake", "ctest", "ninja") if not shutil.which(tool, path=ENV["PATH"])]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    run("cmake", "--preset", preset, *options)
+    run("cmake", "--preset", configured, *options)
     run("cmake", "--build", "--preset", preset)
 
 
@@ -39,17 +40,19 @@ def build(preset: str, *options: str) -> None:
 @pytest.mark.parametrize("preset", ["asan", "tsan"])
 def test_core_is_clean(preset: str) -> None:
     """No leak, no undefined behaviour, no data race in the arena, packer, batcher and a short soak."""
-    build(preset)
+    build(preset, preset)
     assert "100% tests passed" in run("ctest", "--preset", preset)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_border_between_python_and_the_core_is_clean() -> None:
-    """No access out of bounds or out of alignment while numpy's memory goes in and out of the core."""
+    """No access out of bounds or out of alignment while numpy's memory goes in and out of the core, which is compiled
+    once for this and for the C++ tests."""
     pybind11 = run(sys.executable, "-m", "pybind11", "--cmakedir").strip()
-    build("asan-python", f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}")
-    (core,) = (ROOT / "build" / "asan-python").glob("_C*.so")
+    python = ("-DMGRPO_PYTHON=ON", f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}")
+    build("asan-python", "asan", *python)
+    (core,) = (ROOT / "build" / "asan").glob("_C*.so")
     # The interpreter is not sanitized: the runtime comes before everything else, and libstdc++ with it, whose
     # exceptions it intercepts. The interpreter's own leaks are not looked for.
     preload = [run("gcc", f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")]
