@@ -199,7 +199,7 @@ def test_an_invalid_start_ends_the_run_and_says_why(tmp_path: Path) -> None:
 def test_a_bug_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
     """An error that repeats is not restarted for ever: the run ends with the message and names the log."""
     out = tmp_path / "run"
-    with started(command("train", str(ALONE), "--out", str(out), "--set=task.options.bug=true")) as process:
+    with started(command("train", str(RELAY), "--out", str(out), "--set=task.options.bug=true")) as process:
         output, _ = process.communicate(timeout=800)
     assert process.returncode == 1
     assert "the relay has a bug" in output.splitlines()[-1] and "rollout-0.log" in output.splitlines()[-1]
@@ -215,7 +215,7 @@ def test_an_outage_ends_the_run_with_its_own_error(tmp_path: Path, outage: str, 
     says what failed, in the words of what failed."""
     out = tmp_path / "run"
     with started(
-        command("train", str(ALONE), "--out", str(out), f'--set=task.options.outage="{outage}"')
+        command("train", str(RELAY), "--out", str(out), f'--set=task.options.outage="{outage}"')
     ) as process:
         output, _ = process.communicate(timeout=800)
     last = output.splitlines()[-1]
