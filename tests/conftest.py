@@ -3,18 +3,34 @@ behind, since each owns a socket."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from mgrpo.run.importing import importing
 from tests.runs import RELAY, train
 
+# Before torch is imported, here and in the processes that tests start. Tests run side by side, and threads of several
+# that share a core wait for each other, spinning: the tiny products of a test gain nothing by threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 LONG = ("run", "triton", "learning", "run_faults", "extending", "planning", "fsdp", "mesh", "replay",
-        "core_sanitizers", "streaming_run", "comparison")  # fmt: skip
+        "core_sanitizers", "models", "streaming_run", "comparison", "bench_gpu", "fake_cuda", "shards", "checkpoint",
+        "scaffold")  # fmt: skip
 """Files that take a minute and more, the longest first: begun last, one of them would leave the other workers idle."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The tests' modules and what they import stay to the end: no collection of garbage walks through them."""
+    with importing():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,8 +62,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short finished run with everything it records; tests that change something copy it first."""
-    out = tmp_path_factory.mktemp("runs") / "recorded"
-    train(RELAY, out, "trainer.steps=12", "trainer.minibatches=2", "task.options.fail_every=4")
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short finished run with everything it records, one for all workers of pytest-xdist; tests that change something
+    copy it first."""
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        root = root.parent  # the workers' folders stand in one
+    out, done = root / "recorded", root / "recorded.done"
+    with FileLock(root / "recorded.lock", timeout=800):
+        if not done.exists():
+            shutil.rmtree(out, ignore_errors=True)  # of a worker whose run has failed
+            train(RELAY, out, "trainer.steps=12", "trainer.minibatches=2", "task.options.fail_every=4")
+            done.touch()
     return out

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RELAY = ROOT / "tests" / "relay.toml"
+RELAY, ALONE = ROOT / "tests" / "relay.toml", ROOT / "tests" / "alone.toml"
+"""The same task with three agents, and with one, whose run starts in half the time."""
 DOOMED = """
 import os, runpy, signal, sys
 from mgrpo.pipeline.feed import Feed

@@ -17,12 +17,10 @@ from mgrpo.view.data import RunView
 from tests.browser import MISSING, browser
 from tests.question_kit import files_with
 from tests.relay import KEY_ENV, SECRETS
-from tests.runs import ROOT, final_weights, leftovers, records, resume, summary, train
+from tests.runs import ALONE, ROOT, final_weights, leftovers, records, resume, summary, train
 from tests.test_cli import mgrpo, refused
 from tests.test_view import served
 from tests.test_watch import output
-
-ALONE = ROOT / "tests" / "alone.toml"
 
 
 @pytest.fixture(scope="module")

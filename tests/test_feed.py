@@ -26,10 +26,9 @@ from mgrpo.pipeline.feed import Feed
 from mgrpo.trainers.batch import MiniBatch
 from mgrpo.weights.publisher import WeightPublisher
 from tests.models import tiny_model, tiny_policy
-from tests.runs import ROOT
+from tests.runs import ALONE, ROOT
 from tests.test_step_ahead import Store, Stream
 
-ALONE = ROOT / "tests" / "alone.toml"
 EXTERNAL = 'agents.main.policy.trainer="external"'
 
 

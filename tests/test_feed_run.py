@@ -24,9 +24,8 @@ from mgrpo.run import external, launch
 from mgrpo.run.external import ExternalTrainers, check_external
 from mgrpo.run.folder import RunFolder
 from mgrpo.view.top import RunStatus, _foot
-from tests.runs import DOOMED, ROOT, command, leftovers, started, train
+from tests.runs import ALONE, DOOMED, ROOT, command, leftovers, started, train
 
-ALONE = ROOT / "tests" / "alone.toml"
 EXTERNAL = 'agents.main.policy.trainer="external"'
 LOOP = ROOT / "examples" / "embed_feed" / "train_sub.py"
 

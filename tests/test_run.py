@@ -17,6 +17,7 @@ import pytest
 
 from mgrpo.transport.keys import add_key, init_keys
 from tests.runs import (
+    ALONE,
     RELAY,
     command,
     final_weights,
@@ -186,7 +187,7 @@ def test_an_invalid_start_ends_the_run_and_says_why(tmp_path: Path) -> None:
     """The start validation does not pass: no RL step, a reason with the figure and its bound, nothing left behind."""
     out = tmp_path / "run"
     with started(
-        command("train", str(RELAY), "--out", str(out), "--set=task.options.valid=false")
+        command("train", str(ALONE), "--out", str(out), "--set=task.options.valid=false")
     ) as process:
         output, _ = process.communicate(timeout=800)
     assert process.returncode == 1

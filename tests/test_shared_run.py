@@ -28,13 +28,12 @@ from mgrpo.trajectory_log.format import LogRef
 from mgrpo.types import Trajectory
 from tests.models import tiny_policy
 from tests.prompted import WORDS
-from tests.runs import RELAY, resume, train
+from tests.runs import ALONE, RELAY, resume, train
 from tests.test_batch import groups
 from tests.test_replay import replayer, rewrite
 
 PROMPT = 40
 TAIL = 5
-ALONE = RELAY.parent / "alone.toml"
 SHARED = StepSettings(0.1, 1, 1, 1, True)
 
 

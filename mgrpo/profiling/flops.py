@@ -27,6 +27,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +115,8 @@ def flops_of(
         whole = not policy.lora.rank and not policy.last_layers
         choose_trained(model, policy, name)
         trained = _count(model, name, _head_cost(head, vocabulary, whole))
-        with lora.adapters_off(model), torch.no_grad():
+        # Without adapters there is no need of peft, which takes a while to import.
+        with lora.adapters_off(model) if policy.lora.rank else nullcontext(), torch.no_grad():
             base = _count(model, name, _head_cost(head, vocabulary, whole))
     except ConfigError:
         raise

@@ -23,6 +23,7 @@ from mgrpo.model.folder import check_chat_folder, check_experts, check_folder
 from mgrpo.planning.state import check_state
 from mgrpo.run.external import ExternalTrainers, check_external, external_roles
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
+from mgrpo.run.importing import importing
 from mgrpo.run.interrupts import Interrupts
 from mgrpo.run.lock import take_lock
 from mgrpo.run.monitor import Monitor, Outcome
@@ -82,7 +83,8 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
     check_plugins(config)
     check_external(config)
     check_nsys(config.profile)
-    task = load_run_task(config)
+    with importing():
+        task = load_run_task(config)
     for role in config.policy_roles:
         view, where = view_of(config, role), f"agents.{role}"
         agent = view.agent

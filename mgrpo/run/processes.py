@@ -22,6 +22,7 @@ from mgrpo.errors import ConfigError, MgrpoError
 from mgrpo.losses.registry import find_loss
 from mgrpo.profiling.window import profiling
 from mgrpo.run.folder import RunFolder
+from mgrpo.run.importing import importing
 from mgrpo.run.nsys import check_nsys, inside_nsys, is_inside, run_under_nsys
 from mgrpo.run.supervisor import die_with_parent
 from mgrpo.sinks.registry import find_sinks
@@ -146,10 +147,12 @@ def run_trainer_process(
 
 def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
     """Rank 0 of a trainer, or one of the others."""
-    from mgrpo.pipeline.trainer_loop import run_trainer
-    from mgrpo.trainers.registry import open_trainer
-
     rank = int(os.environ.get("RANK", "0")) if config.ranks(role) > 1 else 0
+    with importing():
+        from mgrpo.pipeline.trainer_loop import run_trainer
+        from mgrpo.trainers.registry import open_trainer
+
+        task = load_run_task(config) if rank == 0 else None
     wanted = config.profile if config.profile.looks_at_trainer(role) else ProfileConfig()
     with (
         profiling(wanted, f"{role}-rank{rank}", folder.profile, looks=rank in config.profile.ranks),
@@ -158,15 +161,14 @@ def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
         if not trainer.is_main:
             trainer.run_commands()
             return
-        run_trainer(config, role, load_run_task(config), folder.agents, folder.addresses(config), trainer)
+        task = task or load_run_task(config)  # of a trainer whose first rank is not the main one
+        run_trainer(config, role, task, folder.agents, folder.addresses(config), trainer)
 
 
 def run_worker_process(
     config_path: Path, worker: int, out: Path, overrides: Sequence[str], parent: int | None
 ) -> None:
     """One rollout worker, until the run is over."""
-    from mgrpo.pipeline.rollout_worker import run_worker
-
     config = _begin(config_path, overrides, parent, _unwind)
     if not 0 <= worker < config.rollout.workers:
         raise ConfigError(f"--worker {worker}: expected 0 to {config.rollout.workers - 1} (rollout.workers)")
@@ -177,7 +179,11 @@ def run_worker_process(
         _under_nsys(config, f"rollout-{worker}", arguments, folder, profiled),
         profiling(config.profile if profiled else ProfileConfig(), f"rollout-{worker}", folder.profile),
     ):
-        run_worker(config, worker, load_run_task(config), folder.addresses(config), folder.rollouts(worker))
+        with importing():
+            from mgrpo.pipeline.rollout_worker import run_worker
+
+            task = load_run_task(config)
+        run_worker(config, worker, task, folder.addresses(config), folder.rollouts(worker))
 
 
 def _under_nsys(
