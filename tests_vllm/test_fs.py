@@ -122,32 +122,33 @@ def test_an_update_shows_in_the_output_and_in_the_label_and_is_undone_exactly(
 
 
 def test_a_request_across_an_update_has_tokens_of_both(
-    live: Served, policy: Policy, changed: Policy, start: bytes
+    shared_server: Served, policy: Policy, changed: Policy, start: bytes
 ) -> None:
     """The update interrupts a long generation: old versions first, new ones after, and each token has the log-prob that
     its version gives to the whole history before it, keys and values included."""
-    out, split = across_an_update(live, policy, changed, start)
+    out, split = across_an_update(shared_server, policy, changed, start)
     was_old, new_is_new, was_new, new_is_old = gaps(out, split, prompts(policy)[3], policy, changed)
     assert was_old < CLOSE and new_is_new < CLOSE and was_new > 5e-2 and new_is_old > 5e-2
 
 
 def test_a_request_that_keeps_its_keys_across_an_update(
-    live: Served, policy: Policy, changed: Policy, start: bytes
+    shared_server: Served, policy: Policy, changed: Policy, start: bytes
 ) -> None:
     """on_update keep: the same, but the tokens after the update come from new weights on old keys and are of neither
     version. What is asked afterwards finds none of those keys."""
     prompt = prompts(policy)[3]
-    live.sync.on_update = "keep"
+    shared_server.sync.on_update = "keep"
     try:
-        out, split = across_an_update(live, policy, changed, start)
-        again = live.one_by_one([prompt, [*prompt, *out.token_ids[: LONG - 10].tolist()]], SamplingParams(8, 0.0))
+        out, split = across_an_update(shared_server, policy, changed, start)
+        asked = [prompt, [*prompt, *out.token_ids[: LONG - 10].tolist()]]
+        again = shared_server.one_by_one(asked, SamplingParams(8, 0.0))
     finally:
-        live.sync.on_update, live.server.cache_salt = "recompute", None
+        shared_server.sync.on_update, shared_server.server.cache_salt = "recompute", None
     was_old, new_is_new, was_new, new_is_old = gaps(out, split, prompt, policy, changed)
     assert was_old < CLOSE and was_new > 5e-2
     assert new_is_new > 10 * CLOSE and new_is_old > 10 * CLOSE
-    for asked, fresh in zip([prompt, [*prompt, *out.token_ids[: LONG - 10].tolist()]], again, strict=True):
-        mine, _ = logprobs(changed, asked, fresh, 1.0)
+    for history, fresh in zip(asked, again, strict=True):
+        mine, _ = logprobs(changed, history, fresh, 1.0)
         assert (torch.from_numpy(fresh.logprobs) - mine).abs().mean() < CLOSE
 
 
@@ -164,7 +165,7 @@ def across_an_update(live: Served, policy: Policy, changed: Policy, start: bytes
         return await task
 
     for seconds in (0.6, 0.2, 0.0, 1.5, 4.0):  # how far the server gets in that time is the machine's matter
-        was = live.version if live.data is start else live.load(start)
+        was = live.load(start)
         live.do(live.place(data))  # written beside a busy server it takes longer than the request
         out = live.do(interrupted(seconds))
         split = int((out.versions == was).sum())
