@@ -99,8 +99,8 @@ class VllmBackend(ServerBackend):
         ]
         variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         if engine.device == "cpu":
-            # One process for engine and worker, which the variable below makes vLLM 0.32 accept on a CPU: the two wait
-            # for each other in loops that take cores from the model, and each imports vLLM for ten seconds.
+            # One process for engine and worker, which the variable below makes vLLM 0.32 accept on a CPU: a second one
+            # would import all of vLLM again at every start, and hold it.
             arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
             # vLLM 0.32 rewinds the generator of a seeded request whose prompt is split among steps, which a CPU's
             # generator cannot: its engine ends. So a prompt is computed in one step, or waits for the next.
