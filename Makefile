@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@
 
-# vLLM wants an environment of its own; test-vllm drives real servers with a real model on the CPU (about seven minutes).
+# vLLM wants an environment of its own; test-vllm drives real servers with a real model on the CPU.
 vllm: $(VLLM)/.ready
 
 $(VLLM)/.ready: constraints-vllm.txt

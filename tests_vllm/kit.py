@@ -30,6 +30,7 @@ from mgrpo.weights.version import Weights
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "smollm2"
 LENGTH = 320  # tokens of a history
+SHORT = 4  # layers
 START_SECONDS = 400.0  # a minute on a machine of one's own
 QUESTIONS = (
     "What is the capital of France?",
@@ -102,7 +103,7 @@ class Served:
         path.write_text(text)
         self.config, self.run = load_config(path), RunFolder(folder / "run")
         self.said: list[str] = []
-        self.version = -1
+        self.version, self.data = -1, b""  # that load() and bring() brought last
         self.children = Supervisor(self.run.logs)
         self.url = self.run.addresses(self.config).engines["main"][0]
         self.loop = asyncio.new_event_loop()
@@ -152,7 +153,7 @@ class Served:
         await self.sync.prepare(Weights.of_bytes(version_label("main", 1, version), version, data))
 
     async def bring(self, data: bytes) -> None:
-        self.version += 1
+        self.version, self.data = self.version + 1, data
         await self.engine.load(Weights.of_bytes(self.label, self.version, data), self.version)
 
     def take(self, weights: Weights) -> None:
@@ -193,6 +194,18 @@ def reference(dtype: torch.dtype = torch.float32) -> Policy:
     """The same model in this process."""
     policy = load_policy(MODEL)
     return Policy(policy.model.to(dtype), policy.tokenizer, policy.name)
+
+
+def short_model(folder: Path) -> Path:
+    """SmolLM2 without most of its layers, for whole runs: what they show does not depend on its depth, their time
+    does. Its tied embedding, the largest of its tensors, stays."""
+    policy = load_policy(MODEL)
+    model = policy.model
+    model.model.layers = model.model.layers[:SHORT]
+    model.config.num_hidden_layers = SHORT
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return folder
 
 
 def prompts(policy: Policy) -> list[list[int]]:

@@ -9,26 +9,26 @@ import pytest
 from mgrpo.cli.replay import replay_run
 from mgrpo.record.reader import Recording
 from tests.runs import leftovers, records, summary, train
-from tests_vllm.kit import MODEL, ROOT
+from tests_vllm.kit import ROOT, short_model
 
 PYTHON = ROOT / ".venv-vllm/bin/python"
 pytestmark = pytest.mark.timeout(900)
-CONFIG = f"""
+CONFIG = """
 seed = 1
 
 [task]
 name = "tests_vllm.team:FactTask"
 
 [agents.main]
-model = "{MODEL}"
+model = "{model}"
 max_length = 160
 reward = {{ gate = false, correct = 1.0 }}
 optimizer = {{ lr = 1e-4 }}
 policy = {{ dtype = "bfloat16", lora = {{ rank = 4, alpha = 8.0 }} }}
-engine = {{ type = "vllm", sync = "lora", dtype = "bfloat16", timeout = 300.0, python = "{PYTHON}" }}
+engine = {{ type = "vllm", sync = "lora", dtype = "bfloat16", timeout = 300.0, python = "{python}" }}
 
 [agents.sub]
-model = "{MODEL}"
+model = "{model}"
 max_length = 128
 d_max = 2
 reward = {{ gate = false, outcome = 1.0 }}
@@ -56,7 +56,7 @@ def test_two_agents_train_through_the_gateway(tmp_path: Path, capsys: pytest.Cap
     the step's own weights, the trainer's log-probs are the server's to bfloat16's precision, and every stage of a
     sample of rollouts can be rebuilt to the last bit."""
     config, out = tmp_path / "run.toml", tmp_path / "run"
-    config.write_text(CONFIG)
+    config.write_text(CONFIG.format(model=short_model(tmp_path / "model"), python=PYTHON))
     output = train(config, out, timeout=850)
     assert summary(out)["finished"], output
     rows = [row for row in records(out) if "sub/reward/mean" in row]

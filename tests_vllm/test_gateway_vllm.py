@@ -4,7 +4,7 @@ log-probs that a trainer's forward agrees with."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -27,8 +27,7 @@ from mgrpo.model.tokens import decode_piece
 from mgrpo.tools.calls import render
 from mgrpo.types import Rollout, Trajectory
 from tests.harness_kit import post
-from tests.models import state_bytes
-from tests_vllm.kit import LENGTH, MODEL, Served, prompts, reference, served
+from tests_vllm.kit import LENGTH, MODEL, Served, prompts
 
 pytestmark = pytest.mark.timeout(900)
 FIND: Mapping[str, object] = {
@@ -38,31 +37,22 @@ FIND: Mapping[str, object] = {
 SAID = "I look it up.\n" + render(
     "hermes", ("find", {"query": "Fiji \u2014 \u65e5\u672c"}), ("find", {"n": 2})
 )
-PARSER = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("gateway"), "fs", "float32", arguments=PARSER) as made:
-        made.load(state_bytes(reference().model))
-        yield made
-
-
-def test_a_real_server_ends_at_a_text(live: Served) -> None:
+def test_a_real_server_ends_at_a_text(live: Served, policy: Policy) -> None:
     """Alone in its batch, a request with a stop text samples what it samples without, to the bit, up to the token that
     completes it, which the server finds itself; log-probs and versions are there for all of it. Stop texts begin and
     end in the middle of tokens."""
-    policy = reference()
-    asked = prompts(policy)[:4]
+    asked = prompts(policy)[:3]
     inside = 0
     for prompt in asked:
-        free = live.one_by_one([prompt], SamplingParams(40, temperature=1.0))[0]
+        free = live.one_by_one([prompt], SamplingParams(24, temperature=1.0))[0]
         text = decode_piece(policy.tokenizer, free.token_ids.tolist())
         for at in (len(text) // 3, len(text) // 2):
             stop = ("never said \u2603", text[at : at + 5])
             end = end_at(policy.tokenizer, stop, free.token_ids.tolist())
             assert end is not None
-            params = SamplingParams(40, temperature=1.0, stop=stop)
+            params = SamplingParams(24, temperature=1.0, stop=stop)
             said: Completion = live.do(live.server.generate("policy", prompt, params, 0))
             ids = free.token_ids.tolist()[:end]
             assert said.token_ids == ids and said.finish_reason == "stop"
@@ -137,17 +127,16 @@ async def rollouts(live: Served, n: int) -> list[Rollout]:
 
 
 @torch.inference_mode()
-def test_sixty_four_rollouts_at_once_have_the_trainers_logprobs(live: Served) -> None:
+def test_thirty_two_rollouts_at_once_have_the_trainers_logprobs(live: Served, policy: Policy) -> None:
     """Programs over HTTP, all at the same time: none gets another's tokens, and every sampled token's log-prob is that
     of our own forward within 1e-4 nats."""
-    policy = reference()
-    played = live.do(rollouts(live, 64))
+    played = live.do(rollouts(live, 32))
     for number, rollout in enumerate(played):
         assert rollout.d_k() == {"sub": 1}
         text = decode_piece(policy.tokenizer, rollout.main.tokens.tolist())
         assert f"about the number {number}." in text
     worst = max(
-        difference(policy, [t for r in played[i : i + 8] for t in r.trajectories()]) for i in range(0, 64, 8)
+        difference(policy, [t for r in played[i : i + 8] for t in r.trajectories()]) for i in range(0, 32, 8)
     )
     print(f"largest difference of a log-prob: {worst:.1e}")
     assert worst < 1e-4

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import httpx2
 import pytest
 
-from mgrpo.engines.client import ServerDown
 from mgrpo.errors import ConfigError
 from mgrpo.scoring.judge import Judge, JudgeConfig
 from mgrpo.services.client import Reply
 from mgrpo.services.openai import ChatService
-from tests_vllm.kit import START_SECONDS, Served, served
+from tests_vllm.kit import START_SECONDS, Served
 
 pytestmark = pytest.mark.timeout(900)
 SHORT = "Is the answer correct?\nQuestion: {question}\nCorrect answer: {gold}\nAnswer: {answer}\n"
@@ -54,20 +51,6 @@ class Model:
 
     async def close(self) -> None:
         await self._service.close()
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    async def healthy() -> None:
-        while True:
-            with contextlib.suppress(ServerDown):
-                return await made.server.healthy()
-            await asyncio.sleep(0.5)
-
-    longer = ("--max-model-len", "512")
-    with served(tmp_path_factory.mktemp("judge"), "fs", "bfloat16", arguments=longer) as made:
-        made.do(healthy())
-        yield made
 
 
 def calibrated(live: Served, *, schemas: bool) -> tuple[str, dict[str, float], list[str]]:

@@ -142,6 +142,12 @@ def test_the_head_that_vllm_does_not_reload_is_found_out(live: Served, steps: St
     assert gap(live, steps.policy) < CLOSE
 
 
+def test_a_server_without_a_parser_of_tool_calls_is_refused(live: Served) -> None:
+    """Its route would make plain text of every call; the first turn finds out, before one is lost."""
+    with pytest.raises(ConfigError, match="parses no tool calls; start it with --enable-auto-tool-choice"):
+        live.do(live.engine.parse_turn([1, 2], []))
+
+
 async def locked(live: Served, act: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """While the pool's watcher, which ends any pause that nobody looks after, waits."""
     async with live.sync.folder.lock(live.url, 300.0):

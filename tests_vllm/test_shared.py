@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -35,6 +36,7 @@ SETS = (
     f"agents.main.engine.python={ROOT}/.venv-vllm/bin/python",
     f"agents.main.engine.timeout={START_SECONDS}",
 )
+ZEROS = (0, 3)  # versions of adapters that are the base model
 SAMPLED = SamplingParams(max_tokens=24, temperature=0.7)
 
 
@@ -61,6 +63,10 @@ class Team:
             Weights.of_bytes(label, version, safetensors.torch.save(state)), version
         )
 
+    async def ask_one_by_one(self, role: str, asked: list[list[int]]) -> list[Generation]:
+        """Each in a batch of its own: to the last bit a matter of weights, prompt and seed."""
+        return [await self.engines[role].generate(prompt, SAMPLED, seed=1) for prompt in asked]
+
     async def ask(self, role: str, asked: list[list[int]]) -> list[Generation]:
         engine = self.engines[role]
         return await asyncio.gather(*(engine.generate(p, SAMPLED, seed=i) for i, p in enumerate(asked)))
@@ -80,7 +86,7 @@ def team(folder: Path) -> Iterator[Team]:
 
 def adapter(config: LoraConfig, role: str, version: int) -> dict[str, Tensor]:
     """What the role's trainer might have made of it by that version, as it publishes it: far enough away from the base
-    to be told apart."""
+    to be told apart, but for the versions that change nothing."""
     noise = torch.Generator().manual_seed(10 * version + ROLES.index(role))
     with safe_open(MODEL / "model.safetensors", "pt") as base:
         shapes = {name: base.get_slice(name).get_shape() for name in base.keys()}  # noqa: SIM118 - no mapping
@@ -88,7 +94,8 @@ def adapter(config: LoraConfig, role: str, version: int) -> dict[str, Tensor]:
     for name, (out, into) in ((n, s) for n, s in shapes.items() if n.split(".")[-2] in config.targets):
         layer = name.removesuffix(".weight")
         state[f"{layer}.lora_A.default.weight"] = torch.randn(config.rank, into, generator=noise) * into**-0.5
-        state[f"{layer}.lora_B.default.weight"] = torch.randn(out, config.rank, generator=noise) * 0.02
+        scale = 0.0 if version in ZEROS else 0.02
+        state[f"{layer}.lora_B.default.weight"] = torch.randn(out, config.rank, generator=noise) * scale
     return state
 
 
@@ -119,22 +126,33 @@ def gaps(policy: Policy, asked: list[list[int]], outs: list[Generation]) -> Tens
 
 def test_every_token_is_of_its_own_roles_adapter(tmp_path: Path) -> None:
     """Both agents ask at once, and one of them is updated while they do: each token carries its role's version, and its
-    log-prob is that of the role's merged weights of that version, in float32 to 1e-4 on average, and no other's."""
+    log-prob is that of the role's merged weights of that version, in float32 to 1e-4 on average, and no other's. An
+    adapter of zeros is the base model, before the others and, bit for bit, after them."""
     plain = reference()
     asked = prompts(plain)[:3]
     with team(tmp_path) as live:
 
         async def play() -> dict[tuple[str, int], list[Generation]]:
+            await live.load("main", 0)
+            zeros = await live.ask_one_by_one("main", asked)
             for role in ROLES:
                 await live.load(role, 1)
             both = asyncio.gather(*(live.ask(role, asked) for role in ROLES))
             await asyncio.sleep(0)
             await live.load("sub", 2)
             main, sub = await both
-            return {("main", 1): main, ("sub", 1): sub, ("sub", 2): await live.ask("sub", asked)}
+            outs = {("main", 0): zeros, ("main", 1): main, ("sub", 1): sub}
+            outs["sub", 2] = await live.ask("sub", asked)
+            await live.load("main", 3)
+            return outs | {("main", 3): await live.ask_one_by_one("main", asked)}
 
         outs = live.loop.run_until_complete(asyncio.wait_for(play(), START_SECONDS))
         config = live.config.agents["main"].policy.lora
+    before, after = outs["main", 0], outs.pop(("main", 3))
+    assert {int(v) for out in after for v in out.versions} == {3}
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
     found: dict[tuple[str, int], dict[tuple[str, int], Tensor]] = {of: {} for of in outs}
     for weights in (*outs, ("main", 2)):
         with merged(plain, config, *weights):
@@ -156,8 +174,9 @@ def test_the_example_runs_on_one_server(tmp_path: Path) -> None:
     trainer's own log-probs say, and nothing is left."""
     out = tmp_path / "run"
     short = (
-        *("trainer.steps=2", "trainer.questions=2", "trainer.group_size=4", "trainer.old_logprobs=recompute"),
+        *("trainer.steps=2", "trainer.questions=2", "trainer.group_size=3", "trainer.old_logprobs=recompute"),
         *("eval.validation=1", "eval.heldout=1", "eval.start_validation=0"),
+        *("task.options.max_calls=1", "task.options.max_turns=3"),  # turns one after another are its time
     )
     output = train(EXAMPLE, out, *SETS, *short, timeout=850)
     assert summary(out)["finished"], output

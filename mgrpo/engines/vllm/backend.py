@@ -113,7 +113,8 @@ class VllmBackend(ServerBackend):
         ]
         variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         if engine.device == "cpu":
-            # One process for engine and worker: adapters hang in vLLM's two-process form on the CPU.
+            # One process for engine and worker, which the variable below makes vLLM 0.32 accept on a CPU: a second one
+            # would import all of vLLM again at every start, and hold it.
             arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
             # vLLM 0.32 rewinds the generator of a seeded request whose prompt is split among steps, which a CPU's
             # generator cannot: its engine ends. So a prompt is computed in one step, or waits for the next.
@@ -122,6 +123,8 @@ class VllmBackend(ServerBackend):
                 "OMP_NUM_THREADS": str(view.rollout.threads),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # of engine and worker; the front end stays apart
+                "TORCHDYNAMO_DISABLE": "1",  # eager, and so is the one function that would call a C++ compiler
             }
         if engine.sync == "lora":
             arguments += ["--enable-lora", "--max-lora-rank", str(_lora_rank(view))]
