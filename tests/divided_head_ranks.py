@@ -113,7 +113,7 @@ def sizes_of(number: int, name: str) -> tuple[int, ...]:
     return (SIZES[number % len(SIZES)],) if name.startswith("grid") else SIZES
 
 
-def operands(data: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def operands(data: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """(hidden, weight, the other arguments), the first two leaves; beside bfloat16 the weight is float32, as a
     trainer's."""
     hidden, weight = data["hidden"].to(dtype), data["weight"].to(dtype)

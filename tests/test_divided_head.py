@@ -59,7 +59,7 @@ def test_a_divided_head_is_the_whole_one(found: dict[str, Any], dtype: torch.dty
         if dtype not in dtypes:
             continue
         hidden, weight, rest = operands(data, dtype)
-        value, metrics = linear_grpo_loss(hidden, weight, data["target_ids"], config=loss, **rest)  # type: ignore[arg-type]
+        value, metrics = linear_grpo_loss(hidden, weight, data["target_ids"], config=loss, **rest)
         grads = torch.autograd.grad(value * 0.5, (hidden, weight))
         logprobs = selective_logprob(hidden, weight, data["target_ids"])[0]
         finite = logprobs.isfinite()
