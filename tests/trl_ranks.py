@@ -69,8 +69,10 @@ def train(model: str, out: Path, rows: int, **more: Any) -> Any:
     from mgrpo.integrations.trl import MGRPOTrainer
 
     d_max = more.pop("d_max", 2)
+    # A gradient that is 0 but for rounding is no step: with AdamW's own 1e-8 it would be a part of one.
+    more = {"adam_epsilon": 1e-6, "max_steps": 3, **more}
     args = cases.arguments(
-        out, per_device_train_batch_size=rows, num_generations=2, shuffle_dataset=False, max_steps=3, **more
+        out, per_device_train_batch_size=rows, num_generations=2, shuffle_dataset=False, **more
     )
     trainer = MGRPOTrainer(
         model, score, args, cases.prompts(6), rollout_func=rollouts, d_max=d_max, alignment="weights"
