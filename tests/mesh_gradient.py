@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,26 +22,31 @@ from mgrpo.trainers.torch.learner import Learner
 from mgrpo.trainers.torch.ranks import Ranks
 from mgrpo.trainers.torch.shard import load_sharded, whole_tensor
 
-MESHES = {
-    "tp": ("llama", {"dp": 2, "tp": 2}),
-    "tp, tied": ("qwen3", {"dp": 2, "tp": 2}),
-    "tp and ep": ("qwen3_moe", {"dp": 2, "tp": 2, "ep": 4}),
-    "cp": ("llama", {"dp": 2, "cp": 2}),
+# name -> (kind of model, mesh, other settings of the policy)
+MESHES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
+    "tp": ("llama", {"dp": 2, "tp": 2}, {}),
+    "tp, last layer": ("qwen3", {"dp": 2, "tp": 2}, {"last_layers": 1}),
+    "tp and ep": ("qwen3_moe", {"dp": 2, "tp": 2, "ep": 4}, {}),
+    "cp": ("llama", {"dp": 2, "cp": 2}, {}),
+    "cp, tp and ep": ("qwen3_moe", {"cp": 2, "tp": 2, "ep": 4}, {}),
 }
 
 
 def on_a_mesh(name: str, folder: Path, batches: Sequence[MiniBatch], ranks: Ranks) -> list[Tensor]:
     """f64 (parameters,) of each minibatch, whole on every rank."""
-    kind, mesh = MESHES[name]
-    config = PolicyConfig.model_validate({"dtype": "bfloat16", "mesh": mesh, "ranks": ranks.size})
+    kind, mesh, how = MESHES[name]
+    config = PolicyConfig.model_validate({"dtype": "bfloat16", "mesh": mesh, "ranks": ranks.size, **how})
     rank, size = ranks.rank // config.mesh.same_rows, config.data_ranks
     policy = load_sharded(folder / kind, config, ranks)
     return _gradients(policy, [batch.shard(rank, size) for batch in batches], ranks)
 
 
 def in_one_process(name: str, folder: Path, batches: Sequence[MiniBatch], dtype: str) -> list[Tensor]:
-    config = PolicyConfig.model_validate({"dtype": dtype, "attention": "sdpa", "share_prefixes": False})
-    return _gradients(load_policy(folder / MESHES[name][0], config), batches)
+    kind, _, how = MESHES[name]
+    config = PolicyConfig.model_validate(
+        {"dtype": dtype, "attention": "sdpa", "share_prefixes": False, **how}
+    )
+    return _gradients(load_policy(folder / kind, config), batches)
 
 
 def _gradients(policy: Policy, batches: Sequence[MiniBatch], ranks: Ranks | None = None) -> list[Tensor]:

@@ -60,10 +60,7 @@ VARIANTS: dict[str, tuple[str, Sequence[str], str]] = {
     "cp replay": ("qwen3_moe", ("routing_replay=true",), "dp = 2, cp = 2"),
     "cp tp": ("llama", (), "cp = 2, tp = 2"),
     "cp tp ep": ("qwen3_moe", ("aux_loss_coef=0.1",), "cp = 2, tp = 2, ep = 2"),
-    "half tp": ("llama", ('dtype="bfloat16"',), "dp = 2, tp = 2"),
-    "half frozen": ("qwen3", ('dtype="bfloat16"', "last_layers=1"), "tp = 2"),
-    "half both": ("qwen3_moe", ('dtype="bfloat16"',), "dp = 2, tp = 2, ep = 4"),
-    "half cp": ("qwen3_moe", ('dtype="bfloat16"',), "cp = 2, tp = 2, ep = 4"),
+    "half": ("qwen3_moe", ('dtype="bfloat16"',), "dp = 2, tp = 2, ep = 4"),
     "adapters": ("qwen3_moe", ("lora.rank=4", 'lora.targets=["q_proj", "o_proj"]'), "ep = 2"),
 }
 
@@ -73,7 +70,7 @@ RESUMED = (
     "tp and ep",
     "cp",
     "cp ep",
-    "half both",
+    "half",
     "adapters",
 )  # those that resume one process's, and are resumed
 LATER = (
