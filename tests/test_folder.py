@@ -106,6 +106,9 @@ def test_settings_of_experts_need_a_model_with_experts(folder: Path) -> None:
             "aux_loss_coef": 1e-3
         },
         r'policy\.experts="eager" has no effect; .* is a dense model': {"experts": "eager"},
+        r"policy\.routing_replay=true needs a mixture of experts; .* is a dense model": {
+            "routing_replay": True
+        },
         r"policy\.train_router=false has no effect; .* is a dense model": {"train_router": False},
         r"policy\.lora\.targets has 'experts\.down_proj'; .* is a dense model": {"lora": adapters},
     }

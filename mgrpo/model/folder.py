@@ -68,6 +68,8 @@ def check_experts(folder: Path, name: str, policy: PolicyConfig) -> None:
         raise ConfigError(
             f"{name}.aux_loss_coef={policy.aux_loss_coef:g} needs a mixture of experts; {folder} is a dense model"
         )
+    if policy.routing_replay:
+        raise ConfigError(f"{name}.routing_replay=true needs a mixture of experts; {folder} is a dense model")
     if not policy.train_router:
         raise ConfigError(f"{name}.train_router=false has no effect; {folder} is a dense model")
     if policy.experts != "auto":
