@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small policies by kind."""
-    folder = tmp_path_factory.mktemp("models")
-    for kind, (name, changes) in KINDS.items():
+    return saved(tmp_path_factory.mktemp("models"), KINDS)
+
+
+def saved(folder: Path, kinds: Mapping[str, tuple[str, dict[str, Any]]]) -> Path:
+    for kind, (name, changes) in kinds.items():
         save_policy(Policy(family(name, **changes), tiny_tokenizer(VOCAB - 8), kind), folder / kind)
     return folder
 

@@ -11,20 +11,17 @@ import pytest
 import torch
 
 from mgrpo.cli.plan import _what_if
-from mgrpo.config import RunConfig, load_config, view_of
+from mgrpo.config import load_config, view_of
 from mgrpo.errors import ConfigError
-from mgrpo.model.policy import Policy, save_policy
 from mgrpo.planning import state
 from mgrpo.planning.assumptions import GPUS, Assumptions
 from mgrpo.planning.plan import _harmless, limits_of, plan_agent
 from mgrpo.planning.speed import split_of
 from mgrpo.planning.step import plan_step
 from mgrpo.planning.traffic import traffic_of
-from tests.families import family
-from tests.models import tiny_tokenizer
 from tests.ranks import run_ranks
 from tests.runs import RELAY
-from tests.test_planning import BATCH, KINDS, SIZES, VOCAB
+from tests.test_planning import KINDS, SIZES, config_of, overrides, saved
 
 KIND = {"dense": ("Qwen3", {**SIZES, "head_dim": 32}), "moe": KINDS["moe"]}
 
@@ -32,19 +29,7 @@ KIND = {"dense": ("Qwen3", {**SIZES, "head_dim": 32}), "moe": KINDS["moe"]}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dense policy and a mixture of 4 experts, 2 of them a token."""
-    folder = tmp_path_factory.mktemp("models")
-    for kind, (name, changes) in KIND.items():
-        save_policy(Policy(family(name, **changes), tiny_tokenizer(VOCAB - 8), kind), folder / kind)
-    return folder
-
-
-def overrides(models: Path, kind: str, *policy: str) -> list[str]:
-    sets = [f"agents.main.policy.{setting}" for setting in policy]
-    return [f'agents.main.model="{models / kind}"', "agents.main.sft.steps=0", *BATCH, *sets]
-
-
-def config_of(models: Path, kind: str, *policy: str) -> RunConfig:
-    return load_config(RELAY, overrides(models, kind, *policy))
+    return saved(tmp_path_factory.mktemp("models"), KIND)
 
 
 @pytest.mark.parametrize(
