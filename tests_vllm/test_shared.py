@@ -174,9 +174,8 @@ def test_the_example_runs_on_one_server(tmp_path: Path) -> None:
     trainer's own log-probs say, and nothing is left."""
     out = tmp_path / "run"
     short = (
-        *("trainer.steps=2", "trainer.questions=2", "trainer.group_size=3", "trainer.old_logprobs=recompute"),
+        *("trainer.steps=2", "trainer.questions=2", "trainer.group_size=4", "trainer.old_logprobs=recompute"),
         *("eval.validation=1", "eval.heldout=1", "eval.start_validation=0"),
-        *("task.options.max_calls=1", "task.options.max_turns=3"),  # turns one after another are its time
     )
     output = train(EXAMPLE, out, *SETS, *short, timeout=850)
     assert summary(out)["finished"], output
