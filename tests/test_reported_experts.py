@@ -4,6 +4,8 @@ and a whole run that is replayed bit for bit."""
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -315,6 +317,20 @@ def test_an_update_routes_what_is_fed_again() -> None:
     assert answer.experts is not None and answer.versions.tolist()[-1] == 1
     ids = [5, 6, 7, *answer.token_ids.tolist()]
     assert np.array_equal(np.sort(answer.experts, -1), routed(other, ids[:-1]))
+
+
+def test_nothing_of_a_forward_waits_for_the_next() -> None:
+    """Logits of all routers, E floats a token each, would stay on the device."""
+    policy, logits = moe_policy(PolicyConfig(share_prefixes=False)), []
+    for router in policy.routing.routers:
+        router.module.register_forward_hook(lambda m, a, out: logits.append(weakref.ref(out[0])))
+
+    async def use(engine: HfEngine) -> int:
+        await engine.generate([5, 6, 7], SamplingParams(2, 1.0, ()), seed=3)
+        gc.collect()
+        return sum(tensor() is not None for tensor in logits)
+
+    assert served(policy, use, report_experts=True) == 0 and logits
 
 
 def test_a_dense_policy_has_nothing_to_report() -> None:
