@@ -35,7 +35,13 @@ def from_npy(text: str, where: str) -> npt.NDArray[np.generic]:
         if np.lib.format.read_magic(data) != (1, 0):
             raise ValueError("not of version 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(data)
-    except (ValueError, EOFError, TypeError, SyntaxError, tokenize.TokenError) as error:  # as numpy lets them out
+    except (
+        ValueError,
+        EOFError,
+        TypeError,
+        SyntaxError,
+        tokenize.TokenError,
+    ) as error:  # as numpy lets them out
         raise InfrastructureError(f"{where}: routed experts that are no numpy file: {error!s:.80}") from None
     body = data.read()
     sizes = len(shape) == 3 and all(type(n) is int and n >= 0 for n in shape)
