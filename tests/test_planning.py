@@ -121,6 +121,19 @@ def test_peak_on_two_ranks_is_that_of_a_real_step(
     assert predicted.peak == pytest.approx(measured["peak"], rel=0.05)
 
 
+def test_a_plan_with_routing_replay(models: Path) -> None:
+    """The same memory as without, where rows are padded; the log has 1 byte of 3 routers x 2 experts a token more."""
+    plain, replayed = (
+        plan_agent(config_of(models, "moe", 'attention="sdpa"', replay), "main", limits(1e12))
+        for replay in ("routing_replay=false", "routing_replay=true")
+    )
+    assert replayed.memory == plain.memory
+    tokens = plain.traffic.tokens
+    assert tokens > 0 and replayed.traffic.log - plain.traffic.log == 6 * tokens
+    view = view_of(config_of(models, "moe", "routing_replay=true"), "main")
+    assert plan_step(models / "moe", view, "agents.main.model")[0] == plain.memory  # "rows" becomes "sdpa"
+
+
 def test_a_cpu_needs_what_its_process_holds_too(models: Path) -> None:
     """What a trainer without a model holds is measured, and is part of what a rank on the CPU needs."""
     config = config_of(models, "dense")

@@ -4,9 +4,12 @@ and a whole run that is replayed bit for bit."""
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,9 +23,10 @@ from mgrpo.config.policy import PolicyConfig
 from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.hf.engine import HfEngine
 from mgrpo.environments.episode import Agent, Episode
-from mgrpo.errors import ConfigError, InfrastructureError, PeerError
+from mgrpo.errors import ConfigError, ContextOverflowError, InfrastructureError, PeerError
 from mgrpo.model.policy import Policy, state_of
 from mgrpo.pipeline.batch import BatchBuilder
+from mgrpo.pipeline.worker_context import WorkerContext
 from mgrpo.record.reader import Recording
 from mgrpo.record.rollouts import _record
 from mgrpo.trajectory_log import client as log_client
@@ -30,7 +34,7 @@ from mgrpo.trajectory_log import format as log_format
 from mgrpo.trajectory_log.client import TrajectoryLogClient
 from mgrpo.trajectory_log.format import LogRef, Meta
 from mgrpo.transport import codec
-from mgrpo.types import Experts, Trajectory
+from mgrpo.types import Experts, Rollout, Trajectory
 from tests.moe_ranks import moe_policy
 from tests.runs import RELAY, ROOT, records, train
 from tests.store_kit import DIGEST, make_trajectory, same
@@ -165,6 +169,24 @@ def test_experts_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ValueError, match=r"are 240 bytes, the limit is 200; set agents\.sub\.max_length"):
             client.append(short)
         assert len(log) == 0
+
+
+def test_a_rollout_with_more_experts_than_travel_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker goes on. One of an evaluation, whose trajectories stay, does not fail."""
+    monkeypatch.setattr(log_client, "MAX_EXPERTS", 200)
+    parts: Any = SimpleNamespace(scores={})
+    config = load_config(RELAY, ["agents.main.reward={format=0.5, correct=0.5}"])
+    context = WorkerContext(config, 0, parts, parts, parts, parts, parts, parts)
+
+    def rollout(query: str, n: int) -> Rollout:
+        return Rollout(query, 0, replace(with_experts(n, np.uint8), query=query, role="main"), {}, 1.0)
+
+    context.check_rewards(rollout("0/1", 33))
+    with pytest.raises(
+        ContextOverflowError, match=r"0/1/0 main/0: .* are 204 bytes, the limit is 200; set agents"
+    ):
+        context.check_rewards(rollout("0/1", 34))
+    context.check_rewards(rollout("eval/heldout/0/greedy/1", 34))
 
 
 def test_a_long_trajectory_of_many_routers_travels(tmp_path: Path) -> None:
@@ -315,6 +337,20 @@ def test_an_update_routes_what_is_fed_again() -> None:
     assert answer.experts is not None and answer.versions.tolist()[-1] == 1
     ids = [5, 6, 7, *answer.token_ids.tolist()]
     assert np.array_equal(np.sort(answer.experts, -1), routed(other, ids[:-1]))
+
+
+def test_nothing_of_a_forward_waits_for_the_next() -> None:
+    """Logits of all routers, E floats a token each, would stay on the device."""
+    policy, logits = moe_policy(PolicyConfig(share_prefixes=False)), []
+    for router in policy.routing.routers:
+        router.module.register_forward_hook(lambda m, a, out: logits.append(weakref.ref(out[0])))
+
+    async def use(engine: HfEngine) -> int:
+        await engine.generate([5, 6, 7], SamplingParams(2, 1.0, ()), seed=3)
+        gc.collect()
+        return sum(tensor() is not None for tensor in logits)
+
+    assert served(policy, use, report_experts=True) == 0 and logits
 
 
 def test_a_dense_policy_has_nothing_to_report() -> None:

@@ -58,6 +58,9 @@ def test_numpy_files_that_are_none() -> None:
         (grown, "no numpy file|bytes of routed experts of shape"),
         (good.replace(b"\x93NUMPY\x01", b"\x93NUMPY\x02"), "not of version 1.0"),
         (pickle.dumps({"a": 1}), "no numpy file"),
+        (good.replace(b"(5, 3, 4)", b"((5, 3, 4"), "no numpy file"),
+        (good.replace(b"{'descr", b"  x\n y "), "no numpy file"),
+        (good.replace(b"(5, 3, 4)", b"(-5,-3,4)"), r"of shape \(-5, -3, 4\)"),
     ):
         with pytest.raises(InfrastructureError, match=f"^http://s: .*({what})"):
             from_npy(base64.b64encode(data).decode(), "http://s")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from mgrpo.errors import ConfigError
 from mgrpo.model.architecture import has_experts
 from mgrpo.model.moe import routers_of
 from mgrpo.model.routers import Routing, routing_of
+from mgrpo.run.launch import _check_reported
+from mgrpo.trajectory_log.format import MAX_EXPERTS
 from tests.families import FAMILIES, family
 
 MIXTURES = [
@@ -66,3 +70,23 @@ def test_settings_that_name_layers(settings: dict[str, Any], places: tuple[int, 
 def test_a_dense_model_has_none() -> None:
     with pytest.raises(ConfigError, match=r"main: policy\.routing_replay = true needs a mixture of experts"):
         routing_of({"num_hidden_layers": 4}, "main")
+
+
+def test_experts_that_would_not_travel_are_refused_at_launch(tmp_path: Path) -> None:
+    """A longest trajectory whose experts one message does not take: 58 routers x 8 of 256 experts x 2 bytes a token."""
+    config = {
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert routing_of(config, "main").token_bytes == 928
+    most = MAX_EXPERTS // 928
+    _check_reported(tmp_path, "agents.main", most)
+    with pytest.raises(
+        ConfigError, match=rf"agents\.main\.policy\.routing_replay=true .*{most + 1}: .* {most}$"
+    ):
+        _check_reported(tmp_path, "agents.main", most + 1)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_routed_experts": 255}))
+    _check_reported(tmp_path, "agents.main", most * 2)

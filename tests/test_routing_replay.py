@@ -320,6 +320,19 @@ def test_what_cannot_be_replayed_is_refused() -> None:
             Policy(model, tiny_tokenizer(), "sorts", on)
 
 
+@pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
+def test_weights_that_groups_have_masked_are_refused(method: str) -> None:
+    """DeepSeek-V2 weights by scores that are 0 outside of its own groups: another's expert would count nothing."""
+    groups = {"n_group": 2, "topk_group": 1, "topk_method": method}
+    model = family("DeepseekV2", n_routed_experts=E, num_experts=E, num_experts_per_tok=K, **groups)
+    on = PolicyConfig(routing_replay=True)
+    if method == "greedy":
+        assert Policy(model, tiny_tokenizer(), "v2", on).routing.replay is not None
+        return
+    with pytest.raises(ConfigError, match=r"v2: .*cannot force the choice of .*masked outside of the groups"):
+        Policy(model, tiny_tokenizer(), "v2", on)
+
+
 def test_shared_prefixes_say_why_not() -> None:
     """A token in common may have been sent to other experts in each rollout."""
     policy = moe_policy(PolicyConfig(routing_replay=True, share_prefixes=True))

@@ -162,9 +162,10 @@ def test_numbers_that_are_not_finite_move_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(w, before[n]) for n, w in trainer.model.state_dict().items())
 
 
-def test_what_our_own_trainer_alone_does_is_refused(tmp_path: Path) -> None:
-    feed = Feed(tmp_path, "agents.main.policy.dtype=bfloat16")
-    with pytest.raises(ConfigError, match=r"agents\.main\.policy\.dtype: bfloat16 cannot be honoured"):
+@pytest.mark.parametrize(("name", "value"), [("dtype", "bfloat16"), ("routing_replay", "true")])
+def test_what_our_own_trainer_alone_does_is_refused(tmp_path: Path, name: str, value: str) -> None:
+    feed = Feed(tmp_path, f"agents.main.policy.{name}={value}")
+    with pytest.raises(ConfigError, match=rf"(?i)agents\.main\.policy\.{name}: {value} cannot be honoured"):
         trl_agent._FeedTrainer(feed, cases.arguments(tmp_path), None, (None, None))
 
 

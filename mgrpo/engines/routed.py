@@ -12,6 +12,7 @@ import base64
 import binascii
 import io
 import math
+import tokenize
 from collections.abc import Sequence
 from typing import cast
 
@@ -34,10 +35,17 @@ def from_npy(text: str, where: str) -> npt.NDArray[np.generic]:
         if np.lib.format.read_magic(data) != (1, 0):
             raise ValueError("not of version 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(data)
-    except (ValueError, EOFError, TypeError) as error:
+    except (
+        ValueError,
+        EOFError,
+        TypeError,
+        SyntaxError,
+        tokenize.TokenError,
+    ) as error:  # as numpy lets them out
         raise InfrastructureError(f"{where}: routed experts that are no numpy file: {error!s:.80}") from None
     body = data.read()
-    if len(shape) != 3 or dtype.str[1:] not in INTEGERS or len(body) != math.prod(shape) * dtype.itemsize:
+    sizes = len(shape) == 3 and all(type(n) is int and n >= 0 for n in shape)
+    if not sizes or dtype.str[1:] not in INTEGERS or len(body) != math.prod(shape) * dtype.itemsize:
         raise InfrastructureError(
             f"{where}: {len(body)} bytes of routed experts of shape {shape} and type {dtype}; expected integers "
             "(tokens, layers, k)"

@@ -32,7 +32,10 @@ from mgrpo.integrations.trl_head import add_grpo_head
 STEPS = "mgrpo_steps.json"
 """In each checkpoint: the numbers of RL steps that it is the state after."""
 
-_POLICY = ("dtype", "head_dtype", "aux_loss_coef", "train_router", "last_layers", "lora", "ranks")
+_POLICY = (
+    *("dtype", "head_dtype", "aux_loss_coef", "routing_replay", "train_router", "last_layers", "lora"),
+    "ranks",
+)
 """Settings of agents.<role>.policy that are our own trainer's; here the model is as TRL loads it."""
 
 

@@ -37,6 +37,11 @@ class Routing:
     experts: int
     chosen: int
 
+    @property
+    def token_bytes(self) -> int:
+        """Of what all routers choose for one token: see mgrpo.types.Experts."""
+        return len(self.places) * self.chosen * (1 if self.experts <= 255 else 2)
+
 
 def routing_of(config: Mapping[str, Any], name: str) -> Routing:
     """Of a config.json. name: of the policy, for errors. Raises ConfigError for a model without experts, or one that

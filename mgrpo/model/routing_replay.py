@@ -9,8 +9,9 @@ with the trainer's own choice every bit of the forward and backward pass is what
 
 Nothing here knows the name of a model. A router is a module that calls topk(); which of its calls is the choice
 (DeepSeek-V3's ranks groups first) is found when the policy is loaded, by comparing with what the router returns, and
-then proved: a wrong choice must come out of the router. The call is intercepted while the router's forward runs, in the
-forward pass and in its recomputation alike.
+then proved: a wrong choice must come out of the router, whose weights must not be 0 for what it would not choose: one
+that ranks groups first and weights by what is left of the others (DeepSeek-V2's) is refused. The call is intercepted
+while the router's forward runs, in the forward pass and in its recomputation alike.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class RoutingReplay:
         self._chosen = 0  # k
         self._calls: list[int] = [0] * len(routers)  # which of a router's calls of topk is the choice
         self._watched: dict[int, list[Tensor]] | None = None  # while the calls are looked for
+        self._by_values: set[int] = set()  # routers whose output depends on the values that topk() returns
         for number, router in enumerate(self._routers):
             router.module.forward = functools.partial(self._forward, number, router.module.forward)
 
@@ -134,7 +136,12 @@ class RoutingReplay:
     def _forward(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._watched is not None:
             with _Intercept(functools.partial(self._watch, number)):
-                return forward(*args, **kwargs)
+                out = forward(*args, **kwargs)
+            with _Intercept(_without_values):
+                spoiled = forward(*args, **kwargs)
+            if any(_has_nan(part) for part in (spoiled if isinstance(spoiled, tuple) else (spoiled,))):
+                self._by_values.add(number)
+            return out
         if self.now is None:
             return forward(*args, **kwargs)
         choose = functools.partial(self._choose, number, self.now.of(number))
@@ -199,6 +206,11 @@ class RoutingReplay:
             if not same:
                 raise self._refused(number, "none of its calls of topk() is what it returns")
             self._calls[number] = same[-1]
+            if same[-1] and number in self._by_values:
+                raise self._refused(
+                    number,
+                    "it weights experts by scores that are masked outside of the groups it has chosen itself",
+                )
             self._experts.append(logits.shape[-1])
         sizes = {choice.shape[-1] for _, choice in found.values()}
         if len(sizes) > 1:
@@ -242,6 +254,14 @@ def listen(routers: Sequence[Router], note: Callable[[int, tuple[Tensor, Tensor]
         router.module.register_forward_hook(hook(number, router), prepend=True)
         for number, router in enumerate(routers)
     ]
+
+
+def _without_values(scores: Tensor, own: Any) -> Any:
+    return torch.return_types.topk((torch.full_like(own.values, torch.nan), own.indices))
+
+
+def _has_nan(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point() and bool(part.isnan().any())
 
 
 class _Intercept(TorchFunctionMode):

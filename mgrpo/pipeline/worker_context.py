@@ -12,7 +12,7 @@ from mgrpo.credit import StageRewards, check_scores, trajectory_reward
 from mgrpo.environments.episode import mix
 from mgrpo.environments.failure import encodable, shortened
 from mgrpo.environments.task import Question, Task
-from mgrpo.errors import ConfigError, DeadlineError, GroupClosedError
+from mgrpo.errors import ConfigError, ContextOverflowError, DeadlineError, GroupClosedError
 from mgrpo.pipeline.play import RolloutResult, question_of
 from mgrpo.pipeline.shipper import Shipper
 from mgrpo.pipeline.team import WAIT_SLICE, Team
@@ -21,6 +21,7 @@ from mgrpo.record import spans
 from mgrpo.record.rollouts import Asked, RolloutRecorder
 from mgrpo.store.records import World
 from mgrpo.store.worker_client import WorkerClient, WorkerGroup
+from mgrpo.trajectory_log.client import too_many_experts
 from mgrpo.types import MAIN, Rollout
 
 MAX_FAILED_BATCHES = 3  # a batch can be one question that nothing answers; that many in a row are an outage
@@ -144,7 +145,8 @@ class WorkerContext:
         self.shipper.ship(group, result)
 
     def check_rewards(self, rollout: Rollout) -> None:
-        """Raise for a rollout that could not be paid. Where the names of its scores never fitted the reward of its
+        """Raise for a rollout that could not be paid, or that is to be trained on and has more experts than its
+        trajectory log takes: ContextOverflowError. Where the names of its scores never fitted the reward of its
         stage, that would be so in every rollout: ConfigError. Where they did, or the task declared them, it is this
         rollout's failure."""
         index = index_of(rollout.query)
@@ -163,6 +165,8 @@ class WorkerContext:
                     raise ValueError(f"{where}{error}") from None
                 raise ConfigError(f"{where}{error}") from None
             self._scored.add((t.role, stage))
+            if index is not None and t.role in self.config.training_roles and (why := too_many_experts(t)):
+                raise ContextOverflowError(why)
 
 
 def main_reward(config: RunConfig) -> Callable[[int, Rollout], float]:

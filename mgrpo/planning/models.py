@@ -43,10 +43,14 @@ class StandInTokenizer:
 
 def on_cpu(config: PolicyConfig) -> PolicyConfig:
     """The same choices for fake tensors, which all say that they are on the CPU. No token is another's: rows that share
-    nothing are the most that a micro-batch holds."""
+    nothing are the most that a micro-batch holds. Routing replay, whose proof compares numbers, is left out: a choice
+    that is given takes as much as one that is made."""
     kind = attention.resolve(config.attention, config.device, config.dtype)
     chosen = "varlen" if kind == "flash" else kind  # the same tensors, without the package
-    return config.model_copy(update={"device": "cpu", "attention": chosen, "share_prefixes": False})
+    if config.routing_replay and chosen == "rows":  # as Policy does
+        chosen = "sdpa"
+    update = {"device": "cpu", "attention": chosen, "share_prefixes": False, "routing_replay": False}
+    return config.model_copy(update=update)
 
 
 def fake_model(folder: Path, name: str) -> Any:

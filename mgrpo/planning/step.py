@@ -73,6 +73,8 @@ class Parameters:
     """Of all experts of a mixture."""
     chosen: int
     """Experts that a layer of a mixture sends a token to; else 0."""
+    routed: int
+    """Bytes that say where all routers send a token, as routing replay keeps them; else 0."""
     head: int
     """Of the vocabulary head, which is the embedding where they are tied."""
     layers: int
@@ -237,6 +239,7 @@ def _parameters(policy: Policy) -> Parameters:
         active,
         experts,
         chosen,
+        len(policy.routing.routers) * chosen * (1 if there <= 255 else 2),
         policy.head_weight.numel(),
         len(policy.layers),
         policy.head_weight.shape[1],

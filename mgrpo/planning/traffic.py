@@ -42,6 +42,7 @@ def traffic_of(config: RunConfig, view: AgentView, found: Parameters, assumed: A
     version = width * (found.trained if engine.adapter_only else found.total)
     least, most = _shares(view.owner.optimizer.lr) if width == 2 else (1.0, 1.0)
     rollouts = config.trainer.pool * config.trainer.group_size
+    each = PER_TOKEN + (found.routed if view.owner.policy.routing_replay else 0)
     count = tokens = log = log_most = 0
     for role in config.roles_of(view.role):
         agent = config.agents[role]
@@ -49,8 +50,8 @@ def traffic_of(config: RunConfig, view: AgentView, found: Parameters, assumed: A
         mean = max(2, round(agent.max_length * assumed.mean_length))
         count += n
         tokens += n * mean
-        log += n * (RECORD + mean * PER_TOKEN)
-        log_most += n * (RECORD + agent.max_length * PER_TOKEN)
+        log += n * (RECORD + mean * each)
+        log_most += n * (RECORD + agent.max_length * each)
     return Traffic(
         version,
         (round(version * least), round(version * most)),

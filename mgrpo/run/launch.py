@@ -20,6 +20,7 @@ from mgrpo.engines.base import PATIENCE_SECONDS
 from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError, MgrpoError, StartValidationError
 from mgrpo.model.folder import check_chat_folder, check_experts, check_folder
+from mgrpo.model.routers import routing_of
 from mgrpo.planning.state import check_state
 from mgrpo.run.external import ExternalTrainers, check_external, external_roles
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
@@ -31,6 +32,7 @@ from mgrpo.run.nsys import check_nsys
 from mgrpo.run.processes import check_plugins, load_run_task
 from mgrpo.run.progress import Display
 from mgrpo.run.supervisor import HEALTHY_SECONDS, QUIET_SECONDS, STOP_SECONDS, Supervisor
+from mgrpo.trajectory_log.format import MAX_EXPERTS
 
 GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA, AMD, Windows' subsystem
 PROFILE_SECONDS = 300.0  # for a rollout worker that is stopped while a profiler looks, to write what it has
@@ -91,12 +93,28 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
         if agent.model is not None:
             check_folder(Path(agent.model), f"{where}.model", view.longest, task.chat)
             check_experts(Path(agent.model), f"{where}.policy", agent.policy)
+            if agent.policy.routing_replay and not agent.frozen:
+                _check_reported(Path(agent.model), where, view.longest)
             if task.chat:
                 check_chat_folder(Path(agent.model), f"{where}.model", task.chat_use)
         _check_gpu(agent.policy.device, f"{where}.policy.device")
         _check_gpu(agent.engine.started_device, f"{where}.engine.device")
         find_engine(view).check(view)
     check_state(config)
+
+
+def _check_reported(folder: Path, where: str, longest: int) -> None:
+    """Whether the experts of a trajectory of `longest` tokens travel to its trainer."""
+    try:
+        found = routing_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), where)
+    except ConfigError:  # an engine that needs to know says so
+        return
+    if (size := longest * found.token_bytes) > MAX_EXPERTS:
+        raise ConfigError(
+            f"{where}.policy.routing_replay=true with max_length {longest}: the experts of so many tokens are {size} "
+            f"bytes, {found.token_bytes} a token, the limit is {MAX_EXPERTS}; set max_length to at most "
+            f"{MAX_EXPERTS // found.token_bytes}"
+        )
 
 
 def _check_gpu(device: str, name: str) -> None:

@@ -34,12 +34,8 @@ class TrajectoryLogClient:
         }
         t, experts = trajectory, trajectory.experts
         if experts is not None:
-            if experts.nbytes > MAX_EXPERTS:
-                raise ValueError(
-                    f"{t.query}/{t.rollout} {t.role}/{t.invocation}: experts {experts.shape} of its tokens are "
-                    f"{experts.nbytes} bytes, the limit is {MAX_EXPERTS}; set agents.{t.role}.max_length lower, or "
-                    "policy.routing_replay=false"
-                )
+            if why := too_many_experts(t):
+                raise ValueError(why)
             arrays |= split_experts(experts)
         specs, frames = codec.pack_arrays(arrays)
         meta = Meta(
@@ -72,6 +68,18 @@ class TrajectoryLogClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def too_many_experts(trajectory: Trajectory) -> str:
+    """Why append() does not take it; "" where it does. All segments of a trajectory together may be longer than its
+    agent's max_length."""
+    t, experts = trajectory, trajectory.experts
+    if experts is None or experts.nbytes <= MAX_EXPERTS:
+        return ""
+    return (
+        f"{t.query}/{t.rollout} {t.role}/{t.invocation}: experts {experts.shape} of its tokens are {experts.nbytes} "
+        f"bytes, the limit is {MAX_EXPERTS}; set agents.{t.role}.max_length lower, or policy.routing_replay=false"
+    )
 
 
 def _pass_on(answer: Future[Answer], result: Future[LogRef]) -> None:

@@ -25,13 +25,19 @@ class SlotExperts:
                 f"records; {type(policy.model).__name__} has none"
             )
         self._slots, self._routers = slots, len(routers)
-        self._last: dict[int, tuple[Tensor, Tensor]] = {}  # router -> logits, choice of the last forward
+        self._count = 0  # E
+        self._last: dict[int, Tensor] = {}  # router -> choice of the last forward
         self._kept: Experts | None = None  # (slots, columns, N, k)
-        listen(routers, self._last.__setitem__)
+        listen(routers, self._note)
+
+    def _note(self, router: int, found: tuple[Tensor, Tensor]) -> None:
+        """The logits, E numbers a token and router, go: they would stay on the device until the next forward."""
+        logits, self._last[router] = found
+        self._count = logits.shape[-1]
 
     def keep(self, rows: Int64, start: Int64, counts: Int64) -> None:
         """After a forward that fed counts[i] tokens of slot rows[i] behind start[i] others."""
-        choice = torch.stack([self._last[router][1] for router in range(self._routers)], 1).cpu().numpy()
+        choice = torch.stack([self._last.pop(router) for router in range(self._routers)], 1).cpu().numpy()
         width = len(choice) // len(rows)
         choice = choice.reshape(len(rows), width, *choice.shape[1:])
         kept = self._wide(int((start + counts).max()), choice.shape[-1])
@@ -49,9 +55,8 @@ class SlotExperts:
         if self._kept is not None and held >= columns:
             return self._kept
         shape = (self._slots, max(columns, 2 * held), self._routers, chosen)
-        experts = self._last[0][0].shape[-1]
         wider: Experts = (
-            np.zeros(shape, np.uint8) if experts <= np.iinfo(np.uint8).max else np.zeros(shape, np.uint16)
+            np.zeros(shape, np.uint8) if self._count <= np.iinfo(np.uint8).max else np.zeros(shape, np.uint16)
         )
         if self._kept is not None:
             wider[:, :held] = self._kept
