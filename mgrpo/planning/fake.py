@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._pytree import tree_iter
 
 from mgrpo.planning.live import LiveBytes
@@ -147,3 +148,5 @@ def fake_ranks(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # It knows the groups of a mesh by their names, which the next plan's may not have, or have for others.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
