@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from mgrpo.config import AgentView, load_config, view_of
+from mgrpo.losses.registry import find_loss
 from mgrpo.model.attention import PACKED
-from mgrpo.model.loading import load_policy
+from mgrpo.model.loading import load_policy, load_reference
 from mgrpo.model.moe import routers_of
 from mgrpo.planning.live import bytes_of
 from mgrpo.planning.step import begin_in_the_middle, micro_batch
@@ -42,7 +43,10 @@ def learner_of(view: AgentView, ranks: Ranks) -> tuple[Learner, MiniBatch]:
         policy = load_sharded(folder, view.agent.policy, ranks)
         if view.agent.policy.mesh.ep > 1:
             route_evenly(policy.model)
-    learner = new_learner(view.agent, policy, None, ranks)
+    reference = None
+    if find_loss(view.agent.loss).needs_reference:  # of one process
+        reference = load_reference(policy, folder)
+    learner = new_learner(view.agent, policy, reference, ranks)
     begin_in_the_middle(learner)
     micro = micro_batch(view, policy.attention in PACKED, policy.vocabulary.size)
     micro.ids = policy.vocabulary.tokens(micro.ids)
@@ -66,6 +70,7 @@ def state_bytes(learner: Learner) -> int:
     """Of everything that is there before the step."""
     model = learner.policy.model
     tensors = [*model.parameters(), *model.buffers()]
+    tensors += learner.reference.model.parameters() if learner.reference is not None else []
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
     tensors += [
         x for s in learner.optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)

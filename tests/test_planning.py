@@ -98,6 +98,23 @@ def test_peak_is_that_of_a_real_step(models: Path, kind: str, policy: tuple[str,
 
 
 @pytest.mark.parametrize(
+    "loss",
+    [("kl_coef=0.1",), ('type="tests.own_losses:Pull"', "options={spring=0.1}")],
+    ids=["reference", "own"],
+)
+def test_peak_with_what_losses_look_at(models: Path, loss: tuple[str, ...]) -> None:
+    """Log-probs of a reference, whose values are checked, and a loss of one's own, which gets the finite rows alone:
+    nothing is wrong with what has no data, and all rows count."""
+    sets = [*overrides(models, "dense"), *(f"agents.main.loss.{part}" for part in loss)]
+    view = view_of(load_config(RELAY, sets), "main")
+    predicted, _ = plan_step(models / "dense", view, "agents.main.model")
+    measured = measure(view, Ranks(), peak_bytes)
+    kept = predicted.masters + predicted.frozen + predicted.gradients + predicted.optimizer
+    assert kept <= measured["state"] <= kept * 1.001 + 4096
+    assert predicted.peak == pytest.approx(measured["peak"], rel=0.03)
+
+
+@pytest.mark.parametrize(
     ("kind", "policy"),
     [
         ("dense", ("ranks=2", 'dtype="bfloat16"', "gradient_checkpointing=true")),

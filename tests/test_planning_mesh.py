@@ -101,6 +101,29 @@ def test_a_mesh_that_does_not_fit_the_model_is_refused(models: Path) -> None:
             plan_step(models / kind, view_of(config, "main"), "agents.main.model")
 
 
+def test_one_mesh_after_another(models: Path) -> None:
+    """Plans of one process, for two agents or for suggestions: what torch remembers of a mesh's groups by their names
+    is not taken for those of the next, which has more groups."""
+    meshes = ("mesh={cp=2,tp=2}", "mesh={dp=2,tp=2}")
+    found = [
+        plan_step(models / "dense", view_of(config_of(models, "dense", mesh), "main"), "x")[0]
+        for mesh in meshes
+    ]
+    assert found[0].masters == found[1].masters and found[0].activations < found[1].activations
+
+
+def test_routing_replay_is_planned(models: Path) -> None:
+    """Fake routers choose nothing, so the replay is not proved on them; a dense model is refused as before a run."""
+    for mesh in ("ranks=1", "mesh={cp=2,ep=2}"):
+        free, forced = (
+            plan_step(models / "moe", view_of(config_of(models, "moe", mesh, *more), "main"), "x")[0]
+            for more in ((), ("routing_replay=true",))
+        )
+        assert forced.masters == free.masters and forced.peak == pytest.approx(free.peak, rel=0.1)
+    with pytest.raises(ConfigError, match=r"policy\.routing_replay=true needs a mixture of experts"):
+        plan_step(models / "dense", view_of(config_of(models, "dense", "routing_replay=true"), "main"), "x")
+
+
 def test_spreading_experts_is_suggested(models: Path) -> None:
     """For a mixture, over the GPUs of a host, where it can be planned and holds less; never for a dense model, nor
     where the experts do not divide."""
@@ -111,6 +134,8 @@ def test_spreading_experts_is_suggested(models: Path) -> None:
     before, after = (plan_agent(load_config(RELAY, s), "main", bare) for s in (sets, [*sets, change]))
     assert "ep 2" in after.settings
     assert after.needed < before.needed
+    beside = config_of(models, "moe", 'device="cuda"', "mesh={dp=2,cp=2}")
+    assert (change,) in [c for c, _ in _harmless(beside, "main", 2)]
     for kind, ranks, per_host in (("dense", 4, 2), ("moe", 8, 8)):
         config = config_of(models, kind, 'device="cuda"', f"ranks={ranks}")
         assert not [c for changes, _ in _harmless(config, "main", per_host) for c in changes if ".ep=" in c]

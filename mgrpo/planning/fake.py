@@ -2,7 +2,8 @@
 
 What has the size of a model is fake: shape, dtype and a storage that counts and holds nothing. What steers the code is
 real: token ids, lengths, masks and borders of a micro-batch lie in main memory and are computed with, so nothing that
-depends on their values is guessed. A number read out of a fake tensor is 0, a yes or no is yes.
+depends on their values is guessed. A number read out of a fake tensor is 0, a yes or no is yes; what looks for any bad
+value finds none, and what counts rows counts all.
 
 Tensors for "cuda" are fake tensors of the CPU: their bytes are the same, and no machine here needs a driver. What the
 code chooses by the device (an attention, a chunk of the head) is chosen by the policy's device, which says "cuda".
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._pytree import tree_iter
 
 from mgrpo.planning.live import LiveBytes
@@ -72,6 +74,10 @@ class FakeTensors(LiveBytes):  # type: ignore[no-untyped-call]
             return _zero(args[0].dtype)
         if func is aten.allclose.default:
             return True
+        if func is aten.any.default:
+            return torch.zeros((), dtype=torch.bool)
+        if func is aten.nonzero.default:
+            return torch.ones(args[0].shape, dtype=torch.bool).nonzero()
         if func is aten._grouped_mm.default:
             return self._grouped(*args, **kwargs)
         if func is aten.index.Tensor:
@@ -147,3 +153,5 @@ def fake_ranks(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # It knows the groups of a mesh by their names, which the next plan's may not have, or have for others.
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]

@@ -185,7 +185,7 @@ def _spread(agent: AgentConfig, per_host: int) -> int:
     policy = agent.policy
     mesh, inner = policy.mesh, policy.ranks // policy.mesh.replicate
     ep = min(per_host, inner)
-    if agent.model is None or mesh.ep > 1 or mesh.cp > 1 or inner % ep or ep % mesh.tp:
+    if agent.model is None or mesh.ep > 1 or inner % ep or ep % mesh.tp:
         return 1
     try:
         check_mesh(Path(agent.model), policy.model_copy(update={"mesh": mesh.model_copy(update={"ep": ep})}))

@@ -161,7 +161,8 @@ def _train(config: RunConfig, role: str, folder: RunFolder) -> None:
         if not trainer.is_main:
             trainer.run_commands()
             return
-        task = task or load_run_task(config)  # of a trainer whose first rank is not the main one
+        if task is None:  # of a trainer whose first rank is not the main one
+            task = load_run_task(config)
         run_trainer(config, role, task, folder.agents, folder.addresses(config), trainer)
 
 
