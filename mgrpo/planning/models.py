@@ -21,7 +21,6 @@ from mgrpo.model.loading import BlankPolicy
 from mgrpo.model.mesh import check_mesh
 from mgrpo.model.policy import Policy
 from mgrpo.model.register import register_architecture
-from mgrpo.model.routing_replay import RoutingReplay
 from mgrpo.trainers.torch import context
 from mgrpo.trainers.torch.ranks import Ranks
 
@@ -75,27 +74,14 @@ def fake_policy(folder: Path, config: PolicyConfig, ranks: Ranks, name: str, fro
     model = fake_model(folder, name)
     tokenizer, config = _tokenizer(folder, model), on_cpu(config)
     if ranks.size == 1:
-        with _unproved():
-            policy = Policy(model, tokenizer, str(folder), config)
+        policy = Policy(model, tokenizer, str(folder), config)
         if frozen:
             policy.freeze()
         return policy
     from mgrpo.trainers.torch.shard import ShardedPolicy
 
     blank = BlankPolicy(model, tokenizer, str(folder), config, cast("Parts", _NoParts()), "")
-    with _unproved():
-        return ShardedPolicy(blank, ranks, frozen)
-
-
-@contextlib.contextmanager
-def _unproved() -> Iterator[None]:
-    """Routing replay is not tried inside the block: it compares what routers choose, which fake ones do not."""
-    prove = RoutingReplay.prove
-    RoutingReplay.prove = lambda self, states, device: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        RoutingReplay.prove = prove  # type: ignore[method-assign]
+    return ShardedPolicy(blank, ranks, frozen)
 
 
 class _NoParts:
