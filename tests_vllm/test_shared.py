@@ -183,11 +183,16 @@ def test_the_example_runs_on_one_server(tmp_path: Path) -> None:
     assert {name for name in started if name.startswith("engine-")} == {"engine-main-0"}
     rows = [row for row in records(out) if "main/reward/mean" in row or "sub/reward/mean" in row]
     assert {row["step"] for row in rows if "main/reward/mean" in row} == {1, 2}
+    compared = 0
     for row in rows:
         for role in ROLES:
             if f"{role}/reward/mean" in row:
-                kl = row[f"{role}/policy/mismatch_kl"]
+                kl = row.get(f"{role}/policy/mismatch_kl")
+                if kl is None:  # nothing to learn from, so no token was computed again
+                    assert row[f"{role}/advantage/frac_zero"] == 1
+                    continue
+                compared += 1
                 print(f"step {row['step']}, {role}: mismatch KL {kl:.1e}")
                 assert row[f"{role}/staleness/max"] == 0 and 0 <= kl < 1e-2
-    assert any("sub/reward/mean" in row for row in rows), output
+    assert compared and any("sub/reward/mean" in row for row in rows), output
     assert leftovers(out) == [] and not (out / "weights").exists()

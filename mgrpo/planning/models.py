@@ -17,6 +17,7 @@ from torch import Tensor
 from mgrpo.config.policy import PolicyConfig
 from mgrpo.errors import ConfigError
 from mgrpo.model import attention
+from mgrpo.model.folder import check_experts
 from mgrpo.model.loading import BlankPolicy
 from mgrpo.model.mesh import check_mesh
 from mgrpo.model.policy import Policy
@@ -72,6 +73,7 @@ def fake_policy(folder: Path, config: PolicyConfig, ranks: Ranks, name: str, fro
     trains. Raises ConfigError as loading does for a model that cannot be trained; what needs numbers is not checked."""
     check_mesh(folder, config)
     model = fake_model(folder, name)
+    check_experts(folder, f"{name.removesuffix('.model')}.policy", config)
     tokenizer, config = _tokenizer(folder, model), on_cpu(config)
     if ranks.size == 1:
         policy = Policy(model, tokenizer, str(folder), config)
