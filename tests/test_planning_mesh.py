@@ -49,7 +49,7 @@ def test_peak_is_that_of_a_real_step(
     models: Path, tmp_path: Path, kind: str, size: int, policy: tuple[str, ...]
 ) -> None:
     """The bytes of weights, gradients and optimizer of rank 0 are those of a real one of as many over gloo, but for
-    buffers and counters of steps; the peak is the one of the allocator's events, within 3 %. The real routers send as
+    buffers and counters of steps; the peak is the one of the allocator's events, within 5 %. The real routers send as
     many tokens to one expert as to another, and their ranks exchange their numbers."""
     sets = overrides(models, kind, *policy)
     run_ranks("tests.plan_ranks", str(RELAY), str(tmp_path / "out"), *sets, size=size, timeout=1700)
@@ -57,7 +57,7 @@ def test_peak_is_that_of_a_real_step(
     predicted, _ = plan_step(models / kind, view_of(load_config(RELAY, sets), "main"), "agents.main.model")
     kept = predicted.masters + predicted.gradients + predicted.optimizer
     assert kept <= measured["state"] <= kept * 1.001 + 4096
-    assert predicted.peak == pytest.approx(measured["peak"], rel=0.03)
+    assert predicted.peak == pytest.approx(measured["peak"], rel=0.05)
 
 
 def test_what_a_mesh_leaves_a_rank(models: Path) -> None:
