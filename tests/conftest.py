@@ -20,9 +20,9 @@ from tests.runs import RELAY, train
 # that share a core wait for each other, spinning: the tiny products of a test gain nothing by threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-LONG = ("run", "triton", "learning", "run_faults", "extending", "planning", "fsdp", "mesh", "replay",
+LONG = ("run", "mesh", "learning", "triton", "run_faults", "extending", "planning", "fsdp", "replay",
         "core_sanitizers", "models", "streaming_run", "comparison", "bench_gpu", "fake_cuda", "shards", "checkpoint",
-        "scaffold")  # fmt: skip
+        "scaffold", "planning_mesh")  # fmt: skip
 """Files that take a minute and more, the longest first: begun last, one of them would leave the other workers idle."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mgrpo.engines.base import SamplingParams
+from mgrpo.engines.base import Generation, SamplingParams
 from mgrpo.engines.client import ServerClient
 from mgrpo.engines.pool import EnginePool
 from mgrpo.engines.server_engine import ServerEngine
@@ -125,3 +125,19 @@ async def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen"
         await asyncio.sleep(0.01)
+
+
+async def across_update(
+    server: Any, ours: ServerEngine[Any], theirs: ServerEngine[Any], split: int
+) -> Generation:
+    """Eight tokens of `ours` between which, behind `split` of them, `theirs` gives the server its next version."""
+    old = ours.version
+    server.hold.clear()
+    server.hold_at, server.standing = split, False
+    task = asyncio.create_task(ours.generate(PROMPT, SAMPLED, seed=9))
+    await until(lambda: server.standing, "the request")
+    await theirs.load(weights(old + 1), old + 1)
+    server.hold.set()
+    out = await task
+    assert out.versions.tolist() == [old] * split + [old + 1] * (8 - split)
+    return out

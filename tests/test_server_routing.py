@@ -27,7 +27,7 @@ from tests.fake_sglang import END_OF_TEXT, FakeSglang
 from tests.fake_vllm import START, FakeVllm, npy
 from tests.models import tiny_policy
 from tests.runs import RELAY
-from tests.server_bench import PROMPT, SAMPLED, Bench, on_fakes, until, weights
+from tests.server_bench import PROMPT, SAMPLED, Bench, across_update, on_fakes, weights
 
 BOTH = pytest.mark.parametrize("fake", [FakeVllm, FakeSglang])
 STARTS = {FakeVllm: START, FakeSglang: "routed_experts_start_len"}
@@ -100,14 +100,7 @@ def test_an_update_in_the_middle_of_a_request(fake: type[FakeServer], tmp_path: 
         (server,) = bench.servers
         for split in (5, 0):
             old = ours.version
-            server.hold.clear()
-            server.hold_at, server.standing = split, False
-            task = asyncio.create_task(ours.generate(PROMPT, SAMPLED, seed=9))
-            await until(lambda: server.standing, "the request")
-            await theirs.load(weights(old + 1), old + 1)
-            server.hold.set()
-            out = await task
-            assert out.versions.tolist() == [old] * split + [old + 1] * (8 - split)
+            out = await across_update(server, ours, theirs, split)
             ids = [*PROMPT, *out.token_ids.tolist()]
             # The last token of the old version was sampled, but not yet input; without one, the prompt is not either.
             before = len(PROMPT) + split - 1 if split else 0

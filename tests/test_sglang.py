@@ -20,7 +20,7 @@ from mgrpo.weights.version import Weights
 from tests.fake_sglang import END_OF_TEXT, FakeSglang
 from tests.models import tiny_policy
 from tests.runs import RELAY
-from tests.server_bench import PROMPT, SAMPLED, Bench, on_fakes, until, weights
+from tests.server_bench import PROMPT, SAMPLED, Bench, across_update, on_fakes, until, weights
 
 
 def expected(of: Weights, seed: int, n: int = 8) -> list[int]:
@@ -86,14 +86,7 @@ def test_a_rollout_across_an_update_keeps_the_version_of_each_token(tmp_path: Pa
         await theirs.load(weights(1), 1)
         for split in (5, 0):
             old = ours.version
-            server.hold.clear()
-            server.hold_at, server.standing = split, False
-            task = asyncio.create_task(ours.generate(PROMPT, SAMPLED, seed=9))
-            await until(lambda: server.standing, "the request")
-            await theirs.load(weights(old + 1), old + 1)
-            server.hold.set()
-            out = await task
-            assert out.versions.tolist() == [old] * split + [old + 1] * (8 - split)
+            out = await across_update(server, ours, theirs, split)
             assert (
                 out.token_ids.tolist()
                 == expected(weights(old), 9)[:split] + expected(weights(old + 1), 9)[split:]

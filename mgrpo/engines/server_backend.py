@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from mgrpo.engines.backend import EngineBackend
 from mgrpo.engines.base import Engine
 from mgrpo.engines.client import LOOK_SECONDS, ServerClient, check_healthy
 from mgrpo.errors import ConfigError, InfrastructureError
-from mgrpo.model.routers import routing_of
+from mgrpo.model.routers import Routing, routing_in, routing_of
 from mgrpo.model.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -57,13 +57,11 @@ class ServerBackend(EngineBackend):
         root = Path(engine.folder) if engine.folder is not None else addresses.weights
         sync = cls.open_sync(view, root / owner)
         sync.on_event = lambda line: on_event(f"{role}: {line}")
-        clients = [cls.client(url, engine.timeout) for url in engine.urls or addresses.engines[owner]]
+        routing = None
         if view.owner.policy.routing_replay:
             routing = routing_of(json.loads(files["config.json"]), f"policy of {role}")
-            for client in clients:
-                client.routing = routing
         pool = EnginePool(
-            clients,
+            cls._clients(engine, engine.urls or addresses.engines[owner], routing),
             sync,
             timeout=engine.timeout,
             max_length=length,
@@ -92,14 +90,21 @@ class ServerBackend(EngineBackend):
             )
         if engine.running_servers:
             assert isinstance(engine, ServerEngineConfig)
-            clients, look = [cls.client(url, engine.timeout) for url in engine.urls], None
+            routing = None
             if view.agent.policy.routing_replay and view.agent.model is not None:
-                config = (Path(view.agent.model) / "config.json").read_text(encoding="utf-8")
-                routing = routing_of(json.loads(config), f"agents.{view.role}.model")
-                for client in clients:
-                    client.routing = routing
-                look = _look_at_routing
+                routing = routing_in(Path(view.agent.model), f"agents.{view.role}.model")
+            clients = cls._clients(engine, engine.urls, routing)
+            look = None if routing is None else _look_at_routing
             check_healthy(f"agents.{view.role}.engine.urls", clients, look)
+
+    @classmethod
+    def _clients(
+        cls, engine: ServerEngineConfig, urls: Sequence[str], routing: Routing | None
+    ) -> list[ServerClient]:
+        clients = [cls.client(url, engine.timeout) for url in urls]
+        for client in clients:
+            client.routing = routing
+        return clients
 
 
 async def _look_at_routing(client: ServerClient) -> None:

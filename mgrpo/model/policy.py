@@ -103,10 +103,8 @@ class Policy:
     def _prove_replay(self) -> None:
         if self.routing.replay is not None:
             self.routing.replay.prove(self._states, self.device)
-            if (
-                self.attention == "rows"
-            ):  # one forward pass a micro-batch, whose tokens the choices are laid out for
-                self.attention = "sdpa"
+            # One forward pass a micro-batch, whose tokens the choices are laid out for.
+            self.attention = "sdpa" if self.attention == "rows" else self.attention
 
     def _choose_sharing(self) -> None:
         self.why_not = sharing.choose(self.model, self._states, self.config, self.device, self.attention)

@@ -7,8 +7,10 @@ server are compared with it (mgrpo/engines/routed.py), so a layout that it does 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mgrpo.errors import ConfigError
@@ -41,6 +43,11 @@ class Routing:
     def token_bytes(self) -> int:
         """Of what all routers choose for one token: see mgrpo.types.Experts."""
         return len(self.places) * self.chosen * (1 if self.experts <= 255 else 2)
+
+
+def routing_in(folder: Path, name: str) -> Routing:
+    """Of the policy in a folder that has a config.json: see routing_of."""
+    return routing_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), name)
 
 
 def routing_of(config: Mapping[str, Any], name: str) -> Routing:

@@ -1,7 +1,7 @@
 """Starting a process of a run without looking for garbage among what it imports.
 
-torch and transformers make some 600,000 objects that stay. Python's collector walks through them again and again while
-they are made, a sixth of what the imports cost, and in every full collection afterwards.
+torch and transformers make hundreds of thousands of objects that stay. Python's collector walks through them again and
+again while they are made, and in every full collection afterwards.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from mgrpo.engines.base import PATIENCE_SECONDS
 from mgrpo.engines.registry import find_engine
 from mgrpo.errors import ConfigError, MgrpoError, StartValidationError
 from mgrpo.model.folder import check_chat_folder, check_experts, check_folder
-from mgrpo.model.routers import routing_of
+from mgrpo.model.routers import routing_in
 from mgrpo.planning.state import check_state
 from mgrpo.run.external import ExternalTrainers, check_external, external_roles
 from mgrpo.run.folder import RunFolder, recorded_run, started_engines
@@ -106,7 +106,7 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
 def _check_reported(folder: Path, where: str, longest: int) -> None:
     """Whether the experts of a trajectory of `longest` tokens travel to its trainer."""
     try:
-        found = routing_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), where)
+        found = routing_in(folder, where)
     except ConfigError:  # an engine that needs to know says so
         return
     if (size := longest * found.token_bytes) > MAX_EXPERTS:

@@ -13,7 +13,8 @@ cp   Ranks that divide the rows of one micro-batch (context.py), each with its o
 dp   Every weight, or what tp and ep left of it, is sharded by FSDP2 (shard.py) along dp and cp; an expert along edp.
 
 Gradients are sums: over dp and replicate by FSDP2, over tp by the plan. The loss of each rank is divided by the
-denominator of the whole minibatch, and the ranks of a tp or cp group have the same loss, whose gradient counts once.
+denominator of the whole minibatch, and the ranks of a tp or cp group have the same loss, of
+which each takes the gradient of its own tokens (ops/divided_head.py).
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ class RankMesh:
             sides = (size // config.same_rows, config.cp, config.tp)
             split = init_device_mesh(device, sides, mesh_dim_names=("rows", "cp", "tp"))
             self.context = Context.of(split["cp"])
-            both = init_device_mesh(device, (sides[0], config.same_rows), mesh_dim_names=("rows", "same"))
-            self.same_rows = both["same"].get_group()
+            self.same_rows = self.context.group
+            if config.tp > 1:
+                both = init_device_mesh(device, (sides[0], config.same_rows), mesh_dim_names=("rows", "same"))
+                self.same_rows = both["same"].get_group()
         copies, tp, ep = config.replicate, config.tp, config.ep
         inner = size // copies
         if tp == ep == copies == 1:
